@@ -1,0 +1,274 @@
+"""ModelBundle: what passes from stage to stage. ov.Models by role, with their configs, assets and controls.
+
+On disk it is the folder layout of optimum-intel and openvino-genai: `model_index.json`, then a folder a role with
+`openvino_model.xml`, `openvino_model.bin` and `config.json`; `tokenizer/openvino_tokenizer.xml` beside the tokenizer's
+own files; `scheduler/scheduler_config.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ovforge.errors import ModelError
+from ovforge.files import atomic_folder
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+    from ovforge.sources import Source
+
+__all__ = ["Control", "ModelBundle", "Roles", "read_model"]
+
+ASSET_LIMIT = 64 * 2**20
+"""Largest file, in bytes, that is kept beside the models: vocabularies and configs are smaller."""
+
+_ASSET_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+_MODEL = "openvino_model"
+
+
+class Roles(MutableMapping[str, "ov.Model"]):
+    """Role -> ov.Model, each read or converted when first asked for.
+
+    A lazy role is a function. `release` forgets a model that can be made again, so that a whole
+    pipeline can be walked with one model in memory at a time.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, ov.Model] = {}
+        self._makers: dict[str, Callable[[], ov.Model] | None] = {}
+
+    def lazy(self, role: str, make: Callable[[], ov.Model]) -> None:
+        """Set `role` to what `make` returns when it is first needed."""
+        self._makers[role] = make
+        self._made.pop(role, None)
+
+    def release(self, role: str) -> None:
+        """Forget the model of a lazy role; the next use makes it again."""
+        if self._makers[role] is not None:
+            self._made.pop(role, None)
+
+    def __getitem__(self, role: str) -> ov.Model:
+        if role not in self._made:
+            make = self._makers[role]
+            if make is None:
+                raise KeyError(role)
+            self._made[role] = make()
+        return self._made[role]
+
+    def __setitem__(self, role: str, model: ov.Model) -> None:
+        self._makers[role] = None
+        self._made[role] = model
+
+    def __delitem__(self, role: str) -> None:
+        del self._makers[role]
+        self._made.pop(role, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Something adjustable after compilation: a named, typed value that a transform left in the models.
+
+    `role` holds the model, `variable` the id of its OpenVINO variable (state); `default` its first value.
+    """
+
+    role: str
+    variable: str
+    shape: tuple[int, ...]
+    default: float = 0.0
+    summary: str = ""
+
+
+@dataclass
+class ModelBundle:
+    """Models by role, and what goes with them.
+
+    `configs` holds a role's config.json, `index` the model_index.json, `assets` every other small file by
+    relative path (tokenizer/vocab.json, scheduler/scheduler_config.json). `identity` maps a role to a digest of
+    its content, where that is known; the cache works on it.
+    """
+
+    models: Roles = field(default_factory=Roles)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+    assets: dict[str, bytes] = field(default_factory=dict)
+    controls: dict[str, Control] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
+    location: dict[str, Path] = field(default_factory=dict)
+    """Role -> its .xml, where the model lies in a plain file."""
+
+    @classmethod
+    def open(cls, source: Source) -> ModelBundle:
+        """Open a folder of the layout above, or a single IR file (role "model"); models are read when needed."""
+        bundle = cls()
+        for path, size in source.files().items():
+            file = PurePosixPath(path)
+            if file.suffix == ".xml":
+                bundle._add_model(source, file)
+            elif file.name == "config.json" and len(file.parts) == 2:
+                bundle.configs[file.parts[0]] = _json_object(source, path)
+            elif path == "model_index.json":
+                bundle.index = _json_object(source, path)
+            elif file.suffix in _ASSET_SUFFIXES:
+                if size > ASSET_LIMIT:
+                    raise ModelError(f"{path} has {size} bytes, more than {ASSET_LIMIT}", where=source.name)
+                bundle.assets[path] = source.read(path)
+        return bundle
+
+    def _add_model(self, source: Source, file: PurePosixPath) -> None:
+        models = [path for path in source.files() if path.endswith(".xml")]
+        role = "model" if models == [file.name] else role_of(file)
+        if role in self.models:
+            raise ModelError(f"two models for the role {role!r}, the second is {file}", where=source.name)
+        weights = file.with_suffix(".bin").as_posix()
+        self.models.lazy(role, lambda: read_model(source, file.as_posix()))
+        parts = [source.digest(path) for path in (file.as_posix(), weights) if path in source.files()]
+        self.identity[role] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        if local := source.local(file.as_posix()):
+            self.location[role] = local
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return scheduler/scheduler_config.json, or {} where the model has none."""
+        data = self.assets.get("scheduler/scheduler_config.json")
+        return _parse_object(data, "scheduler/scheduler_config.json") if data else {}
+
+    def require(self, *roles: str) -> None:
+        """Raise ModelError where a role is missing."""
+        if missing := [role for role in roles if role not in self.models]:
+            raise ModelError(
+                f"the model has no {', '.join(missing)}",
+                hint=f"It has: {', '.join(sorted(self.models)) or 'no model at all'}.",
+            )
+
+    def digest(self) -> str | None:
+        """Return one digest over all content; None where a role's content is not known."""
+        if any(role not in self.identity for role in self.models):
+            return None
+        total = hashlib.sha256()
+        total.update(json.dumps([self.identity, self.configs, self.index], sort_keys=True).encode())
+        for path in sorted(self.assets):
+            total.update(f"{path}\0{hashlib.sha256(self.assets[path]).hexdigest()}\n".encode())
+        return total.hexdigest()
+
+    def save(self, folder: Path, *, replace: bool = False) -> None:
+        """Write the bundle as a folder that appears whole or not at all.
+
+        Models are written one at a time; lazy ones are released again.
+        """
+        with atomic_folder(folder, replace=replace) as temporary:
+            self.write_into(temporary)
+
+    def write_into(self, folder: Path) -> None:
+        """Write every part into an existing folder."""
+        if self.index:
+            write_json(folder / "model_index.json", self.index)
+        for role, config in self.configs.items():
+            write_json(folder / role / "config.json", config)
+        for path, data in self.assets.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        for role in self.models:
+            self.write_model(role, folder)
+            self.models.release(role)
+
+    def write_model(self, role: str, folder: Path) -> Path:
+        """Write one role's IR below `folder`, its weights' types as they are; return the .xml."""
+        import openvino as ov
+
+        path = folder / path_of(role)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ov.save_model(self.models[role], path, compress_to_fp16=False)
+        return path
+
+
+def role_of(file: PurePosixPath) -> str:
+    """Return the role that an .xml's place in the layout gives it.
+
+    `unet/openvino_model.xml` -> unet; `tokenizer_2/openvino_tokenizer.xml` -> tokenizer_2;
+    `tokenizer/openvino_detokenizer.xml` -> detokenizer; at the top, `openvino_model.xml` -> model,
+    `openvino_X_model.xml` -> X, `x.xml` -> x.
+    """
+    folder = file.parent.name
+    if file.stem == "openvino_detokenizer":
+        return folder.replace("tokenizer", "detokenizer") or "detokenizer"
+    if file.stem in (_MODEL, "openvino_tokenizer") and folder:
+        return folder
+    return file.stem.removeprefix("openvino_").removesuffix("_model")
+
+
+def path_of(role: str) -> PurePosixPath:
+    """Return where a role's .xml lies in the layout."""
+    if role.startswith("detokenizer"):
+        return PurePosixPath(role.replace("detokenizer", "tokenizer"), "openvino_detokenizer.xml")
+    if role.startswith("tokenizer"):
+        return PurePosixPath(role, "openvino_tokenizer.xml")
+    return PurePosixPath(role, f"{_MODEL}.xml")
+
+
+def read_model(source: Source, path: str) -> ov.Model:
+    """Read a model file of any format that OpenVINO reads. Raises ModelError with the reason in plain words.
+
+    Plain files are mapped into memory by OpenVINO; others (encrypted) are read from memory.
+    """
+    import openvino as ov
+
+    from ovforge.runtime import core, enable_tokenizers
+
+    stem = PurePosixPath(path).stem
+    if stem in ("openvino_tokenizer", "openvino_detokenizer"):
+        enable_tokenizers()
+    weights = PurePosixPath(path).with_suffix(".bin").as_posix()
+    try:
+        local = source.local(path)
+        if local is not None:
+            return core().read_model(local)
+        if weights in source.files():
+            import numpy as np
+
+            data = np.frombuffer(source.read(weights), dtype=np.uint8)
+            return core().read_model(source.read(path), ov.Tensor(data))
+        return core().read_model(source.read(path))
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path} cannot be read: {_reason(error)}",
+            where=source.name,
+            hint="The file may be damaged or cut off, or its .bin may be missing: copy or convert it again.",
+        ) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with sorted keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _json_object(source: Source, path: str) -> dict[str, Any]:
+    return _parse_object(source.read(path, ASSET_LIMIT), f"{source.name}: {path}")
+
+
+def _parse_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=where) from error
+    if not isinstance(value, dict):
+        raise ModelError("expected a JSON object", where=where)
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """Return the informative line of OpenVINO's message, which names its own source files first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or ["unknown reason"])[0]

@@ -1,0 +1,423 @@
+"""The content-addressed store of stage results and compiled models.
+
+An entry is a folder named by the hash of everything its content depends on (its ingredients), with a manifest
+`entry.json` beside its files. Entries appear whole, by a rename; a lock for each key lets processes share one store
+and do no work twice; a damaged entry is a miss. On POSIX a file that somebody has open or mapped survives its removal, so
+pruning never pulls a model from under a running pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ovforge.errors import CacheError, ConfigError
+from ovforge.files import atomic_write, sync_file, sync_folder
+
+__all__ = ["Cache", "CacheWarning", "DigestMemo", "Entry", "Explanation", "Ingredients", "digest_file", "key_of"]
+
+Ingredients = Mapping[str, Any]
+"""JSON-able: all that a result depends on, such as stage, input digest, plugin, version, options."""
+
+_MANIFEST = "entry.json"
+_DEFAULT_SIZE = 20 * 2**30
+_ABANDONED = 24 * 3600.0
+"""Seconds after which what a dead process left is cleared away."""
+
+_IN_USE = 60.0
+"""Seconds after its last use in which an entry is spared by pruning, since a pipeline may be opening it."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class CacheWarning(UserWarning):
+    """Something in the cache was damaged; it is made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored result. `files` maps relative name -> {"size", "sha256"}; times are seconds since the epoch."""
+
+    key: str
+    path: Path
+    stage: str
+    label: str
+    size: int
+    created: float
+    last_used: float
+    ingredients: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Whether there is an entry, and if not, why: (ingredient, then, now) against the nearest stored one."""
+
+    hit: bool
+    reason: str
+    differences: tuple[tuple[str, Any, Any], ...] = ()
+
+
+def key_of(ingredients: Ingredients) -> str:
+    """Return the sha256 (hex) of the canonical JSON of `ingredients`."""
+    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path, memo: DigestMemo | None = None) -> str:
+    """Return the sha256 (hex) of a file's content; `memo` remembers it."""
+    before = path.stat()
+    if memo is not None and (known := memo.get(path, before)):
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if memo is not None:
+        memo.put(path, before, digest)
+    return digest
+
+
+class DigestMemo:
+    """Remembers digests by path, size, time of change and inode, so that 2 GB are not hashed at each start.
+
+    A file changed within the last two seconds is not remembered: it could change again without its time showing it.
+    """
+
+    _RACY = 2.0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, list[Any]] | None = None
+
+    def get(self, path: Path, stat: os.stat_result) -> str | None:
+        """Return the digest, where the file is as it was."""
+        *then, digest = self._load().get(str(path.resolve()), [None])
+        return str(digest) if then == self._state(stat) else None
+
+    def put(self, path: Path, stat: os.stat_result, digest: str) -> None:
+        """Remember a digest; failing to write is no failure."""
+        if time.time() - stat.st_mtime < self._RACY:
+            return
+        known = {name: state for name, state in self._load().items() if Path(name).exists()}
+        known[str(path.resolve())] = [*self._state(stat), digest]
+        self._known = known
+        with contextlib.suppress(OSError):
+            atomic_write(self.path, json.dumps(known).encode())
+
+    def _load(self) -> dict[str, list[Any]]:
+        if self._known is None:
+            try:
+                self._known = dict(json.loads(self.path.read_bytes()))
+            except (OSError, ValueError, TypeError):
+                self._known = {}
+        return self._known
+
+    @staticmethod
+    def _state(stat: os.stat_result) -> list[Any]:
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+class Cache:
+    """Entries below `root`/entries, at most `max_bytes` of them together."""
+
+    def __init__(self, root: Path, max_bytes: int = _DEFAULT_SIZE) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"the cache cannot hold {max_bytes} bytes", hint="Give a size of 0 or more.")
+        self.root = root
+        self.max_bytes = max_bytes
+        self.memo = DigestMemo(root / "digests.json")
+
+    @classmethod
+    def default(cls) -> Cache:
+        """Return the user's cache: $OVFORGE_CACHE_DIR, capped at $OVFORGE_CACHE_SIZE ("20GB", "500MiB")."""
+        from platformdirs import user_cache_path
+
+        named = os.environ.get("OVFORGE_CACHE_DIR")
+        root = Path(named) if named else user_cache_path("ovforge", appauthor=False)
+        return cls(root, parse_size(os.environ.get("OVFORGE_CACHE_SIZE", str(_DEFAULT_SIZE))))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def get(self, ingredients: Ingredients) -> Entry | None:
+        """Return the entry, or None. A damaged one is removed with a CacheWarning, and is a miss."""
+        key = key_of(ingredients)
+        if not self._folder(key).is_dir():
+            return None
+        try:
+            entry = self._read(key)
+        except _DamagedError as damage:
+            warnings.warn(f"cache entry {key[:12]} is damaged ({damage}) and is made again", CacheWarning, stacklevel=2)
+            self.remove(key)
+            return None
+        with contextlib.suppress(OSError):  # a read-only cache still serves
+            os.utime(entry.path / _MANIFEST)
+        return entry
+
+    def entries(self) -> list[Entry]:
+        """Return all readable entries, the one used longest ago first."""
+        found = []
+        for key in self._keys():
+            with contextlib.suppress(_DamagedError):
+                found.append(self._read(key))
+        return sorted(found, key=lambda entry: entry.last_used)
+
+    def explain(self, ingredients: Ingredients) -> Explanation:
+        """Say whether these ingredients hit, and if not, what differs from the nearest entry of the same stage."""
+        key = key_of(ingredients)
+        if self._folder(key).is_dir():
+            try:
+                self._read(key)
+            except _DamagedError as damage:
+                return Explanation(False, f"damaged: {damage}")
+            return Explanation(True, "stored")
+        now = _flat(ingredients)
+        candidates = [_flat(entry.ingredients) for entry in self.entries() if entry.stage == ingredients.get("stage")]
+        if not candidates:
+            return Explanation(False, f"nothing of the stage {ingredients.get('stage')!r} is stored yet")
+        # Later entries were used later: of equally near ones, the last used tells the user most.
+        nearest = min(reversed(candidates), key=lambda then: len(_differences(then, now)))
+        differences = _differences(nearest, now)
+        names = ", ".join(name for name, _, _ in differences)
+        return Explanation(False, f"differs from the nearest entry in: {names}", differences)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def put(self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str) -> Entry:
+        """Store what `write` puts into the folder it is given; what is there already stays and is returned."""
+        return self.get_or_make(ingredients, write, label=label)[0]
+
+    def get_or_make(
+        self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str
+    ) -> tuple[Entry, bool]:
+        """Return (entry, whether it was there). One process makes it, others that ask meanwhile wait for it.
+
+        Raises CacheError where the disk is full or not writable; nothing half-made is left.
+        """
+        from filelock import FileLock
+
+        if (entry := self.get(ingredients)) is not None:
+            return entry, True
+        key = key_of(ingredients)
+        with self._explained(f"storing {label}"):
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / "locks" / f"{key}.lock"):
+                if (entry := self.get(ingredients)) is not None:
+                    return entry, True
+                self._make(key, ingredients, write, label)
+                entry = self._read(key)
+        self.prune(keep=key)
+        return entry, False
+
+    def _make(self, key: str, ingredients: Ingredients, write: Callable[[Path], None], label: str) -> None:
+        target = self._folder(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = self.root / "work"
+        work.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{key[:12]}-{os.getpid()}-", dir=work))
+        try:
+            write(temporary)
+            files = {}
+            for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                sync_file(file)
+                files[file.relative_to(temporary).as_posix()] = {
+                    "size": file.stat().st_size,
+                    "sha256": digest_file(file),
+                }
+            manifest = {
+                "key": key,
+                "label": label,
+                "created": time.time(),
+                "ingredients": dict(ingredients),
+                "files": files,
+            }
+            atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            temporary.chmod(0o755)
+            temporary.rename(target)
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Turn what the disk says into words."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                free = shutil.disk_usage(self.root).free if self.root.exists() else 0
+                raise CacheError(
+                    f"the disk is full while {doing}; {free / 2**20:.0f} MiB are free",
+                    where=str(self.root),
+                    hint="Free some space, run `ovforge cache prune --size 1GB`, or set OVFORGE_CACHE_DIR.",
+                ) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                raise CacheError(
+                    f"not writable while {doing}: {error.strerror}",
+                    where=str(self.root),
+                    hint="Set OVFORGE_CACHE_DIR to a folder of your own.",
+                ) from error
+            raise
+
+    # -- keeping house ---------------------------------------------------------------------------------------------
+
+    def remove(self, key: str) -> None:
+        """Remove an entry, whole at once: it is renamed away first."""
+        work = self.root / "work"
+        with contextlib.suppress(FileNotFoundError):
+            work.mkdir(parents=True, exist_ok=True)
+            doomed = Path(tempfile.mkdtemp(prefix=f"removed-{os.getpid()}-", dir=work))
+            try:
+                self._folder(key).rename(doomed / key)
+            finally:
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> list[Entry]:
+        """Remove entries used longest ago until `max_bytes` (default: the cap) hold; return what was removed.
+
+        Entries used within the last minute are spared unless a size is given here; so is the entry `keep`.
+        """
+        self._clear_abandoned()
+        limit = self.max_bytes if max_bytes is None else max_bytes
+        spare_after = time.time() - _IN_USE if max_bytes is None else float("inf")
+        entries = self.entries()
+        total = sum(entry.size for entry in entries)
+        removed = []
+        for entry in entries:
+            if total <= limit:
+                break
+            if entry.key == keep or entry.last_used > spare_after:
+                continue
+            self.remove(entry.key)
+            total -= entry.size
+            removed.append(entry)
+        return removed
+
+    def verify(self, *, repair: bool = False) -> list[tuple[str, str]]:
+        """Read every byte again; return (key, what is wrong) of damaged entries, removed where `repair`."""
+        damaged = []
+        for key in self._keys():
+            try:
+                entry = self._read(key)
+                for name, facts in entry.files.items():
+                    if digest_file(entry.path / name) != facts["sha256"]:
+                        raise _DamagedError(f"{name} has changed")
+            except (_DamagedError, OSError) as damage:
+                damaged.append((key, str(damage)))
+                if repair:
+                    self.remove(key)
+        return damaged
+
+    def _clear_abandoned(self) -> None:
+        """Remove what dead processes left: their work folders, and locks nobody has touched for a day."""
+        for folder in _listing(self.root / "work"):
+            if not _alive(folder.name) or _age(folder) > _ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
+        for lock in _listing(self.root / "locks"):
+            if _age(lock) > _ABANDONED:
+                lock.unlink(missing_ok=True)
+
+    def _folder(self, key: str) -> Path:
+        return self.root / "entries" / key[:2] / key
+
+    def _keys(self) -> list[str]:
+        return [folder.name for group in _listing(self.root / "entries") for folder in _listing(group)]
+
+    def _read(self, key: str) -> Entry:
+        """Read a manifest and check that its files are there in their sizes; raise _DamagedError otherwise."""
+        folder = self._folder(key)
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            used = (folder / _MANIFEST).stat().st_mtime
+            files: dict[str, dict[str, Any]] = manifest["files"]
+            for name, facts in files.items():
+                size = (folder / name).stat().st_size
+                if size != facts["size"]:
+                    raise _DamagedError(f"{name} has {size} bytes instead of {facts['size']}")
+            if key_of(manifest["ingredients"]) != key:
+                raise _DamagedError("its manifest belongs to another entry")
+            return Entry(
+                key=key,
+                path=folder,
+                stage=str(manifest["ingredients"].get("stage", "")),
+                label=str(manifest["label"]),
+                size=sum(facts["size"] for facts in files.values()),
+                created=float(manifest["created"]),
+                last_used=used,
+                ingredients=manifest["ingredients"],
+                files=files,
+            )
+        except FileNotFoundError as error:
+            raise _DamagedError(f"{Path(error.filename).name} is missing") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _DamagedError(f"its manifest cannot be read: {error}") from error
+
+
+class _DamagedError(Exception):
+    """An entry is not what its manifest says."""
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from "500MiB", "20 GB", "1000". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is no size", hint="Write a number with a unit: 500MB, 20GB, 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted name: leaf} of nested mappings and lists."""
+    if isinstance(value, Mapping):
+        pairs: Any = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in pairs:
+        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[tuple[str, Any, Any], ...]:
+    names = sorted(set(then) | set(now))
+    return tuple((name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name))
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _alive(name: str) -> bool:
+    """Say whether the process that a work folder is named after is there; True where that cannot be told."""
+    owner = name.rsplit("-", 2)[-2] if name.count("-") >= 2 else ""
+    if not owner.isdigit() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

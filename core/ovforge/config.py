@@ -1,0 +1,249 @@
+"""PipelineConfig: what a pipeline is, from TOML, JSON, a dict or Python, with errors that name the key.
+
+Options of extensions are kept as written until the extension that takes them is known; `validate_options` then
+checks them with its own pydantic model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from ovforge.errors import ConfigError, did_you_mean
+
+__all__ = ["InputFile", "PipelineConfig", "Use", "apply_overrides", "input_files", "read_config", "validate_options"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _FileMarker:
+    """Marks an option that names a file whose content matters: the cache's keys hold its digest."""
+
+
+def _from_base(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    return Path(base) / path.expanduser() if base else path.expanduser()
+
+
+InputFile = Annotated[Path, AfterValidator(_from_base), _FileMarker()]
+"""Type of an option that names a file or folder to read; relative paths start at the config's folder."""
+
+
+class Use(BaseModel):
+    """An extension by name, with its options: `Use("lora", path="x.safetensors", scale=0.75)`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    use: str
+
+    def __init__(self, use: str | None = None, /, **options: Any) -> None:
+        super().__init__(**({"use": use} if use is not None else {}), **options)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        """`scheduler = "lcm"` says the same as `scheduler = {use = "lcm"}`."""
+        return {"use": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as written."""
+        return dict(self.model_extra or {})
+
+
+class Load(BaseModel):
+    """Where the model comes from. Without `use`, the loader is found by the content of `source`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    source: str = Field(description="A folder or file, or package:NAME/PATH inside an installed Python package.")
+    use: str | None = Field(None, description="The loader; found by content where it is not given.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_source(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return {"source": str(value)}
+        if isinstance(value, Mapping) and isinstance(value.get("source"), Path):
+            return {**value, "source": str(value["source"])}
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The loader's options as written."""
+        return dict(self.model_extra or {})
+
+
+class PipelineConfig(BaseModel):
+    """A whole pipeline. `input` holds what a call takes where the call itself does not say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: Use = Field(description="What the pipeline is for.")
+    load: Load
+    transform: tuple[Use, ...] = Field((), description="Changes to the models; phases first, then this order.")
+    quantize: tuple[Use, ...] = Field((), description="Lower precision for named roles.")
+    scheduler: Use | None = Field(None, description="The sampling method; by default the model's own.")
+    device: Use = Field(default_factory=lambda: Use("cpu"), description="Where to run.")
+    input: dict[str, Any] = Field(default_factory=dict, description="The task's inputs: prompt, steps, seed...")
+    strict: bool = Field(True, description="Refuse to go on where something asked for could not be applied.")
+    output: str | None = Field(None, description="Where `ovforge run` writes its result.")
+
+    @classmethod
+    def of(cls, value: Any, *, where: str = "config") -> PipelineConfig:
+        """Check a dict, or return a config as it is. Raises ConfigError that names the key."""
+        if isinstance(value, PipelineConfig):
+            return value
+        return checked(cls, value, where=where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config as it would be written: no defaults, names instead of tables without options."""
+        written = self.model_dump(mode="json", exclude_defaults=True)
+        for key in ("task", "scheduler", "device"):
+            if set(written.get(key) or {}) == {"use"}:
+                written[key] = written[key]["use"]
+        if set(written["load"]) == {"source"}:
+            written["load"] = written["load"]["source"]
+        return written
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON file. Raises ConfigError that names the file and, for syntax, the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError("no such file", where=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot be read as text: {error}", where=str(path), hint="A config is a .toml or .json file."
+        ) from error
+    try:
+        value = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(f"not valid {kind}: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise ConfigError("expected an object", where=str(path))
+    return value
+
+
+def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `config` with each "key.path=value" set; the value is TOML, or text where it is not.
+
+    List items are named by number: `transform.0.scale=0.5`; one past the end appends.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{override!r} is not KEY=VALUE", where="--set", hint="Example: --set scheduler.use=lcm")
+        _set(changed, key.strip().split("."), _value(text.strip()), f"--set {override}")
+    return changed
+
+
+def _set(target: Any, path: list[str], value: Any, where: str) -> None:
+    for position, key in enumerate(path):
+        last = position == len(path) - 1
+        if isinstance(target, list):
+            index = int(key) if key.isdigit() else -1
+            if not 0 <= index <= len(target):
+                raise ConfigError(f"{key!r} is no position in a list of {len(target)}", where=where)
+            if index == len(target):
+                target.append({})
+            place: Any = index
+        else:
+            place = key
+            if place not in target:
+                target[place] = [] if not last and path[position + 1].isdigit() else {}
+        if last:
+            target[place] = value
+            return
+        if isinstance(target[place], str):  # the short forms: scheduler = "lcm", load = "folder"
+            target[place] = {"source" if key == "load" else "use": target[place]}
+        if not isinstance(target[place], dict | list):
+            raise ConfigError(f"{'.'.join(path[: position + 1])} is a value, not a table", where=where)
+        target = target[place]
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def validate_options(
+    model: type[BaseModel] | None, options: Mapping[str, Any], *, where: str, base: Path | None = None
+) -> BaseModel | None:
+    """Check an extension's options with its own model. `base` is the folder that InputFile options start at."""
+    if model is None:
+        if options:
+            raise ConfigError(f"takes no options, and {', '.join(map(repr, options))} is given", where=where)
+        return None
+    return checked(model, options, where=where, base=base)
+
+
+def checked(model: type[Model], value: Any, *, where: str, base: Path | None = None) -> Model:
+    """Validate `value`; a pydantic error becomes a ConfigError in plain words."""
+    try:
+        return model.model_validate(value, context={"base": base})
+    except ValidationError as error:
+        raise explain(error, model, where) from error
+
+
+def input_files(options: BaseModel | None) -> list[Path]:
+    """Return the files that InputFile options name."""
+    if options is None:
+        return []
+    return [
+        value
+        for name, info in type(options).model_fields.items()
+        if any(isinstance(item, _FileMarker) for item in info.metadata)
+        and isinstance(value := getattr(options, name), Path)
+    ]
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
+    """Put pydantic's errors in words: the key, what is wrong, what would be right."""
+    problems = [_problem(dict(problem), model) for problem in error.errors(include_url=False)]
+    return ConfigError("; ".join(dict.fromkeys(what for what, _ in problems)), where=where, hint=problems[0][1])
+
+
+def _problem(problem: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path) or "the whole"
+    fields = _fields(model, path[:-1])
+    listing = f"Known keys: {', '.join(fields)}." if fields else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key `{key}`.{did_you_mean(path[-1], fields)}", listing
+    if problem["type"] == "missing":
+        return f"the key `{key}` is missing", listing
+    message = re.sub(r"^(Input|Value error,) ?", "", problem["msg"])
+    given = problem.get("input")
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"`{key}` {message[0].lower()}{message[1:]}{shown}", ""
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Return the known keys at `path` inside `model`."""
+    current: Any = model
+    for part in path:
+        info = getattr(current, "model_fields", {}).get(part)
+        if info is None:
+            return []
+        current = info.annotation
+    return list(getattr(current, "model_fields", {}))

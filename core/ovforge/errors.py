@@ -1,0 +1,64 @@
+"""One hierarchy of errors: each says what went wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "DeviceError",
+    "InputError",
+    "ModelError",
+    "OvforgeError",
+    "PluginError",
+    "did_you_mean",
+]
+
+
+class OvforgeError(Exception):
+    """An error that a user can act upon.
+
+    `what` is one sentence. `where` names the file, key or option; `hint` says what to do next.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  {self.hint}" if self.hint else head
+
+
+class ConfigError(OvforgeError):
+    """A pipeline config or an option in it is wrong."""
+
+
+class PluginError(OvforgeError):
+    """A plugin is unknown, not installed, switched off or broken."""
+
+
+class ModelError(OvforgeError):
+    """A model file cannot be read, or does not hold what the pipeline needs."""
+
+
+class DeviceError(OvforgeError):
+    """A device is absent or cannot do what was asked of it."""
+
+
+class InputError(OvforgeError):
+    """An input of a task (a prompt, a size, a picture) is out of its range."""
+
+
+class CacheError(OvforgeError):
+    """The cache cannot be read or written."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the choice nearest to `word`, or "" where none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

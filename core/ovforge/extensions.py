@@ -1,0 +1,160 @@
+"""The typed, frozen descriptions that hooks yield.
+
+A description is cheap. `factory`, `config` and `inputs` may be import strings ("package.module:Name"), resolved
+when first used, so that listing forty plugins imports none of their dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ovforge.errors import PluginError
+from ovforge.stages import Phase
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = [
+    "KINDS",
+    "CommandExtension",
+    "DeviceExtension",
+    "Extension",
+    "GraphTransformExtension",
+    "LoaderExtension",
+    "QuantizerExtension",
+    "SchedulerExtension",
+    "TaskExtension",
+    "resolve",
+]
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+def resolve(reference: Any) -> Any:
+    """Return what an import string "package.module:Name" names; anything else is returned as it is."""
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"cannot import: {error}", where=reference) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """What all descriptions have.
+
+    `name` is what a config says after `use =`: lower case, digits, hyphens. `config` is a pydantic model with
+    extra="forbid" whose fields are the options; None where there are no options.
+    """
+
+    kind: ClassVar[str]
+
+    name: str
+    summary: str
+    factory: str | Callable[..., Any]
+    config: str | type[BaseModel] | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise PluginError(
+                f"{self.name!r} is no extension name", hint="Use lower-case words joined by hyphens."
+            )
+        if not self.summary.strip() or "\n" in self.summary:
+            raise PluginError("the summary must be one line", where=self.name)
+
+    def options_model(self) -> type[BaseModel] | None:
+        """Return the pydantic model of the options, imported if need be."""
+        model: type[BaseModel] | None = resolve(self.config)
+        return model
+
+    def create(self, *arguments: Any) -> Any:
+        """Call the factory."""
+        return resolve(self.factory)(*arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderExtension(Extension):
+    """Opens a kind of source. `factory(options) -> Loader`.
+
+    `converts` says that loading is dear (a conversion), so that its result goes into the cache.
+    """
+
+    kind: ClassVar[str] = "loader"
+    converts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphTransformExtension(Extension):
+    """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options."""
+
+    kind: ClassVar[str] = "transform"
+    phase: Phase | Callable[[Any], Phase]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerExtension(Extension):
+    """Lowers precision. `factory(options) -> Quantizer`; runs in Phase.PRECISION."""
+
+    kind: ClassVar[str] = "quantizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerExtension(Extension):
+    """Samples. `factory(options, model_config) -> Scheduler`.
+
+    `implements` names the diffusers classes that it stands for: a model whose scheduler_config.json
+    names one of them gets this scheduler where the config names none.
+    """
+
+    kind: ClassVar[str] = "scheduler"
+    implements: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceExtension(Extension):
+    """A place to run. `factory(options) -> Device`."""
+
+    kind: ClassVar[str] = "device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskExtension(Extension):
+    """What a pipeline is for. `factory(options, context) -> Task`.
+
+    `inputs` is the pydantic model (extra="forbid") of what one call takes; `roles` names the models that the
+    task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
+    """
+
+    kind: ClassVar[str] = "task"
+    inputs: str | type[BaseModel]
+    roles: tuple[str, ...]
+    optional_roles: tuple[str, ...] = ()
+
+    def inputs_model(self) -> type[BaseModel]:
+        """Return the pydantic model of the inputs, imported if need be."""
+        model: type[BaseModel] = resolve(self.inputs)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandExtension(Extension):
+    """A command of the `ovforge` program. `factory` is the typer-style function, or a typer.Typer app."""
+
+    kind: ClassVar[str] = "command"
+
+
+KINDS: tuple[type[Extension], ...] = (
+    LoaderExtension,
+    GraphTransformExtension,
+    QuantizerExtension,
+    SchedulerExtension,
+    DeviceExtension,
+    TaskExtension,
+    CommandExtension,
+)

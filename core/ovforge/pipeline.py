@@ -1,0 +1,611 @@
+"""From a config to a running pipeline: the only module that knows the order of the stages.
+
+config -> Recipe (every name found, every option checked) -> bundle -> compiled models -> task.
+Each stage's result is looked up in the cache by the content of what went in, before it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import ovforge
+from ovforge.bundle import Control, ModelBundle, path_of, write_json
+from ovforge.cache import Cache, Entry, digest_file, key_of
+from ovforge.compiled import CompiledBundle, compile_ingredients, placement
+from ovforge.config import (
+    PipelineConfig,
+    Use,
+    apply_overrides,
+    checked,
+    input_files,
+    read_config,
+    validate_options,
+)
+from ovforge.errors import ConfigError, ModelError, OvforgeError, PluginError
+from ovforge.extensions import GraphTransformExtension, LoaderExtension, SchedulerExtension, TaskExtension
+from ovforge.plugins import Offer, Plugins
+from ovforge.results import Result, Timings, read_provenance
+from ovforge.runtime import openvino_version
+from ovforge.sources import FileSource, Source, open_source, source_digest
+from ovforge.stages import (
+    DevicePlan,
+    Match,
+    Phase,
+    Progress,
+    Report,
+    Scheduler,
+    Skipped,
+    TaskContext,
+    ignore_progress,
+)
+
+__all__ = ["Pipeline", "Plan", "PlannedStage", "load", "plan"]
+
+_STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A transform or quantizer with its checked options."""
+
+    kind: str
+    offer: Offer
+    options: BaseModel | None
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A config with every name found and every option checked; nothing has been read or converted yet."""
+
+    config: PipelineConfig
+    base: Path
+    source: Source
+    loader: Offer
+    loader_options: BaseModel | None
+    steps: tuple[Step, ...]
+    task: Offer
+    task_options: BaseModel | None
+    scheduler: Offer | None
+    scheduler_options: BaseModel | None
+    device: Offer
+    device_options: BaseModel | None
+
+    @property
+    def task_extension(self) -> TaskExtension:
+        """The task's description."""
+        assert isinstance(self.task.extension, TaskExtension)
+        return self.task.extension
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of a plan. `state` is "cached", "to do", or "direct" where there is nothing to store."""
+
+    stage: str
+    use: str
+    plugin: str
+    version: str
+    state: str
+    why: str = ""
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pipeline would do."""
+
+    stages: tuple[PlannedStage, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+# -- config -> recipe ---------------------------------------------------------------------------------------------
+
+
+def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cache | None) -> Recipe:
+    """Find every name and check every option, so that a mistake is known before any work starts."""
+    task = plugins.find("task", config.task.use)
+    checked_task = _options(task, config.task.options, "task", base)
+    device = plugins.find("device", config.device.use)
+    device_options = _options(device, config.device.options, "device", base)
+    scheduler = plugins.find("scheduler", config.scheduler.use) if config.scheduler else None
+    scheduler_options = (
+        _options(scheduler, config.scheduler.options, "scheduler", base) if scheduler and config.scheduler else None
+    )
+    steps = [
+        *(_step(plugins, "transform", use, f"transform.{n}", base) for n, use in enumerate(config.transform)),
+        *(_step(plugins, "quantizer", use, f"quantize.{n}", base) for n, use in enumerate(config.quantize)),
+    ]
+    source = open_source(config.load.source, base, cache.memo if cache else None)
+    loader = find_loader(source, config.load.use, plugins)
+    return Recipe(
+        config=config,
+        base=base,
+        source=source,
+        loader=loader,
+        loader_options=_options(loader, config.load.options, "load", base),
+        steps=tuple(sorted(steps, key=lambda step: step.phase)),
+        task=task,
+        task_options=checked_task,
+        scheduler=scheduler,
+        scheduler_options=scheduler_options,
+        device=device,
+        device_options=device_options,
+    )
+
+
+def _options(offer: Offer, options: Mapping[str, Any], key: str, base: Path) -> BaseModel | None:
+    where = f"{key} ({offer.extension.name})"
+    return validate_options(offer.extension.options_model(), options, where=where, base=base)
+
+
+def _step(plugins: Plugins, kind: str, use: Use, key: str, base: Path) -> Step:
+    offer = plugins.find(kind, use.use)
+    options = _options(offer, use.options, key, base)
+    phase: Any = Phase.PRECISION
+    if isinstance(offer.extension, GraphTransformExtension):
+        phase = offer.extension.phase
+    return Step(kind, offer, options, phase(options) if callable(phase) else phase)
+
+
+def find_loader(source: Source, name: str | None, plugins: Plugins) -> Offer:
+    """Return the loader named, or the one that is surest of the source; what is built in is asked first."""
+    if name is not None:
+        return plugins.find("loader", name)
+    native = plugins.find("loader", "openvino")
+    if _match(native, source) is Match.YES:
+        return native
+    offers = plugins.all("loader")
+    matches = sorted(((_match(offer, source), offer.extension.name, offer) for offer in offers), key=lambda m: m[:2])
+    best = [offer for match, _, offer in matches if match is matches[-1][0]]
+    if matches[-1][0] is Match.NO:
+        looks = ", ".join(list(source.files())[:5]) or "nothing"
+        raise ModelError(
+            "no loader knows what this is",
+            where=source.name,
+            hint=f"It holds: {looks}. Loaders here: {', '.join(offer.extension.name for offer in offers)}; "
+            "for a diffusers folder run: pip install 'ovforge-diffusers[convert]'",
+        )
+    if len(best) > 1:
+        names = ", ".join(offer.extension.name for offer in best)
+        raise ConfigError(f"several loaders take this source: {names}", where=source.name, hint="Set load.use to one.")
+    return best[0]
+
+
+def _match(offer: Offer, source: Source) -> Match:
+    # A loader may look at a source only without its options: they are not known to be meant for it.
+    model = offer.extension.options_model()
+    found: Match = offer.extension.create(model() if model else None).can_load(source)
+    return found
+
+
+# -- recipe -> bundle ---------------------------------------------------------------------------------------------
+
+
+def _versioned(offer: Offer, kind: str, options: BaseModel | None, memo: Any) -> dict[str, Any]:
+    """Return the part of a stage's ingredients that says who does it and how; files count by their content."""
+    files = {str(path): _content(path, memo) for path in input_files(options)}
+    said = options.model_dump(mode="json") if options else {}
+    plain = json.loads(json.dumps(said))
+    return {
+        "stage": kind,
+        "use": offer.extension.name,
+        "plugin": offer.plugin,
+        "version": offer.version,
+        "options": {key: files.get(value, value) if isinstance(value, str) else value for key, value in plain.items()},
+        "openvino": openvino_version(),
+    }
+
+
+def _content(path: Path, memo: Any) -> str:
+    source = FileSource(path, memo=memo)
+    return source_digest(source) if path.is_dir() else digest_file(path, memo)
+
+
+def load_ingredients(recipe: Recipe, cache: Cache) -> dict[str, Any]:
+    """Return what a conversion depends on."""
+    return {
+        **_versioned(recipe.loader, "load", recipe.loader_options, cache.memo),
+        "input": source_digest(recipe.source),
+    }
+
+
+def open_bundle(recipe: Recipe, cache: Cache | None, progress: Callable[[Progress], None]) -> ModelBundle:
+    """Load, or find the conversion in the cache."""
+    loader = recipe.loader.extension
+    assert isinstance(loader, LoaderExtension)
+
+    def make() -> ModelBundle:
+        progress(Progress("load", 0, 1, f"{loader.name}: {recipe.source.name}"))
+        bundle: ModelBundle = loader.create(recipe.loader_options).load(recipe.source)
+        return bundle
+
+    if cache is None or not loader.converts:
+        return make()
+    entry, _ = cache.get_or_make(
+        load_ingredients(recipe, cache),
+        lambda folder: make().write_into(folder),
+        label=f"{loader.name} {recipe.source.name}",
+    )
+    return _bundle_of(entry)
+
+
+def _bundle_of(entry: Entry) -> ModelBundle:
+    """Open an entry that holds a whole bundle; its manifest already knows every file's digest."""
+    return ModelBundle.open(_EntrySource(entry))
+
+
+class _EntrySource(FileSource):
+    """A cache entry's files, whose digests its manifest holds."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry.path, f"cache entry {entry.key[:12]}")
+        self._entry = entry
+
+    def files(self) -> Mapping[str, int]:
+        return {name: facts["size"] for name, facts in self._entry.files.items()}
+
+    def digest(self, path: str) -> str:
+        return str(self._entry.files[path]["sha256"])
+
+
+def step_ingredients(step: Step, identity: str, memo: Any) -> dict[str, Any]:
+    """Return what a transform's result depends on."""
+    return {**_versioned(step.offer, step.kind, step.options, memo), "input": identity}
+
+
+def apply_step(step: Step, bundle: ModelBundle, cache: Cache | None, strict: bool) -> Report:
+    """Change the bundle by one step, or take the changed models from the cache."""
+    before = bundle.digest()
+    if cache is None or before is None:
+        return _apply(step, bundle, strict)
+    ingredients = step_ingredients(step, before, cache.memo)
+
+    def write(folder: Path) -> None:
+        report = _apply(step, bundle, strict)
+        for role in report.roles:
+            bundle.write_model(role, folder)
+        write_json(folder / _STAGE_FILE, _delta(bundle, report))
+
+    entry, _ = cache.get_or_make(ingredients, write, label=f"{step.offer.extension.name}")
+    report = _take(entry, bundle)
+    _check_strict(step, report, strict)
+    return report
+
+
+def _apply(step: Step, bundle: ModelBundle, strict: bool) -> Report:
+    stage = step.offer.extension.create(step.options)
+    if step.kind == "quantizer":
+        raise PluginError(
+            "quantizers need a calibration, which this version of the core does not record",
+            where=step.offer.extension.name,
+        )
+    report: Report = stage.apply(bundle)
+    _check_strict(step, report, strict)
+    for role in report.roles:
+        bundle.identity.pop(role, None)
+        bundle.location.pop(role, None)
+    return report
+
+
+def _check_strict(step: Step, report: Report, strict: bool) -> None:
+    if strict and report.skipped:
+        first = report.skipped[0]
+        more = f" and {len(report.skipped) - 1} more" if len(report.skipped) > 1 else ""
+        raise ModelError(
+            f"{first.item} could not be applied: {first.reason}{more}",
+            where=step.offer.extension.name,
+            hint="Set strict = false to go on without.",
+        )
+
+
+def _delta(bundle: ModelBundle, report: Report) -> dict[str, Any]:
+    return {
+        "report": asdict(report),
+        "configs": bundle.configs,
+        "index": bundle.index,
+        "assets": {path: data.decode("latin-1") for path, data in bundle.assets.items()},
+        "controls": {name: asdict(control) for name, control in bundle.controls.items()},
+    }
+
+
+def _take(entry: Entry, bundle: ModelBundle) -> Report:
+    """Put a stored step's models and the rest into the bundle."""
+    delta = json.loads((entry.path / _STAGE_FILE).read_bytes())
+    changed = ModelBundle.open(_EntrySource(entry))
+    said = delta["report"]
+    report = Report(
+        **{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]}
+    )
+    for role in report.roles:
+        bundle.models.lazy(role, lambda role=role: changed.models[role])  # type: ignore[misc]
+        bundle.identity[role] = changed.identity[role]
+        bundle.location[role] = changed.location[role]
+    bundle.configs, bundle.index = delta["configs"], delta["index"]
+    bundle.assets = {path: data.encode("latin-1") for path, data in delta["assets"].items()}
+    bundle.controls = {
+        name: Control(**{**control, "shape": tuple(control["shape"])}) for name, control in delta["controls"].items()
+    }
+    return report
+
+
+# -- the pipeline --------------------------------------------------------------------------------------------------
+
+
+class Pipeline:
+    """A model that is loaded, changed, compiled and ready: call it.
+
+        pipe = Pipeline("text-to-image", source="models/lcm", scheduler="lcm")
+        result = pipe("a beautiful pink unicorn, 8k", steps=4, seed=1234567)
+
+    `transforms`, `quantize`, `scheduler` and `device` take names or `Use(...)`; options of `task` and `load` are
+    given as `Use("text-to-image", ...)` and `load={...}`. `cache=None` keeps nothing on disk.
+    """
+
+    def __init__(
+        self,
+        task: str | Use | PipelineConfig,
+        source: str | Path | None = None,
+        *,
+        load: Mapping[str, Any] | None = None,
+        transforms: Sequence[str | Use] = (),
+        quantize: Sequence[str | Use] = (),
+        scheduler: str | Use | None = None,
+        device: str | Use = "cpu",
+        input: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        base: Path | None = None,
+        plugins: Plugins | None = None,
+        cache: Cache | None | str = "default",
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> None:
+        if isinstance(task, PipelineConfig):
+            config = task
+        else:
+            config = PipelineConfig.of(
+                {
+                    "task": task,
+                    "load": {**(load or {}), **({"source": source} if source is not None else {})},
+                    "transform": tuple(transforms),
+                    "quantize": tuple(quantize),
+                    "scheduler": scheduler,
+                    "device": device,
+                    "input": dict(input or {}),
+                    "strict": strict,
+                },
+                where="Pipeline",
+            )
+        self.config = config
+        self.timings = Timings()
+        self._plugins = plugins or Plugins()
+        self._cache = Cache.default() if cache == "default" else cache
+        assert self._cache is None or isinstance(self._cache, Cache)
+        with self.timings.span("load"):
+            self.recipe = make_recipe(config, base or Path.cwd(), self._plugins, self._cache)
+            self.device_plan: DevicePlan = self.recipe.device.extension.create(self.recipe.device_options).plan()
+            self.bundle = open_bundle(self.recipe, self._cache, progress)
+            self.reports = [apply_step(step, self.bundle, self._cache, config.strict) for step in self.recipe.steps]
+        extension = self.recipe.task_extension
+        self.bundle.require(*extension.roles)
+        roles = [*extension.roles, *(role for role in extension.optional_roles if role in self.bundle.models)]
+        self._compile_start = time.perf_counter()
+        self.compiled = CompiledBundle(self.bundle, self.device_plan, roles, self._cache)
+        self._roles = roles
+
+    def __call__(
+        self, *arguments: Any, progress: Callable[[Progress], None] = ignore_progress, **inputs: Any
+    ) -> Result:
+        """Run once. One positional argument is the task's first input; others go by name.
+
+        What is not given comes from the config's [input], then from the task's defaults. Raises ConfigError for an
+        unknown or wrong input.
+        """
+        model = self.recipe.task_extension.inputs_model()
+        if len(arguments) > 1:
+            raise ConfigError(
+                f"{len(arguments)} positional inputs", where="call", hint="Give all but the first by name."
+            )
+        first = dict(zip(model.model_fields, arguments, strict=False))
+        given = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.recipe.base)
+        result: Result = self.task(given, progress)
+        result.timings = self.start_timings().merged(result.timings)
+        result.provenance = {**self.provenance(), **result.provenance}
+        return result
+
+    @cached_property
+    def task(self) -> Any:
+        """The task, built when first needed."""
+        context = TaskContext(bundle=self.compiled, scheduler=self._make_scheduler)
+        return self.recipe.task_extension.create(self.recipe.task_options, context)
+
+    def start_timings(self) -> Timings:
+        """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation."""
+        timings = Timings().merged(self.timings)
+        roles = {role: self.compiled.compiled(role) for role in self._roles}
+        timings.add("compile", max((role.finished for role in roles.values()), default=0.0) - self._compile_start)
+        for name, role in roles.items():
+            timings.add(f"compile.{name}", role.seconds)
+        return timings
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a result depends on, JSON-able, without inputs."""
+        roles = {role: self.compiled.compiled(role) for role in self._roles}
+        offers = [self.recipe.loader, self.recipe.task, self.recipe.device, *(s.offer for s in self.recipe.steps)]
+        offers += [self.recipe.scheduler] if self.recipe.scheduler else []
+        return {
+            "config": self.config.as_dict(),
+            "versions": {
+                "ovforge": ovforge.__version__,
+                "openvino": openvino_version(),
+                **{offer.plugin: offer.version for offer in offers if offer.plugin != "builtin"},
+            },
+            "digests": {role: self.bundle.identity.get(role) for role in self._roles},
+            "device": {"name": self.device_plan.device, "full_name": self.device_plan.full_name},
+            "precision": {role: compiled.precision for role, compiled in roles.items()},
+        }
+
+    def _make_scheduler(self) -> Scheduler:
+        model_config = self.bundle.scheduler_config()
+        offer, options = self.recipe.scheduler, self.recipe.scheduler_options
+        if offer is None:
+            offer = self._scheduler_of(model_config)
+            options = _options(offer, {}, "scheduler", self.recipe.base)
+        scheduler: Scheduler = offer.extension.create(options, model_config)
+        return scheduler
+
+    def _scheduler_of(self, model_config: Mapping[str, Any]) -> Offer:
+        """Return the scheduler that stands for the class which the model names."""
+        wanted = model_config.get("_class_name")
+        offers = self._plugins.all("scheduler")
+        for offer in offers:
+            if isinstance(offer.extension, SchedulerExtension) and wanted in offer.extension.implements:
+                return offer
+        names = ", ".join(sorted(offer.extension.name for offer in offers)) or "none"
+        raise PluginError(
+            f"the model names the scheduler {wanted!r}, and no plugin here has it",
+            where="scheduler",
+            hint=f'Set scheduler.use to one of: {names}; or use = "diffusers" with class_name = "{wanted}" '
+            "(pip install 'ovforge-diffusers[convert]').",
+        )
+
+
+# -- entry points ---------------------------------------------------------------------------------------------------
+
+
+def read_pipeline(
+    config: str | Path | Mapping[str, Any] | PipelineConfig, overrides: Iterable[str] = ()
+) -> tuple[PipelineConfig, Path]:
+    """Return a checked config and the folder that its relative paths start at.
+
+    A path may name a .toml or .json config, or a picture that ovforge made.
+    """
+    if isinstance(config, PipelineConfig):
+        if overrides:
+            return PipelineConfig.of(apply_overrides(config.as_dict(), overrides)), Path.cwd()
+        return config, Path.cwd()
+    if isinstance(config, Mapping):
+        return PipelineConfig.of(apply_overrides(dict(config), overrides)), Path.cwd()
+    path = Path(config)
+    if path.suffix.lower() == ".png":
+        provenance = read_provenance(path)
+        value = {**provenance["config"], "input": {**provenance["config"].get("input", {}), **provenance["inputs"]}}
+        return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), Path.cwd()
+    value = read_config(path)
+    return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), path.resolve().parent
+
+
+def load(
+    config: str | Path | Mapping[str, Any] | PipelineConfig,
+    *,
+    overrides: Iterable[str] = (),
+    plugins: Plugins | None = None,
+    cache: Cache | None | str = "default",
+    progress: Callable[[Progress], None] = ignore_progress,
+) -> Pipeline:
+    """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
+    checked_config, base = read_pipeline(config, overrides)
+    pipeline = Pipeline(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
+    if isinstance(config, str | Path) and Path(config).suffix.lower() == ".png":
+        _compare(read_provenance(Path(config)), pipeline)
+    return pipeline
+
+
+def _compare(then: Mapping[str, Any], pipeline: Pipeline) -> None:
+    """Warn where a picture was made with something else than what is here now."""
+    now = pipeline.provenance()
+    for part in ("digests", "versions", "precision", "device"):
+        if part in then and then[part] != now[part]:
+            changed = [key for key in {**then[part], **now[part]} if then[part].get(key) != now[part].get(key)]
+            warnings.warn(
+                f"the picture was made with other {part} ({', '.join(sorted(changed))}): it may differ", stacklevel=3
+            )
+
+
+def plan(
+    config: str | Path | Mapping[str, Any] | PipelineConfig,
+    *,
+    overrides: Iterable[str] = (),
+    plugins: Plugins | None = None,
+    cache: Cache | None | str = "default",
+) -> Plan:
+    """Return what a pipeline would do, changing nothing: no conversion, no compilation, no write."""
+    checked_config, base = read_pipeline(config, overrides)
+    store = Cache.default() if cache == "default" else cache
+    assert store is None or isinstance(store, Cache)
+    recipe = make_recipe(checked_config, base, plugins or Plugins(), store)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Without a cache everything is to do: an empty one says so.
+        return Plan(tuple(_planned(recipe, store or Cache(Path(scratch)))), recipe.config.as_dict())
+
+
+def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
+    loader = recipe.loader.extension
+    assert isinstance(loader, LoaderExtension)
+    size = sum(recipe.source.files().values())
+    bundle: ModelBundle | None = None
+    if loader.converts:
+        ingredients = load_ingredients(recipe, cache)
+        entry = cache.get(ingredients)
+        bundle = _bundle_of(entry) if entry else None
+        why = "" if entry else cache.explain(ingredients).reason
+        yield _stage("load", recipe.loader, "cached" if entry else "to do", why, entry.size if entry else size)
+    else:
+        bundle = loader.create(recipe.loader_options).load(recipe.source)
+        yield _stage("load", recipe.loader, "direct", "opened where it lies", size)
+    for step in recipe.steps:
+        name = f"{step.kind} ({step.phase.name.lower()})"
+        digest = bundle.digest() if bundle else None
+        if bundle is None or digest is None:
+            yield _stage(name, step.offer, "to do", "after the stage before it")
+            continue
+        ingredients = step_ingredients(step, digest, cache.memo)
+        entry = cache.get(ingredients)
+        if entry is None:
+            yield _stage(name, step.offer, "to do", cache.explain(ingredients).reason)
+            bundle = None
+        else:
+            _take(entry, bundle)
+            yield _stage(name, step.offer, "cached", size=entry.size)
+    device = recipe.device.extension.create(recipe.device_options).plan()
+    task = recipe.task_extension
+    if bundle is not None:
+        bundle.require(*task.roles)
+    for role in (*task.roles, *task.optional_roles):
+        if bundle is not None and role not in bundle.models:
+            continue
+        yield _planned_compilation(role, bundle, device, recipe.device, cache)
+    if recipe.scheduler:
+        yield _stage("scheduler", recipe.scheduler, "direct")
+    yield _stage("task", recipe.task, "direct")
+
+
+def _planned_compilation(
+    role: str, bundle: ModelBundle | None, device: DevicePlan, offer: Offer, cache: Cache
+) -> PlannedStage:
+    stage = f"compile {role}"
+    if bundle is None:
+        return _stage(stage, offer, "to do", "after the stage before it")
+    identity = bundle.identity.get(role)
+    if identity is None or not device.can_export:
+        return _stage(stage, offer, "to do", "this device's compiled models cannot be stored" * (not device.can_export))
+    ingredients = compile_ingredients(role, identity, device, placement(role, device)[1])
+    entry = cache.get(ingredients)
+    if entry is None:
+        return _stage(stage, offer, "to do", cache.explain(ingredients).reason)
+    return _stage(stage, offer, "cached", size=entry.size)
+
+
+def _stage(
+    stage: str, offer: Offer, state: str, why: str = "", size: int | None = None
+) -> PlannedStage:
+    return PlannedStage(stage, offer.extension.name, offer.plugin, offer.version, state, why, size)

@@ -1,0 +1,223 @@
+"""The protocols that an implementation of each stage follows, and the records they exchange.
+
+An extension's `factory` is called with its validated options and returns an object that follows one of these.
+Nothing here imports openvino: the names of its types are for readers and type checkers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import openvino as ov
+    from numpy.typing import NDArray
+
+    from ovforge.bundle import ModelBundle
+    from ovforge.compiled import CompiledBundle
+    from ovforge.results import Result
+    from ovforge.sources import Source
+
+__all__ = [
+    "Calibration",
+    "Device",
+    "DevicePlan",
+    "GraphTransform",
+    "Loader",
+    "Match",
+    "Phase",
+    "Progress",
+    "Quantizer",
+    "RandomStream",
+    "Report",
+    "Sampling",
+    "Scheduler",
+    "Skipped",
+    "Task",
+    "TaskContext",
+    "ignore_progress",
+]
+
+
+class Match(IntEnum):
+    """How sure a loader is that a source is its own."""
+
+    NO = 0
+    MAYBE = 1
+    YES = 2
+
+
+class Phase(IntEnum):
+    """When a transform runs; inside a phase the config's order holds."""
+
+    FUSE = 10
+    STRUCTURE = 20
+    PRECISION = 30
+    ATTACH = 40
+    LAYOUT = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something that was asked for and not applied, and why."""
+
+    item: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What a transform or a quantizer did.
+
+    `roles` names every model that was changed: what is not named here is taken to be untouched.
+    """
+
+    roles: tuple[str, ...] = ()
+    applied: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Loader(Protocol):
+    """Turns files, or a framework's model, into ov.Models by role."""
+
+    def can_load(self, source: Source) -> Match:
+        """Say from names and first bytes whether `source` is ours; reads no whole model, imports nothing heavy."""
+        ...
+
+    def load(self, source: Source) -> ModelBundle:
+        """Read or convert `source`. Raises ModelError where it does not hold what it seems to."""
+        ...
+
+
+class GraphTransform(Protocol):
+    """Changes ov.Models: adapters, embeddings, folding, pre- and post-processing."""
+
+    def apply(self, bundle: ModelBundle) -> Report:
+        """Change `bundle` in place and report. Must depend on the bundle and the options alone."""
+        ...
+
+
+class Calibration(Protocol):
+    """Recorded inputs of roles, for quantizers."""
+
+    def inputs(self, role: str, count: int) -> Sequence[Mapping[str, NDArray[Any]]]:
+        """Return up to `count` recorded input sets of `role`, by input name."""
+        ...
+
+
+class Quantizer(Protocol):
+    """Lowers the precision of named roles."""
+
+    def quantize(self, bundle: ModelBundle, calibration: Calibration) -> Report:
+        """Change `bundle` in place and report."""
+        ...
+
+
+class RandomStream(Protocol):
+    """Draws standard normal numbers; `ovforge.random` has torch-compatible ones."""
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return the next draw, float32, of the given shape."""
+        ...
+
+
+class Sampling(Protocol):
+    """One run of a sampling method over `steps` steps; made by `Scheduler.start`, used by one thread.
+
+    There is no hidden step index: the caller says which step it is at.
+    """
+
+    timesteps: NDArray[Any]
+    """Shape (steps,), int64 or float32, in the order of use."""
+
+    init_noise_sigma: float
+    """Standard deviation of the first latents."""
+
+    def scale_input(self, latents: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+        """Return what the network sees at step `index`; may be `latents` itself."""
+        ...
+
+    def step(
+        self, output: NDArray[np.float32], index: int, latents: NDArray[np.float32], rng: RandomStream
+    ) -> NDArray[np.float32]:
+        """Return the latents after step `index`, from the network's output and the latents before it.
+
+        All arrays are float32 of one shape (batch, channels, height, width). The last step returns what
+        the decoder takes.
+        """
+        ...
+
+
+class Scheduler(Protocol):
+    """A sampling method with its noise schedule: immutable, shared between threads.
+
+    The factory takes (options, model_config): the options of the config and the model's scheduler_config.json.
+    """
+
+    def start(self, steps: int) -> Sampling:
+        """Begin a run of `steps` steps. Raises InputError where the schedule cannot have that many."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Where models run: OpenVINO's device string, its properties, and what it is known as."""
+
+    device: str
+    properties: Mapping[str, Any]
+    full_name: str
+    precision: str
+    """What the device was asked to compute in: "f32", "bf16", "f16", or "auto" where the device decides."""
+    can_export: bool
+    """Whether compiled models can be stored and read back."""
+
+
+class Device(Protocol):
+    """A place to run. `plan` checks and decides; compiling itself is the core's."""
+
+    def plan(self) -> DevicePlan:
+        """Check that the device is there and can do what its options ask. Raises DeviceError otherwise."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A moment of a long piece of work: `done` of `total` steps of `stage`."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+def ignore_progress(_: Progress) -> None:
+    """The progress callback that does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskContext:
+    """All that a task is built from."""
+
+    bundle: CompiledBundle
+    """Compiled models by role, configs, assets."""
+
+    scheduler: Callable[[], Scheduler]
+    """Makes the scheduler of the config, or the one that the model names."""
+
+
+class Task(Protocol):
+    """Text-to-image, detect, ...: runs compiled models. The factory takes (options, context)."""
+
+    def __call__(self, inputs: Any, progress: Callable[[Progress], None]) -> Result:
+        """Run once. `inputs` is an instance of the extension's inputs model."""
+        ...
+
+    def exercise(self, samples: int) -> None:
+        """Run `samples` times on representative inputs, for calibration and benchmarks."""
+        ...
