@@ -451,7 +451,9 @@ class Pipeline:
             },
             "digests": {role: self.bundle.identity.get(role) for role in self._roles},
             "device": {"name": self.device_plan.device, "full_name": self.device_plan.full_name},
-            "precision": {role: compiled.precision for role, compiled in roles.items()},
+            "precision": {
+                role: compiled.precision for role, compiled in roles.items() if not role.startswith("tokenizer")
+            },
         }
 
     def _make_scheduler(self) -> Scheduler:

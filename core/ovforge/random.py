@@ -8,6 +8,7 @@ makes them; what is torch's own is how words become uniform and then normal numb
 from __future__ import annotations
 
 import math
+import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -34,10 +35,8 @@ class Generator:
     """
 
     def __init__(self, seed: int) -> None:
-        if not -(2**63) <= seed < 2**64:
-            raise InputError(f"{seed} is out of range", where="seed", hint="Give a whole number from -2**63 to 2**64 - 1.")
-        self.seed = seed
-        self._words = np.random.RandomState(seed & 0xFFFFFFFF)
+        self.seed = _checked_seed(seed)
+        self._words = np.random.RandomState(self.seed & 0xFFFFFFFF)
         self._left: float | None = None
 
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
@@ -82,13 +81,36 @@ class BatchGenerator:
     """One stream for each sample of a batch, so that each sample is what it would be alone."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        if not len(seeds):
+            raise InputError("no seed is given", where="seed", hint="Give one seed for each sample.")
         self.generators = [Generator(seed) for seed in seeds]
 
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
-        """Return (batch, ...) normal numbers, row i from stream i. Raises InputError where the batch is another."""
-        if shape[0] != len(self.generators):
-            raise InputError(f"{len(self.generators)} seeds for a batch of {shape[0]}", where="seed")
+        """Return (batch, ...) normal numbers, row i from stream i.
+
+        Raises InputError where the batch is another.
+        """
+        if not len(shape) or shape[0] != len(self.generators):
+            raise InputError(
+                f"{len(self.generators)} seeds for a batch of {shape[0] if len(shape) else 'no size'}",
+                where="seed",
+                hint="Give one seed for each sample.",
+            )
         return np.concatenate([generator.randn((1, *shape[1:])) for generator in self.generators])
+
+
+def _checked_seed(seed: Any) -> int:
+    """Return `seed` as an int. A bool or a float is refused, as torch does, and not taken for its number."""
+    hint = "Give a whole number from -2**63 to 2**64 - 1."
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise InputError(f"{seed!r} is no whole number", where="seed", hint=hint) from None
+    if isinstance(seed, bool):
+        raise InputError(f"{seed!r} is no whole number", where="seed", hint=hint)
+    if not -(2**63) <= number < 2**64:
+        raise InputError(f"{number} is out of range", where="seed", hint=hint)
+    return number
 
 
 def _box_muller(block: NDArray[Any]) -> None:

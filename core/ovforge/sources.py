@@ -71,11 +71,11 @@ class FileSource:
             if self.path.suffix == ".xml" and (weights := self.path.with_suffix(".bin")).is_file():
                 beside.append(weights)
             return {file.name: file.stat().st_size for file in beside}
+        paths = ((file, file.relative_to(self.path)) for file in sorted(self.path.rglob("*")))
         return {
             relative.as_posix(): file.stat().st_size
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file()
-            and not any(part.startswith(".") for part in (relative := file.relative_to(self.path)).parts)
+            for file, relative in paths
+            if not any(part.startswith(".") for part in relative.parts) and file.is_file()
         }
 
     def files(self) -> Mapping[str, int]:

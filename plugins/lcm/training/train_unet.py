@@ -91,8 +91,8 @@ def main() -> None:
         added = torch.randn_like(clean)
         noisy = noise.add(clean, added, timestep)
         alpha, sigma = noise.at(timestep)
+        states = words(text).last_hidden_state  # measured: float32 attention is faster here than bfloat16
         with torch.autocast("cpu", torch.bfloat16):
-            states = words(text).last_hidden_state
             velocity = model(noisy, timestep, states).sample.float()
         snr = (alpha / sigma).square()
         weight = snr.clamp(max=5) / (snr + 1)

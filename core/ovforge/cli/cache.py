@@ -1,0 +1,74 @@
+"""ovforge cache: list, prune, verify, explain."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(help="What is kept so that nothing is done twice.", no_args_is_help=True)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List what is stored, the last used first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ovforge.cache import Cache
+
+    cache = Cache.default()
+    entries = cache.entries()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("key", "stage", "what", "size", "last used"):
+        table.add_column(title, justify="right" if title == "size" else "left")
+    for entry in reversed(entries):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        table.add_row(entry.key[:12], entry.stage, entry.label, f"{entry.size / 1e6:.1f} MB", used)
+    console = Console(highlight=False)
+    console.print(table)
+    total = sum(entry.size for entry in entries)
+    console.print(f"{len(entries)} entries, {total / 1e6:.1f} MB of {cache.max_bytes / 1e9:.1f} GB in {cache.root}")
+
+
+@app.command()
+def prune(
+    size: Annotated[str, typer.Option("--size", help="Keep at most this much: 500MB, 0 for nothing.")] = "",
+) -> None:
+    """Remove what was not used for longest, until the rest fits."""
+    from ovforge.cache import Cache, parse_size
+
+    removed = Cache.default().prune(parse_size(size) if size else None)
+    print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
+
+
+@app.command()
+def verify(
+    repair: Annotated[bool, typer.Option("--repair", help="Remove damaged entries; they are made again.")] = False,
+) -> None:
+    """Read everything again and name what is damaged. Exit code 1 where something is."""
+    from ovforge.cache import Cache
+
+    cache = Cache.default()
+    damaged = cache.verify(repair=repair)
+    for key, reason in damaged:
+        print(f"{key[:12]}  {reason}{'  removed' if repair else ''}")
+    print(f"{len(damaged)} damaged, {len(cache.entries())} sound")
+    raise typer.Exit(1 if damaged and not repair else 0)
+
+
+@app.command()
+def explain(
+    config: Annotated[Path, typer.Argument(help="A config, as for `ovforge plan`.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Say for each stage of a pipeline whether it is stored, and if not, what differs."""
+    import ovforge
+
+    for stage in ovforge.plan(config, overrides=set_ or []).stages:
+        if stage.state != "direct":
+            print(f"{stage.stage} ({stage.use}): {stage.state}{f', {stage.why}' if stage.why else ''}")

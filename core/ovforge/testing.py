@@ -1,0 +1,253 @@
+"""Contract tests that any plugin, ours or yours, can run on itself.
+
+    from ovforge import testing
+    import my_plugin
+
+    def test_contract():
+        testing.check_plugin(my_plugin)
+
+    def test_my_transform():
+        testing.check_transform(my_plugin, "my-transform", {"scale": 0.5}, testing.small_bundle)
+
+Each raises AssertionError that says what is not kept, and why it matters.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ovforge.bundle import ModelBundle
+from ovforge.config import validate_options
+from ovforge.errors import ConfigError, OvforgeError
+from ovforge.extensions import Extension
+from ovforge.hookspecs import HOOK_OF_KIND
+from ovforge.plugins import Plugins
+from ovforge.registry import Registry
+from ovforge.sources import FileSource
+from ovforge.stages import Match, Phase, Report
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = [
+    "check_device",
+    "check_loader",
+    "check_plugin",
+    "check_quantizer",
+    "check_scheduler",
+    "check_task",
+    "check_transform",
+    "extension",
+    "small_bundle",
+    "small_model",
+]
+
+HEAVY = ("torch", "diffusers", "transformers", "nncf", "tensorflow", "openvino")
+"""Modules that a plugin must not import just to be listed."""
+
+
+def small_model() -> ov.Model:
+    """Return a model of one matrix product: input "x" float32 (batch, 4), output "y" (batch, 3)."""
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    x = ops.parameter([-1, 4], np.float32, name="x")
+    weights = ops.constant(np.arange(12, dtype=np.float32).reshape(4, 3) / 12)
+    product = ops.matmul(x, weights, False, False)
+    model = ov.Model([product], [x], "small")
+    model.inputs[0].get_tensor().set_names({"x"})
+    model.outputs[0].get_tensor().set_names({"y"})
+    return model
+
+
+def small_bundle() -> ModelBundle:
+    """Return a bundle with `small_model` as the role "model"."""
+    bundle = ModelBundle()
+    bundle.models["model"] = small_model()
+    return bundle
+
+
+def extension(module: types.ModuleType, kind: str, name: str) -> Extension:
+    """Return what `module` offers, without its being installed."""
+    return _plugins(module).find(kind, name).extension
+
+
+def check_plugin(module: types.ModuleType, light: bool = True) -> list[Extension]:
+    """Check what every plugin owes: it registers, describes itself, refuses unknown options, and imports lightly.
+
+    Returns its extensions. `light=False` leaves the last out, for a plugin whose own module must be heavy.
+    """
+    plugins = _plugins(module)
+    offers = [offer.extension for kind in HOOK_OF_KIND for offer in plugins.all(kind) if offer.plugin == "under-test"]
+    assert offers, f"{module.__name__} offers nothing: is each function marked with @hookimpl?"
+    for offered in offers:
+        model = offered.options_model()
+        if model is not None:
+            assert model.model_config.get("extra") == "forbid", (
+                f'the options of {offered.name} must have extra="forbid": a misspelt option would be ignored in silence'
+            )
+        assert callable(offered.factory) or ":" in offered.factory, f"{offered.name}: factory is no import string"
+    if light:
+        _check_light(module)
+    return offers
+
+
+def check_loader(module: types.ModuleType, name: str, ours: Path, foreign: Path, options: Mapping[str, Any] = {}) -> ModelBundle:  # noqa: B006
+    """Check a loader: it knows `ours`, not `foreign`, and what it loads survives being written and read."""
+    loader = _create(module, "loader", name, options)
+    assert loader.can_load(FileSource(ours)) > Match.NO, f"{name} does not know {ours}"
+    assert loader.can_load(FileSource(foreign)) is Match.NO, f"{name} claims {foreign}, which is not its own"
+    bundle: ModelBundle = loader.load(FileSource(ours))
+    assert bundle.models, f"{name} found no model in {ours}"
+    with TemporaryDirectory() as folder:
+        saved = Path(folder) / "bundle"
+        bundle.save(saved)
+        again = ModelBundle.open(FileSource(saved))
+        assert sorted(again.models) == sorted(bundle.models), "roles are lost when the bundle is written"
+        assert again.configs == bundle.configs, "configs are lost when the bundle is written"
+        assert again.assets == bundle.assets, "assets are lost when the bundle is written"
+    return bundle
+
+
+def check_transform(
+    module: types.ModuleType, name: str, options: Mapping[str, Any], make_bundle: Callable[[], ModelBundle]
+) -> Report:
+    """Check a graph transform: pure, honest about what it changed, and its result compiles."""
+    return _check_change(module, "transform", name, options, make_bundle, lambda stage, bundle: stage.apply(bundle))
+
+
+def check_quantizer(
+    module: types.ModuleType,
+    name: str,
+    options: Mapping[str, Any],
+    make_bundle: Callable[[], ModelBundle],
+    calibration: Any,
+) -> Report:
+    """Check a quantizer in the same way, with recorded inputs."""
+    return _check_change(
+        module, "quantizer", name, options, make_bundle, lambda stage, bundle: stage.quantize(bundle, calibration)
+    )
+
+
+def check_scheduler(
+    module: types.ModuleType,
+    name: str,
+    options: Mapping[str, Any] = {},  # noqa: B006
+    model_config: Mapping[str, Any] = {},  # noqa: B006
+    steps: Sequence[int] = (1, 2, 4),
+) -> None:
+    """Check a scheduler: shapes and types hold, runs repeat and do not disturb each other."""
+    import numpy as np
+
+    from ovforge.random import Generator
+
+    scheduler = _create(module, "scheduler", name, options, model_config)
+    for count in steps:
+        finals = []
+        for _ in range(2):
+            run, rng, network = scheduler.start(count), Generator(1), Generator(2)
+            latents = rng.randn((1, 4, 8, 8)) * np.float32(run.init_noise_sigma)
+            for index in range(len(run.timesteps)):
+                seen = run.scale_input(latents, index)
+                before = latents.copy()
+                latents = run.step(network.randn(seen.shape), index, latents, rng)
+                assert latents.dtype == np.float32, f"{name} gives {latents.dtype}, not float32"
+                assert latents.shape == before.shape, f"{name} changes the shape of latents"
+            finals.append(latents)
+        assert np.array_equal(*finals), f"{name}: the same seed gives other latents; a run must keep no hidden state"
+
+
+def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any] = {}) -> None:  # noqa: B006
+    """Check a device: its plan compiles a small model, or it says why it is not here."""
+    from ovforge.runtime import core
+
+    try:
+        plan = _create(module, "device", name, options).plan()
+    except OvforgeError as error:
+        assert error.hint, f"{name} refuses without saying what to do"
+        return
+    core().compile_model(small_model(), plan.device, dict(plan.properties))
+
+
+def check_task(module: types.ModuleType, name: str) -> None:
+    """Check a task's description: inputs are a strict pydantic model, roles are named."""
+    from ovforge.extensions import TaskExtension
+
+    task = extension(module, "task", name)
+    assert isinstance(task, TaskExtension)
+    assert task.inputs_model().model_config.get("extra") == "forbid", f'the inputs of {name} must have extra="forbid"'
+    assert task.roles, f"{name} names no role"
+
+
+def _check_change(
+    module: types.ModuleType,
+    kind: str,
+    name: str,
+    options: Mapping[str, Any],
+    make_bundle: Callable[[], ModelBundle],
+    change: Callable[[Any, ModelBundle], Report],
+) -> Report:
+    from ovforge.runtime import core
+
+    described = extension(module, kind, name)
+    phase = getattr(described, "phase", Phase.PRECISION)
+    assert callable(phase) or isinstance(phase, Phase), f"{name} states no phase"
+    first, second = make_bundle(), make_bundle()
+    untouched = {role: _serialized(model) for role, model in first.models.items()}
+    report = change(_create(module, kind, name, options), first)
+    change(_create(module, kind, name, copy.deepcopy(options)), second)
+    for role, model in first.models.items():
+        same = _serialized(model) == untouched.get(role)
+        assert same or role in report.roles, f"{name} changed {role} and does not report it: the cache would miss it"
+        assert _serialized(model) == _serialized(second.models[role]), f"{name} is not pure: a second run differs"
+        core().compile_model(model, "CPU")
+    assert report.applied or report.skipped or report.notes, f"{name} reports neither what it did nor why not"
+    return report
+
+
+def _create(module: types.ModuleType, kind: str, name: str, options: Mapping[str, Any], *more: Any) -> Any:
+    described = extension(module, kind, name)
+    model = described.options_model()
+    try:
+        checked = validate_options(model, options, where=name)
+    except ConfigError as error:
+        raise AssertionError(f"the options given to the check are refused: {error}") from error
+    return described.create(checked, *more)
+
+
+def _plugins(module: types.ModuleType) -> Plugins:
+    plugins = Plugins(Registry({}), found=())
+    plugins.register(module, "under-test")
+    return plugins
+
+
+def _check_light(module: types.ModuleType) -> None:
+    """Import the module in a fresh interpreter and look for heavy modules."""
+    code = f"import sys, {module.__name__}; print(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{module.__name__} cannot be imported alone: {done.stderr[-500:]}"
+    heavy = done.stdout.split()
+    assert not heavy, (
+        f"importing {module.__name__} imports {', '.join(heavy)}: name factories as import strings, so that "
+        "listing plugins stays fast"
+    )
+
+
+def _serialized(model: ov.Model) -> bytes:
+    """Return the model's XML and weights as bytes, without the names that OpenVINO numbers as it goes."""
+    import io
+    import re
+
+    from openvino import serialize
+
+    xml, weights = io.BytesIO(), io.BytesIO()
+    serialize(model, xml, weights)
+    return re.sub(rb' (name|id)="[^"]*"', b"", xml.getvalue()) + weights.getvalue()

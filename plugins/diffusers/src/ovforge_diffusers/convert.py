@@ -1,0 +1,100 @@
+"""A torch module into an ov.Model: without its random initial weights, and with the same bytes each time."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ovforge_diffusers.requirements import need
+from ovforge_diffusers.submodels import Submodel
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = ["convert", "quiet", "without_initial_weights"]
+
+_DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "exponential_"})
+
+
+@contextlib.contextmanager
+def without_initial_weights() -> Iterator[None]:
+    """Leave the parameters of modules made inside uninitialised, in this thread.
+
+    Filling a large UNet with random numbers takes longer than converting it, and makes its memory real. Buffers
+    that are computed (CLIP's position ids) stay as they should be.
+    """
+    overrides = need("torch.overrides", "converting a diffusers folder")
+
+    class SkipDraws(overrides.TorchFunctionMode):  # type: ignore[misc, name-defined]
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            initial = getattr(function, "__module__", None) == "torch.nn.init"
+            if initial or getattr(function, "__name__", "") in _DRAWS:
+                return args[0] if args else kwargs["tensor"]
+            return function(*args, **kwargs)
+
+    with SkipDraws():
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings of tracing, and what diffusers and transformers log about old configs, to themselves."""
+    logs = [need(f"{name}.utils.logging", "converting") for name in ("diffusers", "transformers")]
+    levels = [log.get_verbosity() for log in logs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for log in logs:
+            log.set_verbosity_error()
+        try:
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.set_verbosity(level)
+
+
+def convert(role: str, module: Any, submodel: Submodel, weights: str) -> ov.Model:
+    """Trace and convert; the result owns or maps its weights and nothing else of torch.
+
+    The module itself is traced, its forward replaced, so that nodes have the names that its parameters have.
+    """
+    import openvino as ov
+    from openvino._offline_transformations import compress_model_transformation
+
+    torch = need("torch", "converting a diffusers folder")
+    decoder = need("openvino.frontend.pytorch.ts_decoder", "converting a diffusers folder")
+    types = {"f32": torch.float32, "i64": torch.int64}
+    example = {i.name: torch.ones(i.example, dtype=types[i.type]) for i in submodel.inputs}
+    shapes = [
+        (i.name, ov.PartialShape([-1 if side is None else side for side in i.shape]), getattr(ov.Type, i.type))
+        for i in submodel.inputs
+    ]
+    module.forward = submodel.forward
+    with torch.no_grad(), quiet():
+        traced = decoder.TorchScriptPythonDecoder(
+            module, example_input=example, trace_kwargs={"check_trace": False}
+        )
+        model = ov.convert_model(traced, example_input=example, input=shapes)
+    for port, (name, *_) in zip(model.inputs, shapes, strict=True):
+        port.get_tensor().set_names({name})
+    for port, name in zip(model.outputs, submodel.outputs, strict=True):
+        port.get_tensor().set_names({name})
+    for name, value in submodel.runtime_options:
+        model.set_rt_info(value, ["runtime_options", name])
+    if weights == "f16":
+        compress_model_transformation(model)
+    settle_names(role, model)
+    return model
+
+
+def settle_names(role: str, model: ov.Model) -> None:
+    """Number the nodes that OpenVINO named by itself, in order: its own counter runs on through the process."""
+    model.set_friendly_name(role)
+    for number, node in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(rf"{re.escape(node.get_type_name())}_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{number}")

@@ -1,0 +1,44 @@
+"""The options of both extensions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["LoaderOptions", "SchedulerOptions"]
+
+
+class LoaderOptions(BaseModel):
+    """How a diffusers folder is converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: Literal["f16", "f32"] = Field("f16", description="How weights are stored.")
+    height: int | None = Field(None, gt=0, description="Fix the height of pictures, in pixels; default: any.")
+    width: int | None = Field(None, gt=0, description="Fix the width of pictures, in pixels; default: any.")
+    batch: int | None = Field(None, gt=0, description="Fix the number of pictures at once; default: any.")
+    timestep: Literal["i64", "f32"] = Field(
+        "i64", description='Type of the UNet\'s timestep; "f32" for schedulers with fractional timesteps.'
+    )
+    variant: str | None = Field(None, description='Which weights, where a folder holds several ("fp16").')
+    skip: tuple[str, ...] = Field(
+        ("safety_checker", "image_encoder"), description="Components to leave out, with a warning."
+    )
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> LoaderOptions:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("give both height and width, or neither")
+        return self
+
+
+class SchedulerOptions(BaseModel):
+    """Which diffusers scheduler samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    class_name: str | None = Field(None, description="Class of diffusers; default: the one the model names.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the class, over the model's scheduler config."
+    )

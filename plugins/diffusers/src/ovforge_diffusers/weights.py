@@ -1,0 +1,150 @@
+"""Torch weights from safetensors, checked to be all there. Pickles are never opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ovforge.errors import ModelError, did_you_mean
+from ovforge.sources import Source
+
+from ovforge_diffusers.requirements import need
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["fill_weights", "read_weights", "weight_files"]
+
+_INDEX = ".safetensors.index.json"
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def weight_files(source: Source, component: str, variant: str | None) -> list[str]:
+    """Return the safetensors files of a component: one, or the shards that its index names.
+
+    A file is NAME.safetensors, or NAME.VARIANT.safetensors. Without `variant` the plain one is taken, or the only
+    variant that there is. Raises ModelError where there is none, or no telling which.
+    """
+    names = [path for path in source.files() if PurePosixPath(path).parent.as_posix() == component]
+    found: dict[str, list[str]] = {}
+    for path in names:
+        if path.endswith(_INDEX):
+            found[_variant(path.removesuffix(_INDEX))] = _shards(source, path)
+    for path in names:
+        if path.endswith(".safetensors") and "-of-" not in path:
+            found.setdefault(_variant(path.removesuffix(".safetensors")), [path])
+    if variant is None and "" not in found and len(found) == 1:
+        return next(iter(found.values()))
+    if (variant or "") in found:
+        return found[variant or ""]
+    if found:
+        choices = ", ".join(repr(name) for name in sorted(found) if name) or "none"
+        raise ModelError(
+            f"{component} has no weights {f'of the variant {variant!r}' if variant else 'without a variant'}",
+            where=source.name,
+            hint=f"Set the loader's option variant to one of: {choices}.{did_you_mean(variant or '', found)}",
+        )
+    if pickled := next((path for path in names if path.endswith(_PICKLES)), None):
+        raise ModelError(
+            f"{pickled} is a pickle, which can run code when it is opened",
+            where=source.name,
+            hint="Convert it where you trust it: DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False)"
+            ".save_pretrained(OTHER_FOLDER), then open OTHER_FOLDER.",
+        )
+    raise ModelError(
+        f"{component} has no weights: a file like {component}/*.safetensors is missing",
+        where=source.name,
+        hint="The folder may be an incomplete download: fetch it again.",
+    )
+
+
+def _variant(stem: str) -> str:
+    return PurePosixPath(stem).suffix.removeprefix(".")
+
+
+def _shards(source: Source, index: str) -> list[str]:
+    try:
+        names = set(json.loads(source.read(index))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError("no valid index of weights", where=f"{source.name}: {index}") from error
+    shards = [(PurePosixPath(index).parent / str(name)).as_posix() for name in sorted(names)]
+    if missing := [shard for shard in shards if shard not in source.files()]:
+        raise ModelError(
+            f"{', '.join(missing)} is missing, {index} names it",
+            where=source.name,
+            hint="The folder may be an incomplete download: fetch it again.",
+        )
+    return shards
+
+
+def read_weights(source: Source, files: list[str]) -> dict[str, torch.Tensor]:
+    """Return name -> tensor. Half precision becomes float32; plain float32 files stay mapped, not copied."""
+    torch = need("torch", "converting a diffusers folder")
+    safetensors = need("safetensors", "converting a diffusers folder")
+    safe_torch = need("safetensors.torch", "converting a diffusers folder")
+    weights: dict[str, torch.Tensor] = {}
+    for path in files:
+        local = source.local(path)
+        try:
+            tensors = safe_torch.load_file(local) if local else safe_torch.load(source.read(path))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} cannot be read: {error}",
+                where=source.name,
+                hint="The file is cut off or damaged: fetch it again.",
+            ) from error
+        for name, tensor in tensors.items():
+            half = tensor.dtype in (torch.float16, torch.bfloat16)
+            weights[name] = tensor.to(torch.float32) if half else tensor
+    return weights
+
+
+def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Give a module its weights: each of them, in its own shape, and nothing left over.
+
+    Names that older versions of diffusers and transformers wrote are understood. Raises ModelError otherwise.
+    """
+    expected = model.state_dict()
+    weights = _today(model, expected, weights)
+    problems = _differences(expected, weights)
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelError(
+            f"the weights do not fit the config: {'; '.join(problems[:3])}{more}",
+            where=where,
+            hint="config.json and weights must come from one model: fetch both again.",
+        )
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def _differences(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} belongs nowhere" for name in weights if name not in expected]
+    for name, tensor in weights.items():
+        want = expected.get(name)
+        if want is None:
+            continue
+        if want.shape != tensor.shape:
+            problems.append(f"{name} is {list(tensor.shape)}, not {list(want.shape)}")
+        elif want.is_floating_point() and want.dtype != tensor.dtype:
+            problems.append(f"{name} is {tensor.dtype}, not a float type")
+    return problems
+
+
+def _today(
+    model: Any, expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the weights under the names that the installed versions use."""
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    # transformers 5.6 took the level `text_model.` out of CLIPTextModel; every older checkpoint has it.
+    if "embeddings.token_embedding.weight" in expected:
+        weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    # diffusers before 0.17 called an autoencoder's attention query, key, value, proj_attn, some of it 1x1 convolutions.
+    if hasattr(model, "_fix_state_dict_keys_on_load"):
+        model._fix_state_dict_keys_on_load(weights)
+    for name, tensor in weights.items():
+        want = expected.get(name)
+        if want is not None and want.ndim == 2 and tensor.shape[:2] == want.shape and tensor.shape[2:] == (1, 1):
+            weights[name] = tensor[:, :, 0, 0]
+    return weights

@@ -1,0 +1,170 @@
+"""The LCM scheduler against diffusers', whole runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ovforge.errors import ConfigError, InputError
+from ovforge.random import Generator
+from ovforge_lcm.embedding import guidance_scale_embedding
+from ovforge_lcm.scheduler import LCMOptions, LCMScheduler
+
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "num_train_timesteps": st.sampled_from([500, 1000]),
+        "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+        "beta_start": st.sampled_from([0.0001, 0.00085]),
+        "beta_end": st.sampled_from([0.012, 0.02]),
+        "original_inference_steps": st.sampled_from([20, 50, 100]),
+        "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+        "clip_sample": st.booleans(),
+        "clip_sample_range": st.sampled_from([1.0, 2.5]),
+        "thresholding": st.booleans(),
+        "dynamic_thresholding_ratio": st.sampled_from([0.9, 0.995]),
+        "sample_max_value": st.sampled_from([1.0, 2.0]),
+        "set_alpha_to_one": st.booleans(),
+        "steps_offset": st.sampled_from([0, 1]),
+        "timestep_spacing": st.sampled_from(["leading", "trailing"]),
+        "timestep_scaling": st.sampled_from([1.0, 10.0]),
+        "rescale_betas_zero_snr": st.booleans(),
+    },
+)
+
+
+class TorchStream:
+    """torch's own numbers, so that what differs is the scheduler alone (ovforge.random has tests of its own)."""
+
+    def __init__(self, seed: int) -> None:
+        torch = pytest.importorskip("torch")
+        self._draw, self._generator = torch.randn, torch.Generator().manual_seed(seed)
+
+    def randn(self, shape: Any) -> Any:
+        return self._draw(shape, generator=self._generator).numpy()
+
+
+@settings(deadline=None, max_examples=150)
+@given(config=CONFIGS, steps=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
+def test_whole_runs_equal_diffusers(config: dict[str, Any], steps: int, seed: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    epsilon = config.get("prediction_type", "epsilon") == "epsilon"
+    assume(not (config.get("rescale_betas_zero_snr") and epsilon))
+    theirs = diffusers.LCMScheduler(**config)
+    theirs.set_timesteps(steps)
+    ours = LCMScheduler(LCMOptions(), config).start(steps)
+    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    assert ours.init_noise_sigma == theirs.init_noise_sigma
+
+    network = Generator(seed ^ 1)
+    stream, generator = TorchStream(seed), torch.Generator().manual_seed(seed)
+    mine = stream.randn((2, 4, 6, 5))
+    wanted = torch.randn((2, 4, 6, 5), generator=generator)
+    for index, timestep in enumerate(theirs.timesteps):
+        output = network.randn(mine.shape)
+        mine = ours.step(output, index, ours.scale_input(mine, index), stream)
+        said = torch.from_numpy(output)
+        wanted = theirs.step(said, timestep, wanted, generator=generator, return_dict=False)[0]
+        # Neither run sees the other's latents, so errors add up. Random "predictions" blow latents up where
+        # alpha is small: 1e-5 is of the largest of them.
+        scale = max(1.0, float(wanted.abs().max()))
+        np.testing.assert_allclose(mine, wanted.numpy(), rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("count", [1, 2, 777, 1000])
+def test_noise_schedules_equal_diffusers(schedule: str, count: int) -> None:
+    """A few last bits at most: what another CPU's torch may fuse otherwise."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {"beta_schedule": schedule, "num_train_timesteps": count, "original_inference_steps": 1}
+    ours, theirs = LCMScheduler(LCMOptions(), config), diffusers.LCMScheduler(**config)
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=3e-7, atol=0)
+
+
+def test_configs_of_other_samplers_are_taken() -> None:
+    """A model that came with another sampler (and an LCM adapter) runs; diffusers takes its config, too."""
+    diffusers = pytest.importorskip("diffusers")
+    for name in [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DEISMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ]:
+        LCMScheduler(LCMOptions(), dict(getattr(diffusers, name)().config)).start(4)
+
+
+@pytest.mark.parametrize("dim", [4, 5, 24, 256, 257, 512])
+def test_guidance_embedding_equals_diffusers(dim: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    scales = np.linspace(0, 20, 41, dtype=np.float32)
+    wanted = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.from_numpy(scales), embedding_dim=dim
+    ).numpy()
+    got = guidance_scale_embedding(scales, dim)
+    assert got.dtype == np.float32
+    assert got.shape == wanted.shape
+    # One last bit of a frequency, times an angle of up to 1000 * w.
+    error = np.abs(got - wanted).max(axis=1)
+    np.testing.assert_array_less(error, 1e-6 + 1.2e-4 * scales)
+
+
+def test_guidance_embedding_refuses_what_it_cannot_be() -> None:
+    with pytest.raises(InputError, match="shape"):
+        guidance_scale_embedding(7.5, 256)
+    with pytest.raises(InputError, match="too short"):
+        guidance_scale_embedding([7.5], 3)
+
+
+def test_trained_betas_equal_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    betas = np.linspace(0.001, 0.02, 100).tolist()
+    config = {"trained_betas": betas, "num_train_timesteps": 100}
+    ours = LCMScheduler(LCMOptions(), config)
+    np.testing.assert_allclose(ours.alphas_cumprod, diffusers.LCMScheduler(**config).alphas_cumprod.numpy(), atol=1e-6)
+
+
+def test_a_step_leaves_its_inputs_alone() -> None:
+    sampling = LCMScheduler(LCMOptions(prediction_type="sample", clip_sample=True), {}).start(4)
+    output, latents = Generator(1).randn((1, 4, 8, 8)), Generator(2).randn((1, 4, 8, 8))
+    before = output.copy(), latents.copy()
+    sampling.step(output, 0, latents, Generator(3))
+    np.testing.assert_array_equal(output, before[0])
+    np.testing.assert_array_equal(latents, before[1])
+
+
+def test_options_win_over_the_model() -> None:
+    scheduler = LCMScheduler(
+        LCMOptions(original_inference_steps=20), {"original_inference_steps": 50, "_class_name": "X"}
+    )
+    assert scheduler.config["original_inference_steps"] == 20
+
+
+@pytest.mark.parametrize(
+    ("model_config", "steps", "message"),
+    [
+        ({}, 51, "51 is out of range"),
+        ({}, 0, "0 is out of range"),
+        ({"original_inference_steps": 2000}, 4, "more than num_train_timesteps"),
+        ({"new_option": 3}, 4, "'new_option' is not one of LCM's"),
+        ({"new_option": 0}, 4, "'new_option' is not one of LCM's"),
+        ({"new_option": False}, 4, "'new_option' is not one of LCM's"),
+        ({"prediction_type": "flow"}, 4, "prediction_type"),
+        ({"rescale_betas_zero_snr": True}, 4, "divides by zero"),
+        ({"trained_betas": [0.1]}, 4, "1 trained_betas"),
+    ],
+)
+def test_what_cannot_be_done_is_said(model_config: dict[str, Any], steps: int, message: str) -> None:
+    with pytest.raises((ConfigError, InputError), match=message):
+        LCMScheduler(LCMOptions(), model_config).start(steps)
