@@ -190,7 +190,7 @@ class Cache:
         nearest = min(reversed(candidates), key=lambda then: len(_differences(then, now)))
         differences = _differences(nearest, now)
         names = ", ".join(name for name, _, _ in differences)
-        return Explanation(False, f"differs from the nearest entry in: {names}", differences)
+        return Explanation(False, f"new: {names}", differences)
 
     # -- writing -------------------------------------------------------------------------------------------------
 

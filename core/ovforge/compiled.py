@@ -158,12 +158,10 @@ def _export(model: ov.CompiledModel, path: Path) -> None:
 
 
 def _import(path: Path, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
-    """Read a compiled model; its weights stay in the file, mapped copy-on-write."""
-    import numpy as np
+    """Read a compiled model; its weights stay in the file, which the tensor keeps mapped for as long as it is used."""
     import openvino as ov
 
-    blob = np.memmap(path, dtype=np.uint8, mode="c")
-    return core().import_model(ov.Tensor(blob, shared_memory=True), device, dict(properties))
+    return core().import_model(ov.tensor_from_file(path), device, dict(properties))
 
 
 def _precision(model: ov.CompiledModel) -> str:

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -102,6 +103,12 @@ class PipelineConfig(BaseModel):
     input: dict[str, Any] = Field(default_factory=dict, description="The task's inputs: prompt, steps, seed...")
     strict: bool = Field(True, description="Refuse to go on where something asked for could not be applied.")
     output: str | None = Field(None, description="Where `ovforge run` writes its result.")
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _the_cpu(cls, value: Any) -> Any:
+        """Options alone are the CPU's."""
+        return {"use": "cpu", **value} if isinstance(value, Mapping) else value
 
     @classmethod
     def of(cls, value: Any, *, where: str = "config") -> PipelineConfig:

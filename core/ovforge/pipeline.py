@@ -31,7 +31,7 @@ from ovforge.config import (
     read_config,
     validate_options,
 )
-from ovforge.errors import ConfigError, ModelError, OvforgeError, PluginError
+from ovforge.errors import ConfigError, ModelError, PluginError, did_you_mean
 from ovforge.extensions import GraphTransformExtension, LoaderExtension, SchedulerExtension, TaskExtension
 from ovforge.plugins import Offer, Plugins
 from ovforge.results import Result, Timings, read_provenance
@@ -115,6 +115,7 @@ class Plan:
 def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cache | None) -> Recipe:
     """Find every name and check every option, so that a mistake is known before any work starts."""
     task = plugins.find("task", config.task.use)
+    _check_inputs(config, task)
     checked_task = _options(task, config.task.options, "task", base)
     device = plugins.find("device", config.device.use)
     device_options = _options(device, config.device.options, "device", base)
@@ -142,6 +143,19 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
         device=device,
         device_options=device_options,
     )
+
+
+def _check_inputs(config: PipelineConfig, task: Offer) -> None:
+    """Refuse an unknown input before any work; values are checked by the call, which may bring the missing ones."""
+    assert isinstance(task.extension, TaskExtension)
+    known = task.extension.inputs_model().model_fields
+    for name in config.input:
+        if name not in known:
+            raise ConfigError(
+                f"unknown input `{name}`.{did_you_mean(name, known)}",
+                where="input",
+                hint=f"{task.extension.name} takes: {', '.join(known)}.",
+            )
 
 
 def _options(offer: Offer, options: Mapping[str, Any], key: str, base: Path) -> BaseModel | None:
@@ -443,7 +457,7 @@ class Pipeline:
         offers = [self.recipe.loader, self.recipe.task, self.recipe.device, *(s.offer for s in self.recipe.steps)]
         offers += [self.recipe.scheduler] if self.recipe.scheduler else []
         return {
-            "config": self.config.as_dict(),
+            "config": {key: value for key, value in self.config.as_dict().items() if key not in ("input", "output")},
             "versions": {
                 "ovforge": ovforge.__version__,
                 "openvino": openvino_version(),

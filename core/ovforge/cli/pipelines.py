@@ -81,7 +81,7 @@ def plan(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("stage", "use", "plugin", "state", "size", "why"):
-        table.add_column(title, justify="right" if title == "size" else "left")
+        table.add_column(title, justify="right" if title == "size" else "left", no_wrap=title != "why")
     for stage in planned.stages:
         table.add_row(
             stage.stage,

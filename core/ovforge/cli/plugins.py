@@ -46,7 +46,7 @@ def list_() -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("plugin", "version", "state", "provides", "summary"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=title in ("plugin", "version", "state"))
     for status in _statuses(imported=False):
         colour = _COLOURS.get(status.state, "green")
         provides = ", ".join(f"{kind} {name}" for kind, names in status.provides.items() for name in names)

@@ -42,8 +42,9 @@ class Denoiser:
         shape = self._ports["timestep"].get_partial_shape()
         # One timestep serves the whole batch, unless the model was fixed to one for each sample.
         self._timestep = self._input("timestep", tuple(d.get_length() if d.is_static else 1 for d in shape))
-        self._output = np.empty((batch, channels, height, width), np.float32)
-        self._request.set_output_tensor(0, ov.Tensor(self._output, shared_memory=True))
+        output = ov.Tensor(ov.Type.f32, [batch, channels, height, width])
+        self._request.set_output_tensor(0, output)
+        self._output: Array = output.data
 
     def condition(self, states: Array, embedding: Array | None) -> None:
         """Set what holds for a whole run: text states (batch, tokens, width), guidance embedding (width,)."""
@@ -67,9 +68,9 @@ class Denoiser:
                 f"the model takes {name} of shape {port.get_partial_shape()}, not {list(shape)}",
                 hint="It was converted for a fixed size: use that size, or convert it with dynamic shapes.",
             )
-        memory = np.zeros(shape, port.get_element_type().to_dtype())
-        self._request.set_tensor(port, ov.Tensor(memory, shared_memory=True))
-        return memory
+        tensor = ov.Tensor(port.get_element_type(), list(shape))
+        self._request.set_tensor(port, tensor)
+        return tensor.data
 
     def _missing(self, *names: str) -> None:
         for name in names:
