@@ -40,6 +40,7 @@ def make_pipeline(folder: Path, **unet: Any) -> Path:
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("openvino_tokenizers")
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     torch.manual_seed(0)
     vocabulary, merges = clip_vocabulary()
     end = vocabulary["<|endoftext|>"]
@@ -64,7 +65,7 @@ def make_pipeline(folder: Path, **unet: Any) -> Path:
     (tokenizer / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     lines = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)])
     (tokenizer / "merges.txt").write_text(lines + "\n", encoding="utf-8")
-    special = {name: "<|endoftext|>" for name in ("eos_token", "pad_token", "unk_token")}
+    special = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     (tokenizer / "tokenizer_config.json").write_text(
         json.dumps({**special, "bos_token": "<|startoftext|>", "model_max_length": 77, "do_lower_case": True})
     )
@@ -106,6 +107,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the pipeline converted with f32 weights and saved."""
     from ovforge.sources import FileSource
+
     from ovforge_diffusers.loader import DiffusersLoader
     from ovforge_diffusers.options import LoaderOptions
 

@@ -1,4 +1,4 @@
-"""Models and schedulers of diffusers."""
+"""Opens diffusers folders, and samples with any diffusers scheduler. Listing it imports no torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from ovforge import hookimpl
 from ovforge.extensions import LoaderExtension, SchedulerExtension
 
+__all__ = ["ovforge_loaders", "ovforge_schedulers"]
+
 
 @hookimpl
 def ovforge_loaders() -> Iterator[LoaderExtension]:
-    """The converter."""
+    """Yield the converting loader."""
     yield LoaderExtension(
         name="diffusers",
-        summary="Convert a diffusers folder (safetensors) with PyTorch",
-        config="ovforge_diffusers.loader:DiffusersOptions",
+        summary="Convert a diffusers folder (safetensors) with PyTorch, one submodel at a time",
+        config="ovforge_diffusers.options:LoaderOptions",
         factory="ovforge_diffusers.loader:DiffusersLoader",
         converts=True,
     )
@@ -22,10 +24,10 @@ def ovforge_loaders() -> Iterator[LoaderExtension]:
 
 @hookimpl
 def ovforge_schedulers() -> Iterator[SchedulerExtension]:
-    """The adapter."""
+    """Yield the adapter; it stands for no class by itself, so that numpy schedulers come first."""
     yield SchedulerExtension(
         name="diffusers",
-        summary="Any scheduler class of diffusers",
-        config="ovforge_diffusers.scheduler:AdapterOptions",
+        summary="Any scheduler class of diffusers, run by diffusers itself (needs torch)",
+        config="ovforge_diffusers.options:SchedulerOptions",
         factory="ovforge_diffusers.scheduler:DiffusersScheduler",
     )

@@ -1,330 +1,244 @@
-"""The loader: a diffusers folder to ov.Models, role by role.
-
-Names of tensors and folders are those that optimum-intel exports, so that its tools and openvino-genai open what is
-written here. Each role is converted when it is first asked for, and PyTorch's copy is dropped at once: memory stays near one
-submodel.
-"""
+"""The loader: a diffusers folder into a ModelBundle whose roles are converted when they are asked for."""
 
 from __future__ import annotations
 
-import gc
+import inspect
 import json
+import tempfile
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from ovforge.bundle import ModelBundle
-from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.errors import ModelError
 from ovforge.sources import Source
 from ovforge.stages import Match
-from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge_diffusers.needs import need
+from ovforge_diffusers.convert import convert, quiet, settle_names, without_initial_weights
+from ovforge_diffusers.options import LoaderOptions
+from ovforge_diffusers.requirements import need
+from ovforge_diffusers.submodels import describe
+from ovforge_diffusers.weights import fill_weights, read_weights, weight_files
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["DiffusersLoader", "DiffusersOptions"]
+__all__ = ["DiffusersLoader"]
 
-_TEXT = ("CLIPTextModel", "CLIPTextModelWithProjection")
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_VAE_FACTOR = 8
-"""Pixels for each latent of Stable Diffusion's autoencoders, by which a fixed picture size fixes the UNet's."""
-
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-
-
-class DiffusersOptions(BaseModel):
-    """How to convert. Without sizes, shapes stay dynamic."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    weights: Literal["f16", "f32"] = Field("f16", description="Type that weights are stored in.")
-    height: int | None = Field(None, ge=8, description="Fix the picture's height, in pixels.")
-    width: int | None = Field(None, ge=8, description="Fix the picture's width, in pixels.")
-    batch: int | None = Field(None, ge=1, description="Fix the UNet's batch (twice the pictures under guidance).")
+INDEX = "model_index.json"
+DEFAULTS = "ovforge.json"
+PURPOSE = "converting a diffusers folder"
+INCOMPLETE = "The folder may be an incomplete download: fetch it again."
+HOMES = {
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+    "UNet2DConditionModel": "diffusers",
+    "AutoencoderKL": "diffusers",
+}
+TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
+PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
+ASSET_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
+# Where a model came from is its owner's business, often a path of their machine.
+PRIVATE = frozenset({"_name_or_path"})
 
 
 class DiffusersLoader:
-    """Converts with `ov.convert_model`; needs torch, diffusers and transformers."""
+    """Converts the components that model_index.json names, by their classes."""
 
-    def __init__(self, options: DiffusersOptions) -> None:
-        if (options.height is None) != (options.width is None):
-            raise ConfigError("give both height and width, or neither", where="load (diffusers)")
+    def __init__(self, options: LoaderOptions) -> None:
         self.options = options
 
     def can_load(self, source: Source) -> Match:
-        """Say YES to a folder with model_index.json and weights of PyTorch, and no OpenVINO model."""
-        files = source.files()
-        if "model_index.json" not in files or any(path.endswith(".xml") for path in files):
+        """Say yes to a folder with model_index.json and torch weights, unless it holds OpenVINO models already."""
+        files = [PurePosixPath(path) for path in source.files()]
+        if PurePosixPath(INDEX) not in files or any(file.name == "openvino_model.xml" for file in files):
             return Match.NO
-        weights = any(path.endswith((".safetensors", *_PICKLED)) for path in files)
+        weights = any(len(file.parts) == 2 and file.suffix in (".safetensors", ".bin") for file in files)
         return Match.YES if weights else Match.NO
 
     def load(self, source: Source) -> ModelBundle:
-        """Return the bundle, its models still to be converted. Raises ModelError for what cannot be."""
-        index = _json(source, "model_index.json")
-        bundle = ModelBundle(index=index)
-        for name, entry in index.items():
-            if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
-                continue
-            self._component(bundle, source, name, str(entry[1]))
-        for path in source.files():
-            if path.endswith((".json", ".txt")) and path not in bundle.assets and _is_asset(path):
-                bundle.assets[path] = source.read(path)
+        """Return the bundle: configs and assets read, weights' files found, each model converted on first use.
+
+        Raises PluginError without torch, ModelError for a component that is missing, damaged or not supported.
+        """
+        for module in ("torch", "diffusers", "transformers", "safetensors"):
+            need(module, PURPOSE)
+        return _Conversion(source, self.options).bundle()
+
+
+class _Conversion:
+    """One folder being converted."""
+
+    def __init__(self, source: Source, options: LoaderOptions) -> None:
+        self.source = source
+        self.options = options
+        self.index = self._json(INDEX)
+        self.components: dict[str, str] = {
+            name: str(value[1])
+            for name, value in self.index.items()
+            if isinstance(value, list) and len(value) == 2 and value[1] is not None
+        }
+
+    def bundle(self) -> ModelBundle:
+        bundle = ModelBundle()
+        bundle.index = {key: value for key, value in self.index.items() if key not in PRIVATE}
+        for component, kind in self.components.items():
+            if component in self.options.skip:
+                self._leave_out(bundle, component, kind)
+            elif kind in HOMES:
+                self._add_models(bundle, component, kind)
+            elif kind in TOKENIZERS:
+                self._add_tokenizer(bundle, component)
+            elif kind.endswith("Scheduler") or kind in PROCESSORS:
+                bundle.assets.update(self._assets(component))
+            else:
+                raise ModelError(
+                    f"the component {component} is a {kind}, which this loader cannot convert",
+                    where=f"{self.source.name}: {INDEX}",
+                    hint=f"It converts {', '.join([*HOMES, *sorted(TOKENIZERS)])}. "
+                    f"To go without it, add {component!r} to the loader's option skip.",
+                )
+        if DEFAULTS in self.source.files():
+            bundle.assets[DEFAULTS] = self.source.read(DEFAULTS)
+        if not bundle.models:
+            raise ModelError("it names no model", where=f"{self.source.name}: {INDEX}")
         return bundle
 
-    def _component(self, bundle: ModelBundle, source: Source, name: str, kind: str) -> None:
-        folder = _folder(source, name)
-        if kind in _TEXT:
-            bundle.configs[name] = _json(source, f"{name}/config.json")
-            bundle.models.lazy(name, self._maker(source, folder, lambda: self._text_encoder(source, folder, kind)))
-        elif kind == "UNet2DConditionModel":
-            bundle.configs[name] = _json(source, f"{name}/config.json")
-            bundle.models.lazy(name, self._maker(source, folder, lambda: self._unet(source, folder)))
-        elif kind == "AutoencoderKL":
-            config = _json(source, f"{name}/config.json")
-            for part in ("vae_encoder", "vae_decoder"):
-                bundle.configs[part] = config
-                bundle.models.lazy(
-                    part, self._maker(source, folder, lambda part=part: self._vae(source, folder, part))  # type: ignore[misc]
-                )
-        elif kind in _TOKENIZERS:
-            detokenizer = name.replace("tokenizer", "detokenizer")
-            bundle.models.lazy(name, self._maker(source, None, lambda: _tokenizer(folder, name)))
-            bundle.models.lazy(detokenizer, self._maker(source, None, lambda: _detokenizer(folder, name)))
-        elif name == "safety_checker":
-            warnings.warn(f"{source.name}: the safety checker is not converted", stacklevel=4)
-        elif name not in ("scheduler", "feature_extractor"):
+    def _leave_out(self, bundle: ModelBundle, component: str, kind: str) -> None:
+        warnings.warn(f"{self.source.name}: {component} ({kind}) is left out", stacklevel=5)
+        bundle.index[component] = [None, None]
+        if component == "safety_checker" and "requires_safety_checker" in bundle.index:
+            bundle.index["requires_safety_checker"] = False
+
+    def _add_models(self, bundle: ModelBundle, component: str, kind: str) -> None:
+        if kind == "AutoencoderKL" and component != "vae":
             raise ModelError(
-                f"the component {name!r} is a {kind}, which this loader does not convert",
-                where=source.name,
-                hint="It converts CLIP text encoders and tokenizers, UNet2DConditionModel and AutoencoderKL.",
+                f"an AutoencoderKL named {component} is not known, only vae", where=f"{self.source.name}: {INDEX}"
             )
+        config = self._full_config(component, kind)
+        files = weight_files(self.source, component, self.options.variant)
 
-    def _maker(
-        self, source: Source, weights: Path | None, convert: Callable[[], ov.Model]
-    ) -> Callable[[], ov.Model]:
-        """Return what converts a role when it is needed, with errors in our words and memory given back."""
+        def lazy(role: str) -> None:
+            bundle.configs[role] = config
+            bundle.models.lazy(role, lambda: self._convert(role, component, kind, files))
 
-        def make() -> ov.Model:
-            for module in ("torch", "diffusers", "transformers"):
-                need(module)
-            if weights is not None:
-                _check_weights(source, weights)
+        for role in ("vae_encoder", "vae_decoder") if component == "vae" else (component,):
+            lazy(role)
+
+    def _add_tokenizer(self, bundle: ModelBundle, component: str) -> None:
+        files = self._assets(component)
+        names = {PurePosixPath(path).name for path in files}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise ModelError(
+                f"{component} needs tokenizer.json, or vocab.json and merges.txt",
+                where=self.source.name,
+                hint=INCOMPLETE,
+            )
+        bundle.assets.update(files)
+        bundle.models.lazy(component, lambda: self._tokenizer(component, files)[0])
+        reverse = component.replace("tokenizer", "detokenizer")
+        bundle.models.lazy(reverse, lambda: self._tokenizer(component, files)[1])
+
+    def _assets(self, component: str) -> dict[str, bytes]:
+        """Return a component's small files, which go along as they are."""
+        found = {
+            path: self.source.read(path)
+            for path in self.source.files()
+            if path.startswith(f"{component}/") and PurePosixPath(path).suffix in ASSET_SUFFIXES
+        }
+        if not found:
+            raise ModelError(
+                f"the folder {component}/ is missing or empty, {INDEX} names it",
+                where=self.source.name,
+                hint=INCOMPLETE,
+            )
+        return found
+
+    def _convert(self, role: str, component: str, kind: str, files: list[str]) -> ov.Model:
+        module = self._module(component, kind)
+        submodel = describe(role, module, self.options, self.index, self._context())
+        fill_weights(module, read_weights(self.source, files), f"{self.source.name}: {component}")
+        return convert(role, module.eval(), submodel, self.options.weights)
+
+    def _module(self, component: str, kind: str) -> Any:
+        """Make the torch module of a component's config. Raises ModelError where the config makes no sense."""
+        cls = getattr(need(HOMES[kind], PURPOSE), kind)
+        config = self._config(component)
+        try:
+            with quiet(), without_initial_weights():
+                if HOMES[kind] == "transformers":
+                    return cls(cls.config_class.from_dict(config))
+                return cls.from_config(config)
+        except Exception as error:  # whatever a class raises on a config, the config is what is wrong
+            raise ModelError(
+                f"no {kind} can be made of it: {error}", where=f"{self.source.name}: {component}/config.json"
+            ) from error
+
+    def _full_config(self, component: str, kind: str) -> dict[str, Any]:
+        """Return the config with the class's defaults spelled out, as readers of the export expect."""
+        config = self._config(component)
+        cls = getattr(need(HOMES[kind], PURPOSE), kind)
+        if HOMES[kind] == "transformers":
+            return {**json.loads(cls.config_class().to_json_string(use_diff=False)), **config}
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return {**json.loads(json.dumps(defaults)), **config}
+
+    def _context(self) -> dict[str, Any]:
+        """Return what one submodel must know of the others."""
+        levels = len(self._config("vae").get("block_out_channels", [64])) if "vae" in self.components else 4
+        scheduler = self._optional("scheduler/scheduler_config.json")
+        return {
+            "vae_factor": 2 ** (levels - 1),
+            "tokens": self._tokens(),
+            "prediction_type": scheduler.get("prediction_type"),
+        }
+
+    def _tokens(self) -> int | None:
+        """Return the tokenizer's length, which optimum-intel fixes in the UNet; None where it sets no limit."""
+        last = max((name for name, kind in self.components.items() if kind in TOKENIZERS), default=None)
+        length = self._optional(f"{last}/tokenizer_config.json").get("model_max_length") if last else None
+        return length if isinstance(length, int) and 0 < length < 2**17 else None
+
+    def _tokenizer(self, component: str, files: dict[str, bytes]) -> tuple[ov.Model, ov.Model]:
+        """Convert a tokenizer: it pads and cuts to its model_max_length, as diffusers' pipelines ask of it.
+
+        transformers reads tokenizers from files alone, so that these few are laid out in a private folder.
+        """
+        transformers = need("transformers", PURPOSE)
+        tokenizers = need("openvino_tokenizers", PURPOSE)
+        with tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
+            for path, data in files.items():
+                (Path(folder) / PurePosixPath(path).name).write_bytes(data)
             try:
-                return convert()
-            except OvforgeError:
-                raise
-            except Exception as error:  # torch, safetensors and transformers raise many kinds
+                with quiet():
+                    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+                    limited = tokenizer.model_max_length < 2**17
+                    models = tokenizers.convert_tokenizer(
+                        tokenizer, with_detokenizer=True, use_max_padding=limited, truncation=limited
+                    )
+            except Exception as error:  # the parsers of vocabularies raise bare Exception
                 raise ModelError(
-                    f"cannot be converted: {type(error).__name__}: {error}",
-                    where=f"{source.name}/{weights.name if weights else 'tokenizer'}",
-                    hint="The files may be damaged or of another model: copy or download them again.",
+                    f"the tokenizer cannot be converted: {error}",
+                    where=f"{self.source.name}: {component}",
+                    hint="Its files may be damaged: fetch them again.",
                 ) from error
-            finally:
-                gc.collect()
+        for role, model in zip((component, f"de{component}"), models, strict=True):
+            settle_names(role, model)
+        return models[0], models[1]
 
-        return make
+    def _config(self, component: str) -> dict[str, Any]:
+        config = self._json(f"{component}/config.json")
+        return {key: value for key, value in config.items() if key not in PRIVATE}
 
-    def _text_encoder(self, source: Source, folder: Path, kind: str) -> ov.Model:
-        import torch
-        import transformers
+    def _optional(self, path: str) -> dict[str, Any]:
+        return self._json(path) if path in self.source.files() else {}
 
-        from ovforge_diffusers.modules import Outputs
-
-        model, info = getattr(transformers, kind).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
-        _check_loaded(source, folder, info)
-        ids = torch.ones(2, model.config.max_position_embeddings, dtype=torch.int64)
-        names = ("last_hidden_state", "pooler_output") if kind == _TEXT[0] else ("text_embeds", "last_hidden_state")
-        converted = _convert(Outputs(model, names), {"input_ids": ids}, names)
-        converted.reshape({"input_ids": [-1, ids.shape[1]]})
-        return self._compressed(converted)
-
-    def _unet(self, source: Source, folder: Path) -> ov.Model:
-        import diffusers
-        import torch
-
-        from ovforge_diffusers.modules import UNet
-
-        model, info = diffusers.UNet2DConditionModel.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-        )
-        _check_loaded(source, folder, info)
-        config = model.config
-        # An odd latent size makes diffusers hand the skip connections' sizes on, so that the traced graph takes any size;
-        # for a fixed size the plain upsampling by two is the faster graph.
-        fixed = self._latent_size(_VAE_FACTOR)
-        height, width = fixed or (2 ** len(config.block_out_channels) + 1, 2 ** len(config.block_out_channels) + 3)
-        inputs = {
-            "sample": torch.randn(2, config.in_channels, height, width),
-            "timestep": torch.tensor([999], dtype=torch.int64),
-            "encoder_hidden_states": torch.randn(2, 77, _width(config)),
-        }
-        if config.time_cond_proj_dim:
-            inputs["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim)
-        converted = _convert(UNet(model, tuple(inputs)), inputs, ("out_sample",))
-        batch = self.options.batch or -1
-        shapes: dict[str, list[int]] = {
-            "sample": [batch, config.in_channels, *(fixed or (-1, -1))],
-            "timestep": [1 if self.options.batch else -1],
-            "encoder_hidden_states": [batch, -1, _width(config)],
-        }
-        if config.time_cond_proj_dim:
-            shapes["timestep_cond"] = [batch, config.time_cond_proj_dim]
-        converted.reshape(shapes)
-        return self._compressed(converted)
-
-    def _vae(self, source: Source, folder: Path, part: str) -> ov.Model:
-        import diffusers
-        import torch
-
-        from ovforge_diffusers.modules import Decoder, Encoder
-
-        model, info = diffusers.AutoencoderKL.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-        )
-        _check_loaded(source, folder, info)
-        config = model.config
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        fixed = self._latent_size(factor)
-        if part == "vae_decoder":
-            inputs = {"latent_sample": torch.randn(1, config.latent_channels, 8, 8)}
-            converted = _convert(Decoder(model), inputs, ("sample",))
-            converted.reshape({"latent_sample": [-1, config.latent_channels, *(fixed or (-1, -1))]})
-        else:
-            inputs = {"sample": torch.randn(1, config.in_channels, 8 * factor, 8 * factor)}
-            converted = _convert(Encoder(model), inputs, ("latent_parameters",))
-            size = (fixed[0] * factor, fixed[1] * factor) if fixed else (-1, -1)
-            converted.reshape({"sample": [-1, config.in_channels, *size]})
-        return self._compressed(converted)
-
-    def _latent_size(self, factor: int) -> tuple[int, int] | None:
-        if self.options.height is None or self.options.width is None:
-            return None
-        for name, pixels in (("height", self.options.height), ("width", self.options.width)):
-            if pixels % factor:
-                raise ConfigError(f"{pixels} is not a multiple of {factor}", where=f"load.{name}")
-        return self.options.height // factor, self.options.width // factor
-
-    def _compressed(self, model: ov.Model) -> ov.Model:
-        """Store weights in half precision, as `ov.save_model` does; computing is up to the device."""
-        if self.options.weights == "f16":
-            from openvino._offline_transformations import compress_model_transformation
-
-            compress_model_transformation(model)
-        return model
-
-
-def _convert(module: Any, inputs: dict[str, Any], outputs: tuple[str, ...]) -> ov.Model:
-    """Trace and convert; inputs and outputs take their names."""
-    import openvino as ov
-    import torch
-
-    module.eval()
-    with torch.no_grad(), warnings.catch_warnings():
-        # The tracer warns of every Python condition on a shape; parity tests show that the ones taken are right.
-        warnings.simplefilter("ignore")
-        model = ov.convert_model(module, example_input=inputs)
-    for port, name in zip(model.inputs, inputs, strict=True):
-        port.get_tensor().set_names({name})
-    for port, name in zip(model.outputs, outputs, strict=True):
-        port.get_tensor().set_names({name})
-    return model
-
-
-def _width(config: Any) -> int:
-    width = config.cross_attention_dim
-    if not isinstance(width, int):
-        raise ModelError("cross_attention_dim differs between blocks, which this loader does not convert", where="unet")
-    return width
-
-
-def _tokenizer(folder: Path, name: str) -> ov.Model:
-    converters = need("openvino_tokenizers")
-    model: ov.Model = converters.convert_tokenizer(_read_tokenizer(folder), max_length=77, use_max_padding=True)
-    return model
-
-
-def _detokenizer(folder: Path, name: str) -> ov.Model:
-    converters = need("openvino_tokenizers")
-    _, detokenizer = converters.convert_tokenizer(_read_tokenizer(folder), with_detokenizer=True)
-    model: ov.Model = detokenizer
-    return model
-
-
-def _read_tokenizer(folder: Path) -> Any:
-    transformers = need("transformers")
-    return transformers.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-
-
-def _folder(source: Source, name: str) -> Path:
-    """Return a component's folder on disk; diffusers reads files by itself."""
-    inside = [path for path in source.files() if path.startswith(f"{name}/")]
-    if not inside:
-        raise ModelError(f"model_index.json names {name!r}, and there is no such folder", where=source.name)
-    local = source.local(inside[0])
-    if local is None:
-        raise ModelError(
-            "conversion reads plain files only",
-            where=source.name,
-            hint="Convert the plain model first (ovforge convert), then keep the converted one encrypted.",
-        )
-    return local.parent
-
-
-def _check_weights(source: Source, folder: Path) -> None:
-    """Refuse folders without safetensors weights: pickles run code when they are read."""
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [file.name for file in folder.iterdir() if file.suffix in _PICKLED]
-    raise ModelError(
-        f"{folder.name} holds {pickled[0]}, a pickle, and no safetensors" if pickled else f"{folder.name} has no weights",
-        where=source.name,
-        hint="Save it again with diffusers: pipeline.save_pretrained(folder, safe_serialization=True).",
-    )
-
-
-def _check_loaded(source: Source, folder: Path, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that does not hold exactly the model's weights: what is missing would be random."""
-    for what, keys in (
-        ("lacks", info.get("missing_keys")),
-        ("has unknown", info.get("unexpected_keys")),
-        ("has weights of other shapes:", info.get("mismatched_keys")),
-    ):
-        # Old checkpoints hold the position numbers, which are no weights.
-        named = sorted(str(key) for key in keys or () if not str(key).endswith("position_ids"))
-        if named:
-            raise ModelError(
-                f"{folder.name} {what} {', '.join(named[:3])}{' and more' if len(named) > 3 else ''}",
-                where=source.name,
-                hint="config.json and the weights must belong together.",
-            )
-
-
-def _is_asset(path: str) -> bool:
-    """Say whether a file goes along: tokenizers' and schedulers' files; models' own configs are kept as configs."""
-    return path.split("/")[0].startswith(("tokenizer", "scheduler", "feature_extractor")) or path == "ovforge.json"
-
-
-def _json(source: Source, path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(source.read(path))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}", where=source.name) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold an object", where=source.name)
-    return value
+    def _json(self, path: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self.source.read(path))
+        except ValueError as error:
+            raise ModelError(f"not valid JSON: {error}", where=f"{self.source.name}: {path}") from error
+        if not isinstance(value, dict):
+            raise ModelError("expected a JSON object", where=f"{self.source.name}: {path}")
+        return value

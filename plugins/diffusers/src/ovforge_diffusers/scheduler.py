@@ -1,135 +1,191 @@
-"""The scheduler `diffusers`: any scheduler class of diffusers behind ovforge's protocol. Needs torch."""
+"""Any diffusers scheduler as an ovforge Scheduler.
+
+Steps are computed by diffusers. Its noise is not: while a step runs, `torch.randn` in this thread draws from the
+pipeline's own stream, so that one seed decides everything, whatever the scheduler.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from ovforge.errors import ConfigError, InputError, did_you_mean
-from ovforge.stages import RandomStream
-from pydantic import BaseModel, ConfigDict, Field
+from ovforge.errors import ConfigError, InputError, PluginError, did_you_mean
 
-from ovforge_diffusers.needs import need
+from ovforge_diffusers.convert import quiet
+from ovforge_diffusers.options import SchedulerOptions
+from ovforge_diffusers.requirements import EXTRA, need
 
-__all__ = ["AdapterOptions", "DiffusersSampling", "DiffusersScheduler"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from ovforge.stages import RandomStream
 
-Array = NDArray[np.float32]
+__all__ = ["DiffusersSampling", "DiffusersScheduler", "scheduler_class"]
 
-
-class AdapterOptions(BaseModel):
-    """Which class, and its own options over the model's scheduler_config.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    class_name: str | None = Field(None, description="A scheduler class of diffusers; by default the model's own.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of that class.")
+PURPOSE = "the scheduler 'diffusers'"
+WHERE = "scheduler.class_name"
 
 
 class DiffusersScheduler:
-    """Makes a fresh diffusers scheduler for each run, since those keep the run's state in themselves."""
+    """A scheduler class of diffusers with its config; immutable, each run has its own instance."""
 
-    def __init__(self, options: AdapterOptions, model_config: Mapping[str, Any]) -> None:
-        need("torch")
-        need("diffusers")
+    def __init__(self, options: SchedulerOptions, model_config: Mapping[str, Any]) -> None:
+        need("torch", PURPOSE)
         name = options.class_name or model_config.get("_class_name")
-        self._class = _find_class(name)
-        _let_draw_from_streams(self._class)
-        known = set(inspect.signature(self._class.__init__).parameters) - {"self"}
-        for key in options.options:
-            if key not in known:
+        if not isinstance(name, str):
+            raise ConfigError(
+                "which scheduler? The model names none", where=WHERE, hint="Set it, as in 'EulerDiscreteScheduler'."
+            )
+        self._class = scheduler_class(name)
+        self._check(options.options)
+        self._config = {**model_config, **options.options}
+        if "_use_default_values" in self._config:
+            # diffusers resets the values listed there to the class's defaults, even those just chosen.
+            listed = self._config["_use_default_values"]
+            self._config["_use_default_values"] = [key for key in listed if key not in options.options]
+        self._make()
+
+    def _check(self, chosen: dict[str, Any]) -> None:
+        known = set(inspect.signature(self._class.__init__).parameters) - {"self", "kwargs"}
+        for option in chosen:
+            if option not in known:
                 raise ConfigError(
-                    f"{name} has no option {key!r}.{did_you_mean(key, known)}",
-                    where="scheduler.options",
+                    f"{self._class.__name__} has no option {option!r}.{did_you_mean(option, known)}",
+                    where=f"scheduler.options.{option}",
                     hint=f"It has: {', '.join(sorted(known))}.",
                 )
-        self._config = {**model_config, **options.options}
+
+    def _make(self) -> Any:
+        try:
+            with quiet():
+                return self._class.from_config(dict(self._config))
+        except ImportError as error:
+            raise PluginError(f"{self._class.__name__}: {' '.join(str(error).split())}", where=WHERE) from error
+        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            raise ConfigError(
+                f"{self._class.__name__} refuses its config: {error}", where="scheduler.options"
+            ) from error
 
     def start(self, steps: int) -> DiffusersSampling:
-        """Begin a run; diffusers' own refusals become InputError."""
-        scheduler = self._class.from_config(self._config)
+        """Begin a run; the number of timesteps may be larger than `steps` (Heun, PNDM)."""
+        scheduler = self._make()
         try:
             scheduler.set_timesteps(steps)
-        except (ValueError, IndexError) as error:
-            raise InputError(str(error), where="steps") from error
+        except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+            raise InputError(f"{self._class.__name__} cannot take {steps} steps: {error}", where="steps") from error
         return DiffusersSampling(scheduler)
 
 
 class DiffusersSampling:
-    """One run. Steps must be asked for in order, since diffusers counts them by itself."""
+    """One run. Its steps must be taken in order, from any first one: diffusers keeps their history."""
 
     def __init__(self, scheduler: Any) -> None:
+        torch = need("torch", PURPOSE)
         self._scheduler = scheduler
-        self._draws_noise = "generator" in inspect.signature(scheduler.step).parameters
-        self.timesteps: NDArray[Any] = scheduler.timesteps.numpy()
+        self._times = scheduler.timesteps
+        times = self._times if self._times.dtype == torch.int64 else self._times.to(torch.float32)
+        self.timesteps: NDArray[Any] = times.numpy()
         self.init_noise_sigma = float(scheduler.init_noise_sigma)
+        self._next: int | None = None
+        self._generator = torch.Generator("cpu")
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
-    def scale_input(self, latents: Array, index: int) -> Array:
-        """Return diffusers' scaled latents."""
+    def scale_input(self, latents: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+        """Return what the network sees at step `index`; `latents` itself where the method does not scale."""
         import torch
 
-        scaled: Array = self._scheduler.scale_model_input(
-            torch.from_numpy(latents), self._scheduler.timesteps[index]
-        ).numpy()
-        return scaled
+        self._begin(index)
+        sample = torch.from_numpy(latents)
+        scaled = self._scheduler.scale_model_input(sample, self._times[index])
+        return latents if scaled is sample else _array(scaled)
 
-    def step(self, output: Array, index: int, latents: Array, rng: RandomStream) -> Array:
-        """Return diffusers' next latents; the noise it asks for comes from `rng`."""
+    def step(
+        self, output: NDArray[np.float32], index: int, latents: NDArray[np.float32], rng: RandomStream
+    ) -> NDArray[np.float32]:
+        """Return the latents after step `index`."""
         import torch
 
-        extra = {"generator": _Noise(rng)} if self._draws_noise else {}
-        result = self._scheduler.step(
-            torch.from_numpy(output),
-            self._scheduler.timesteps[index],
-            torch.from_numpy(latents),
-            return_dict=False,
-            **extra,
-        )[0]
-        following: Array = result.float().numpy()
-        return following
+        self._begin(index)
+        extra = {"generator": self._generator} if self._takes_generator else {}
+        # Copies: multistep methods keep these for later steps, and callers reuse their buffers.
+        noise, sample = torch.from_numpy(output.copy()), torch.from_numpy(latents.copy())
+        with torch.no_grad(), _drawing_from(rng):
+            result = self._scheduler.step(noise, self._times[index], sample, return_dict=False, **extra)[0]
+        self._next = index + 1
+        return _array(result)
+
+    def _begin(self, index: int) -> None:
+        if self._next is None:
+            if hasattr(self._scheduler, "set_begin_index"):
+                self._scheduler.set_begin_index(index)
+            self._next = index
+        elif index != self._next:
+            raise ValueError(f"step {index} where {self._next} is due: a run goes in order; start another")
 
 
-class _Noise:
-    """Stands for a torch.Generator where diffusers passes one on to `randn_tensor`."""
-
-    def __init__(self, rng: RandomStream) -> None:
-        self.rng = rng
-
-
-def _let_draw_from_streams(scheduler_class: Any) -> None:
-    """Let `randn_tensor`, where the class's module looks it up, draw from a `_Noise`.
-
-    The replacement passes every other generator on, so it changes nothing for anybody else and stays in place.
-    """
-    import sys
-
-    module: Any = sys.modules[scheduler_class.__module__]
-    original = getattr(module, "randn_tensor", None)
-    if original is not None and not hasattr(original, "draws_from_streams"):
-        module.randn_tensor = _drawing_from_streams(original)
-
-
-def _drawing_from_streams(original: Any) -> Any:
+def _array(tensor: Any) -> NDArray[np.float32]:
     import torch
 
-    def randn_tensor(shape: Any, generator: Any = None, **options: Any) -> Any:
-        if not isinstance(generator, _Noise):
-            return original(shape, generator=generator, **options)
-        drawn = torch.from_numpy(generator.rng.randn(tuple(shape)))
-        return drawn.to(options["dtype"]) if options.get("dtype") else drawn
-
-    randn_tensor.draws_from_streams = True  # type: ignore[attr-defined]
-    return randn_tensor
+    result: NDArray[np.float32] = tensor.to(torch.float32).contiguous().numpy()
+    return result
 
 
-def _find_class(name: str | None) -> Any:
-    """Return a scheduler class by name. Raises ConfigError with the nearest one."""
-    import diffusers
+def _drawing_from(rng: RandomStream) -> Any:
+    """Return a context in which torch.randn, in this thread, takes its numbers from `rng`.
 
-    names = [known for known in dir(diffusers) if known.endswith(("Scheduler", "SchedulerMixin"))]
-    if not name or name not in names:
-        what = f"unknown class {name!r}.{did_you_mean(name, names)}" if name else "the model names no class"
-        raise ConfigError(what, where="scheduler.class_name", hint="Name a scheduler class of diffusers.")
-    return getattr(diffusers, name)
+    Every other source of random numbers is refused: a draw that the seed does not decide must not pass in silence.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    others = {torch.rand, torch.randint, torch.normal, torch.bernoulli, torch.rand_like, torch.randperm}
+    others |= {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.exponential_}
+
+    class Drawing(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if function is torch.randn:
+                return draw(args[0] if isinstance(args[0], Sequence) else args, kwargs.get("dtype"))
+            if function is torch.randn_like:
+                return draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+            if function in others:
+                raise PluginError(
+                    f"this scheduler draws by torch's {function.__name__}, which the seed cannot decide", where=WHERE
+                )
+            return function(*args, **kwargs)
+
+    def draw(shape: Sequence[int], dtype: Any) -> Any:
+        numbers = torch.from_numpy(rng.randn(tuple(shape)))
+        return numbers if dtype is None else numbers.to(dtype)
+
+    return Drawing()
+
+
+def scheduler_class(name: str) -> Any:
+    """Return a scheduler class of diffusers that steps from (output, timestep, sample) alone.
+
+    Raises ConfigError for a name that there is not, PluginError where it lacks a package of its own.
+    """
+    diffusers = need("diffusers", PURPOSE)
+    names = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+    if name not in names:
+        raise ConfigError(f"diffusers has no scheduler {name!r}.{did_you_mean(name, names)}", where=WHERE)
+    try:
+        cls = getattr(diffusers, name)
+    except (ImportError, RuntimeError) as error:
+        raise PluginError(f"{name} cannot be imported: {error}", where=WHERE, hint=f"Run: {EXTRA}") from error
+    if not hasattr(cls, "step"):
+        raise PluginError(f"{name} needs a package that is not installed", where=WHERE)
+    parameters = list(inspect.signature(cls.step).parameters.values())[1:]
+    needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    fitting = [p.name for p in parameters[:3]] == ["model_output", "timestep", "sample"]
+    if not fitting or needed or not hasattr(cls, "scale_model_input"):
+        raise ConfigError(
+            f"{name} samples in another way than from the network's output, the timestep and the latents",
+            where=WHERE,
+            hint="Choose one for latent diffusion, such as 'EulerDiscreteScheduler'.",
+        )
+    return cls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fill_weights", "read_weights", "weight_files"]
 
-_INDEX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(?:\.(.+))?\.json$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -29,11 +31,12 @@ def weight_files(source: Source, component: str, variant: str | None) -> list[st
     names = [path for path in source.files() if PurePosixPath(path).parent.as_posix() == component]
     found: dict[str, list[str]] = {}
     for path in names:
-        if path.endswith(_INDEX):
-            found[_variant(path.removesuffix(_INDEX))] = _shards(source, path)
+        if index := _INDEX.search(path):
+            found[index[1] or ""] = _shards(source, path)
     for path in names:
-        if path.endswith(".safetensors") and "-of-" not in path:
-            found.setdefault(_variant(path.removesuffix(".safetensors")), [path])
+        if path.endswith(".safetensors") and not _SHARD.search(path):
+            plain = PurePosixPath(path.removesuffix(".safetensors"))
+            found.setdefault(plain.suffix.removeprefix("."), [path])
     if variant is None and "" not in found and len(found) == 1:
         return next(iter(found.values()))
     if (variant or "") in found:
@@ -59,10 +62,6 @@ def weight_files(source: Source, component: str, variant: str | None) -> list[st
     )
 
 
-def _variant(stem: str) -> str:
-    return PurePosixPath(stem).suffix.removeprefix(".")
-
-
 def _shards(source: Source, index: str) -> list[str]:
     try:
         names = set(json.loads(source.read(index))["weight_map"].values())
@@ -83,7 +82,7 @@ def read_weights(source: Source, files: list[str]) -> dict[str, torch.Tensor]:
     torch = need("torch", "converting a diffusers folder")
     safetensors = need("safetensors", "converting a diffusers folder")
     safe_torch = need("safetensors.torch", "converting a diffusers folder")
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Any] = {}
     for path in files:
         local = source.local(path)
         try:
