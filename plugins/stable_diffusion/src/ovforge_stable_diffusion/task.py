@@ -194,11 +194,13 @@ class TextToImage:
         channels = int(self._unet_config.get("in_channels", 4))
         shape = (pictures, channels, request.height // self._factor, request.width // self._factor)
         denoiser = self._denoiser_for(len(states), shape)
+        denoiser.check(sampling.timesteps)
         denoiser.condition(
             states,
             guidance_embedding(request.guidance_scale, self._guidance_width) if self._guidance_width else None,
         )
         latents = rng.randn(shape) * np.float32(sampling.init_noise_sigma)
+        total = len(sampling.timesteps)  # some methods call the network more often than once a step
         for index, timestep in enumerate(sampling.timesteps):
             with timings.span("denoise.unet"):
                 # Where there is guidance the batch holds the latents twice; without, once.
@@ -211,11 +213,11 @@ class TextToImage:
                 latents = sampling.step(output, index, latents, rng)
             if not np.isfinite(latents).all():
                 raise ModelError(
-                    f"step {index + 1} of {request.steps} gave numbers that are not finite",
+                    f"step {index + 1} of {total} gave numbers that are not finite",
                     where="unet",
                     hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
                 )
-            progress(Progress("denoising", index + 1, request.steps))
+            progress(Progress("denoising", index + 1, total))
         return latents
 
     def _denoiser_for(self, batch: int, shape: tuple[int, ...]) -> Denoiser:

@@ -12,72 +12,81 @@ from ovforge.results import Timings
 
 __all__ = ["TextEncoder"]
 
+Ids = NDArray[np.int64]
+DEFAULT_LENGTH = 77
+"""CLIP's number of tokens, for text encoders whose input leaves it open."""
+
 
 class TextEncoder:
-    """The tokenizer and the text encoder of CLIP (Radford et al. 2021), as OpenVINO models."""
+    """The tokenizer and the text encoder of CLIP (Radford et al. 2021), as OpenVINO models.
+
+    Tokenizers of optimum-intel neither pad nor cut to the encoder's length, ours do both: rows are made to fit here.
+    """
 
     def __init__(self, tokenizer: ov.CompiledModel, encoder: ov.CompiledModel) -> None:
         self._tokenizer = tokenizer.create_infer_request()
         self._encoder = encoder.create_infer_request()
-        if "input_ids" not in {name for port in encoder.inputs for name in port.names}:
-            raise ModelError("the text encoder has no input 'input_ids'", hint="Convert the model again.")
-        self._ids_type = encoder.input("input_ids").get_element_type().to_dtype()
-        self._length = encoder.input("input_ids").get_partial_shape()[1]
-        names = {name for port in encoder.outputs for name in port.names}
-        self._output = "last_hidden_state" if "last_hidden_state" in names else 0
+        self._tokens = _port(tokenizer.outputs, "input_ids", "tokenizer")
+        self._input = _port(encoder.inputs, "input_ids", "text encoder")
+        self._output = _port(encoder.outputs, "last_hidden_state", "text encoder")
+        length = self._input.get_partial_shape()[1]
+        self._length = length.get_length() if length.is_static else DEFAULT_LENGTH
+        # The tokenizer itself shows its end and padding tokens: nothing, beside something longer.
+        nothing = self._raw(["", "a a a a"])[0]
+        self._end, self._padding = int(nothing[1]), int(nothing[-1])
 
     def encode(self, prompts: Sequence[str], timings: Timings) -> NDArray[np.float32]:
         """Return the last hidden states, float32 (prompts, tokens, width)."""
         with timings.span("text_encoder"):
             with timings.span("text_encoder.tokenizer"):
-                ids = self._ids(prompts)
-            self._encoder.infer({"input_ids": ids.astype(self._ids_type, copy=False)})
-            return self._encoder.get_tensor(self._encoder_output()).data.astype(np.float32)
-
-    def _encoder_output(self) -> ov.ConstOutput:
-        return self._encoder.model_outputs[0] if self._output == 0 else self._named_output()
-
-    def _named_output(self) -> ov.ConstOutput:
-        return next(port for port in self._encoder.model_outputs if self._output in port.names)
+                ids = self._fit(self._raw(prompts))
+            self._encoder.infer({self._input: ids.astype(self._input.get_element_type().to_dtype(), copy=False)})
+            return self._encoder.get_tensor(self._output).data.astype(np.float32)
 
     def cut(self, prompt: str) -> str | None:
-        """Return the end of `prompt` that the tokenizer cuts off, from the first word that does not fit whole.
+        """Return the end of `prompt` that does not fit, from the first word that does not fit whole.
 
         CLIP joins no tokens across white space, so the words' lengths add up.
         """
-        ids = self._ids([prompt])[0]
-        room = self._content(ids)
-        if room < len(ids) - 2:
+        room = self._length - 2
+        if self._content(self._raw([prompt])[0]) < room:
             return None
         words = prompt.split()
         used = 0
-        for position, (word, length) in enumerate(zip(words, self._lengths(words), strict=True)):
+        for position, (word, row) in enumerate(zip(words, self._raw(words), strict=True)):
+            length = self._content(row)
             used += length
-            if used > room or (length == room and self._is_longer(word)):
+            if used > room or (length == room and self._goes_on(word)):
                 return " ".join(words[position:])
         return None
 
-    def _lengths(self, words: Sequence[str]) -> list[int]:
-        return [self._content(row) for row in self._ids(words)]
-
-    def _is_longer(self, word: str) -> bool:
+    def _goes_on(self, word: str) -> bool:
         """Say whether a word that fills every place goes on: its last letter then changes no token that is seen."""
-        return bool(np.array_equal(self._ids([word])[0], self._ids([word[:-1]])[0]))
+        whole, shorter = self._raw([word])[0], self._raw([word[:-1]])[0]
+        return bool(np.array_equal(whole, shorter))
 
-    def _content(self, ids: NDArray[np.int64]) -> int:
+    def _content(self, row: Ids) -> int:
         """Return how many tokens lie between the start token and the first end token."""
-        ends = np.flatnonzero(ids == ids[-1])
-        return int(ends[0]) - 1
+        return int(np.flatnonzero(row == self._end)[0]) - 1
 
-    def _ids(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Return token numbers, int64 (prompts, tokens)."""
+    def _fit(self, rows: Ids) -> Ids:
+        """Return rows of the encoder's length: longer ones are cut before their end token, shorter ones padded."""
+        fitted = np.full((len(rows), self._length), self._padding, np.int64)
+        for target, row in zip(fitted, rows, strict=True):
+            used = min(self._content(row) + 1, self._length - 1)
+            target[:used] = row[:used]
+            target[used] = self._end
+        return fitted
+
+    def _raw(self, prompts: Sequence[str]) -> Ids:
+        """Return what the tokenizer gives, int64 (prompts, tokens)."""
         self._tokenizer.infer({0: ov.Tensor(np.array(list(prompts), dtype=str))})
-        port = next(port for port in self._tokenizer.model_outputs if "input_ids" in port.names)
-        ids = np.array(self._tokenizer.get_tensor(port).data, dtype=np.int64)
-        if self._length.is_static and ids.shape[1] != self._length.get_length():
-            raise ModelError(
-                f"the tokenizer gives {ids.shape[1]} tokens, and the text encoder takes {self._length}",
-                where="tokenizer",
-                hint="Convert tokenizer and text encoder together.",
-            )
-        return ids
+        return np.array(self._tokenizer.get_tensor(self._tokens).data, dtype=np.int64)
+
+
+def _port(ports: Sequence[ov.ConstOutput], name: str, model: str) -> ov.ConstOutput:
+    for port in ports:
+        if name in port.names:
+            return port
+    found = ", ".join(sorted(name for port in ports for name in port.names)) or "no named ones"
+    raise ModelError(f"the {model} has no {name!r}", hint=f"It has: {found}. Convert the model again.")

@@ -53,6 +53,16 @@ class Denoiser:
             self._missing("timestep_cond")
             self._input("timestep_cond", (len(states), len(embedding)))[...] = embedding
 
+    def check(self, timesteps: NDArray[np.generic]) -> None:
+        """Refuse timesteps that the model's input would round."""
+        kind = self._ports["timestep"].get_element_type()
+        if kind.is_integral() and (np.asarray(timesteps, np.float64) % 1).any():
+            raise InputError(
+                f"this scheduler's timesteps have fractions, and the UNet takes {kind.get_type_name()}",
+                where="scheduler",
+                hint='Convert the model with timestep = "f32", or choose another scheduler.',
+            )
+
     def predict(self, timestep: float) -> Array:
         """Run one step on `self.latents`; the array returned is overwritten by the next step."""
         self._timestep[...] = timestep

@@ -1,0 +1,206 @@
+"""The cache under properties, damage, crashes, full disks and crowds."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ovforge.cache import Cache, CacheWarning, DigestMemo, digest_file, key_of, parse_size
+from ovforge.errors import CacheError, ConfigError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
+)
+
+
+def writing(data: bytes, name: str = "result.bin") -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / name).write_bytes(data)
+
+    return write
+
+
+def never(folder: Path) -> None:
+    raise AssertionError("made again")
+
+
+@given(st.dictionaries(st.text(), JSON, min_size=1), st.data())
+def test_keys_depend_on_every_value_and_on_no_order(ingredients: dict[str, Any], data: st.DataObject) -> None:
+    assert key_of(ingredients) == key_of(dict(reversed(ingredients.items())))
+    changed = data.draw(st.sampled_from(sorted(ingredients)))
+    assert key_of(ingredients) != key_of({**ingredients, changed: [ingredients[changed]]})
+
+
+def test_what_is_put_is_got(cache: Cache) -> None:
+    assert cache.get({"a": 1}) is None
+    entry = cache.put({"a": 1, "stage": "load"}, writing(b"x" * 100), label="one")
+    assert (entry.path / "inner" / "result.bin").read_bytes() == b"x" * 100
+    again, hit = cache.get_or_make({"stage": "load", "a": 1}, never, label="one")
+    assert hit
+    assert (again.key, again.size, again.stage, again.label) == (entry.key, 100, "load", "one")
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: (entry.path / "inner" / "result.bin").write_bytes(b"short"),
+        lambda entry: (entry.path / "inner" / "result.bin").unlink(),
+        lambda entry: (entry.path / "entry.json").write_bytes(b"{"),
+        lambda entry: (entry.path / "entry.json").write_bytes(b"[1, 2]"),
+        lambda entry: (entry.path / "entry.json").unlink(),
+    ],
+)
+def test_a_damaged_entry_is_a_miss_and_is_made_again(cache: Cache, damage: Callable[[Any], None]) -> None:
+    damage(cache.put({"a": 1}, writing(b"x" * 100), label="one"))
+    with pytest.warns(CacheWarning, match="damaged"):
+        entry, hit = cache.get_or_make({"a": 1}, writing(b"x" * 100), label="one")
+    assert not hit
+    assert (entry.path / "inner" / "result.bin").stat().st_size == 100
+    assert cache.verify() == []
+
+
+def test_verify_finds_a_flipped_bit_and_repairs(cache: Cache) -> None:
+    cache.put({"a": 1}, writing(b"fine"), label="sound")
+    entry = cache.put({"a": 2}, writing(b"x" * 100), label="flipped")
+    file = entry.path / "inner" / "result.bin"
+    file.write_bytes(b"x" * 99 + b"y")
+    assert cache.verify() == [(entry.key, "inner/result.bin has changed")]
+    assert cache.verify(repair=True)
+    assert cache.verify() == []
+    assert [left.label for left in cache.entries()] == ["sound"]
+
+
+def test_pruning_removes_what_was_used_longest_ago(cache: Cache) -> None:
+    for number in range(4):
+        entry = cache.put({"a": number}, writing(b"x" * 100), label=str(number))
+        os.utime(entry.path / "entry.json", (1000 + number, 1000 + number))
+    assert cache.get({"a": 0})  # now the last used
+    assert [entry.label for entry in cache.prune(250)] == ["1", "2"]
+    assert [entry.label for entry in cache.entries()] == ["3", "0"]
+    small = Cache(cache.root, max_bytes=150)
+    small.put({"a": 9}, writing(b"x" * 100), label="9")
+    assert [entry.label for entry in small.entries()] == ["0", "9"], "what was used a moment ago is spared"
+    assert {entry.label for entry in small.prune(0)} == {"0", "9"}
+
+
+def test_explain_names_what_changed(cache: Cache) -> None:
+    ingredients = {"stage": "load", "options": {"weights": "f16"}, "version": "1"}
+    assert "nothing of the stage 'load'" in cache.explain(ingredients).reason
+    cache.put(ingredients, writing(b"x"), label="one")
+    assert cache.explain(ingredients).hit
+    explained = cache.explain({**ingredients, "options": {"weights": "f32"}})
+    assert explained.differences == (("options.weights", "f16", "f32"),)
+
+
+def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+    file, memo = tmp_path / "data", DigestMemo(tmp_path / "memo.json")
+    file.write_bytes(b"one")
+    os.utime(file, (1000, 1000))
+    first = digest_file(file, memo)
+    assert json.loads((tmp_path / "memo.json").read_text())[str(file)][-1] == first
+    assert memo.get(file, file.stat()) == first
+    file.write_bytes(b"two")
+    assert digest_file(file, memo) != first
+    (tmp_path / "memo.json").write_bytes(b"garbage")
+    assert digest_file(file, DigestMemo(tmp_path / "memo.json")) == digest_file(file)
+
+
+@pytest.mark.parametrize(("text", "size"), [("500MB", 500 * 10**6), ("2 GiB", 2**31), ("0", 0), ("1.5kb", 1500)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "-1GB", "5 parsecs"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_size(text)
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from ovforge.cache import Cache
+from ovforge.errors import OvforgeError
+root, marks, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def write(folder):
+    (folder / "big.bin").write_bytes(b"x" * 1000)
+    (marks / f"inside-{time.monotonic_ns()}").touch()
+    time.sleep(60 if how == "hang" else 0.3)
+try:
+    Cache(root).get_or_make({"a": 1}, write, label="slow")
+except OvforgeError as error:
+    print(error); sys.exit(3)
+"""
+
+
+def child(cache: Cache, marks: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", CHILD, cache.root, marks, how], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_process_killed_in_the_middle_leaves_nothing(cache: Cache, tmp_path: Path) -> None:
+    process = child(cache, tmp_path, "hang")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("inside-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert cache.get({"a": 1}) is None
+    assert cache.entries() == []
+    cache.put({"a": 1}, writing(b"again"), label="again")  # the dead process's lock is free
+    assert list((cache.root / "work").iterdir()) == [], "what it left is cleared"
+
+
+def test_processes_that_ask_at_once_do_the_work_once(cache: Cache, tmp_path: Path) -> None:
+    processes = [child(cache, tmp_path, "work") for _ in range(4)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    assert len(list(tmp_path.glob("inside-*"))) == 1
+    assert cache.verify() == []
+
+
+def test_a_full_disk_is_said_and_loses_nothing(cache: Cache) -> None:
+    cache.put({"a": 0}, writing(b"kept"), label="kept")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(CacheError, match=r"disk is full while storing large.*\n.*ovforge cache prune"):
+            cache.put({"a": 1}, writing(b"x" * 200_000), label="large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [entry.label for entry in cache.entries()] == ["kept"]
+    assert list((cache.root / "work").iterdir()) == []
+    cache.put({"a": 1}, writing(b"x" * 200_000), label="large")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match="OVFORGE_CACHE_DIR"):
+        Cache(tmp_path / "file").put({"a": 1}, writing(b"x"), label="one")
+
+
+def test_a_failing_stage_leaves_nothing(cache: Cache) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_bytes(b"x")
+        raise RuntimeError("stage")
+
+    with pytest.raises(RuntimeError, match="stage"):
+        cache.put({"a": 1}, fail, label="one")
+    assert cache.entries() == []
+    assert list((cache.root / "work").iterdir()) == []

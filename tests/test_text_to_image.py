@@ -1,0 +1,172 @@
+"""Whole pipelines: the plugins together, against diffusers on torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ovforge
+import pytest
+from ovforge import Use
+from ovforge.cache import Cache
+from ovforge.errors import ConfigError, InputError, ModelError
+from ovforge.results import ImagesResult
+
+F32 = Use("cpu", precision="f32")
+FULL = {"weights": "f32"}
+
+
+def pipeline(source: Path, cache: Cache, **options: Any) -> ovforge.Pipeline:
+    return ovforge.Pipeline("text-to-image", source=source, load=FULL, device=F32, cache=cache, **options)
+
+
+@pytest.fixture
+def lcm(torch_lcm: Path, session_cache: Cache) -> ovforge.Pipeline:
+    return pipeline(torch_lcm, session_cache)
+
+
+@pytest.fixture
+def sd(torch_sd: Path, session_cache: Cache) -> ovforge.Pipeline:
+    return pipeline(torch_sd, session_cache, scheduler=Use("diffusers", class_name="DDIMScheduler"))
+
+
+def agree(ours: ImagesResult, theirs: list[Any]) -> None:
+    """At most 2/255 anywhere, 0.2/255 on average."""
+    assert len(ours.images) == len(theirs)
+    for mine, wanted in zip(ours.images, theirs, strict=True):
+        difference = np.abs(np.asarray(mine, np.int16) - np.asarray(wanted, np.int16))
+        assert difference.shape == np.asarray(wanted).shape
+        assert difference.max() <= 2
+        assert difference.mean() <= 0.2
+
+
+@pytest.mark.parametrize(("width", "height", "steps"), [(16, 16, 4), (24, 40, 3), (32, 16, 1)])
+def test_lcm_pictures_equal_diffusers(
+    torch_lcm: Path, lcm: ovforge.Pipeline, width: int, height: int, steps: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.LatentConsistencyModelPipeline.from_pretrained(torch_lcm, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    seeds = [1234567, 3]
+    options: dict[str, Any] = {"width": width, "height": height}
+    theirs = reference(
+        ["a beautiful pink unicorn, 8k", "the blue cat!!"],
+        num_inference_steps=steps,
+        guidance_scale=5.5,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **options,
+    ).images
+    ours = lcm(
+        ["a beautiful pink unicorn, 8k", "the blue cat!!"], steps=steps, guidance_scale=5.5, seed=seeds, **options
+    )
+    agree(ours, theirs)
+
+
+def test_guided_pictures_with_a_negative_prompt_equal_diffusers(torch_sd: Path, sd: ovforge.Pipeline) -> None:
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(torch_sd, requires_safety_checker=False)
+    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    reference.set_progress_bar_config(disable=True)
+    theirs = reference(
+        "a photo of the cat",
+        negative_prompt="blue background",
+        num_inference_steps=5,
+        guidance_scale=7.5,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (10, 11)],
+    ).images
+    ours = sd("a photo of the cat", negative_prompt="blue background", steps=5, guidance_scale=7.5, count=2, seed=10)
+    agree(ours, theirs)
+    assert ours.seeds == (10, 11)
+    alone = sd("a photo of the cat", negative_prompt="blue background", steps=5, guidance_scale=7.5, seed=11)
+    agree(alone, theirs[1:])
+
+
+def test_a_call_changes_size_and_comes_back(lcm: ovforge.Pipeline) -> None:
+    first = np.asarray(lcm("a cat", seed=5).images[0])
+    lcm("a cat", seed=5, width=32, height=24, count=2)
+    np.testing.assert_array_equal(np.asarray(lcm("a cat", seed=5).images[0]), first)
+
+
+def test_timings_and_provenance_say_what_ran(lcm: ovforge.Pipeline) -> None:
+    result = lcm("a cat", steps=3)
+    spans = result.timings.spans
+    assert len(spans["denoise.unet"]) == len(spans["denoise.scheduler"]) == 3
+    assert sum(spans["denoise.unet"]) + sum(spans["denoise.scheduler"]) <= spans["denoise"][0]
+    assert {"load", "compile", "compile.unet", "text_encoder", "vae_decoder"} <= set(spans)
+    assert result.provenance["precision"] == {"text_encoder": "f32", "unet": "f32", "vae_decoder": "f32"}
+    assert result.provenance["inputs"]["seed"] == result.seeds[0]
+    again = lcm(**result.provenance["inputs"])
+    np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("cat " * 75, None),
+        ("cat " * 74 + "blue cat", "cat"),
+        ("pink " * 100 + "unicorn", ("pink " * 25 + "unicorn")),
+        ("the " * 74 + "qx the", "qx the"),
+        ("x" * 76, "x" * 76),
+        ("x" * 75, None),
+    ],
+)
+def test_what_does_not_fit_is_said(lcm: ovforge.Pipeline, prompt: str, cut: str | None) -> None:
+    warnings = lcm(prompt, seed=1, steps=1).warnings
+    assert bool(warnings) == (cut is not None)
+    if cut is not None:
+        assert warnings[0].endswith(f"cut off: {cut!r}")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"width": 17}, InputError, "17 is not a multiple of 2"),
+        ({"negative_prompt": "x"}, InputError, "takes no negative prompt"),
+        ({"seed": [1, 2]}, InputError, "2 seeds for 1 pictures"),
+        ({"steps": 51}, InputError, "51 is out of range"),
+        ({"steps": 0}, ConfigError, "`steps` should be greater than or equal to 1"),
+        ({"stps": 4}, ConfigError, "Did you mean 'steps'"),
+        ({"prompt": 3}, ConfigError, "`prompt"),
+        ({"prompt": []}, ConfigError, "at least one prompt"),
+        ({"seed": 2**64}, InputError, "out of range"),
+    ],
+)
+def test_bad_inputs_say_what_would_be_right(
+    lcm: ovforge.Pipeline, inputs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        lcm(**{"prompt": "a cat", **inputs})
+    assert message in str(raised.value)
+
+
+def test_a_negative_prompt_without_guidance_is_refused(sd: ovforge.Pipeline) -> None:
+    with pytest.raises(InputError, match="no effect"):
+        sd("a cat", negative_prompt="x", guidance_scale=1)
+    with pytest.raises(InputError, match="2 negative prompts for 1"):
+        sd("a cat", negative_prompt=["x", "y"])
+
+
+def test_damaged_weights_are_an_error_that_names_the_step(
+    torch_lcm: Path, session_cache: Cache, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    pipeline(torch_lcm, session_cache).bundle.save(folder)
+    weights = folder / "unet" / "openvino_model.bin"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
+    damaged = ovforge.Pipeline("text-to-image", source=folder, device=F32, cache=None)
+    with pytest.raises(ModelError, match="step 1 of 4 gave numbers that are not finite"):
+        damaged("a cat", seed=1)
+
+
+def test_fractional_timesteps_on_whole_ones_are_refused(torch_lcm: Path, session_cache: Cache) -> None:
+    pytest.importorskip("diffusers")
+    options = {"use_karras_sigmas": True}
+    karras = pipeline(
+        torch_lcm, session_cache, scheduler=Use("diffusers", class_name="EulerDiscreteScheduler", options=options)
+    )
+    with pytest.raises(InputError, match="have fractions"):
+        karras("a cat", steps=4, seed=1)
