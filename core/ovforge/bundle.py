@@ -225,10 +225,10 @@ def read_model(source: Source, path: str) -> ov.Model:
 
     from ovforge.runtime import core, enable_tokenizers
 
-    stem = PurePosixPath(path).stem
-    if stem in ("openvino_tokenizer", "openvino_detokenizer"):
+    file = PurePosixPath(path)
+    if file.stem in ("openvino_tokenizer", "openvino_detokenizer"):
         enable_tokenizers()
-    weights = PurePosixPath(path).with_suffix(".bin").as_posix()
+    weights = file.with_suffix(".bin").as_posix() if file.suffix == ".xml" else ""
     try:
         local = source.local(path)
         if local is not None:

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -213,15 +213,20 @@ def checked(model: type[Model], value: Any, *, where: str, base: Path | None = N
 
 
 def input_files(options: BaseModel | None) -> list[Path]:
-    """Return the files that InputFile options name."""
+    """Return the files that InputFile options name, alone, optional or in lists."""
     if options is None:
         return []
-    return [
-        value
-        for name, info in type(options).model_fields.items()
-        if any(isinstance(item, _FileMarker) for item in info.metadata)
-        and isinstance(value := getattr(options, name), Path)
-    ]
+    files = []
+    for name, info in type(options).model_fields.items():
+        if _names_files(info.annotation) or any(isinstance(item, _FileMarker) for item in info.metadata):
+            value = getattr(options, name)
+            files += [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, Path)]
+    return files
+
+
+def _names_files(annotation: Any) -> bool:
+    """Say whether InputFile stands anywhere in a type, such as list[InputFile] | None."""
+    return isinstance(annotation, _FileMarker) or any(map(_names_files, get_args(annotation)))
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:

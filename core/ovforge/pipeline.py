@@ -209,16 +209,23 @@ def _match(offer: Offer, source: Source) -> Match:
 def _versioned(offer: Offer, kind: str, options: BaseModel | None, memo: Any) -> dict[str, Any]:
     """Return the part of a stage's ingredients that says who does it and how; files count by their content."""
     files = {str(path): _content(path, memo) for path in input_files(options)}
-    said = options.model_dump(mode="json") if options else {}
-    plain = json.loads(json.dumps(said))
     return {
         "stage": kind,
         "use": offer.extension.name,
         "plugin": offer.plugin,
         "version": offer.version,
-        "options": {key: files.get(value, value) if isinstance(value, str) else value for key, value in plain.items()},
+        "options": _by_content(options.model_dump(mode="json"), files) if options else {},
         "openvino": openvino_version(),
     }
+
+
+def _by_content(value: Any, files: Mapping[str, str]) -> Any:
+    """Return options with each file's path replaced by its digest: a file counts by its content, not its place."""
+    if isinstance(value, dict):
+        return {key: _by_content(part, files) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_by_content(part, files) for part in value]
+    return files.get(value, value) if isinstance(value, str) else value
 
 
 def _content(path: Path, memo: Any) -> str:

@@ -243,11 +243,12 @@ def _check_light(module: types.ModuleType) -> None:
 
 def _serialized(model: ov.Model) -> bytes:
     """Return the model's XML and weights as bytes, without the names that OpenVINO numbers as it goes."""
-    import io
     import re
 
-    from openvino import serialize
+    import openvino as ov
 
-    xml, weights = io.BytesIO(), io.BytesIO()
-    serialize(model, xml, weights)
-    return re.sub(rb' (name|id)="[^"]*"', b"", xml.getvalue()) + weights.getvalue()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        ov.save_model(model, path, compress_to_fp16=False)
+        xml = re.sub(rb' (name|id)="[^"]*"', b"", path.read_bytes())
+        return xml + path.with_suffix(".bin").read_bytes()

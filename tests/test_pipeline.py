@@ -1,0 +1,321 @@
+"""The order of stages, and what the cache spares; with a small plugin made here."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import ovforge
+import pytest
+from openvino import opset13 as ops
+from ovforge import Use, hookimpl, testing
+from ovforge.bundle import ModelBundle
+from ovforge.cache import Cache
+from ovforge.config import InputFile
+from ovforge.errors import ConfigError, DeviceError, ModelError, PluginError
+from ovforge.extensions import GraphTransformExtension, LoaderExtension, TaskExtension
+from ovforge.plugins import Plugins
+from ovforge.registry import Registry
+from ovforge.results import Result
+from ovforge.sources import Source
+from ovforge.stages import Match, Phase, Progress, Report, Skipped
+from pydantic import BaseModel, ConfigDict
+
+CALLS: list[str] = []
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoaderOptions(Strict):
+    bias: float = 0.0
+
+
+class CountingLoader:
+    """Opens *.count files; says when it is asked."""
+
+    def __init__(self, options: LoaderOptions) -> None:
+        self.options = options
+
+    def can_load(self, source: Source) -> Match:
+        return Match.YES if any(path.endswith(".count") for path in source.files()) else Match.NO
+
+    def load(self, source: Source) -> ModelBundle:
+        CALLS.append("load")
+        return testing.small_bundle()
+
+
+class AddOptions(Strict):
+    amount: float = 1.0
+    late: bool = False
+    file: InputFile | None = None
+    skip: bool = False
+
+
+class Add:
+    def __init__(self, options: AddOptions) -> None:
+        self.options = options
+
+    def apply(self, bundle: ModelBundle) -> Report:
+        CALLS.append(f"add {self.options.amount}")
+        if self.options.skip:
+            return Report(skipped=[Skipped("a key", "it does not fit")])
+        amount = self.options.amount + (len(self.options.file.read_bytes()) if self.options.file else 0)
+        result = bundle.models["model"].get_results()[0]
+        names = result.input_value(0).get_names()
+        added = ops.add(result.input_value(0), ops.constant(np.float32(amount)))
+        result.input_value(0).get_tensor().set_names(set())
+        added.output(0).get_tensor().set_names(names)
+        result.input(0).replace_source_output(added.output(0))
+        bundle.assets["added.txt"] = bundle.assets.get("added.txt", b"") + f"{amount} ".encode()
+        return Report(roles=("model",), applied=[f"added {amount}"])
+
+
+class RunInputs(Strict):
+    x: float = 1.0
+
+
+class RunTask:
+    def __init__(self, options: None, context: Any) -> None:
+        self.context = context
+
+    def __call__(self, inputs: RunInputs, progress: Any) -> Result:
+        x = np.full((1, 4), inputs.x, np.float32)
+        y = self.context.bundle["model"]({"x": x})["y"]
+        return Result(provenance={"inputs": {"x": inputs.x}, "y": y[0].tolist()})
+
+    def exercise(self, samples: int) -> None: ...
+
+
+plugin = types.ModuleType("small_plugin")
+
+
+@hookimpl
+def ovforge_loaders() -> Iterator[LoaderExtension]:
+    yield LoaderExtension(
+        name="count", summary="Counts", factory=CountingLoader, config=LoaderOptions, converts=True
+    )
+
+
+@hookimpl
+def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
+    yield GraphTransformExtension(
+        name="add",
+        summary="Adds",
+        factory=Add,
+        config=AddOptions,
+        phase=lambda options: Phase.ATTACH if options.late else Phase.FUSE,
+    )
+
+
+@hookimpl
+def ovforge_tasks() -> Iterator[TaskExtension]:
+    yield TaskExtension(name="run", summary="Runs", factory=RunTask, inputs=RunInputs, roles=("model",))
+
+
+for hook in (ovforge_loaders, ovforge_graph_transforms, ovforge_tasks):
+    setattr(plugin, hook.__name__, hook)
+
+
+@pytest.fixture
+def plugins() -> Plugins:
+    CALLS.clear()
+    found = Plugins(Registry({}), found=())
+    found.register(plugin, "small", "1.0")
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "model.count").write_text("1")
+    return {"task": "run", "load": str(tmp_path / "model.count"), "device": {"precision": "f32"}}
+
+
+def y(pipeline: ovforge.Pipeline) -> float:
+    return float(pipeline(x=0.0).provenance["y"][0])
+
+
+def test_phases_come_before_the_order_of_writing(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    transforms = [{"use": "add", "amount": 1, "late": True}, {"use": "add", "amount": 2}, {"use": "add", "amount": 3}]
+    pipeline = ovforge.load({**config, "transform": transforms}, plugins=plugins, cache=cache)
+    assert CALLS == ["load", "add 2.0", "add 3.0", "add 1.0"]
+    assert y(pipeline) == 6
+    assert pipeline.bundle.assets["added.txt"] == b"2.0 3.0 1.0 "
+
+
+def test_a_second_start_does_nothing_again(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    config["transform"] = [{"use": "add", "amount": 5}]
+    states = [stage.state for stage in ovforge.plan(config, plugins=plugins, cache=cache).stages]
+    assert states == ["to do", "to do", "to do", "direct"]
+    assert cache.entries() == []
+    assert CALLS == [], "a plan does nothing"
+    first = ovforge.load(config, plugins=plugins, cache=cache)
+    assert y(first) == 5
+    CALLS.clear()
+    states = [stage.state for stage in ovforge.plan(config, plugins=plugins, cache=cache).stages]
+    assert states == ["cached", "cached", "cached", "direct"]
+    again = ovforge.load(config, plugins=plugins, cache=cache)
+    assert CALLS == []
+    assert again.compiled.compiled("model").cached
+    assert y(again) == 5
+    assert again.bundle.assets == first.bundle.assets
+    assert again.reports == first.reports
+
+
+def test_keys_follow_options_files_and_what_came_before(
+    config: dict[str, Any], plugins: Plugins, cache: Cache, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter.bin"
+    adapter.write_bytes(b"123")
+    config["transform"] = [{"use": "add", "amount": 1, "file": str(adapter)}]
+    assert y(ovforge.load(config, plugins=plugins, cache=cache)) == 4
+    adapter.write_bytes(b"12345")
+    assert y(ovforge.load(config, plugins=plugins, cache=cache)) == 6
+    moved = tmp_path / "elsewhere.bin"
+    adapter.rename(moved)
+    config["transform"][0]["file"] = str(moved)
+    CALLS.clear()
+    assert y(ovforge.load(config, plugins=plugins, cache=cache)) == 6
+    assert CALLS == [], "a file counts by its content, not by its place"
+    config["load"] = {"source": config["load"], "bias": 2.0}
+    ovforge.load(config, plugins=plugins, cache=cache)
+    assert CALLS[0] == "load"
+    explained = [stage.why for stage in ovforge.plan({**config, "load": {**config["load"], "bias": 3.0}}, plugins=plugins, cache=cache).stages]
+    assert "options.bias" in explained[0]
+
+
+def test_a_config_and_a_program_give_the_same_plan(config: dict[str, Any], plugins: Plugins, cache: Cache, tmp_path: Path) -> None:
+    written = tmp_path / "p.toml"
+    written.write_text(
+        'task = "run"\n[load]\nsource = "model.count"\n[[transform]]\nuse = "add"\namount = 2.0\n[device]\nprecision = "f32"\n'
+    )
+    ovforge.load(written, plugins=plugins, cache=cache)
+    pipeline = ovforge.Pipeline(
+        "run",
+        source=tmp_path / "model.count",
+        transforms=[Use("add", amount=2.0)],
+        device=Use("cpu", precision="f32"),
+        plugins=plugins,
+        cache=cache,
+    )
+    assert CALLS == ["load", "add 2.0"]
+    from_file = ovforge.plan(written, plugins=plugins, cache=cache)
+    from_program = ovforge.plan(pipeline.config, plugins=plugins, cache=cache)
+    assert from_file.stages == from_program.stages
+
+
+def test_what_could_not_be_applied_is_refused_or_reported(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    config["transform"] = [{"use": "add", "skip": True}]
+    with pytest.raises(ModelError, match="a key could not be applied: it does not fit"):
+        ovforge.load(config, plugins=plugins, cache=cache)
+    for _ in range(2):
+        pipeline = ovforge.load({**config, "strict": False}, plugins=plugins, cache=cache)
+        assert pipeline.reports[0].skipped == [Skipped("a key", "it does not fit")]
+    with pytest.raises(ModelError, match="could not be applied"):
+        ovforge.load(config, plugins=plugins, cache=cache)
+
+
+def test_without_a_cache_everything_works_and_nothing_is_written(
+    config: dict[str, Any], plugins: Plugins, tmp_path: Path
+) -> None:
+    config["transform"] = [{"use": "add", "amount": 5}]
+    before = sorted(tmp_path.rglob("*"))
+    assert y(ovforge.load(config, plugins=plugins, cache=None)) == 5
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"task": "rum"}, PluginError, "Did you mean 'run'"),
+        ({"transform": ["ad"]}, PluginError, "transform 'ad': unknown"),
+        ({"transform": [{"use": "add", "amuont": 2}]}, ConfigError, r"transform.0 \(add\): unknown key `amuont`"),
+        ({"load": "nowhere"}, ModelError, "nowhere: no such file"),
+        ({"input": {"z": 1}}, ConfigError, "unknown input `z`"),
+        ({"device": {"precision": "f8"}}, ConfigError, r"device \(cpu\): `precision`"),
+        ({"device": {"properties": {"NUM_STREEMS": 1}}}, DeviceError, "Did you mean 'NUM_STREAMS'"),
+        ({"device": "npu"}, DeviceError, "not on this machine"),
+        ({"device": "tpu"}, PluginError, "device 'tpu': unknown"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(
+    config: dict[str, Any], plugins: Plugins, cache: Cache, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    if change.get("device") == "npu" and "NPU" in ov.Core().available_devices:
+        pytest.skip("there is an NPU here")
+    with pytest.raises(error, match=message):
+        ovforge.load({**config, **change}, plugins=plugins, cache=cache)
+    assert CALLS == []
+    assert cache.entries() == []
+
+
+def test_a_source_that_nobody_knows_is_said(plugins: Plugins, cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "notes.doc").write_text("x")
+    with pytest.raises(ModelError, match="no loader knows what this is") as raised:
+        ovforge.load({"task": "run", "load": str(tmp_path / "notes.doc")}, plugins=plugins, cache=cache)
+    assert "It holds: notes.doc" in str(raised.value)
+
+
+def test_a_missing_role_is_said(plugins: Plugins, tmp_path: Path) -> None:
+    bundle = ModelBundle()
+    bundle.models["unet"], bundle.models["vae_decoder"] = testing.small_model(), testing.small_model()
+    bundle.save(tmp_path / "folder")
+    with pytest.raises(ModelError, match=r"the model has no model\n  It has: unet, vae_decoder"):
+        ovforge.load({"task": "run", "load": str(tmp_path / "folder")}, plugins=plugins, cache=None)
+
+
+def test_precision_that_ran_is_in_the_result(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    result = ovforge.load(config, plugins=plugins, cache=cache)()
+    assert result.provenance["precision"] == {"model": "f32"}
+    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for precision, capability in (("bf16", "BF16"), ("f16", "FP16")):
+        asked = {**config, "device": {"precision": precision}}
+        if capability in capabilities:
+            ran = ovforge.load(asked, plugins=plugins, cache=cache)().provenance["precision"]
+            assert ran == {"model": precision}
+        else:
+            with pytest.raises(DeviceError, match=f"cannot compute in {precision}"):
+                ovforge.load(asked, plugins=plugins, cache=cache)
+
+
+def test_progress_is_told(config: dict[str, Any], plugins: Plugins) -> None:
+    moments: list[Progress] = []
+    ovforge.load(config, plugins=plugins, cache=None, progress=moments.append)
+    assert moments[0].stage == "load"
+
+
+def test_the_check_of_transforms_passes_and_catches_a_liar() -> None:
+    assert testing.check_transform(plugin, "add", {"amount": 2.0}, testing.small_bundle).roles == ("model",)
+
+    class Liar(Add):
+        def apply(self, bundle: ModelBundle) -> Report:
+            super().apply(bundle)
+            return Report(applied=["nothing, really"])
+
+    liar = types.ModuleType("liar")
+
+    @hookimpl
+    def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
+        yield GraphTransformExtension(name="lie", summary="Lies", factory=Liar, config=AddOptions, phase=Phase.FUSE)
+
+    liar.ovforge_graph_transforms = ovforge_graph_transforms  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="does not report it"):
+        testing.check_transform(liar, "lie", {}, testing.small_bundle)
+
+
+def test_importing_ovforge_imports_nothing_heavy() -> None:
+    import subprocess
+
+    code = "import sys, ovforge; bad = {'openvino', 'numpy', 'torch', 'pydantic', 'pluggy'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        "import sys; sys.argv = ['ovforge', '--help']\nfrom ovforge.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nsys.exit(str(bad) if (bad := {'openvino', 'torch', 'numpy'} & set(sys.modules)) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
