@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ovforge.cache import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+
 from ovforge import testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
 from ovforge.bundle import ModelBundle, path_of, role_of
@@ -45,7 +46,9 @@ def test_a_folder_is_what_was_saved_and_plain_openvino_opens_it(tmp_path: Path) 
         )
     again.save(tmp_path / "again")
     files = sorted(path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
+    )
     for file in files:
         assert (tmp_path / "model" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
@@ -188,7 +191,10 @@ def test_onnx(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3]) for name in ("x", "y")]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "g", value[:1], value[1:])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8),
+        tmp_path / "m.onnx",
+    )
     check(tmp_path / "m.onnx")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ovforge.cache import Cache, CacheWarning, DigestMemo, digest_file, key_of, parse_size
 from ovforge.errors import CacheError, ConfigError
 

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
 from ovforge.config import InputFile, PipelineConfig, Use, apply_overrides, input_files, read_config, validate_options
 from ovforge.errors import ConfigError
-from pydantic import BaseModel, ConfigDict
 
 SHORT: dict[str, Any] = {"task": "text-to-image", "load": "models/lcm", "scheduler": "lcm"}
 NAMES = st.from_regex(r"[a-z]{1,8}", fullmatch=True)
-OPTIONS = st.dictionaries(NAMES.filter(lambda name: name not in ("use", "source")), st.integers() | st.text() | st.booleans())
+OPTIONS = st.dictionaries(
+    NAMES.filter(lambda name: name not in ("use", "source")), st.integers() | st.text() | st.booleans()
+)
 
 
 class Options(BaseModel):
@@ -27,7 +30,12 @@ class Options(BaseModel):
 
 
 def test_short_and_long_forms_say_the_same() -> None:
-    long = {"task": {"use": "text-to-image"}, "load": {"source": "models/lcm"}, "scheduler": {"use": "lcm"}, "device": {}}
+    long = {
+        "task": {"use": "text-to-image"},
+        "load": {"source": "models/lcm"},
+        "scheduler": {"use": "lcm"},
+        "device": {},
+    }
     assert PipelineConfig.of(SHORT) == PipelineConfig.of(long)
     program = PipelineConfig(task="text-to-image", load=Path("models/lcm"), scheduler=Use("lcm"))  # type: ignore[arg-type]
     assert program == PipelineConfig.of(SHORT)

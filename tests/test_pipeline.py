@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-import ovforge
 import pytest
 from openvino import opset13 as ops
+from pydantic import BaseModel, ConfigDict
+
+import ovforge
 from ovforge import Use, hookimpl, testing
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
@@ -24,7 +26,6 @@ from ovforge.registry import Registry
 from ovforge.results import Result
 from ovforge.sources import Source
 from ovforge.stages import Match, Phase, Progress, Report, Skipped
-from pydantic import BaseModel, ConfigDict
 
 CALLS: list[str] = []
 
@@ -98,9 +99,7 @@ plugin = types.ModuleType("small_plugin")
 
 @hookimpl
 def ovforge_loaders() -> Iterator[LoaderExtension]:
-    yield LoaderExtension(
-        name="count", summary="Counts", factory=CountingLoader, config=LoaderOptions, converts=True
-    )
+    yield LoaderExtension(name="count", summary="Counts", factory=CountingLoader, config=LoaderOptions, converts=True)
 
 
 @hookimpl
@@ -186,11 +185,18 @@ def test_keys_follow_options_files_and_what_came_before(
     config["load"] = {"source": config["load"], "bias": 2.0}
     ovforge.load(config, plugins=plugins, cache=cache)
     assert CALLS[0] == "load"
-    explained = [stage.why for stage in ovforge.plan({**config, "load": {**config["load"], "bias": 3.0}}, plugins=plugins, cache=cache).stages]
+    explained = [
+        stage.why
+        for stage in ovforge.plan(
+            {**config, "load": {**config["load"], "bias": 3.0}}, plugins=plugins, cache=cache
+        ).stages
+    ]
     assert "options.bias" in explained[0]
 
 
-def test_a_config_and_a_program_give_the_same_plan(config: dict[str, Any], plugins: Plugins, cache: Cache, tmp_path: Path) -> None:
+def test_a_config_and_a_program_give_the_same_plan(
+    config: dict[str, Any], plugins: Plugins, cache: Cache, tmp_path: Path
+) -> None:
     written = tmp_path / "p.toml"
     written.write_text(
         'task = "run"\n[load]\nsource = "model.count"\n[[transform]]\nuse = "add"\namount = 2.0\n[device]\nprecision = "f32"\n'
@@ -210,7 +216,9 @@ def test_a_config_and_a_program_give_the_same_plan(config: dict[str, Any], plugi
     assert from_file.stages == from_program.stages
 
 
-def test_what_could_not_be_applied_is_refused_or_reported(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+def test_what_could_not_be_applied_is_refused_or_reported(
+    config: dict[str, Any], plugins: Plugins, cache: Cache
+) -> None:
     config["transform"] = [{"use": "add", "skip": True}]
     with pytest.raises(ModelError, match="a key could not be applied: it does not fit"):
         ovforge.load(config, plugins=plugins, cache=cache)

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+
 from ovforge.errors import ConfigError, PluginError
 from ovforge.plugins import Plugins
 from ovforge.registry import Registry, set_enabled
@@ -32,7 +33,10 @@ UNFIT = {
         "from ovforge import hookimpl\n@hookimpl\ndef ovforge_tasks():\n    yield 'text'\n",
         "yields str, not TaskExtension",
     ),
-    "raising": ("from ovforge import hookimpl\n@hookimpl\ndef ovforge_tasks():\n    yield 1 / 0\n", "ZeroDivisionError"),
+    "raising": (
+        "from ovforge import hookimpl\n@hookimpl\ndef ovforge_tasks():\n    yield 1 / 0\n",
+        "ZeroDivisionError",
+    ),
     "misnamed": (GOOD.format(name="Bad Name"), "is no extension name"),
 }
 
@@ -63,9 +67,11 @@ def _forget_modules() -> None:
             del sys.modules[name]
 
 
-def test_only_what_is_asked_for_is_imported(install) -> None:  # noqa: ANN001
+def test_only_what_is_asked_for_is_imported(install) -> None:
     catalogue = "[plugin.one]\nentry_point='x'\nprovides.scheduler={first='A'}\n[plugin.two]\nentry_point='x'\nprovides.scheduler={second='B'}\n"
-    plugins = install(catalogue, one=GOOD.format(name="first"), two=GOOD.format(name="second"), other=GOOD.format(name="third"))
+    plugins = install(
+        catalogue, one=GOOD.format(name="first"), two=GOOD.format(name="second"), other=GOOD.format(name="third")
+    )
     assert plugins.find("scheduler", "second").plugin == "two"
     assert imported() == {"two"}
     assert plugins.find("scheduler", "third").plugin == "other"
@@ -74,7 +80,7 @@ def test_only_what_is_asked_for_is_imported(install) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_the_unfit_are_set_aside_with_their_reason(install, name: str) -> None:  # noqa: ANN001
+def test_the_unfit_are_set_aside_with_their_reason(install, name: str) -> None:
     source, reason = UNFIT[name]
     plugins = install(good=GOOD.format(name="good"), **{name: source})
     assert plugins.find("scheduler", "good").plugin == "good"
@@ -85,14 +91,14 @@ def test_the_unfit_are_set_aside_with_their_reason(install, name: str) -> None: 
     assert statuses["good"].state == "imported"
 
 
-def test_a_name_offered_twice_stays_with_the_first(install) -> None:  # noqa: ANN001
+def test_a_name_offered_twice_stays_with_the_first(install) -> None:
     plugins = install(aaa=GOOD.format(name="same"), bbb=GOOD.format(name="same"))
     assert plugins.find("scheduler", "same").plugin == "aaa"
     statuses = {status.name: status for status in plugins.statuses()}
     assert statuses["bbb"].reason == "it offers the scheduler 'same', which 'aaa' offers already"
 
 
-def test_a_stranger_cannot_take_a_catalogued_name(install) -> None:  # noqa: ANN001
+def test_a_stranger_cannot_take_a_catalogued_name(install) -> None:
     catalogue = "[plugin.zzz]\nentry_point='x'\nprovides.scheduler={mine='A'}\n"
     plugins = install(catalogue, aaa=GOOD.format(name="mine"), zzz=GOOD.format(name="mine"))
     with pytest.raises(PluginError):
@@ -100,7 +106,7 @@ def test_a_stranger_cannot_take_a_catalogued_name(install) -> None:  # noqa: ANN
     assert plugins.find("scheduler", "mine").plugin == "zzz"
 
 
-def test_unknown_names_say_what_to_do(install) -> None:  # noqa: ANN001
+def test_unknown_names_say_what_to_do(install) -> None:
     catalogue = "[plugin.far]\ndistribution='ovforge-far'\nentry_point='x'\nprovides.scheduler={distant='A'}\n"
     plugins = install(catalogue, good=GOOD.format(name="good"), crashing=UNFIT["crashing"][0])
     with pytest.raises(PluginError, match=r"Did you mean 'good'\?") as raised:
@@ -110,7 +116,7 @@ def test_unknown_names_say_what_to_do(install) -> None:  # noqa: ANN001
         plugins.find("scheduler", "distant")
 
 
-def test_switching_off_and_on(install, tmp_path: Path) -> None:  # noqa: ANN001
+def test_switching_off_and_on(install, tmp_path: Path) -> None:
     catalogue = "[plugin.one]\nentry_point='x'\nprovides.scheduler={first='A'}\n"
     install(catalogue, one=GOOD.format(name="first"))
     set_enabled("one", False, tmp_path / "catalogue.toml")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ovforge
 import pytest
+
+import ovforge
 from ovforge import Use
 from ovforge.cache import Cache
 from ovforge.errors import ConfigError, InputError, ModelError

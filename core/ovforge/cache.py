@@ -2,8 +2,8 @@
 
 An entry is a folder named by the hash of everything its content depends on (its ingredients), with a manifest
 `entry.json` beside its files. Entries appear whole, by a rename; a lock for each key lets processes share one store
-and do no work twice; a damaged entry is a miss. On POSIX a file that somebody has open or mapped survives its removal, so
-pruning never pulls a model from under a running pipeline.
+and do no work twice; a damaged entry is a miss. On POSIX a file that somebody has open or mapped survives its removal,
+so pruning never pulls a model from under a running pipeline.
 """
 
 from __future__ import annotations
@@ -198,9 +198,7 @@ class Cache:
         """Store what `write` puts into the folder it is given; what is there already stays and is returned."""
         return self.get_or_make(ingredients, write, label=label)[0]
 
-    def get_or_make(
-        self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str
-    ) -> tuple[Entry, bool]:
+    def get_or_make(self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str) -> tuple[Entry, bool]:
         """Return (entry, whether it was there). One process makes it, others that ask meanwhile wait for it.
 
         Raises CacheError where the disk is full or not writable; nothing half-made is left.

@@ -45,9 +45,7 @@ class CompiledBundle:
     Compilation goes on in the background: asking for a role waits for that role alone.
     """
 
-    def __init__(
-        self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None
-    ) -> None:
+    def __init__(self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None) -> None:
         self.source = bundle
         self.configs = bundle.configs
         self.index = bundle.index
@@ -89,9 +87,7 @@ def _largest_first(bundle: ModelBundle) -> Any:
     return size
 
 
-def compile_ingredients(
-    role: str, identity: str, plan: DevicePlan, properties: Mapping[str, Any]
-) -> dict[str, Any]:
+def compile_ingredients(role: str, identity: str, plan: DevicePlan, properties: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a compiled model depends on, as the cache's key."""
     return {
         "stage": "compile",

@@ -220,7 +220,9 @@ def input_files(options: BaseModel | None) -> list[Path]:
     for name, info in type(options).model_fields.items():
         if _names_files(info.annotation) or any(isinstance(item, _FileMarker) for item in info.metadata):
             value = getattr(options, name)
-            files += [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, Path)]
+            files += [
+                item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, Path)
+            ]
     return files
 
 

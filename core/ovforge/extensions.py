@@ -62,9 +62,7 @@ class Extension:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise PluginError(
-                f"{self.name!r} is no extension name", hint="Use lower-case words joined by hyphens."
-            )
+            raise PluginError(f"{self.name!r} is no extension name", hint="Use lower-case words joined by hyphens.")
         if not self.summary.strip() or "\n" in self.summary:
             raise PluginError("the summary must be one line", where=self.name)
 

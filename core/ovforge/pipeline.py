@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import BaseModel
 
 import ovforge
-from ovforge.bundle import Control, ModelBundle, path_of, write_json
-from ovforge.cache import Cache, Entry, digest_file, key_of
+from ovforge.bundle import Control, ModelBundle, write_json
+from ovforge.cache import Cache, Entry, digest_file
 from ovforge.compiled import CompiledBundle, compile_ingredients, placement
 from ovforge.config import (
     PipelineConfig,
@@ -345,9 +345,7 @@ def _take(entry: Entry, bundle: ModelBundle) -> Report:
     delta = json.loads((entry.path / _STAGE_FILE).read_bytes())
     changed = ModelBundle.open(_EntrySource(entry))
     said = delta["report"]
-    report = Report(
-        **{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]}
-    )
+    report = Report(**{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]})
     for role in report.roles:
         bundle.models.lazy(role, lambda role=role: changed.models[role])  # type: ignore[misc]
         bundle.identity[role] = changed.identity[role]
@@ -387,7 +385,7 @@ class Pipeline:
         strict: bool = True,
         base: Path | None = None,
         plugins: Plugins | None = None,
-        cache: Cache | None | str = "default",
+        cache: Cache | str | None = "default",
         progress: Callable[[Progress], None] = ignore_progress,
     ) -> None:
         if isinstance(task, PipelineConfig):
@@ -532,7 +530,7 @@ def load(
     *,
     overrides: Iterable[str] = (),
     plugins: Plugins | None = None,
-    cache: Cache | None | str = "default",
+    cache: Cache | str | None = "default",
     progress: Callable[[Progress], None] = ignore_progress,
 ) -> Pipeline:
     """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
@@ -559,7 +557,7 @@ def plan(
     *,
     overrides: Iterable[str] = (),
     plugins: Plugins | None = None,
-    cache: Cache | None | str = "default",
+    cache: Cache | str | None = "default",
 ) -> Plan:
     """Return what a pipeline would do, changing nothing: no conversion, no compilation, no write."""
     checked_config, base = read_pipeline(config, overrides)
@@ -628,7 +626,5 @@ def _planned_compilation(
     return _stage(stage, offer, "cached", size=entry.size)
 
 
-def _stage(
-    stage: str, offer: Offer, state: str, why: str = "", size: int | None = None
-) -> PlannedStage:
+def _stage(stage: str, offer: Offer, state: str, why: str = "", size: int | None = None) -> PlannedStage:
     return PlannedStage(stage, offer.extension.name, offer.plugin, offer.version, state, why, size)

@@ -1,8 +1,8 @@
 """Finding plugins and what they offer.
 
-A plugin is imported when something of its is asked for. The catalogue says whose that is; plugins that are not in it are
-imported when nothing in it fits. A plugin that cannot be used is set aside with its reason, and everything else
-goes on.
+A plugin is imported when something of its is asked for. The catalogue says whose that is; plugins that are not in it
+are imported when nothing in it fits. A plugin that cannot be used is set aside with its reason, and everything else goes
+on.
 """
 
 from __future__ import annotations
@@ -238,7 +238,9 @@ class Plugins:
         reason = ""
         if name == "builtin":
             state, version = "built in", ovforge.__version__
-            record = PluginRecord(name, "ovforge", "ovforge.builtin", "What needs no plugin: IR and other formats, devices")
+            record = PluginRecord(
+                name, "ovforge", "ovforge.builtin", "What needs no plugin: IR and other formats, devices"
+            )
         elif name in self.registry.disabled:
             state, reason = "disabled", f"switched on by: ovforge plugins enable {name}"
         elif name in self._set_aside:

@@ -109,9 +109,7 @@ def _read(path: Path, records: Mapping[str, PluginRecord]) -> dict[str, PluginRe
     document = _parse(path)
     merged = dict(records)
     if unknown := sorted(set(document) - {"plugin"}):
-        raise ConfigError(
-            f"unknown key {unknown[0]!r}", where=str(path), hint="The file holds [plugin.NAME] tables."
-        )
+        raise ConfigError(f"unknown key {unknown[0]!r}", where=str(path), hint="The file holds [plugin.NAME] tables.")
     for name, table in document.get("plugin", {}).items():
         where = f"{path}: plugin.{name}"
         _check(table, where)

@@ -104,9 +104,7 @@ class ImagesResult(Result):
 
         Pillow.init()
         if suffix not in Pillow.EXTENSION:
-            raise InputError(
-                f"unknown picture format {suffix!r}", where="output", hint="Use .png, .jpg or .webp."
-            )
+            raise InputError(f"unknown picture format {suffix!r}", where="output", hint="Use .png, .jpg or .webp.")
         buffer = io.BytesIO()
         if suffix == ".png":
             metadata = PngInfo()

@@ -37,9 +37,7 @@ def enable_tokenizers() -> None:
     """
     found = importlib.util.find_spec("openvino_tokenizers")
     if found is None or found.origin is None:
-        raise ModelError(
-            "a tokenizer model needs openvino-tokenizers", hint="Run: pip install openvino-tokenizers"
-        )
+        raise ModelError("a tokenizer model needs openvino-tokenizers", hint="Run: pip install openvino-tokenizers")
     core().add_extension(str(Path(found.origin).parent / "lib" / _LIBRARY))
 
 

@@ -53,7 +53,7 @@ def _choice(offers: list[Offer], definitions: dict[str, Any]) -> dict[str, Any]:
 def _table(offer: Offer, definitions: dict[str, Any]) -> dict[str, Any]:
     model = offer.extension.options_model()
     table = _inline(model.model_json_schema(), definitions) if model else {"type": "object", "properties": {}}
-    properties = {"use": {"const": offer.extension.name, "description": offer.extension.summary}}
+    properties: dict[str, Any] = {"use": {"const": offer.extension.name, "description": offer.extension.summary}}
     return {
         **table,
         "properties": {**properties, **table.get("properties", {})},

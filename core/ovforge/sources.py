@@ -101,7 +101,7 @@ class FileSource:
 
 
 def open_source(text: str, base: Path, memo: DigestMemo | None = None) -> Source:
-    """Open what a config's `source` says: a path (relative to `base`), or "package:NAME/PATH" inside a Python package."""
+    """Open what a config's `source` says: a path (relative to `base`), or "package:NAME/PATH" in a Python package."""
     if text.startswith(PACKAGE):
         package, _, inside = text.removeprefix(PACKAGE).partition("/")
         found = importlib.util.find_spec(package) if package.isidentifier() else None

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    import openvino as ov
     from numpy.typing import NDArray
 
     from ovforge.bundle import ModelBundle

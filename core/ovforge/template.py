@@ -11,7 +11,7 @@ from ovforge.files import atomic_folder
 __all__ = ["write_project"]
 
 _FILES = {
-    "pyproject.toml": '''\
+    "pyproject.toml": """\
 [build-system]
 requires = ["hatchling>=1.27"]
 build-backend = "hatchling.build"
@@ -32,8 +32,8 @@ test = ["pytest"]
 
 [tool.hatch.build.targets.wheel]
 packages = ["src/{package}"]
-''',
-    "README.md": '''\
+""",
+    "README.md": """\
 # ovforge-{name}
 
 A graph transform for ovforge: it multiplies a model's outputs by a factor. Change it into yours.
@@ -41,7 +41,7 @@ A graph transform for ovforge: it multiplies a model's outputs by a factor. Chan
     [[transform]]
     use = "{name}"
     factor = 2.0
-''',
+""",
     "src/{package}/__init__.py": '''\
 """{name}: what this plugin offers to ovforge. Nothing heavy is imported here."""
 

@@ -100,7 +100,9 @@ def check_plugin(module: types.ModuleType, light: bool = True) -> list[Extension
     return offers
 
 
-def check_loader(module: types.ModuleType, name: str, ours: Path, foreign: Path, options: Mapping[str, Any] = {}) -> ModelBundle:  # noqa: B006
+def check_loader(
+    module: types.ModuleType, name: str, ours: Path, foreign: Path, options: Mapping[str, Any] = {}
+) -> ModelBundle:
     """Check a loader: it knows `ours`, not `foreign`, and what it loads survives being written and read."""
     loader = _create(module, "loader", name, options)
     assert loader.can_load(FileSource(ours)) > Match.NO, f"{name} does not know {ours}"
@@ -140,8 +142,8 @@ def check_quantizer(
 def check_scheduler(
     module: types.ModuleType,
     name: str,
-    options: Mapping[str, Any] = {},  # noqa: B006
-    model_config: Mapping[str, Any] = {},  # noqa: B006
+    options: Mapping[str, Any] = {},
+    model_config: Mapping[str, Any] = {},
     steps: Sequence[int] = (1, 2, 4),
 ) -> None:
     """Check a scheduler: shapes and types hold, runs repeat and do not disturb each other."""
@@ -162,10 +164,12 @@ def check_scheduler(
                 assert latents.dtype == np.float32, f"{name} gives {latents.dtype}, not float32"
                 assert latents.shape == before.shape, f"{name} changes the shape of latents"
             finals.append(latents)
-        assert np.array_equal(*finals), f"{name}: the same seed gives other latents; a run must keep no hidden state"
+        assert np.array_equal(finals[0], finals[1]), (
+            f"{name}: the same seed gives other latents; a run must keep no hidden state"
+        )
 
 
-def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any] = {}) -> None:  # noqa: B006
+def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any] = {}) -> None:
     """Check a device: its plan compiles a small model, or it says why it is not here."""
     from ovforge.runtime import core
 

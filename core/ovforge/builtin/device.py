@@ -125,9 +125,7 @@ class AUTO(_OpenVinoDevice):
         available = core().available_devices
         supported = core().get_property(device, "SUPPORTED_PROPERTIES")
         capabilities = {
-            capability
-            for name in available
-            for capability in core().get_property(name, "OPTIMIZATION_CAPABILITIES")
+            capability for name in available for capability in core().get_property(name, "OPTIMIZATION_CAPABILITIES")
         }
         # AUTO hands a model from one device to another while it runs, so there is no one blob to keep.
         return (

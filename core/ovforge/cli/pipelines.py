@@ -134,7 +134,7 @@ def schema(
         atomic_write(output, text.encode())
 
 
-def _cache(no_cache: bool) -> Cache | None | str:
+def _cache(no_cache: bool) -> Cache | str | None:
     return None if no_cache else "default"
 
 

@@ -74,7 +74,9 @@ def show(name: Name) -> None:
                 continue
             model = plugins.find(kind, offered).extension.options_model()
             for field, info in (model.model_fields if model else {}).items():
-                default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+                default = (
+                    "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+                )
                 print(f"  {field}: {default}{f'. {info.description}' if info.description else ''}")
 
 
@@ -87,7 +89,9 @@ def doctor() -> None:
 
     statuses = _statuses(imported=True)
     for status in statuses:
-        mark = {"set aside": "BROKEN ", "imported": "ok     ", "built in": "ok     "}.get(status.state, f"{status.state:<7}")
+        mark = {"set aside": "BROKEN ", "imported": "ok     ", "built in": "ok     "}.get(
+            status.state, f"{status.state:<7}"
+        )
         print(f"{mark} {status.name} {status.version or ''} {f'- {status.reason}' if status.reason else ''}".rstrip())
     print(f"\nyour own catalogue: {user_registry_path()}{'' if user_registry_path().is_file() else ' (not there)'}")
     print(f"python {platform.python_version()} on {platform.platform()}")

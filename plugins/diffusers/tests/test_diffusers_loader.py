@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError
 from ovforge.sources import FileSource
@@ -33,7 +34,7 @@ TEXTS = [
     "...", "?!?!", "(a:1.2) [b] {c}", "1234567890", "12 34", "3.14 + 2 = 5.14", "C++ & C#", "http://example.org/?q=1&b=2",
     "e-mail@example.org", "under_score", "hy-phen-ated", "café", "CAFÉ", "naïve façade", "ÀÉÎÕÜ", "straße", "Ελληνικά",
     "русский текст", "日本語のテキスト", "한국어", "עברית", "العربية", "हिन्दी", "ไทย", "🦄", "🦄🌈 pink", "👩‍👩‍👧‍👦 family",
-    "🇩🇪 flag", "½ ² ①", "“quotes” ‘single’ – dash — em", "ﬁ ligature", "zero\u200bwidth", "non\u00a0breaking",  # noqa: RUF001
+    "🇩🇪 flag", "½ ² ①", "“quotes” ‘single’ – dash — em", "ﬁ ligature", "zero\u200bwidth", "non\u00a0breaking",
     "<html> &amp; </html>", "back\\slash", "tilde~^`|", "a" * 200, "unicorn " * 100, "the and " * 30,
 ]  # fmt: skip
 
@@ -50,9 +51,7 @@ def torch_part(folder: Path, part: str) -> Any:
 
 def run(folder: Path, role: str, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
     """Run a saved role by plain OpenVINO, in f32."""
-    compiled = ov.Core().compile_model(
-        folder / role / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
+    compiled = ov.Core().compile_model(folder / role / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     result = compiled({name: value.numpy() for name, value in inputs.items()})
     return {port.any_name: result[port] for port in compiled.outputs}
 
@@ -162,9 +161,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_converting_again_gives_the_same_bytes_from_memory_too(
-    pipeline: Path, converted: Path, tmp_path: Path
-) -> None:
+def test_converting_again_gives_the_same_bytes_from_memory_too(pipeline: Path, converted: Path, tmp_path: Path) -> None:
     class Memory(FileSource):
         def local(self, path: str) -> Path | None:
             return None
@@ -309,7 +306,9 @@ def damage(folder: Path, how: str, write_index: Callable[..., None]) -> str:
         return "not valid JSON"
     if how == "impossible config":
         config = json.loads((folder / "unet/config.json").read_text())
-        (folder / "unet/config.json").write_text(json.dumps({**config, "down_block_types": ["Nonsense", "DownBlock2D"]}))
+        (folder / "unet/config.json").write_text(
+            json.dumps({**config, "down_block_types": ["Nonsense", "DownBlock2D"]})
+        )
         return "no UNet2DConditionModel"
     if how == "no folder":
         shutil.rmtree(folder / "scheduler")

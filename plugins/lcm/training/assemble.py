@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     vae_state, trained = restore(arguments.work / "vae.pt"), restore(arguments.work / "unet.pt")
     distilled, pool = restore(arguments.work / "lcm.pt"), restore(arguments.work / "pool.pt")
-    assert vae_state and trained and distilled and pool, "train the parts first"
+    assert all((vae_state, trained, distilled, pool)), "train the parts first"
     tokenizer = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
     vae, words, denoiser = autoencoder(), text_encoder(len(tokenizer)), unet(GUIDANCE_WIDTH)
     vae.load_state_dict(vae_state["full"])

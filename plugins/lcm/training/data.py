@@ -49,7 +49,12 @@ PLAIN = len(TINTS)
 UNSAID = "white"
 """The background of a caption that names none."""
 
-_TEMPLATES = ("{a} {look}{thing}", "{a} {look}{thing}{ending}", "a picture of {a} {look}{thing}", "{look}{thing}{ending}")
+_TEMPLATES = (
+    "{a} {look}{thing}",
+    "{a} {look}{thing}{ending}",
+    "a picture of {a} {look}{thing}",
+    "{look}{thing}{ending}",
+)
 _LOOKS = ("", "", "", "beautiful ", "cute ", "nice ")
 _ENDINGS = ("", ", 8k", ", 8k", ", 3d render", ", high quality")
 

@@ -1,7 +1,7 @@
 """Distil the diffusion model into a latent consistency model (Luo et al. 2023, algorithm 1).
 
-The student starts as the teacher, with an embedding of the guidance scale added. At each step it must give the same clean
-latents from two neighbouring points of the teacher's guided DDIM path.
+The student starts as the teacher, with an embedding of the guidance scale added. At each step it must give the same
+clean latents from two neighbouring points of the teacher's guided DDIM path.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def boundary(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
 
 
-def consistent(model, noise: Noise, noisy, timestep, states, guided) -> torch.Tensor:  # noqa: ANN001
+def consistent(model, noise: Noise, noisy, timestep, states, guided) -> torch.Tensor:
     """Return the consistency function: clean latents from noisy ones."""
     with torch.autocast("cpu", torch.bfloat16):
         velocity = model(noisy, timestep, states, timestep_cond=guided).sample.float()
@@ -44,7 +44,7 @@ def consistent(model, noise: Noise, noisy, timestep, states, guided) -> torch.Te
 
 
 @torch.no_grad()
-def sample(model, words, tokens, guidance: float, steps: int = 4, seed: int = 1234567) -> torch.Tensor:  # noqa: ANN001
+def sample(model, words, tokens, guidance: float, steps: int = 4, seed: int = 1234567) -> torch.Tensor:
     """Return latents as LCMScheduler samples them."""
     noise, generator = Noise(), torch.Generator().manual_seed(seed)
     states = words(tokens.long()).last_hidden_state
@@ -86,7 +86,9 @@ def main() -> None:
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     path, step, spent = arguments.work / "lcm.pt", 0, 0.0
     average = averaged(student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=arguments.rate, betas=(0.9, 0.98), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=arguments.rate, betas=(0.9, 0.98), weight_decay=0, fused=True
+    )
     if state := restore(path):
         student.load_state_dict(state["student"])
         average.load_state_dict(state["average"])
@@ -99,14 +101,20 @@ def main() -> None:
 
     def keep() -> None:
         save(
-            path, student=student.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
-            step=step, spent=time.monotonic() - start,
+            path,
+            student=student.state_dict(),
+            average=average.state_dict(),
+            optimizer=optimizer.state_dict(),
+            step=step,
+            spent=time.monotonic() - start,
         )
         _pictures(arguments.work, f"lcm-{step:05d}", tokenizer, average, words, scale)
 
     while (passed := (time.monotonic() - start) / 60 / arguments.minutes) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = arguments.rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * passed)) / 2)
+            group["lr"] = (
+                arguments.rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * passed)) / 2)
+            )
         count = arguments.batch
         picked = torch.randint(len(latents), (count,))
         text = tokens[picked, torch.randint(tokens.shape[1], (count,))].long()
@@ -145,7 +153,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _pictures(work: Path, name: str, tokenizer, model, words, scale: float) -> None:  # noqa: ANN001
+def _pictures(work: Path, name: str, tokenizer, model, words, scale: float) -> None:
     """Write a sheet of the training's prompts, four steps, the guidance that the card proposes."""
     decoder = autoencoder().eval()
     state = restore(work / "vae.pt")

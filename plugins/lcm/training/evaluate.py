@@ -13,9 +13,10 @@ import random
 from pathlib import Path
 
 import numpy as np
-import ovforge
 import torch
 from data import BACKGROUNDS, PLAIN, SIZE, TINTS, Recipe, caption, clash, compose, held_out, load_objects, sheet
+
+import ovforge
 
 
 def features(pictures: torch.Tensor) -> torch.Tensor:
@@ -77,7 +78,11 @@ def main() -> None:
             misses.append(f"{prompt} -> {names[found]}")
     if arguments.sheet:
         sheet(torch.cat(pictures[:64]), 8, arguments.sheet)
-    rates = {"prompts": arguments.count, "object": right_object / arguments.count, "background": right_ground / arguments.count}
+    rates = {
+        "prompts": arguments.count,
+        "object": right_object / arguments.count,
+        "background": right_ground / arguments.count,
+    }
     print(json.dumps(rates))
     print("\n".join(misses[:30]))
     assert pictures[0].shape[-1] == SIZE

@@ -7,6 +7,7 @@ guidance (Ho and Salimans 2021), moving average of the weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -39,12 +40,12 @@ PROMPTS = (
 
 
 @torch.no_grad()
-def sample(model, words, tokens, empty, noise: Noise, steps: int = 20, guidance: float = 3.0, seed: int = 0):  # noqa: ANN001, ANN201
+def sample(model, words, tokens, empty, noise: Noise, steps: int = 20, guidance: float = 3.0, seed: int = 0):
     """Return latents by DDIM (Song et al. 2021) with classifier-free guidance, unscaled."""
     states = words(torch.cat([empty.expand_as(tokens), tokens]).long()).last_hidden_state
     latents = torch.randn(len(tokens), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
     timesteps = torch.linspace(STEPS - 1, 0, steps + 1).round().long()
-    for now, then in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for now, then in itertools.pairwise(timesteps):
         both = torch.cat([latents, latents])
         without, along = model(both, now, states).sample.chunk(2)
         velocity = without + guidance * (along - without)
@@ -77,14 +78,21 @@ def main() -> None:
     words_average, model_average = averaged(words), averaged(model)
     step, spent = 0, 0.0
     if state := restore(path):
-        for part, key in ((words, "words"), (model, "model"), (words_average, "words_ema"), (model_average, "model_ema")):
+        for part, key in (
+            (words, "words"),
+            (model, "model"),
+            (words_average, "words_ema"),
+            (model_average, "model_ema"),
+        ):
             part.load_state_dict(state[key])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
     start = time.monotonic() - spent
     while (passed := (time.monotonic() - start) / 60 / arguments.minutes) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = arguments.rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * passed)) / 2)
+            group["lr"] = (
+                arguments.rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * passed)) / 2)
+            )
         picked = torch.randint(len(latents), (arguments.batch,))
         clean = latents[picked].float() * scale
         text = tokens[picked, torch.randint(tokens.shape[1], (arguments.batch,))].long()
@@ -113,21 +121,33 @@ def main() -> None:
             print(f"{step} {passed:.3f} loss {error.mean().item():.4f} {spent / step:.2f} s", flush=True)
         if step % arguments.pictures == 0 or step == 200:
             save(
-                path, words=words.state_dict(), model=model.state_dict(), words_ema=words_average.state_dict(),
-                model_ema=model_average.state_dict(), optimizer=optimizer.state_dict(),
-                step=step, spent=time.monotonic() - start,
+                path,
+                words=words.state_dict(),
+                model=model.state_dict(),
+                words_ema=words_average.state_dict(),
+                model_ema=model_average.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step,
+                spent=time.monotonic() - start,
             )
-            _pictures(arguments.work, f"unet-{step:05d}", decoder, tokenizer, model_average, words_average, empty, scale)
+            _pictures(
+                arguments.work, f"unet-{step:05d}", decoder, tokenizer, model_average, words_average, empty, scale
+            )
     save(
-        path, words=words.state_dict(), model=model.state_dict(), words_ema=words_average.state_dict(),
-        model_ema=model_average.state_dict(), optimizer=optimizer.state_dict(),
-        step=step, spent=time.monotonic() - start,
+        path,
+        words=words.state_dict(),
+        model=model.state_dict(),
+        words_ema=words_average.state_dict(),
+        model_ema=model_average.state_dict(),
+        optimizer=optimizer.state_dict(),
+        step=step,
+        spent=time.monotonic() - start,
     )
     _pictures(arguments.work, "unet-last", decoder, tokenizer, model_average, words_average, empty, scale)
 
 
 @torch.no_grad()
-def _pictures(work: Path, name: str, decoder, tokenizer, model, words, empty, scale: float) -> None:  # noqa: ANN001
+def _pictures(work: Path, name: str, decoder, tokenizer, model, words, empty, scale: float) -> None:
     """Write a sheet of the prompts above."""
     state = restore(work / "vae.pt")
     assert state is not None

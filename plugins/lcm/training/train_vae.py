@@ -48,11 +48,12 @@ def main() -> None:
         full.load_state_dict(state["full"])
         half.load_state_dict(state["half"])
         done = state["done"]
+    encoder = [*half.encoder.parameters(), *half.quant_conv.parameters()]
+    decoder = [*full.decoder.parameters(), *full.post_quant_conv.parameters()]
     trained = {
-        "both": [*half.encoder.parameters(), *half.quant_conv.parameters()]
-        + [*full.decoder.parameters(), *full.post_quant_conv.parameters()],
+        "both": [*encoder, *decoder],
         "encoder": [*full.encoder.parameters(), *full.quant_conv.parameters()],
-        "decoder": [*full.decoder.parameters(), *full.post_quant_conv.parameters()],
+        "decoder": decoder,
     }[arguments.stage]
     optimizer = torch.optim.AdamW(trained, lr=arguments.rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     start, step = time.monotonic(), 0
@@ -63,7 +64,9 @@ def main() -> None:
 
     while (passed := (time.monotonic() - start) / 60 / arguments.minutes) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = arguments.rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * passed)) / 2)
+            group["lr"] = (
+                arguments.rate * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * passed)) / 2)
+            )
         pictures = picture_batch(arguments.batch)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.set_grad_enabled(arguments.stage == "both"):

@@ -77,9 +77,7 @@ def convert(role: str, module: Any, submodel: Submodel, weights: str) -> ov.Mode
     ]
     module.forward = submodel.forward
     with torch.no_grad(), quiet():
-        traced = decoder.TorchScriptPythonDecoder(
-            module, example_input=example, trace_kwargs={"check_trace": False}
-        )
+        traced = decoder.TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         model = ov.convert_model(traced, example_input=example, input=shapes)
     for port, (name, *_) in zip(model.inputs, shapes, strict=True):
         port.get_tensor().set_names({name})

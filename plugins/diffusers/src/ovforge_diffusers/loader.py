@@ -13,7 +13,6 @@ from ovforge.bundle import ModelBundle
 from ovforge.errors import ModelError
 from ovforge.sources import Source
 from ovforge.stages import Match
-
 from ovforge_diffusers.convert import convert, quiet, settle_names, without_initial_weights
 from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.requirements import need

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ConfigError, InputError, PluginError, did_you_mean
-
 from ovforge_diffusers.convert import quiet
 from ovforge_diffusers.options import SchedulerOptions
 from ovforge_diffusers.requirements import EXTRA, need
@@ -19,6 +18,7 @@ from ovforge_diffusers.requirements import EXTRA, need
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
     from ovforge.stages import RandomStream
 
 __all__ = ["DiffusersSampling", "DiffusersScheduler", "scheduler_class"]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovforge.errors import ConfigError, ModelError
-
 from ovforge_diffusers.options import LoaderOptions
 
 __all__ = ["Input", "Submodel", "describe"]
@@ -91,10 +90,8 @@ def _check_size(options: LoaderOptions, factor: int) -> None:
             )
 
 
-def _activation_scale(
-    module: Any, index: dict[str, Any], context: dict[str, Any]
-) -> tuple[tuple[str, str], ...]:
-    """Return the hint by which devices computing in float16 keep the VAE from overflowing, as optimum-intel gives it."""
+def _activation_scale(module: Any, index: dict[str, Any], context: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return the hint by which devices computing in float16 keep the VAE from overflowing, as in optimum-intel."""
     pipeline = str(index.get("_class_name", ""))
     if _is_xl(index) and module.config.force_upcast:
         return (("ACTIVATIONS_SCALE_FACTOR", "128.0"),)
@@ -124,16 +121,12 @@ def _text_encoder(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
-def _unet(
-    module: Any, latent: _Picture, timestep: str, tokens: int | None, index: dict[str, Any]
-) -> Submodel:
+def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, index: dict[str, Any]) -> Submodel:
     config = module.config
     xl = config.addition_embed_type == "text_time"
     for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type"):
         if config.get(name) is not None and not (xl and name == "addition_embed_type"):
-            raise ModelError(
-                f"a UNet with {name} = {config[name]!r} cannot be converted", where="unet/config.json"
-            )
+            raise ModelError(f"a UNet with {name} = {config[name]!r} cannot be converted", where="unet/config.json")
     guided = config.time_cond_proj_dim is not None
     rows = latent.batch and latent.batch * (1 if guided else 2)
     # An example that no down-sampling divides makes diffusers trace the general path, which passes each skip
@@ -150,9 +143,7 @@ def _unet(
         Input("encoder_hidden_states", (rows, tokens, width), (2, tokens or 77, width)),
     ]
     if guided:
-        inputs.append(
-            Input("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim))
-        )
+        inputs.append(Input("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim)))
     if xl:
         ids = 5 if index.get("requires_aesthetics_score") else 6
         text = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim

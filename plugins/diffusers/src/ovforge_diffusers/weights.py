@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError, did_you_mean
 from ovforge.sources import Source
-
 from ovforge_diffusers.requirements import need
 
 if TYPE_CHECKING:
@@ -131,9 +130,7 @@ def _differences(expected: dict[str, torch.Tensor], weights: dict[str, torch.Ten
     return problems
 
 
-def _today(
-    model: Any, expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _today(model: Any, expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights under the names that the installed versions use."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
     # transformers 5.6 took the level `text_model.` out of CLIPTextModel; every older checkpoint has it.

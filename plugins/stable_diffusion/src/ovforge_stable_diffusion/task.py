@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from PIL import Image
+
 from ovforge.errors import InputError, ModelError
 from ovforge.random import BatchGenerator, fresh_seed
 from ovforge.results import ImagesResult, Timings
 from ovforge.stages import Progress, RandomStream, Sampling, TaskContext, ignore_progress
-from PIL import Image
-
 from ovforge_stable_diffusion.inputs import TextToImageInputs
 from ovforge_stable_diffusion.text import TextEncoder
 from ovforge_stable_diffusion.unet import Denoiser, guidance_embedding

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+
 from ovforge.errors import ModelError
 from ovforge.results import Timings
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+
 from ovforge.errors import InputError, ModelError
 
 __all__ = ["Denoiser", "guidance_embedding"]
