@@ -1,8 +1,7 @@
 """Finding plugins and what they offer.
 
 A plugin is imported when something of its is asked for. The catalogue says whose that is; plugins that are not in it
-are imported when nothing in it fits. A plugin that cannot be used is set aside with its reason, and everything else goes
-on.
+are imported when nothing in it fits. A plugin that cannot be used is set aside with its reason, and the rest goes on.
 """
 
 from __future__ import annotations

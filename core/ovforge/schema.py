@@ -52,7 +52,8 @@ def _choice(offers: list[Offer], definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _table(offer: Offer, definitions: dict[str, Any]) -> dict[str, Any]:
     model = offer.extension.options_model()
-    table = _inline(model.model_json_schema(), definitions) if model else {"type": "object", "properties": {}}
+    empty = {"type": "object", "properties": {}}
+    table: dict[str, Any] = _inline(model.model_json_schema(), definitions) if model else empty
     properties: dict[str, Any] = {"use": {"const": offer.extension.name, "description": offer.extension.summary}}
     return {
         **table,
