@@ -1,0 +1,196 @@
+"""Text to image side by side: ovforge, diffusers on torch, openvino-genai, optimum-intel, on the same model.
+
+Every measurement is a process of its own; the tools take turns, so that what else the machine does hits all alike.
+Reported: process start to first image, a further image (median of several), peak resident memory, precision.
+
+    python benchmarks/text_to_image.py --torch-python PY --genai-python PY --optimum-python PY
+
+A tool whose interpreter is not given is looked for in this one, and left out with a line where it is not there. The
+second start is measured: compiled models are cached where the tool can (ovforge; genai's CACHE_DIR as its own row).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "plugins/lcm/src/ovforge_lcm/model"
+WEIGHTS = ROOT / "plugins/lcm/tests/data/embedded-diffusers"
+PROMPT, SEED, STEPS, GUIDANCE, SIZE = "a beautiful pink unicorn, 8k", 1234567, 4, 3.0, 128
+WARM = 15
+"""Further images in each process."""
+
+Generate = Callable[[], Any]
+
+
+def ovforge(precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
+    """Our pipeline."""
+    import ovforge as package
+
+    device = package.Use("cpu", precision=precision)
+    pipeline = package.Pipeline("text-to-image", source=MODEL, scheduler="lcm", device=device)
+    call = lambda: pipeline(PROMPT, steps=STEPS, guidance_scale=GUIDANCE, seed=SEED).images[0]  # noqa: E731
+    return call, lambda: pipeline.provenance()["precision"]["unet"]
+
+
+def diffusers(precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
+    """Diffusers on torch."""
+    import torch
+    from diffusers import LatentConsistencyModelPipeline
+
+    kind = {"f32": torch.float32, "auto": torch.float32, "bf16": torch.bfloat16}[precision]
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(WEIGHTS, torch_dtype=kind, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call() -> Any:
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        return pipeline(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator).images[0]
+
+    return call, lambda: str(kind).removeprefix("torch.")
+
+
+def genai(precision: str, cache: Path | None) -> tuple[Generate, Callable[[], str]]:
+    """openvino-genai."""
+    import openvino_genai as package
+
+    options: dict[str, Any] = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
+    if cache is not None:
+        options["CACHE_DIR"] = str(cache)
+    pipeline = package.Text2ImagePipeline(str(MODEL), "CPU", **options)
+
+    def call() -> Any:
+        return pipeline.generate(
+            PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, width=SIZE, height=SIZE, rng_seed=SEED
+        ).data[0]
+
+    return call, lambda: precision
+
+
+def genai_uncached(precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
+    """openvino-genai as its documentation starts it."""
+    return genai(precision, None)
+
+
+def optimum(precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
+    """optimum-intel."""
+    import torch
+    from optimum.intel import OVLatentConsistencyModelPipeline
+
+    options = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
+    pipeline = OVLatentConsistencyModelPipeline.from_pretrained(MODEL, ov_config=options, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call() -> Any:
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        return pipeline(
+            PROMPT,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=SIZE,
+            width=SIZE,
+            generator=generator,
+        ).images[0]
+
+    return call, lambda: precision
+
+
+TOOLS: dict[str, Callable[[str, Path], tuple[Generate, Callable[[], str]]]] = {
+    "ovforge": ovforge,
+    "diffusers": diffusers,
+    "genai": genai_uncached,
+    "genai, cached": genai,
+    "optimum-intel": optimum,
+}
+
+
+def measure(tool: str, precision: str, cache: Path, started: float) -> dict[str, Any]:
+    """Run one tool in this process; `started` is the clock when the process was asked for."""
+    generate, ran = TOOLS[tool](precision, cache)
+    generate()
+    first = time.time() - started
+    warm = []
+    for _ in range(WARM):
+        start = time.perf_counter()
+        generate()
+        warm.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"first": first, "warm": statistics.median(warm), "peak": peak, "precision": ran()}
+
+
+def main() -> None:
+    """Take turns, then print medians and their ratios to genai's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for tool in ("torch", "genai", "optimum"):
+        parser.add_argument(f"--{tool}-python", default=sys.executable, help=f"the interpreter that has {tool}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("f32", "auto"), default="f32")
+    parser.add_argument("--json", type=Path, help="write every measurement here")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        tool, cache, started = arguments.child
+        print(json.dumps(measure(tool, arguments.precision, Path(cache), float(started))))
+        return
+    interpreters = {
+        "ovforge": sys.executable,
+        "diffusers": arguments.torch_python,
+        "genai": arguments.genai_python,
+        "genai, cached": arguments.genai_python,
+        "optimum-intel": arguments.optimum_python,
+    }
+    results: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(arguments.rounds + 1):  # the first round fills caches and is not counted
+            for tool in list(results):
+                measured = child(tool, interpreters[tool], arguments.precision, Path(scratch))
+                if measured is None:
+                    del results[tool]
+                elif number:
+                    results[tool].append(measured)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+    report(results)
+
+
+def child(tool: str, interpreter: str, precision: str, scratch: Path) -> dict[str, Any] | None:
+    """Measure one tool in a process of its own."""
+    cache = scratch / tool.replace(", ", "-")
+    environment = {**os.environ, "OVFORGE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [interpreter, __file__, "--precision", precision, "--child", tool, str(cache), str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        print(f"{tool} is left out: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no reason'}")
+        return None
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def report(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print a Markdown table: medians, the range of rounds, ratios to genai."""
+    print("| tool | start to first image, s | further image, s | peak RSS, MiB | precision |")
+    print("| --- | --- | --- | --- | --- |")
+    base = results.get("genai")
+    for tool, rounds in results.items():
+        cells = []
+        for key, digits in (("first", 2), ("warm", 4), ("peak", 0)):
+            values = [measured[key] for measured in rounds]
+            ratio = f", {statistics.median(values) / statistics.median(m[key] for m in base):.2f}x" if base else ""
+            cells.append(
+                f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f}{ratio})"
+            )
+        print(f"| {tool} | {' | '.join(cells)} | {rounds[0]['precision']} |")
+
+
+if __name__ == "__main__":
+    main()
