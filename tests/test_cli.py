@@ -150,7 +150,7 @@ def test_a_new_plugin_passes_its_tests_and_works_as_a_wheel_in_a_fresh_environme
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
     )
     lent = next(path for path in sys.path if path.endswith("site-packages"))
-    (Path(packages.stdout.strip()) / "zz_lent.pth").write_text(f"import sys; sys.path.append({lent!r})\n")
+    (Path(packages.stdout.strip()) / "zz_lent.pth").write_text(f"import site; site.addsitedir({lent!r})\n")
     where = subprocess.run(
         [python, "-c", "import ovforge, ovforge_my_scale; print(ovforge.__file__, ovforge_my_scale.__file__)"],
         capture_output=True, text=True, check=True, env=clean,

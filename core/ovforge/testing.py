@@ -45,6 +45,7 @@ __all__ = [
     "check_task",
     "check_transform",
     "extension",
+    "run",
     "small_bundle",
     "small_model",
 ]
@@ -66,6 +67,14 @@ def small_model() -> ov.Model:
     model.inputs[0].get_tensor().set_names({"x"})
     model.outputs[0].get_tensor().set_names({"y"})
     return model
+
+
+def run(model: ov.Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `model` on the CPU in float32, on every processor alike; return output name -> array."""
+    from ovforge.runtime import core
+
+    results = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs)
+    return {name: array for port, array in results.items() for name in port.names}
 
 
 def small_bundle() -> ModelBundle:
