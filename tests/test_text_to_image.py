@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openvino import opset13 as ops
 
 import ovforge
 from ovforge import Use
@@ -75,14 +76,14 @@ def test_guided_pictures_with_a_negative_prompt_equal_diffusers(torch_sd: Path, 
         "a photo of the cat",
         negative_prompt="blue background",
         num_inference_steps=5,
-        guidance_scale=7.5,
+        guidance_scale=2.0,  # more lets random weights blow rounding up from step to step
         num_images_per_prompt=2,
         generator=[torch.Generator().manual_seed(seed) for seed in (10, 11)],
     ).images
-    ours = sd("a photo of the cat", negative_prompt="blue background", steps=5, guidance_scale=7.5, count=2, seed=10)
+    ours = sd("a photo of the cat", negative_prompt="blue background", steps=5, guidance_scale=2.0, count=2, seed=10)
     agree(ours, theirs)
     assert ours.seeds == (10, 11)
-    alone = sd("a photo of the cat", negative_prompt="blue background", steps=5, guidance_scale=7.5, seed=11)
+    alone = sd("a photo of the cat", negative_prompt="blue background", steps=5, guidance_scale=2.0, seed=11)
     agree(alone, theirs[1:])
 
 
@@ -154,11 +155,13 @@ def test_a_negative_prompt_without_guidance_is_refused(sd: ovforge.Pipeline) -> 
 def test_damaged_weights_are_an_error_that_names_the_step(
     torch_lcm: Path, session_cache: Cache, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    pipeline(torch_lcm, session_cache).bundle.save(folder)
-    weights = folder / "unet" / "openvino_model.bin"
-    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
-    damaged = ovforge.Pipeline("text-to-image", source=folder, device=F32, cache=None)
+    bundle = pipeline(torch_lcm, session_cache).bundle
+    result = bundle.models["unet"].get_results()[0]
+    result.input(0).replace_source_output(
+        ops.multiply(result.input_value(0), ops.constant(np.float32("nan"))).output(0)
+    )
+    bundle.save(tmp_path / "model")
+    damaged = ovforge.Pipeline("text-to-image", source=tmp_path / "model", device=F32, cache=None)
     with pytest.raises(ModelError, match="step 1 of 4 gave numbers that are not finite"):
         damaged("a cat", seed=1)
 

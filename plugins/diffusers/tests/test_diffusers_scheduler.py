@@ -148,3 +148,11 @@ def test_too_many_steps_are_an_input_error() -> None:
     scheduler = DiffusersScheduler(SchedulerOptions(class_name="LCMScheduler"), SD)
     with pytest.raises(InputError, match="5000 steps"):
         scheduler.start(5000)
+
+
+def test_the_plugin_keeps_the_contract() -> None:
+    import ovforge_diffusers
+    from ovforge import testing
+
+    testing.check_plugin(ovforge_diffusers)
+    testing.check_scheduler(ovforge_diffusers, "diffusers", {"class_name": "EulerAncestralDiscreteScheduler"})

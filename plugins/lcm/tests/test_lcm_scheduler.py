@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ovforge import testing
 from ovforge.errors import ConfigError, InputError
 from ovforge.random import Generator
-from ovforge_lcm.embedding import guidance_scale_embedding
 from ovforge_lcm.scheduler import LCMOptions, LCMScheduler
 
 CONFIGS = st.fixed_dictionaries(
@@ -104,27 +104,11 @@ def test_configs_of_other_samplers_are_taken() -> None:
         LCMScheduler(LCMOptions(), dict(getattr(diffusers, name)().config)).start(4)
 
 
-@pytest.mark.parametrize("dim", [4, 5, 24, 256, 257, 512])
-def test_guidance_embedding_equals_diffusers(dim: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch = pytest.importorskip("torch")
-    scales = np.linspace(0, 20, 41, dtype=np.float32)
-    wanted = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
-        None, torch.from_numpy(scales), embedding_dim=dim
-    ).numpy()
-    got = guidance_scale_embedding(scales, dim)
-    assert got.dtype == np.float32
-    assert got.shape == wanted.shape
-    # One last bit of a frequency, times an angle of up to 1000 * w.
-    error = np.abs(got - wanted).max(axis=1)
-    np.testing.assert_array_less(error, 1e-6 + 1.2e-4 * scales)
+def test_the_plugin_keeps_the_contract() -> None:
+    import ovforge_lcm
 
-
-def test_guidance_embedding_refuses_what_it_cannot_be() -> None:
-    with pytest.raises(InputError, match="shape"):
-        guidance_scale_embedding(7.5, 256)
-    with pytest.raises(InputError, match="too short"):
-        guidance_scale_embedding([7.5], 3)
+    testing.check_plugin(ovforge_lcm)
+    testing.check_scheduler(ovforge_lcm, "lcm")
 
 
 def test_trained_betas_equal_diffusers() -> None:

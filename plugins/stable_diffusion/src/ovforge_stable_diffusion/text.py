@@ -62,9 +62,12 @@ class TextEncoder:
         return None
 
     def _goes_on(self, word: str) -> bool:
-        """Say whether a word that fills every place goes on: its last letter then changes no token that is seen."""
-        whole, shorter = self._raw([word])[0], self._raw([word[:-1]])[0]
-        return bool(np.array_equal(whole, shorter))
+        """Say whether a word that fills every place goes on: one more letter then changes no token that is seen.
+
+        Where it ends with the last place, that letter moves the mark of the word's end.
+        """
+        whole, longer = self._raw([word])[0], self._raw([word + word[-1]])[0]
+        return bool(np.array_equal(whole, longer))
 
     def _content(self, row: Ids) -> int:
         """Return how many tokens lie between the start token and the first end token."""
