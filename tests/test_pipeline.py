@@ -20,7 +20,7 @@ from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
 from ovforge.config import InputFile
 from ovforge.errors import ConfigError, DeviceError, ModelError, PluginError
-from ovforge.extensions import GraphTransformExtension, LoaderExtension, TaskExtension
+from ovforge.extensions import GraphTransformExtension, LoaderExtension, QuantizerExtension, TaskExtension
 from ovforge.plugins import Plugins
 from ovforge.registry import Registry
 from ovforge.results import Result
@@ -78,6 +78,17 @@ class Add:
         return Report(roles=("model",), applied=[f"added {amount}"])
 
 
+class Clamp:
+    """A quantizer that needs to see what its model is given."""
+
+    def __init__(self, options: None) -> None: ...
+
+    def quantize(self, bundle: ModelBundle, calibration: Any) -> Report:
+        seen = [record["x"][0, 0] for record in calibration.inputs("model", 3)]
+        CALLS.append(f"calibrated with {seen}")
+        return Report(roles=("model",), applied=["nothing but this"])
+
+
 class RunInputs(Strict):
     x: float = 1.0
 
@@ -91,7 +102,9 @@ class RunTask:
         y = self.context.bundle["model"]({"x": x})["y"]
         return Result(provenance={"inputs": {"x": inputs.x}, "y": y[0].tolist()})
 
-    def exercise(self, samples: int) -> None: ...
+    def exercise(self, samples: int) -> None:
+        for number in range(samples):
+            self(RunInputs(x=number), None)
 
 
 plugin = types.ModuleType("small_plugin")
@@ -114,11 +127,16 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
 
 
 @hookimpl
+def ovforge_quantizers() -> Iterator[QuantizerExtension]:
+    yield QuantizerExtension(name="clamp", summary="Clamps", factory=Clamp)
+
+
+@hookimpl
 def ovforge_tasks() -> Iterator[TaskExtension]:
     yield TaskExtension(name="run", summary="Runs", factory=RunTask, inputs=RunInputs, roles=("model",))
 
 
-for hook in (ovforge_loaders, ovforge_graph_transforms, ovforge_tasks):
+for hook in (ovforge_loaders, ovforge_graph_transforms, ovforge_quantizers, ovforge_tasks):
     setattr(plugin, hook.__name__, hook)
 
 
@@ -227,6 +245,14 @@ def test_what_could_not_be_applied_is_refused_or_reported(
         assert pipeline.reports[0].skipped == [Skipped("a key", "it does not fit")]
     with pytest.raises(ModelError, match="could not be applied"):
         ovforge.load(config, plugins=plugins, cache=cache)
+
+
+def test_a_quantizer_sees_what_the_task_gives_its_model(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    config |= {"transform": [{"use": "add", "late": True}, {"use": "add", "amount": 7}], "quantize": ["clamp"]}
+    for _ in range(2):
+        ovforge.load(config, plugins=plugins, cache=cache)
+    seen = [float(number) for number in range(3)]
+    assert ["load", "add 7.0", f"calibrated with {[np.float32(x) for x in seen]}", "add 1.0"] == CALLS
 
 
 def test_without_a_cache_everything_works_and_nothing_is_written(

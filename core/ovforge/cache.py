@@ -165,6 +165,13 @@ class Cache:
             os.utime(entry.path / _MANIFEST)
         return entry
 
+    def peek(self, ingredients: Ingredients) -> Entry | None:
+        """Return the entry, or None, touching and removing nothing."""
+        try:
+            return self._read(key_of(ingredients))
+        except _DamagedError:
+            return None
+
     def entries(self) -> list[Entry]:
         """Return all readable entries, the one used longest ago first."""
         found = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,13 @@ class CompiledBundle:
             for role in sorted(roles, key=_largest_first(bundle))
         }
         pool.shutdown(wait=False)
+
+    def replace(self, role: str, wrap: Callable[[ov.CompiledModel], Any]) -> None:
+        """Give users of `role` what `wrap` makes of its compiled model."""
+        compiled = self.compiled(role)
+        wrapped: Future[CompiledRole] = Future()
+        wrapped.set_result(dataclasses.replace(compiled, model=wrap(compiled.model)))
+        self._futures[role] = wrapped
 
     def __contains__(self, role: str) -> bool:
         return role in self._futures

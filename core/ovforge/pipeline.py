@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import ovforge
 from ovforge.bundle import Control, ModelBundle, write_json
 from ovforge.cache import Cache, Entry, digest_file
+from ovforge.calibration import TaskCalibration
 from ovforge.compiled import CompiledBundle, compile_ingredients, placement
 from ovforge.config import (
     PipelineConfig,
@@ -38,6 +39,7 @@ from ovforge.results import Result, Timings, read_provenance
 from ovforge.runtime import openvino_version
 from ovforge.sources import FileSource, Source, open_source, source_digest
 from ovforge.stages import (
+    Calibration,
     DevicePlan,
     Match,
     Phase,
@@ -45,6 +47,7 @@ from ovforge.stages import (
     Report,
     Scheduler,
     Skipped,
+    Task,
     TaskContext,
     ignore_progress,
 )
@@ -280,20 +283,26 @@ class _EntrySource(FileSource):
         return str(self._entry.files[path]["sha256"])
 
 
-def step_ingredients(step: Step, identity: str, memo: Any) -> dict[str, Any]:
-    """Return what a transform's result depends on."""
-    return {**_versioned(step.offer, step.kind, step.options, memo), "input": identity}
+def step_ingredients(step: Step, identity: str, recipe: Recipe, memo: Any) -> dict[str, Any]:
+    """Return what a step's result depends on; a quantizer's on the task that calibrates it, too."""
+    ingredients = {**_versioned(step.offer, step.kind, step.options, memo), "input": identity}
+    if step.kind == "quantizer":
+        ingredients["calibration"] = _versioned(recipe.task, "task", recipe.task_options, memo)
+    return ingredients
 
 
-def apply_step(step: Step, bundle: ModelBundle, cache: Cache | None, strict: bool) -> Report:
+def apply_step(
+    step: Step, bundle: ModelBundle, recipe: Recipe, cache: Cache | None, calibration: Calibration
+) -> Report:
     """Change the bundle by one step, or take the changed models from the cache."""
+    strict = recipe.config.strict
     before = bundle.digest()
     if cache is None or before is None:
-        return _apply(step, bundle, strict)
-    ingredients = step_ingredients(step, before, cache.memo)
+        return _apply(step, bundle, strict, calibration)
+    ingredients = step_ingredients(step, before, recipe, cache.memo)
 
     def write(folder: Path) -> None:
-        report = _apply(step, bundle, strict)
+        report = _apply(step, bundle, strict, calibration)
         for role in report.roles:
             bundle.write_model(role, folder)
         write_json(folder / _STAGE_FILE, _delta(bundle, report))
@@ -304,14 +313,9 @@ def apply_step(step: Step, bundle: ModelBundle, cache: Cache | None, strict: boo
     return report
 
 
-def _apply(step: Step, bundle: ModelBundle, strict: bool) -> Report:
+def _apply(step: Step, bundle: ModelBundle, strict: bool, calibration: Calibration) -> Report:
     stage = step.offer.extension.create(step.options)
-    if step.kind == "quantizer":
-        raise PluginError(
-            "quantizers need a calibration, which this version of the core does not record",
-            where=step.offer.extension.name,
-        )
-    report: Report = stage.apply(bundle)
+    report: Report = stage.quantize(bundle, calibration) if step.kind == "quantizer" else stage.apply(bundle)
     _check_strict(step, report, strict)
     for role in report.roles:
         bundle.identity.pop(role, None)
@@ -407,19 +411,20 @@ class Pipeline:
         self.config = config
         self.timings = Timings()
         self._plugins = plugins or Plugins()
-        self._cache = Cache.default() if cache == "default" else cache
-        assert self._cache is None or isinstance(self._cache, Cache)
+        self._cache = _chosen(cache)
         with self.timings.span("load"):
             self.recipe = make_recipe(config, base or Path.cwd(), self._plugins, self._cache)
             self.device_plan: DevicePlan = self.recipe.device.extension.create(self.recipe.device_options).plan()
             self.bundle = open_bundle(self.recipe, self._cache, progress)
-            self.reports = [apply_step(step, self.bundle, self._cache, config.strict) for step in self.recipe.steps]
-        extension = self.recipe.task_extension
-        self.bundle.require(*extension.roles)
-        roles = [*extension.roles, *(role for role in extension.optional_roles if role in self.bundle.models)]
+            extension = self.recipe.task_extension
+            self.bundle.require(*extension.roles)
+            self._roles = [role for role in (*extension.roles, *extension.optional_roles) if role in self.bundle.models]
+            calibration = TaskCalibration(lambda: (self._compile(), self._make_task))
+            self.reports = [
+                apply_step(step, self.bundle, self.recipe, self._cache, calibration) for step in self.recipe.steps
+            ]
         self._compile_start = time.perf_counter()
-        self.compiled = CompiledBundle(self.bundle, self.device_plan, roles, self._cache)
-        self._roles = roles
+        self.compiled = self._compile()
 
     def __call__(
         self, *arguments: Any, progress: Callable[[Progress], None] = ignore_progress, **inputs: Any
@@ -436,16 +441,23 @@ class Pipeline:
             )
         first = dict(zip(model.model_fields, arguments, strict=False))
         given = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.recipe.base)
-        result: Result = self.task(given, progress)
+        result = self.task(given, progress)
         result.timings = self.start_timings().merged(result.timings)
         result.provenance = {**self.provenance(), **result.provenance}
         return result
 
     @cached_property
-    def task(self) -> Any:
+    def task(self) -> Task:
         """The task, built when first needed."""
-        context = TaskContext(bundle=self.compiled, scheduler=self._make_scheduler)
-        return self.recipe.task_extension.create(self.recipe.task_options, context)
+        return self._make_task(self.compiled)
+
+    def _compile(self) -> CompiledBundle:
+        return CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache)
+
+    def _make_task(self, compiled: CompiledBundle) -> Task:
+        context = TaskContext(bundle=compiled, scheduler=self._make_scheduler)
+        task: Task = self.recipe.task_extension.create(self.recipe.task_options, context)
+        return task
 
     def start_timings(self) -> Timings:
         """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation."""
@@ -559,14 +571,25 @@ def plan(
     plugins: Plugins | None = None,
     cache: Cache | str | None = "default",
 ) -> Plan:
-    """Return what a pipeline would do, changing nothing: no conversion, no compilation, no write."""
+    """Return what a pipeline would do, changing nothing: no conversion, no compilation, no entry.
+
+    Only digests of files are remembered, so that a large model is not read twice to be planned.
+    """
     checked_config, base = read_pipeline(config, overrides)
-    store = Cache.default() if cache == "default" else cache
-    assert store is None or isinstance(store, Cache)
+    store = _chosen(cache)
     recipe = make_recipe(checked_config, base, plugins or Plugins(), store)
     with tempfile.TemporaryDirectory() as scratch:
         # Without a cache everything is to do: an empty one says so.
         return Plan(tuple(_planned(recipe, store or Cache(Path(scratch)))), recipe.config.as_dict())
+
+
+def _chosen(cache: Cache | str | None) -> Cache | None:
+    """Return the cache that an argument means: "default" is the user's, None is none."""
+    if isinstance(cache, str):
+        if cache != "default":
+            raise ConfigError(f"{cache!r} is no cache", where="cache", hint='Give a Cache, None, or "default".')
+        return Cache.default()
+    return cache
 
 
 def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
@@ -576,7 +599,7 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
     bundle: ModelBundle | None = None
     if loader.converts:
         ingredients = load_ingredients(recipe, cache)
-        entry = cache.get(ingredients)
+        entry = cache.peek(ingredients)
         bundle = _bundle_of(entry) if entry else None
         why = "" if entry else cache.explain(ingredients).reason
         yield _stage("load", recipe.loader, "cached" if entry else "to do", why, entry.size if entry else size)
@@ -589,8 +612,8 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
         if bundle is None or digest is None:
             yield _stage(name, step.offer, "to do", "after the stage before it")
             continue
-        ingredients = step_ingredients(step, digest, cache.memo)
-        entry = cache.get(ingredients)
+        ingredients = step_ingredients(step, digest, recipe, cache.memo)
+        entry = cache.peek(ingredients)
         if entry is None:
             yield _stage(name, step.offer, "to do", cache.explain(ingredients).reason)
             bundle = None
@@ -620,7 +643,7 @@ def _planned_compilation(
     if identity is None or not device.can_export:
         return _stage(stage, offer, "to do", "this device's compiled models cannot be stored" * (not device.can_export))
     ingredients = compile_ingredients(role, identity, device, placement(role, device)[1])
-    entry = cache.get(ingredients)
+    entry = cache.peek(ingredients)
     if entry is None:
         return _stage(stage, offer, "to do", cache.explain(ingredients).reason)
     return _stage(stage, offer, "cached", size=entry.size)
