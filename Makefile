@@ -19,7 +19,7 @@ $(VENV)/.test: requirements-test.txt $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/ovforge run examples/unicorn.toml
 
-test: $(VENV)/.test lint
+test: $(VENV)/.test lint docs
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test
@@ -36,7 +36,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/text_to_image.py
 
 docs: $(VENV)/.test
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) site build dist
