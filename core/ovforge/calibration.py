@@ -36,7 +36,7 @@ class TaskCalibration:
         """
         compiled, make_task = self._start()
         records: list[Record] = []
-        compiled.replace(role, lambda model: _Recorded(model, records))
+        compiled.wrap(role, lambda model: _Recorded(model, records))
         task = make_task(compiled)
         task.exercise(1)
         if not records:

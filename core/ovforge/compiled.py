@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovforge.errors import CacheError, DeviceError, ModelError, OvforgeError
+from ovforge.errors import CacheError, DeviceError, InputError, ModelError
 from ovforge.runtime import core, enable_tokenizers, openvino_version
 
 if TYPE_CHECKING:
@@ -21,9 +20,12 @@ if TYPE_CHECKING:
     from ovforge.cache import Cache
     from ovforge.stages import DevicePlan
 
-__all__ = ["CompiledBundle", "CompiledRole", "compile_ingredients", "compile_model"]
+__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "compile_ingredients", "compile_model"]
 
 _BLOB = "compiled.blob"
+
+Shapes = Mapping[str, Sequence[int]]
+"""Input name -> shape, whole numbers only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,60 +45,86 @@ class CompiledRole:
 class CompiledBundle:
     """Compiled models by role, with the bundle's configs and assets.
 
-    Compilation goes on in the background: asking for a role waits for that role alone.
+    Compilation goes on in the background: `start` begins it, asking for a role waits for that role alone. A role may be
+    compiled for fixed shapes, which runs faster, beside the form that takes any. With `execute=False` nothing is
+    compiled and `wanted` tells what would be, for plans.
     """
 
-    def __init__(self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None) -> None:
+    def __init__(
+        self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None, *, execute: bool = True
+    ) -> None:
         self.source = bundle
         self.configs = bundle.configs
         self.index = bundle.index
         self.assets = bundle.assets
+        self.wanted: list[tuple[str, Shapes | None]] = []
+        self._roles = list(roles)
+        self._plan, self._cache, self._execute = plan, cache, execute
         # Three at a time: the largest role keeps most cores busy, the small ones fit in its gaps.
-        pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
-        self._futures: dict[str, Future[CompiledRole]] = {
-            role: pool.submit(compile_model, bundle, role, plan, cache)
-            for role in sorted(roles, key=_largest_first(bundle))
-        }
-        pool.shutdown(wait=False)
+        self._pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
+        self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
+        self._wrappers: dict[str, Callable[[ov.CompiledModel], Any]] = {}
 
-    def replace(self, role: str, wrap: Callable[[ov.CompiledModel], Any]) -> None:
-        """Give users of `role` what `wrap` makes of its compiled model."""
-        compiled = self.compiled(role)
-        wrapped: Future[CompiledRole] = Future()
-        wrapped.set_result(dataclasses.replace(compiled, model=wrap(compiled.model)))
-        self._futures[role] = wrapped
+    def start(self, role: str, shapes: Shapes | None = None) -> None:
+        """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
 
-    def __contains__(self, role: str) -> bool:
-        return role in self._futures
+        Raises ModelError where the pipeline has no such role.
+        """
+        if role not in self._roles:
+            raise ModelError(f"the pipeline has no {role!r}", hint=f"It has: {', '.join(self._roles)}.")
+        key = _variant(role, shapes)
+        if key in self._futures or (role, shapes) in self.wanted:
+            return
+        self.wanted.append((role, shapes))
+        if self._execute:
+            self._futures[key] = self._pool.submit(compile_model, self.source, role, self._plan, self._cache, shapes)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._futures)
+    def start_rest(self) -> None:
+        """Begin to compile every role that nobody has started."""
+        for role in self._roles:
+            if not any(role == started for started, _ in self.wanted):
+                self.start(role)
+
+    def compiled(self, role: str, shapes: Shapes | None = None) -> CompiledRole:
+        """Return a role, started now if it was not, waiting for its compilation."""
+        self.start(role, shapes)
+        return self._futures[_variant(role, shapes)].result()
+
+    def get(self, role: str, shapes: Shapes | None = None) -> ov.CompiledModel:
+        """Return a role's compiled model, for fixed shapes or any."""
+        model = self.compiled(role, shapes).model
+        wrap = self._wrappers.get(role)
+        return wrap(model) if wrap else model
 
     def __getitem__(self, role: str) -> ov.CompiledModel:
-        return self.compiled(role).model
+        return self.get(role)
 
-    def compiled(self, role: str) -> CompiledRole:
-        """Return a role, waiting for its compilation. Raises ModelError where the bundle has no such role."""
-        if role not in self._futures:
-            raise ModelError(f"the pipeline has no {role!r}", hint=f"It has: {', '.join(self._futures)}.")
-        return self._futures[role].result()
+    def __contains__(self, role: str) -> bool:
+        return role in self._roles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def all(self) -> list[tuple[str, CompiledRole]]:
+        """Return (role, compiled) of everything that was started, in that order; waits."""
+        return [(role, self.compiled(role, shapes)) for role, shapes in list(self.wanted)]
+
+    def wrap(self, role: str, wrapper: Callable[[ov.CompiledModel], Any]) -> None:
+        """Give users of `role` what `wrapper` makes of its compiled model."""
+        self._wrappers[role] = wrapper
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the model's scheduler_config.json, or {}."""
         return self.source.scheduler_config()
 
 
-def _largest_first(bundle: ModelBundle) -> Any:
-    def size(role: str) -> int:
-        path = bundle.location.get(role)
-        weights = path.with_suffix(".bin") if path else None
-        return -weights.stat().st_size if weights and weights.is_file() else 0
-
-    return size
+def _variant(role: str, shapes: Shapes | None) -> tuple[str, str]:
+    return role, str(sorted(shapes.items())) if shapes else ""
 
 
-def compile_ingredients(role: str, identity: str, plan: DevicePlan, properties: Mapping[str, Any]) -> dict[str, Any]:
+def compile_ingredients(role: str, identity: str, plan: DevicePlan, shapes: Shapes | None) -> dict[str, Any]:
     """Return what a compiled model depends on, as the cache's key."""
+    properties = placement(role, plan)[1]
     return {
         "stage": "compile",
         "input": identity,
@@ -104,6 +132,7 @@ def compile_ingredients(role: str, identity: str, plan: DevicePlan, properties: 
         "device": plan.device,
         "device_name": plan.full_name,
         "properties": {key: str(value) for key, value in sorted(properties.items())},
+        "shapes": {name: list(shape) for name, shape in sorted(shapes.items())} if shapes else None,
         "openvino": openvino_version(),
     }
 
@@ -115,7 +144,9 @@ def placement(role: str, plan: DevicePlan) -> tuple[str, Mapping[str, Any]]:
     return plan.device, plan.properties
 
 
-def compile_model(bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None) -> CompiledRole:
+def compile_model(
+    bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None = None
+) -> CompiledRole:
     """Compile one role, or read it from the cache; what was compiled is put there."""
     start = time.perf_counter()
     device, properties = placement(role, plan)
@@ -123,15 +154,15 @@ def compile_model(bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache
         enable_tokenizers()
     identity = bundle.identity.get(role)
     if cache is None or identity is None or not plan.can_export:
-        return _done(_compile(bundle, role, device, properties), start, cached=False)
-    ingredients = compile_ingredients(role, identity, plan, properties)
+        return _done(_compile(bundle, role, device, properties, shapes), start, cached=False)
+    ingredients = compile_ingredients(role, identity, plan, shapes)
     if (entry := cache.get(ingredients)) is not None:
         try:
             return _done(_import(entry.path / _BLOB, device, properties), start, cached=True)
         except RuntimeError as error:
             warnings.warn(f"compiled {role} in the cache cannot be read and is made again: {error}", stacklevel=2)
             cache.remove(entry.key)
-    model = _compile(bundle, role, device, properties)
+    model = _compile(bundle, role, device, properties, shapes)
     try:
         cache.put(ingredients, lambda folder: _export(model, folder / _BLOB), label=f"{role} on {device}")
     except CacheError as error:
@@ -144,17 +175,35 @@ def _done(model: ov.CompiledModel, start: float, *, cached: bool) -> CompiledRol
     return CompiledRole(model, _precision(model), now - start, cached, now)
 
 
-def _compile(bundle: ModelBundle, role: str, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
+def _compile(
+    bundle: ModelBundle, role: str, device: str, properties: Mapping[str, Any], shapes: Shapes | None
+) -> ov.CompiledModel:
+    model = _reshaped(bundle.models[role], role, shapes) if shapes else bundle.models[role]
     try:
-        return core().compile_model(bundle.models[role], device, dict(properties))
-    except OvforgeError:
-        raise
+        return core().compile_model(model, device, dict(properties))
     except RuntimeError as error:
         raise DeviceError(
             f"{role} does not compile: {error}",
             where=device,
             hint="Try device.use = 'cpu' and precision = 'f32' to tell the model from the device.",
         ) from error
+
+
+def _reshaped(model: ov.Model, role: str, shapes: Shapes) -> ov.Model:
+    """Return a copy for fixed shapes. Raises InputError where the model was converted for others."""
+    import openvino as ov
+
+    copy = model.clone()
+    for port in copy.inputs:
+        for name in port.names & set(shapes):
+            if not port.get_partial_shape().compatible(ov.PartialShape(list(shapes[name]))):
+                raise InputError(
+                    f"the model takes {name} of shape {port.get_partial_shape()}, not {list(shapes[name])}",
+                    where=role,
+                    hint="It was converted for a fixed size: use that size, or convert it with dynamic shapes.",
+                )
+    copy.reshape({name: ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+    return copy
 
 
 def _export(model: ov.CompiledModel, path: Path) -> None:

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import ovforge
 from ovforge.bundle import Control, ModelBundle, write_json
 from ovforge.cache import Cache, Entry, digest_file
 from ovforge.calibration import TaskCalibration
-from ovforge.compiled import CompiledBundle, compile_ingredients, placement
+from ovforge.compiled import CompiledBundle, Shapes, compile_ingredients
 from ovforge.config import (
     PipelineConfig,
     Use,
@@ -207,6 +206,14 @@ def _match(offer: Offer, source: Source) -> Match:
 
 
 # -- recipe -> bundle ---------------------------------------------------------------------------------------------
+
+
+def make_task(recipe: Recipe, compiled: CompiledBundle, scheduler: Callable[[], Scheduler]) -> Task:
+    """Build the task; it starts the compilations that it wants, the rest is started for it."""
+    context = TaskContext(bundle=compiled, scheduler=scheduler, inputs=recipe.config.input)
+    task: Task = recipe.task_extension.create(recipe.task_options, context)
+    compiled.start_rest()
+    return task
 
 
 def _versioned(offer: Offer, kind: str, options: BaseModel | None, memo: Any) -> dict[str, Any]:
@@ -425,6 +432,8 @@ class Pipeline:
             ]
         self._compile_start = time.perf_counter()
         self.compiled = self._compile()
+        self.task = self._make_task(self.compiled)
+        self._at_start = len(self.compiled.wanted)
 
     def __call__(
         self, *arguments: Any, progress: Callable[[Progress], None] = ignore_progress, **inputs: Any
@@ -446,31 +455,25 @@ class Pipeline:
         result.provenance = {**self.provenance(), **result.provenance}
         return result
 
-    @cached_property
-    def task(self) -> Task:
-        """The task, built when first needed."""
-        return self._make_task(self.compiled)
-
     def _compile(self) -> CompiledBundle:
         return CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache)
 
     def _make_task(self, compiled: CompiledBundle) -> Task:
-        context = TaskContext(bundle=compiled, scheduler=self._make_scheduler)
-        task: Task = self.recipe.task_extension.create(self.recipe.task_options, context)
-        return task
+        return make_task(self.recipe, compiled, self._make_scheduler)
 
     def start_timings(self) -> Timings:
         """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation."""
         timings = Timings().merged(self.timings)
-        roles = {role: self.compiled.compiled(role) for role in self._roles}
-        timings.add("compile", max((role.finished for role in roles.values()), default=0.0) - self._compile_start)
-        for name, role in roles.items():
-            timings.add(f"compile.{name}", role.seconds)
+        models = self.compiled.all()
+        finished = [model.finished for _, model in models[: self._at_start]]
+        timings.add("compile", max(finished, default=self._compile_start) - self._compile_start)
+        for role, model in models:
+            timings.add(f"compile.{role}", model.seconds)
         return timings
 
     def provenance(self) -> dict[str, Any]:
         """Return what a result depends on, JSON-able, without inputs."""
-        roles = {role: self.compiled.compiled(role) for role in self._roles}
+        precisions = {role: model.precision for role, model in self.compiled.all()}
         offers = [self.recipe.loader, self.recipe.task, self.recipe.device, *(s.offer for s in self.recipe.steps)]
         offers += [self.recipe.scheduler] if self.recipe.scheduler else []
         return {
@@ -482,9 +485,7 @@ class Pipeline:
             },
             "digests": {role: self.bundle.identity.get(role) for role in self._roles},
             "device": {"name": self.device_plan.device, "full_name": self.device_plan.full_name},
-            "precision": {
-                role: compiled.precision for role, compiled in roles.items() if not role.startswith("tokenizer")
-            },
+            "precision": {role: kind for role, kind in precisions.items() if not role.startswith("tokenizer")},
         }
 
     def _make_scheduler(self) -> Scheduler:
@@ -622,27 +623,33 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
             yield _stage(name, step.offer, "cached", size=entry.size)
     device = recipe.device.extension.create(recipe.device_options).plan()
     task = recipe.task_extension
-    if bundle is not None:
+    if bundle is None:
+        for role in task.roles:
+            yield _stage(f"compile {role}", recipe.device, "to do", "after the stage before it")
+    else:
         bundle.require(*task.roles)
-    for role in (*task.roles, *task.optional_roles):
-        if bundle is not None and role not in bundle.models:
-            continue
-        yield _planned_compilation(role, bundle, device, recipe.device, cache)
+        roles = [role for role in (*task.roles, *task.optional_roles) if role in bundle.models]
+        compiled = CompiledBundle(bundle, device, roles, cache, execute=False)
+        make_task(recipe, compiled, _no_scheduler)
+        for role, shapes in compiled.wanted:
+            yield _planned_compilation(role, shapes, bundle, device, recipe.device, cache)
     if recipe.scheduler:
         yield _stage("scheduler", recipe.scheduler, "direct")
     yield _stage("task", recipe.task, "direct")
 
 
+def _no_scheduler() -> Scheduler:
+    raise AssertionError("a task makes its scheduler when it is called")
+
+
 def _planned_compilation(
-    role: str, bundle: ModelBundle | None, device: DevicePlan, offer: Offer, cache: Cache
+    role: str, shapes: Shapes | None, bundle: ModelBundle, device: DevicePlan, offer: Offer, cache: Cache
 ) -> PlannedStage:
     stage = f"compile {role}"
-    if bundle is None:
-        return _stage(stage, offer, "to do", "after the stage before it")
     identity = bundle.identity.get(role)
     if identity is None or not device.can_export:
         return _stage(stage, offer, "to do", "this device's compiled models cannot be stored" * (not device.can_export))
-    ingredients = compile_ingredients(role, identity, device, placement(role, device)[1])
+    ingredients = compile_ingredients(role, identity, device, shapes)
     entry = cache.peek(ingredients)
     if entry is None:
         return _stage(stage, offer, "to do", cache.explain(ingredients).reason)

@@ -209,9 +209,16 @@ class TaskContext:
     scheduler: Callable[[], Scheduler]
     """Makes the scheduler of the config, or the one that the model names."""
 
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """What the config says of inputs, unchecked: a hint at the sizes that calls will have."""
+
 
 class Task(Protocol):
-    """Text-to-image, detect, ...: runs compiled models. The factory takes (options, context)."""
+    """Text-to-image, detect, ...: runs compiled models. The factory takes (options, context).
+
+    The factory is quick: it may `start` compilations, and waits for none. Roles that it starts none of
+    are started for any shape.
+    """
 
     def __call__(self, inputs: Any, progress: Callable[[Progress], None]) -> Result:
         """Run once. `inputs` is an instance of the extension's inputs model."""

@@ -91,7 +91,8 @@ def plan(
             _size(stage.size),
             stage.why,
         )
-    Console(highlight=False).print(table)
+    # Below this width the reasons would fall into a column of single letters.
+    Console(highlight=False, width=max(Console().width, 120)).print(table)
 
 
 def convert(
@@ -178,7 +179,7 @@ def _print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None
     console = Console(highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {warning}", markup=True)
-    roles = [role for role in pipeline.compiled if pipeline.compiled.compiled(role).cached]
+    roles = [role for role, model in pipeline.compiled.all() if model.cached]
     for name, spans in result.timings.spans.items():
         depth, title = name.count("."), name.rpartition(".")[2].replace("_", " ")
         times = f"  ({len(spans)} x {sum(spans) / len(spans):.3f} s)" if len(spans) > 1 else ""

@@ -14,6 +14,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
     yield TaskExtension(
         name="text-to-image",
         summary="Make pictures from a prompt",
+        config="ovforge_stable_diffusion.inputs:TextToImageOptions",
         inputs="ovforge_stable_diffusion.inputs:TextToImageInputs",
         factory="ovforge_stable_diffusion.task:TextToImage",
         roles=("tokenizer", "text_encoder", "unet", "vae_decoder"),

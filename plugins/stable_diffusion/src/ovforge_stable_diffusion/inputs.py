@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["TextToImageInputs"]
+__all__ = ["TextToImageInputs", "TextToImageOptions"]
 
 Seed = int
+
+
+class TextToImageOptions(BaseModel):
+    """How the task runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    static: bool = Field(
+        True,
+        description="Compile for the size that [input] names, or the model's own, which runs faster. A call of another "
+        "size then compiles once more, for any size.",
+    )
 
 
 class TextToImageInputs(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from ovforge.errors import InputError, ModelError
 from ovforge.random import BatchGenerator, fresh_seed
 from ovforge.results import ImagesResult, Timings
 from ovforge.stages import Progress, RandomStream, Sampling, TaskContext, ignore_progress
-from ovforge_stable_diffusion.inputs import TextToImageInputs
-from ovforge_stable_diffusion.text import TextEncoder
+from ovforge_stable_diffusion.inputs import TextToImageInputs, TextToImageOptions
+from ovforge_stable_diffusion.text import DEFAULT_LENGTH, TextEncoder
 from ovforge_stable_diffusion.unet import Denoiser, guidance_embedding
 
 __all__ = ["TextToImage"]
@@ -60,7 +60,7 @@ class Request:
 class TextToImage:
     """Stable Diffusion 1.x and latent consistency models. Calls are served one at a time."""
 
-    def __init__(self, options: None, context: TaskContext) -> None:
+    def __init__(self, options: TextToImageOptions, context: TaskContext) -> None:
         bundle = context.bundle
         self._bundle = bundle
         self._make_scheduler = context.scheduler
@@ -70,8 +70,13 @@ class TextToImage:
         self._guidance_width: int | None = self._unet_config.get("time_cond_proj_dim")
         self._text: TextEncoder | None = None
         self._denoiser: tuple[tuple[int, ...], Denoiser] | None = None
-        self._decoder: ov.InferRequest | None = None
+        self._decoder: tuple[tuple[int, ...], ov.InferRequest] | None = None
         self._lock = threading.Lock()
+        self._fixed = self._expected(context.inputs) if options.static else None
+        bundle.start("tokenizer")
+        bundle.start("text_encoder")
+        bundle.start("unet", self._unet_shapes(self._fixed))
+        bundle.start("vae_decoder", self._decoder_shapes(self._fixed))
 
     def __call__(
         self, inputs: TextToImageInputs, progress: Callable[[Progress], None] = ignore_progress
@@ -87,12 +92,13 @@ class TextToImage:
             progress(Progress("text encoding", 0, request.steps))
             states, warnings = self._encode(request, timings)
             rng = BatchGenerator(request.seeds)
-            self._bundle["unet"]  # compiles in the background: waiting for it is no part of denoising
+            shape = self._latents_shape(request)
+            denoiser = self._denoiser_for(len(states), shape)  # waiting for compilation is no part of denoising
             with timings.span("denoise"):
-                latents = self._denoise(request, sampling, states, rng, timings, progress)
+                latents = self._denoise(request, sampling, states, rng, timings, progress, denoiser, shape)
             progress(Progress("decoding", request.steps, request.steps))
-            self._decoder = self._decoder or self._bundle["vae_decoder"].create_infer_request()
-            images = [self._decode(row, timings) for row in latents]
+            decoder = self._decoder_for(shape)
+            images = [self._decode(row, decoder, timings) for row in latents]
             return ImagesResult(
                 timings=timings,
                 provenance={"inputs": request.as_inputs()},
@@ -188,12 +194,11 @@ class TextToImage:
         rng: RandomStream,
         timings: Timings,
         progress: Callable[[Progress], None],
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
     ) -> Array:
         """Return clean latents, float32 (pictures, channels, height / factor, width / factor)."""
         pictures = len(request.prompts)
-        channels = int(self._unet_config.get("in_channels", 4))
-        shape = (pictures, channels, request.height // self._factor, request.width // self._factor)
-        denoiser = self._denoiser_for(len(states), shape)
         denoiser.check(sampling.timesteps)
         denoiser.condition(
             states,
@@ -220,11 +225,54 @@ class TextToImage:
             progress(Progress("denoising", index + 1, total))
         return latents
 
+    def _latents_shape(self, request: Request) -> tuple[int, ...]:
+        return (
+            len(request.prompts),
+            int(self._unet_config.get("in_channels", 4)),
+            request.height // self._factor,
+            request.width // self._factor,
+        )
+
+    def _expected(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """Return the UNet's input shape for the calls that the config foresees; None where it foresees no one size."""
+        size = int(self._unet_config.get("sample_size", 64)) * self._factor
+        width, height, count = (
+            inputs.get(name) or default for name, default in (("width", size), ("height", size), ("count", 1))
+        )
+        if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
+            return None
+        prompts = inputs.get("prompt")
+        pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
+        guidance = inputs.get("guidance_scale")
+        guided = not self._guidance_width and not (isinstance(guidance, int | float) and guidance <= 1)
+        channels = int(self._unet_config.get("in_channels", 4))
+        return (pictures * (2 if guided else 1), channels, height // self._factor, width // self._factor)
+
+    def _unet_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        """Return fixed shapes of every input for a sample of this shape; None where it is not the expected one."""
+        width = self._unet_config.get("cross_attention_dim")
+        if sample is None or sample != self._fixed or not isinstance(width, int):
+            return None
+        length = self._bundle.configs.get("text_encoder", {}).get("max_position_embeddings", DEFAULT_LENGTH)
+        shapes = {"sample": sample, "timestep": (1,), "encoder_hidden_states": (sample[0], length, width)}
+        return shapes | ({"timestep_cond": (sample[0], self._guidance_width)} if self._guidance_width else {})
+
+    def _decoder_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        if sample is None or self._fixed is None or sample[1:] != self._fixed[1:]:
+            return None
+        return {"latent_sample": (1, *sample[1:])}
+
     def _denoiser_for(self, batch: int, shape: tuple[int, ...]) -> Denoiser:
-        key = (batch, *shape)
+        key = (batch, *shape[1:])
         if self._denoiser is None or self._denoiser[0] != key:
-            self._denoiser = (key, Denoiser(self._bundle["unet"], batch, *shape[1:]))
+            self._denoiser = (key, Denoiser(self._bundle.get("unet", self._unet_shapes(key)), *key))
         return self._denoiser[1]
+
+    def _decoder_for(self, shape: tuple[int, ...]) -> ov.InferRequest:
+        if self._decoder is None or self._decoder[0] != shape[1:]:
+            model = self._bundle.get("vae_decoder", self._decoder_shapes(shape))
+            self._decoder = (shape[1:], model.create_infer_request())
+        return self._decoder[1]
 
     def _predict(self, denoiser: Denoiser, timestep: float, request: Request) -> Array:
         """Run the UNet; a size that its skip connections cannot join is an input error."""
@@ -242,14 +290,13 @@ class TextToImage:
                 ) from error
             raise
 
-    def _decode(self, latents: Array, timings: Timings) -> Image.Image:
+    def _decode(self, latents: Array, decoder: ov.InferRequest, timings: Timings) -> Image.Image:
         """Return one picture; pictures are decoded one by one, since a batch would only take more memory."""
         with timings.span("vae_decoder"):
-            assert self._decoder is not None
             scaled = latents[None] / np.float32(self._vae_config.get("scaling_factor", 0.18215))
             scaled += np.float32(self._vae_config.get("shift_factor") or 0.0)
-            self._decoder.infer({0: scaled})
-            sample = self._decoder.get_output_tensor(0).data[0]
+            decoder.infer({0: scaled})
+            sample = decoder.get_output_tensor(0).data[0]
             if not np.isfinite(sample).all():
                 raise ModelError("the decoder gave numbers that are not finite", where="vae_decoder")
             pixels = np.clip(sample.transpose(1, 2, 0) * np.float32(0.5) + np.float32(0.5), 0, 1)
