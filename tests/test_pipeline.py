@@ -229,6 +229,7 @@ def test_a_config_and_a_program_give_the_same_plan(
         cache=cache,
     )
     assert CALLS == ["load", "add 2.0"]
+    assert y(pipeline) == 2, "and its compilation is done, so that both plans see it"
     from_file = ovforge.plan(written, plugins=plugins, cache=cache)
     from_program = ovforge.plan(pipeline.config, plugins=plugins, cache=cache)
     assert from_file.stages == from_program.stages

@@ -7,8 +7,10 @@ own files; `scheduler/scheduler_config.json`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -188,7 +190,14 @@ class ModelBundle:
 
         path = folder / path_of(role)
         path.parent.mkdir(parents=True, exist_ok=True)
-        ov.save_model(self.models[role], path, compress_to_fp16=False)
+        model = self.models[role]
+        try:
+            ov.save_model(model, path, compress_to_fp16=False)
+        except RuntimeError as error:
+            # OpenVINO tells of a full disk as a failed stream; callers know it as an OSError.
+            if "iostream" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
         return path
 
 

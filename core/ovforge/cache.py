@@ -4,6 +4,9 @@ An entry is a folder named by the hash of everything its content depends on (its
 `entry.json` beside its files. Entries appear whole, by a rename; a lock for each key lets processes share one store
 and do no work twice; a damaged entry is a miss. On POSIX a file that somebody has open or mapped survives its removal,
 so pruning never pulls a model from under a running pipeline.
+
+Entries are made, and damaged ones removed, only by who holds the key's lock. A work folder is named after its key, so
+whether its maker lives is asked of the lock: a process id would mean nothing to another container or host.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,9 +34,10 @@ Ingredients = Mapping[str, Any]
 """JSON-able: all that a result depends on, such as stage, input digest, plugin, version, options."""
 
 _MANIFEST = "entry.json"
+_REMOVED = "removed"
 _DEFAULT_SIZE = 20 * 2**30
 _ABANDONED = 24 * 3600.0
-"""Seconds after which what a dead process left is cleared away."""
+"""Seconds after which a lock that nobody holds, and what else lies about, is cleared away."""
 
 _IN_USE = 60.0
 """Seconds after its last use in which an entry is spared by pruning, since a pipeline may be opening it."""
@@ -110,7 +113,7 @@ class DigestMemo:
         """Remember a digest; failing to write is no failure."""
         if time.time() - stat.st_mtime < self._RACY:
             return
-        known = {name: state for name, state in self._load().items() if Path(name).exists()}
+        known = {name: state for name, state in self._load().items() if _is_there(Path(name))}
         known[str(path.resolve())] = [*self._state(stat), digest]
         self._known = known
         with contextlib.suppress(OSError):
@@ -119,9 +122,10 @@ class DigestMemo:
     def _load(self) -> dict[str, list[Any]]:
         if self._known is None:
             try:
-                self._known = dict(json.loads(self.path.read_bytes()))
+                read = dict(json.loads(self.path.read_bytes()))
             except (OSError, ValueError, TypeError):
-                self._known = {}
+                read = {}
+            self._known = {name: state for name, state in read.items() if isinstance(state, list) and len(state) == 4}
         return self._known
 
     @staticmethod
@@ -146,23 +150,30 @@ class Cache:
 
         named = os.environ.get("OVFORGE_CACHE_DIR")
         root = Path(named) if named else user_cache_path("ovforge", appauthor=False)
-        return cls(root, parse_size(os.environ.get("OVFORGE_CACHE_SIZE", str(_DEFAULT_SIZE))))
+        size = os.environ.get("OVFORGE_CACHE_SIZE")
+        if not size:
+            return cls(root)
+        try:
+            return cls(root, parse_size(size))
+        except ConfigError as error:
+            raise ConfigError(error.what, where="OVFORGE_CACHE_SIZE", hint=error.hint) from error
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def get(self, ingredients: Ingredients) -> Entry | None:
         """Return the entry, or None. A damaged one is removed with a CacheWarning, and is a miss."""
         key = key_of(ingredients)
-        if not self._folder(key).is_dir():
-            return None
         try:
-            entry = self._read(key)
+            entry = self._find(key)
         except _DamagedError as damage:
-            warnings.warn(f"cache entry {key[:12]} is damaged ({damage}) and is made again", CacheWarning, stacklevel=2)
-            self.remove(key)
-            return None
-        with contextlib.suppress(OSError):  # a read-only cache still serves
-            os.utime(entry.path / _MANIFEST)
+            with self._held_if_free(key) as held:
+                # Whoever else holds the lock is making it again, and needs neither a warning nor our help.
+                entry = self._replaceable(key) if held else None
+                if held is None:  # nothing can be locked here, so nothing can be removed either
+                    _warn_damaged(key, damage)
+        if entry is not None:
+            with contextlib.suppress(OSError):  # a read-only cache still serves
+                os.utime(entry.path / _MANIFEST)
         return entry
 
     def peek(self, ingredients: Ingredients) -> Entry | None:
@@ -183,12 +194,11 @@ class Cache:
     def explain(self, ingredients: Ingredients) -> Explanation:
         """Say whether these ingredients hit, and if not, what differs from the nearest entry of the same stage."""
         key = key_of(ingredients)
-        if self._folder(key).is_dir():
-            try:
-                self._read(key)
-            except _DamagedError as damage:
-                return Explanation(False, f"damaged: {damage}")
-            return Explanation(True, "stored")
+        try:
+            if self._find(key) is not None:
+                return Explanation(True, "stored")
+        except _DamagedError as damage:
+            return Explanation(False, f"damaged: {damage}")
         now = _flat(ingredients)
         candidates = [_flat(entry.ingredients) for entry in self.entries() if entry.stage == ingredients.get("stage")]
         if not candidates:
@@ -215,85 +225,102 @@ class Cache:
         if (entry := self.get(ingredients)) is not None:
             return entry, True
         key = key_of(ingredients)
-        with self._explained(f"storing {label}"):
+        storing = f"storing {label}"
+        with self._explained(storing):
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / "locks" / f"{key}.lock"):
-                if (entry := self.get(ingredients)) is not None:
-                    return entry, True
-                self._make(key, ingredients, write, label)
-                entry = self._read(key)
+            lock = FileLock(self._lock(key))
+            lock.acquire()
+        try:
+            if (entry := self._replaceable(key)) is not None:
+                return entry, True
+            entry = self._make(key, ingredients, write, label, storing)
+        finally:
+            lock.release()
         self.prune(keep=key)
         return entry, False
 
-    def _make(self, key: str, ingredients: Ingredients, write: Callable[[Path], None], label: str) -> None:
+    def _make(
+        self, key: str, ingredients: Ingredients, write: Callable[[Path], None], label: str, storing: str
+    ) -> Entry:
         target = self._folder(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = self.root / "work"
-        work.mkdir(exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{key[:12]}-{os.getpid()}-", dir=work))
+        temporary = self.root / "work" / f"{key}-{os.urandom(8).hex()}"
         try:
-            write(temporary)
-            files = {}
-            for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-                sync_file(file)
-                files[file.relative_to(temporary).as_posix()] = {
-                    "size": file.stat().st_size,
-                    "sha256": digest_file(file),
+            with self._explained(storing):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary.mkdir(parents=True)
+            with self._explained(storing, temporary):
+                write(temporary)
+            with self._explained(storing):
+                manifest = {
+                    "key": key,
+                    "label": label,
+                    "created": time.time(),
+                    "ingredients": dict(ingredients),
+                    "files": _settled(temporary, label),
                 }
-            manifest = {
-                "key": key,
-                "label": label,
-                "created": time.time(),
-                "ingredients": dict(ingredients),
-                "files": files,
-            }
-            atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
-            temporary.chmod(0o755)
-            temporary.rename(target)
-            sync_folder(target.parent)
+                atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+                temporary.rename(target)
+                sync_folder(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        # Not read back: another process may prune it this very moment, which is no failure of this one.
+        return _entry(key, target, manifest, time.time())
 
     @contextlib.contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        """Turn what the disk says into words."""
+    def _explained(self, doing: str, stage_writes: Path | None = None) -> Iterator[None]:
+        """Turn what the disk says into words.
+
+        Where a stage writes into `stage_writes`, only a full disk and errors below the cache's root are the cache's:
+        a model that the stage cannot read is none of them.
+        """
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if stage_writes and not (self._names(error.filename) or (full and error.filename is None)):
+                raise
+            if full:
                 free = shutil.disk_usage(self.root).free if self.root.exists() else 0
+                needed = f" it needs more than {_size(stage_writes) / 2**20:.1f} MiB," if stage_writes else ""
                 raise CacheError(
-                    f"the disk is full while {doing}; {free / 2**20:.0f} MiB are free",
+                    f"the disk is full while {doing};{needed} {free / 2**20:.1f} MiB are free",
                     where=str(self.root),
                     hint="Free some space, run `ovforge cache prune --size 1GB`, or set OVFORGE_CACHE_DIR.",
                 ) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-                raise CacheError(
-                    f"not writable while {doing}: {error.strerror}",
-                    where=str(self.root),
-                    hint="Set OVFORGE_CACHE_DIR to a folder of your own.",
-                ) from error
-            raise
+            raise CacheError(
+                f"not writable while {doing}: {error.strerror or error}",
+                where=str(self.root),
+                hint="Set OVFORGE_CACHE_DIR to a folder of your own.",
+            ) from error
+
+    def _names(self, filename: Any) -> bool:
+        """Say whether an error's file name is the cache's, or a folder that the cache would be in."""
+        if not isinstance(filename, str):
+            return False
+        path, root = Path(filename).absolute(), self.root.absolute()
+        return path.is_relative_to(root) or root.is_relative_to(path)
 
     # -- keeping house ---------------------------------------------------------------------------------------------
 
-    def remove(self, key: str) -> None:
-        """Remove an entry, whole at once: it is renamed away first."""
-        work = self.root / "work"
-        with contextlib.suppress(FileNotFoundError):
-            work.mkdir(parents=True, exist_ok=True)
-            doomed = Path(tempfile.mkdtemp(prefix=f"removed-{os.getpid()}-", dir=work))
-            try:
-                self._folder(key).rename(doomed / key)
-            finally:
-                shutil.rmtree(doomed, ignore_errors=True)
+    def remove(self, key: str) -> bool:
+        """Remove an entry, whole at once: it is renamed away first. Return whether it was there and could be."""
+        doomed = self.root / "work" / f"{_REMOVED}-{os.urandom(8).hex()}"
+        try:
+            doomed.parent.mkdir(parents=True, exist_ok=True)
+            self._folder(key).rename(doomed)
+        except OSError:  # gone already, or another user's
+            return False
+        shutil.rmtree(doomed, ignore_errors=True)
+        return True
 
     def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> list[Entry]:
         """Remove entries used longest ago until `max_bytes` (default: the cap) hold; return what was removed.
 
-        Entries used within the last minute are spared unless a size is given here; so is the entry `keep`.
+        Entries used within the last minute are spared unless a size is given here; so is the entry `keep`. Damaged
+        entries go in any case. What cannot be removed (another user's) stays.
         """
         self._clear_abandoned()
+        self._clear_damaged()
         limit = self.max_bytes if max_bytes is None else max_bytes
         spare_after = time.time() - _IN_USE if max_bytes is None else float("inf")
         entries = self.entries()
@@ -304,34 +331,87 @@ class Cache:
                 break
             if entry.key == keep or entry.last_used > spare_after:
                 continue
-            self.remove(entry.key)
-            total -= entry.size
-            removed.append(entry)
+            if self.remove(entry.key):
+                total -= entry.size
+                removed.append(entry)
         return removed
 
     def verify(self, *, repair: bool = False) -> list[tuple[str, str]]:
         """Read every byte again; return (key, what is wrong) of damaged entries, removed where `repair`."""
         damaged = []
         for key in self._keys():
-            try:
-                entry = self._read(key)
-                for name, facts in entry.files.items():
-                    if digest_file(entry.path / name) != facts["sha256"]:
-                        raise _DamagedError(f"{name} has changed")
-            except (_DamagedError, OSError) as damage:
-                damaged.append((key, str(damage)))
-                if repair:
-                    self.remove(key)
+            reason = self._damage(key)
+            if reason is None:
+                continue
+            damaged.append((key, reason))
+            if repair:
+                with self._held_if_free(key) as held:
+                    if held and self._damage(key):  # and not made again meanwhile
+                        self.remove(key)
         return damaged
 
+    def _damage(self, key: str) -> str | None:
+        """Read an entry's every byte; return what is wrong."""
+        try:
+            entry = self._find(key)
+            for name, facts in entry.files.items() if entry else ():
+                if digest_file(self._folder(key) / name) != facts["sha256"]:
+                    raise _DamagedError(f"{name} has changed")
+        except (_DamagedError, OSError) as damage:
+            return str(damage) if self._folder(key).is_dir() else None
+        return None
+
+    def _clear_damaged(self) -> None:
+        for key in self._keys():
+            if not self._is_sound(key):
+                with self._held_if_free(key) as held:
+                    if held and not self._is_sound(key):  # nobody has made it again meanwhile
+                        self.remove(key)
+
+    def _is_sound(self, key: str) -> bool:
+        try:
+            return self._find(key) is not None
+        except _DamagedError:
+            return False
+
     def _clear_abandoned(self) -> None:
-        """Remove what dead processes left: their work folders, and locks nobody has touched for a day."""
+        """Remove what dead processes left: work folders whose key nobody holds, and locks a day old that are free."""
         for folder in _listing(self.root / "work"):
-            if not _alive(folder.name) or _age(folder) > _ABANDONED:
+            key = folder.name.partition("-")[0]
+            if key == _REMOVED or (not _is_key(key) and _age(folder) > _ABANDONED):
                 shutil.rmtree(folder, ignore_errors=True)
+            elif _is_key(key):
+                with self._held_if_free(key) as held:
+                    if held:
+                        shutil.rmtree(folder, ignore_errors=True)
         for lock in _listing(self.root / "locks"):
-            if _age(lock) > _ABANDONED:
-                lock.unlink(missing_ok=True)
+            if _is_key(lock.stem) and _age(lock) > _ABANDONED:
+                with self._held_if_free(lock.stem) as held:
+                    if held:  # a lock's age is that of its file, not of its holder
+                        with contextlib.suppress(OSError):
+                            lock.unlink()
+
+    @contextlib.contextmanager
+    def _held_if_free(self, key: str) -> Iterator[bool | None]:
+        """Hold a key's lock in the block: True; False where somebody else does; None where it cannot be had."""
+        from filelock import FileLock, Timeout
+
+        held: bool | None = True
+        lock = FileLock(self._lock(key))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            held = False
+        except OSError:
+            held = None
+        try:
+            yield held
+        finally:
+            if held:
+                lock.release()
+
+    def _lock(self, key: str) -> Path:
+        return self.root / "locks" / f"{key}.lock"
 
     def _folder(self, key: str) -> Path:
         return self.root / "entries" / key[:2] / key
@@ -339,30 +419,39 @@ class Cache:
     def _keys(self) -> list[str]:
         return [folder.name for group in _listing(self.root / "entries") for folder in _listing(group)]
 
+    def _find(self, key: str) -> Entry | None:
+        """Return a sound entry, or None where there is none; raise _DamagedError for one that is not sound."""
+        if not self._folder(key).is_dir():
+            return None
+        try:
+            return self._read(key)
+        except _DamagedError:
+            if not self._folder(key).is_dir():  # pruned by another process while it was read
+                return None
+            raise
+
+    def _replaceable(self, key: str) -> Entry | None:
+        """Return the sound entry, if any; a damaged one is removed. Only for who holds the key's lock."""
+        try:
+            return self._find(key)
+        except _DamagedError as damage:
+            self.remove(key)
+            _warn_damaged(key, damage)
+            return None
+
     def _read(self, key: str) -> Entry:
         """Read a manifest and check that its files are there in their sizes; raise _DamagedError otherwise."""
         folder = self._folder(key)
         try:
             manifest = json.loads((folder / _MANIFEST).read_bytes())
             used = (folder / _MANIFEST).stat().st_mtime
-            files: dict[str, dict[str, Any]] = manifest["files"]
-            for name, facts in files.items():
+            for name, facts in manifest["files"].items():
                 size = (folder / name).stat().st_size
                 if size != facts["size"]:
                     raise _DamagedError(f"{name} has {size} bytes instead of {facts['size']}")
             if key_of(manifest["ingredients"]) != key:
                 raise _DamagedError("its manifest belongs to another entry")
-            return Entry(
-                key=key,
-                path=folder,
-                stage=str(manifest["ingredients"].get("stage", "")),
-                label=str(manifest["label"]),
-                size=sum(facts["size"] for facts in files.values()),
-                created=float(manifest["created"]),
-                last_used=used,
-                ingredients=manifest["ingredients"],
-                files=files,
-            )
+            return _entry(key, folder, manifest, used)
         except FileNotFoundError as error:
             raise _DamagedError(f"{Path(error.filename).name} is missing") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -371,6 +460,41 @@ class Cache:
 
 class _DamagedError(Exception):
     """An entry is not what its manifest says."""
+
+
+def _entry(key: str, folder: Path, manifest: Mapping[str, Any], used: float) -> Entry:
+    return Entry(
+        key=key,
+        path=folder,
+        stage=str(manifest["ingredients"].get("stage", "")),
+        label=str(manifest["label"]),
+        size=sum(facts["size"] for facts in manifest["files"].values()),
+        created=float(manifest["created"]),
+        last_used=used,
+        ingredients=manifest["ingredients"],
+        files=manifest["files"],
+    )
+
+
+def _settled(folder: Path, label: str) -> dict[str, dict[str, Any]]:
+    """Flush all that a stage wrote, and describe its files as a manifest does."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": digest_file(path)}
+    if not files or _MANIFEST in files:
+        what = f"wrote {_MANIFEST}, a name that is the cache's own" if files else "wrote no files"
+        raise CacheError(f"{label} {what}", where=str(folder), hint="Report this to the author of the stage.")
+    return files
+
+
+def _warn_damaged(key: str, damage: Exception) -> None:
+    message = f"cache entry {key[:12]} is damaged ({damage}) and is made again"
+    warnings.warn(message, CacheWarning, stacklevel=3)
 
 
 def parse_size(text: str) -> int:
@@ -383,9 +507,9 @@ def parse_size(text: str) -> int:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return {dotted name: leaf} of nested mappings and lists."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         pairs: Any = value.items()
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and value:
         pairs = enumerate(value)
     else:
         return {prefix: value}
@@ -397,7 +521,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[tuple[str, Any, Any], ...]:
     names = sorted(set(then) | set(now))
-    return tuple((name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name))
+    return tuple((name, then.get(name), now.get(name)) for name in names if _json(then, name) != _json(now, name))
+
+
+def _json(flat: Mapping[str, Any], name: str) -> str:
+    """Return a leaf as the key sees it, where 1, 1.0 and true differ, and so do null and nothing."""
+    return json.dumps(flat[name]) if name in flat else ""
 
 
 def _listing(folder: Path) -> list[Path]:
@@ -414,15 +543,18 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _alive(name: str) -> bool:
-    """Say whether the process that a work folder is named after is there; True where that cannot be told."""
-    owner = name.rsplit("-", 2)[-2] if name.count("-") >= 2 else ""
-    if not owner.isdigit() or os.name != "posix":
-        return True
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _is_there(path: Path) -> bool:
+    """Say whether there is such a path and it can be seen (Path.exists raises for one in a forbidden folder)."""
     try:
-        os.kill(int(owner), 0)
-    except ProcessLookupError:
+        path.stat()
+    except (OSError, ValueError):
         return False
-    except OSError:
-        return True
     return True
+
+
+def _is_key(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None

@@ -12,6 +12,16 @@ from pathlib import Path
 __all__ = ["atomic_folder", "atomic_write", "sync_file", "sync_folder"]
 
 
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# It can only be read by setting it, which threads would see: once, at import.
+_UMASK = _read_umask()
+
+
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` under a temporary name beside it, flush it to disk, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +33,7 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files for their owner alone; a result is as readable as any other file of the user.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -47,7 +57,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             sync_folder(file) if file.is_dir() else sync_file(file)
         sync_folder(temporary)
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_UMASK)
         _exchange(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -85,9 +95,3 @@ def sync_folder(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
