@@ -91,6 +91,30 @@ def test_mistakes_are_explained(arguments: list[object], message: str, tmp_path:
     assert message in ovforge(*arguments, code=1, cwd=tmp_path).stderr
 
 
+def test_a_full_disk_is_explained_and_loses_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the child process cannot write past it."""
+    picture = tmp_path / "a.png"
+    ovforge("run", EXAMPLE, "-o", picture, "-q")
+    before = picture.read_bytes()
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "from ovforge.cli import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", EXAMPLE, "-i", "seed=3", "-o", picture],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert picture.read_bytes() == before
+    assert [path.name for path in tmp_path.glob("*.png*")] == ["a.png"], "nothing half-written is left"
+
+
 def test_a_picture_without_provenance_is_explained(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert "carries no ovforge provenance" in ovforge("run", tmp_path / "plain.png", code=1).stderr

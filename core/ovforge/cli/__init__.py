@@ -101,6 +101,11 @@ def main() -> None:
     except OvforgeError as error:
         _print_error(error)
         sys.exit(1)
+    except OSError as error:
+        where = None if error.filename is None else str(error.filename)
+        hint = "What was there before is still there; free some space or choose another place, and run it again."
+        _print_error(OvforgeError(error.strerror or str(error), where=where, hint=hint))
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
