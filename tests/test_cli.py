@@ -146,8 +146,11 @@ def test_converting_what_is_converted_copies_it(tmp_path: Path) -> None:
     source = "package:ovforge_lcm/model"
     ovforge("convert", source, "-o", tmp_path / "model")
     assert "is there already" in ovforge("convert", source, "-o", tmp_path / "model", code=1).stderr
-    done = ovforge("run", EXAMPLE, "-s", f"load.source={tmp_path / 'model'}", "-o", tmp_path / "a.png", "-q")
+    (tmp_path / "here.toml").write_text(EXAMPLE.read_text().replace(source, "model"))
+    done = ovforge("run", tmp_path / "here.toml", "-o", tmp_path / "a.png", "-q")
     assert done.stdout == ""
+    ovforge("run", tmp_path / "a.png", "-q")
+    assert (tmp_path / "a-again.png").read_bytes() == (tmp_path / "a.png").read_bytes(), "from another folder, too"
     ovforge("run", EXAMPLE, "-o", tmp_path / "b.png", "-q")
     with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -36,7 +36,7 @@ from ovforge.extensions import GraphTransformExtension, LoaderExtension, Schedul
 from ovforge.plugins import Offer, Plugins
 from ovforge.results import Result, Timings, read_provenance
 from ovforge.runtime import openvino_version
-from ovforge.sources import FileSource, Source, open_source, source_digest
+from ovforge.sources import PACKAGE, FileSource, Source, open_source, source_digest
 from ovforge.stages import (
     Calibration,
     DevicePlan,
@@ -476,7 +476,10 @@ class Pipeline:
         precisions = {role: model.precision for role, model in self.compiled.all()}
         offers = [self.recipe.loader, self.recipe.task, self.recipe.device, *(s.offer for s in self.recipe.steps)]
         offers += [self.recipe.scheduler] if self.recipe.scheduler else []
+        # Relative paths start at the config's folder; a config without paths says nothing of this machine.
+        has_paths = bool(self.recipe.steps) or not self.config.load.source.startswith(PACKAGE)
         return {
+            **({"base": str(self.recipe.base.resolve())} if has_paths else {}),
             "config": {key: value for key, value in self.config.as_dict().items() if key not in ("input", "output")},
             "versions": {
                 "ovforge": ovforge.__version__,
@@ -533,7 +536,10 @@ def read_pipeline(
     if path.suffix.lower() == ".png":
         provenance = read_provenance(path)
         value = {**provenance["config"], "input": {**provenance["config"].get("input", {}), **provenance["inputs"]}}
-        return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), Path.cwd()
+        base = Path(provenance.get("base", ""))
+        return PipelineConfig.of(
+            apply_overrides(value, overrides), where=str(path)
+        ), base if base.is_dir() else Path.cwd()
     value = read_config(path)
     return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), path.resolve().parent
 

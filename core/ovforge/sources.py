@@ -18,9 +18,10 @@ from ovforge.errors import ModelError
 if TYPE_CHECKING:
     from ovforge.cache import DigestMemo
 
-__all__ = ["FileSource", "Source", "open_source"]
+__all__ = ["PACKAGE", "FileSource", "Source", "open_source"]
 
 PACKAGE = "package:"
+"""Prefix of sources that lie inside an installed Python package."""
 
 
 class Source(Protocol):
