@@ -97,7 +97,6 @@ def test_configs_of_other_samplers_are_taken() -> None:
         "EulerDiscreteScheduler",
         "EulerAncestralDiscreteScheduler",
         "HeunDiscreteScheduler",
-        "LMSDiscreteScheduler",
         "PNDMScheduler",
         "UniPCMultistepScheduler",
     ]:
