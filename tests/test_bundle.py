@@ -125,6 +125,8 @@ def test_lazy_models_are_made_when_needed_and_released() -> None:
     lazy = ModelBundle()
     lazy.models.lazy("unet", lambda: made.append(1) or testing.small_model())
     assert list(lazy.models) == ["unet"]
+    assert "unet" in lazy.models
+    lazy.require("unet")
     assert made == []
     assert lazy.models["unet"] is lazy.models["unet"]
     lazy.models.release("unet")

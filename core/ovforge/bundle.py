@@ -70,6 +70,9 @@ class Roles(MutableMapping[str, "ov.Model"]):
         del self._makers[role]
         self._made.pop(role, None)
 
+    def __contains__(self, role: object) -> bool:
+        return role in self._makers  # Mapping's own way would make the model, to see whether it is there
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 

@@ -122,7 +122,7 @@ def draw_recipe(rng: random.Random, weights: list[float]) -> Recipe:
         tint = rng.randrange(PLAIN) if rng.random() < 0.6 else PLAIN
         said = rng.random() < 0.7
         background = rng.randrange(len(BACKGROUNDS)) if said else list(BACKGROUNDS).index(UNSAID)
-        if clash(tint, background) or (said and held_out(item, tint, background)):
+        if clash(tint, background) or held_out(item, tint, background):
             continue
         scale, dx, dy = rng.uniform(0.82, 0.98), rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)
         return Recipe(item, tint, background, said, scale, dx, dy, rng.random() < 0.15)

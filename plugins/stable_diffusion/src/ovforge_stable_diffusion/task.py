@@ -73,9 +73,9 @@ class TextToImage:
         self._decoder: tuple[tuple[int, ...], ov.InferRequest] | None = None
         self._lock = threading.Lock()
         self._fixed = self._expected(context.inputs) if options.static else None
+        bundle.start("unet", self._unet_shapes(self._fixed))  # the longest first
         bundle.start("tokenizer")
         bundle.start("text_encoder")
-        bundle.start("unet", self._unet_shapes(self._fixed))
         bundle.start("vae_decoder", self._decoder_shapes(self._fixed))
 
     def __call__(
