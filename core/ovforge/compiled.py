@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,10 @@ Shapes = Mapping[str, Sequence[int]]
 class CompiledRole:
     """One compiled model, how long it took (seconds), whether it came out of the cache, and when it was ready.
 
-    `finished` is a reading of time.perf_counter().
+    `finished` is a reading of time.perf_counter(). `model` is None where it was released.
     """
 
-    model: ov.CompiledModel
+    model: ov.CompiledModel | None
     precision: str
     seconds: float
     cached: bool
@@ -63,6 +63,7 @@ class CompiledBundle:
         # Three at a time: the largest role keeps most cores busy, the small ones fit in its gaps.
         self._pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
         self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
+        self._released: dict[tuple[str, str], CompiledRole] = {}
         self._wrappers: dict[str, Callable[[ov.CompiledModel], Any]] = {}
 
     def start(self, role: str, shapes: Shapes | None = None) -> None:
@@ -73,9 +74,10 @@ class CompiledBundle:
         if role not in self._roles:
             raise ModelError(f"the pipeline has no {role!r}", hint=f"It has: {', '.join(self._roles)}.")
         key = _variant(role, shapes)
-        if key in self._futures or (role, shapes) in self.wanted:
+        if key in self._futures or (not self._execute and (role, shapes) in self.wanted):
             return
-        self.wanted.append((role, shapes))
+        if (role, shapes) not in self.wanted:
+            self.wanted.append((role, shapes))
         if self._execute:
             self._futures[key] = self._pool.submit(compile_model, self.source, role, self._plan, self._cache, shapes)
 
@@ -93,6 +95,7 @@ class CompiledBundle:
     def get(self, role: str, shapes: Shapes | None = None) -> ov.CompiledModel:
         """Return a role's compiled model, for fixed shapes or any."""
         model = self.compiled(role, shapes).model
+        assert model is not None
         wrap = self._wrappers.get(role)
         return wrap(model) if wrap else model
 
@@ -105,9 +108,18 @@ class CompiledBundle:
     def __iter__(self) -> Iterator[str]:
         return iter(self._roles)
 
+    def release(self, role: str) -> None:
+        """Forget a role's compiled models and its graph, to free their memory; asking for it compiles it again.
+
+        Memory is freed when the user's own requests are gone, too.
+        """
+        for key in [key for key in self._futures if key[0] == role]:
+            self._released[key] = replace(self._futures.pop(key).result(), model=None)
+        self.source.models.release(role)
+
     def all(self) -> list[tuple[str, CompiledRole]]:
-        """Return (role, compiled) of everything that was started, in that order; waits."""
-        return [(role, self.compiled(role, shapes)) for role, shapes in list(self.wanted)]
+        """Return (role, compiled) of everything that was started, in that order, released or not; waits."""
+        return [(role, self._released.get(_variant(role, s)) or self.compiled(role, s)) for role, s in self.wanted]
 
     def wrap(self, role: str, wrapper: Callable[[ov.CompiledModel], Any]) -> None:
         """Give users of `role` what `wrapper` makes of its compiled model."""

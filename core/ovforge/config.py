@@ -73,6 +73,9 @@ class Load(BaseModel):
 
     source: str = Field(description="A folder or file, or package:NAME/PATH inside an installed Python package.")
     use: str | None = Field(None, description="The loader; found by content where it is not given.")
+    parts: dict[str, str] = Field(
+        default_factory=dict, description="Roles that come from elsewhere: role -> source, as vae_decoder = FOLDER."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "CacheError",
+    "Cancelled",
     "ConfigError",
     "DeviceError",
     "InputError",
@@ -32,6 +33,13 @@ class OvforgeError(Exception):
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head}\n  {self.hint}" if self.hint else head
+
+
+class Cancelled(OvforgeError):
+    """A progress callback ended the work; raise it there. The pipeline stays usable."""
+
+    def __init__(self, what: str = "cancelled", *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what, where=where, hint=hint)
 
 
 class ConfigError(OvforgeError):

@@ -67,14 +67,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A source with the loader that opens it."""
+
+    source: Source
+    loader: Offer
+    options: BaseModel | None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A config with every name found and every option checked; nothing has been read or converted yet."""
 
     config: PipelineConfig
     base: Path
-    source: Source
-    loader: Offer
-    loader_options: BaseModel | None
+    origin: Origin
+    parts: Mapping[str, Origin]
     steps: tuple[Step, ...]
     task: Offer
     task_options: BaseModel | None
@@ -129,14 +137,14 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
         *(_step(plugins, "transform", use, f"transform.{n}", base) for n, use in enumerate(config.transform)),
         *(_step(plugins, "quantizer", use, f"quantize.{n}", base) for n, use in enumerate(config.quantize)),
     ]
-    source = open_source(config.load.source, base, cache.memo if cache else None)
+    memo = cache.memo if cache else None
+    source = open_source(config.load.source, base, memo)
     loader = find_loader(source, config.load.use, plugins)
     return Recipe(
         config=config,
         base=base,
-        source=source,
-        loader=loader,
-        loader_options=_options(loader, config.load.options, "load", base),
+        origin=Origin(source, loader, _options(loader, config.load.options, "load", base)),
+        parts={role: _part(role, open_source(text, base, memo), plugins) for role, text in config.load.parts.items()},
         steps=tuple(sorted(steps, key=lambda step: step.phase)),
         task=task,
         task_options=checked_task,
@@ -145,6 +153,12 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
         device=device,
         device_options=device_options,
     )
+
+
+def _part(role: str, source: Source, plugins: Plugins) -> Origin:
+    """Return a role's own source; its loader is found by content and has no options."""
+    loader = find_loader(source, None, plugins)
+    return Origin(source, loader, _options(loader, {}, f"load.parts.{role}", Path()))
 
 
 def _check_inputs(config: PipelineConfig, task: Offer) -> None:
@@ -243,32 +257,58 @@ def _content(path: Path, memo: Any) -> str:
     return source_digest(source) if path.is_dir() else digest_file(path, memo)
 
 
-def load_ingredients(recipe: Recipe, cache: Cache) -> dict[str, Any]:
+def load_ingredients(origin: Origin, cache: Cache) -> dict[str, Any]:
     """Return what a conversion depends on."""
     return {
-        **_versioned(recipe.loader, "load", recipe.loader_options, cache.memo),
-        "input": source_digest(recipe.source),
+        **_versioned(origin.loader, "load", origin.options, cache.memo),
+        "input": source_digest(origin.source),
     }
 
 
 def open_bundle(recipe: Recipe, cache: Cache | None, progress: Callable[[Progress], None]) -> ModelBundle:
-    """Load, or find the conversion in the cache."""
-    loader = recipe.loader.extension
+    """Load, or find the conversion in the cache; then put the parts that come from elsewhere in their places."""
+    bundle = open_origin(recipe.origin, cache, progress)
+    for role, origin in recipe.parts.items():
+        put_part(bundle, role, open_origin(origin, cache, progress), origin.source.name)
+    return bundle
+
+
+def open_origin(origin: Origin, cache: Cache | None, progress: Callable[[Progress], None]) -> ModelBundle:
+    """Load one source, or find its conversion in the cache."""
+    loader = origin.loader.extension
     assert isinstance(loader, LoaderExtension)
 
     def make() -> ModelBundle:
-        progress(Progress("load", 0, 1, f"{loader.name}: {recipe.source.name}"))
-        bundle: ModelBundle = loader.create(recipe.loader_options).load(recipe.source)
+        progress(Progress("load", 0, 1, f"{loader.name}: {origin.source.name}"))
+        bundle: ModelBundle = loader.create(origin.options).load(origin.source)
         return bundle
 
     if cache is None or not loader.converts:
         return make()
     entry, _ = cache.get_or_make(
-        load_ingredients(recipe, cache),
+        load_ingredients(origin, cache),
         lambda folder: make().write_into(folder),
-        label=f"{loader.name} {recipe.source.name}",
+        label=f"{loader.name} {origin.source.name}",
     )
     return _bundle_of(entry)
+
+
+def put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> None:
+    """Give `bundle` another model for `role`: the one of that role in `part`, or the only one that `part` has."""
+    found = role if role in part.models else next(iter(part.models), None)
+    if found is None or (found != role and len(part.models) > 1):
+        raise ModelError(
+            f"it has no {role!r}", where=f"load.parts.{role}: {name}", hint=f"It has: {', '.join(sorted(part.models))}."
+        )
+    bundle.models.lazy(role, lambda: part.models[found])
+    for ours in (bundle.configs, bundle.identity, bundle.location):
+        ours.pop(role, None)
+    if found in part.configs:
+        bundle.configs[role] = part.configs[found]
+    if found in part.identity:
+        bundle.identity[role] = part.identity[found]
+    if found in part.location:
+        bundle.location[role] = part.location[found]
 
 
 def _bundle_of(entry: Entry) -> ModelBundle:
@@ -474,10 +514,12 @@ class Pipeline:
     def provenance(self) -> dict[str, Any]:
         """Return what a result depends on, JSON-able, without inputs."""
         precisions = {role: model.precision for role, model in self.compiled.all()}
-        offers = [self.recipe.loader, self.recipe.task, self.recipe.device, *(s.offer for s in self.recipe.steps)]
+        offers = [self.recipe.origin.loader, self.recipe.task, self.recipe.device]
+        offers += [step.offer for step in self.recipe.steps] + [part.loader for part in self.recipe.parts.values()]
         offers += [self.recipe.scheduler] if self.recipe.scheduler else []
         # Relative paths start at the config's folder; a config without paths says nothing of this machine.
-        has_paths = bool(self.recipe.steps) or not self.config.load.source.startswith(PACKAGE)
+        sources = [self.config.load.source, *self.config.load.parts.values()]
+        has_paths = bool(self.recipe.steps) or not all(source.startswith(PACKAGE) for source in sources)
         return {
             **({"base": str(self.recipe.base.resolve())} if has_paths else {}),
             "config": {key: value for key, value in self.config.as_dict().items() if key not in ("input", "output")},
@@ -600,19 +642,15 @@ def _chosen(cache: Cache | str | None) -> Cache | None:
 
 
 def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
-    loader = recipe.loader.extension
-    assert isinstance(loader, LoaderExtension)
-    size = sum(recipe.source.files().values())
-    bundle: ModelBundle | None = None
-    if loader.converts:
-        ingredients = load_ingredients(recipe, cache)
-        entry = cache.peek(ingredients)
-        bundle = _bundle_of(entry) if entry else None
-        why = "" if entry else cache.explain(ingredients).reason
-        yield _stage("load", recipe.loader, "cached" if entry else "to do", why, entry.size if entry else size)
-    else:
-        bundle = loader.create(recipe.loader_options).load(recipe.source)
-        yield _stage("load", recipe.loader, "direct", "opened where it lies", size)
+    stage, bundle = _planned_load("load", recipe.origin, cache)
+    yield stage
+    for role, origin in recipe.parts.items():
+        stage, part = _planned_load(f"load {role}", origin, cache)
+        yield stage
+        if bundle is None or part is None:
+            bundle = None
+        else:
+            put_part(bundle, role, part, origin.source.name)
     for step in recipe.steps:
         name = f"{step.kind} ({step.phase.name.lower()})"
         digest = bundle.digest() if bundle else None
@@ -642,6 +680,21 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
     if recipe.scheduler:
         yield _stage("scheduler", recipe.scheduler, "direct")
     yield _stage("task", recipe.task, "direct")
+
+
+def _planned_load(name: str, origin: Origin, cache: Cache) -> tuple[PlannedStage, ModelBundle | None]:
+    """Return what loading a source would do, and its bundle where that is there without work."""
+    loader = origin.loader.extension
+    assert isinstance(loader, LoaderExtension)
+    size = sum(origin.source.files().values())
+    if not loader.converts:
+        bundle: ModelBundle = loader.create(origin.options).load(origin.source)
+        return _stage(name, origin.loader, "direct", "opened where it lies", size), bundle
+    ingredients = load_ingredients(origin, cache)
+    entry = cache.peek(ingredients)
+    if entry is None:
+        return _stage(name, origin.loader, "to do", cache.explain(ingredients).reason, size), None
+    return _stage(name, origin.loader, "cached", size=entry.size), _bundle_of(entry)
 
 
 def _no_scheduler() -> Scheduler:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     from ovforge.bundle import ModelBundle
     from ovforge.compiled import CompiledBundle
@@ -138,8 +139,15 @@ class Sampling(Protocol):
     init_noise_sigma: float
     """Standard deviation of the first latents."""
 
+    first: int
+    """Index of the step that a run begins with: 0, or later where it starts from a picture."""
+
     def scale_input(self, latents: NDArray[np.float32], index: int) -> NDArray[np.float32]:
         """Return what the network sees at step `index`; may be `latents` itself."""
+        ...
+
+    def add_noise(self, original: NDArray[np.float32], noise: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+        """Return clean latents noised to the level of step `index`."""
         ...
 
     def step(
@@ -159,8 +167,11 @@ class Scheduler(Protocol):
     The factory takes (options, model_config): the options of the config and the model's scheduler_config.json.
     """
 
-    def start(self, steps: int) -> Sampling:
-        """Begin a run of `steps` steps. Raises InputError where the schedule cannot have that many."""
+    def start(self, steps: int, strength: float = 1.0) -> Sampling:
+        """Begin a run of `steps` steps. Raises InputError where the schedule cannot have that many.
+
+        With `strength` below 1 the run starts from a noised picture and goes only that part of the way.
+        """
         ...
 
 
@@ -187,12 +198,17 @@ class Device(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of a long piece of work: `done` of `total` steps of `stage`."""
+    """A moment of a long piece of work: `done` of `total` steps of `stage`.
+
+    `preview` makes pictures of the work as it stands, where there is something to see; it takes time, and may be called
+    in the callback only. A callback that raises ends the work: Cancelled says so in plain words.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
+    preview: Callable[[], Sequence[Image]] | None = None
 
 
 def ignore_progress(_: Progress) -> None:

@@ -176,6 +176,15 @@ def check_scheduler(
         assert np.array_equal(finals[0], finals[1]), (
             f"{name}: the same seed gives other latents; a run must keep no hidden state"
         )
+    late, clean, noise = (
+        scheduler.start(max(steps), 0.5),
+        Generator(1).randn((1, 4, 8, 8)),
+        Generator(2).randn((1, 4, 8, 8)),
+    )
+    assert 0 <= late.first < len(late.timesteps), f"{name}: strength 0.5 begins at step {late.first}"
+    noised = late.add_noise(clean, noise, late.first)
+    assert (noised.dtype, noised.shape) == (clean.dtype, clean.shape), f"{name}: add_noise changes type or shape"
+    assert not np.array_equal(noised, clean), f"{name}: add_noise adds nothing"
 
 
 def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any] = {}) -> None:

@@ -6,6 +6,7 @@ pipeline's own stream, so that one seed decides everything, whatever the schedul
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,22 +68,32 @@ class DiffusersScheduler:
                 f"{self._class.__name__} refuses its config: {error}", where="scheduler.options"
             ) from error
 
-    def start(self, steps: int) -> DiffusersSampling:
-        """Begin a run; the number of timesteps may be larger than `steps` (Heun, PNDM)."""
+    def start(self, steps: int, strength: float = 1.0) -> DiffusersSampling:
+        """Begin a run; the number of timesteps may be larger than `steps` (Heun, PNDM).
+
+        With `strength` the run begins later, as in diffusers' image-to-image pipelines; LCM spreads its steps.
+        """
         scheduler = self._make()
+        spread = {"strength": strength} if self._class.__name__ == "LCMScheduler" and strength < 1 else {}
         try:
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps, **spread)
         except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise InputError(f"{self._class.__name__} cannot take {steps} steps: {error}", where="steps") from error
-        return DiffusersSampling(scheduler)
+        first = 0 if spread else (steps - min(int(steps * strength), steps)) * scheduler.order
+        if first >= len(scheduler.timesteps):
+            raise InputError(
+                f"{strength} of {steps} steps is less than one", where="strength", hint="Give more of either."
+            )
+        return DiffusersSampling(scheduler, first)
 
 
 class DiffusersSampling:
     """One run. Its steps must be taken in order, from any first one: diffusers keeps their history."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, first: int = 0) -> None:
         torch = need("torch", PURPOSE)
         self._scheduler = scheduler
+        self.first = first
         self._times = scheduler.timesteps
         times = self._times if self._times.dtype == torch.int64 else self._times.to(torch.float32)
         self.timesteps: NDArray[Any] = times.numpy()
@@ -99,6 +110,17 @@ class DiffusersSampling:
         sample = torch.from_numpy(latents)
         scaled = self._scheduler.scale_model_input(sample, self._times[index])
         return latents if scaled is sample else _array(scaled)
+
+    def add_noise(self, original: NDArray[np.float32], noise: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+        """Return clean latents noised to the level of step `index`."""
+        import torch
+
+        # diffusers noises for the step that its run stands at; a copy stands where we want.
+        there = copy.copy(self._scheduler)
+        if hasattr(there, "set_begin_index"):
+            there._step_index = None
+            there.set_begin_index(index)
+        return _array(there.add_noise(torch.from_numpy(original), torch.from_numpy(noise), self._times[index][None]))
 
     def step(
         self, output: NDArray[np.float32], index: int, latents: NDArray[np.float32], rng: RandomStream

@@ -124,22 +124,30 @@ class LCMScheduler:
                 hint="Models trained so predict v: set prediction_type = 'v_prediction', or do not rescale.",
             )
 
-    def start(self, steps: int) -> LCMSampling:
-        """Begin a run; raises InputError where the model was distilled for fewer steps."""
+    def start(self, steps: int, strength: float = 1.0) -> LCMSampling:
+        """Begin a run; raises InputError where the model was distilled for fewer steps.
+
+        With `strength` the steps are spread over that part of the schedule, as diffusers' latent consistency
+        image-to-image pipeline does, so that none is lost.
+        """
         train, original = self.config["num_train_timesteps"], self.config["original_inference_steps"]
         if original > train:
             raise ConfigError(
                 f"original_inference_steps = {original} is more than num_train_timesteps = {train}",
                 where="scheduler (lcm)",
             )
-        if not 1 <= steps <= original:
+        usable = int(original * strength)
+        if not 1 <= steps <= usable:
+            part = f" with strength = {strength}" if strength < 1 else ""
             raise InputError(
-                f"{steps} is out of range for this model",
+                f"{steps} is out of range for this model{part}",
                 where="steps",
-                hint=f"Give 1 to {original}; consistency models need 4 to 8.",
+                hint=f"Give 1 to {usable}; consistency models need 4 to 8."
+                if usable
+                else f"strength = {strength} leaves no step of {original}; give more.",
             )
-        trained = np.arange(1, original + 1, dtype=np.int64) * (train // original) - 1
-        picked = np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)
+        trained = np.arange(1, usable + 1, dtype=np.int64) * (train // original) - 1
+        picked = np.floor(np.linspace(0, usable, num=steps, endpoint=False)).astype(np.int64)
         return LCMSampling(self, trained[::-1][picked])
 
 
@@ -147,6 +155,7 @@ class LCMSampling:
     """One run. The arrays that `step` returns belong to the caller."""
 
     init_noise_sigma = 1.0
+    first = 0
 
     def __init__(self, scheduler: LCMScheduler, timesteps: NDArray[np.int64]) -> None:
         self.timesteps = timesteps
@@ -156,6 +165,13 @@ class LCMSampling:
     def scale_input(self, latents: Array, index: int) -> Array:
         """Return the latents: this method scales nothing."""
         return latents
+
+    def add_noise(self, original: Array, noise: Array, index: int) -> Array:
+        """Return sqrt(alpha) * original + sqrt(1 - alpha) * noise at the timestep of step `index`."""
+        alpha = self._alphas[self.timesteps[index]]
+        noised = noise * np.sqrt(np.float32(1) - alpha)
+        noised += np.sqrt(alpha) * original
+        return noised
 
     def step(self, output: Array, index: int, latents: Array, rng: RandomStream) -> Array:
         """Jump to the clean latents, and back to the noise of the next timestep; the last step stays there."""
