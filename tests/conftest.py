@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from families import make_family, maker
 from ovforge.cache import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-ROOT = Path(__file__).parents[1]
-
-
-def _maker() -> Any:
-    """Return the converter's own test module, which builds diffusers folders."""
-    spec = importlib.util.spec_from_file_location("small_pipelines", ROOT / "plugins/diffusers/tests/conftest.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +30,15 @@ def cache(tmp_path: Path) -> Cache:
 @pytest.fixture(scope="session")
 def torch_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a diffusers folder of a latent consistency model."""
-    return Path(_maker().make_pipeline(tmp_path_factory.mktemp("lcm") / "pipeline"))
+    return Path(maker().make_pipeline(tmp_path_factory.mktemp("lcm") / "pipeline"))
 
 
 @pytest.fixture(scope="session")
 def torch_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a diffusers folder of a Stable Diffusion model, which needs classifier-free guidance."""
-    maker = _maker()
-    folder = Path(maker.make_pipeline(tmp_path_factory.mktemp("sd") / "pipeline", time_cond_proj_dim=None))
-    maker.write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
+    build = maker()
+    folder = Path(build.make_pipeline(tmp_path_factory.mktemp("sd") / "pipeline", time_cond_proj_dim=None))
+    build.write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
     return folder
 
 
@@ -57,3 +46,16 @@ def torch_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Return a cache that tests share, so that a small pipeline is converted once."""
     return Cache(tmp_path_factory.mktemp("shared-cache"))
+
+
+@pytest.fixture(scope="session")
+def torch_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the diffusers folder of a family, made once: see families.make_family."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = make_family(tmp_path_factory.mktemp(family) / "pipeline", family)
+        return made[family]
+
+    return folder

@@ -10,10 +10,10 @@ import pytest
 from openvino import opset13 as ops
 
 import ovforge
+from families import agree
 from ovforge import Use
 from ovforge.cache import Cache
 from ovforge.errors import ConfigError, InputError, ModelError
-from ovforge.results import ImagesResult
 
 F32 = Use("cpu", precision="f32")
 FULL = {"weights": "f32"}
@@ -31,16 +31,6 @@ def lcm(torch_lcm: Path, session_cache: Cache) -> ovforge.Pipeline:
 @pytest.fixture
 def sd(torch_sd: Path, session_cache: Cache) -> ovforge.Pipeline:
     return pipeline(torch_sd, session_cache, scheduler=Use("diffusers", class_name="DDIMScheduler"))
-
-
-def agree(ours: ImagesResult, theirs: list[Any], anywhere: int = 2, average: float = 0.2) -> None:
-    """Compare pictures, in steps of 1/255."""
-    assert len(ours.images) == len(theirs)
-    for mine, wanted in zip(ours.images, theirs, strict=True):
-        difference = np.abs(np.asarray(mine, np.int16) - np.asarray(wanted, np.int16))
-        assert difference.shape == np.asarray(wanted).shape
-        assert difference.max() <= anywhere
-        assert difference.mean() <= average
 
 
 @pytest.mark.parametrize(("width", "height", "steps"), [(16, 16, 4), (24, 40, 3), (32, 16, 1)])

@@ -65,6 +65,7 @@ class CompiledBundle:
         self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
         self._released: dict[tuple[str, str], CompiledRole] = {}
         self._wrappers: dict[str, Callable[[ov.CompiledModel], Any]] = {}
+        self._eager = True
 
     def start(self, role: str, shapes: Shapes | None = None) -> None:
         """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
@@ -81,9 +82,13 @@ class CompiledBundle:
         if self._execute:
             self._futures[key] = self._pool.submit(compile_model, self.source, role, self._plan, self._cache, shapes)
 
+    def on_demand(self) -> None:
+        """Compile nothing before it is asked for: for tasks that hold one role at a time in memory."""
+        self._eager = False
+
     def start_rest(self) -> None:
-        """Begin to compile every role that nobody has started."""
-        for role in self._roles:
+        """Begin to compile every role that nobody has started, unless the task wants them on demand."""
+        for role in self._roles if self._eager else ():
             if not any(role == started for started, _ in self.wanted):
                 self.start(role)
 

@@ -12,13 +12,17 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
 from ovforge.errors import InputError
 
-__all__ = ["MAX_PIXELS", "Picture", "digest_picture", "open_picture"]
+__all__ = ["MAX_PIXELS", "Picture", "digest_picture", "open_picture", "picture_name"]
 
 MAX_PIXELS = 2**28
 """Largest picture that is opened, in pixels."""
 
+IN_MEMORY = "sha256:"
+
 
 def _picture(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str) and value.startswith(IN_MEMORY):
+        raise ValueError("the picture was given in memory, and only its digest is known: give the picture again")
     if isinstance(value, str | Path):
         base = (info.context or {}).get("base")
         path = Path(value).expanduser()
@@ -72,6 +76,11 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image if image.mode == mode else image.convert(mode)
+
+
+def picture_name(value: Path | Image.Image) -> str:
+    """Return what provenance says of a picture: its path, or the digest of one that was given in memory."""
+    return str(value) if isinstance(value, Path) else IN_MEMORY + digest_picture(value)
 
 
 def digest_picture(value: Path | Image.Image) -> str:

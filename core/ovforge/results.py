@@ -15,6 +15,8 @@ from ovforge.errors import InputError
 from ovforge.files import atomic_write
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
 __all__ = ["ImagesResult", "Provenance", "Result", "Timings", "read_provenance"]
@@ -79,17 +81,26 @@ class Result:
 
 @dataclass
 class ImagesResult(Result):
-    """Pictures, with the seed of each."""
+    """Pictures, with the seed of each, and the latents they were decoded from.
+
+    `latents` are float32 (pictures, channels, height, width). A run that ends before the last step has no pictures.
+    """
 
     images: Sequence[Image.Image] = ()
     seeds: Sequence[int] = ()
+    latents: NDArray[np.float32] | None = None
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write pictures; `x.png` becomes `x-1.png`, `x-2.png`... where there are several.
+        """Write pictures; `x.png` becomes `x-1.png`, `x-2.png`... where there are several. `x.npy` gets the latents.
 
         A PNG carries the provenance of its own picture (one seed) in its metadata.
         """
         target = Path(path)
+        if target.suffix.lower() == ".npy" and self.latents is not None:
+            atomic_write(target, _npy(self.latents))
+            return [target]
+        if not self.images:
+            raise InputError("there are latents and no picture", where=str(target), hint="Name a .npy file instead.")
         several = len(self.images) > 1
         written = []
         for number, image in enumerate(self.images, start=1):
@@ -120,6 +131,14 @@ class ImagesResult(Result):
             return self.provenance
         inputs = {**self.provenance.get("inputs", {}), "seed": self.seeds[position], "count": 1}
         return {**self.provenance, "inputs": inputs}
+
+
+def _npy(array: NDArray[np.float32]) -> bytes:
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def read_provenance(path: Path) -> Provenance:

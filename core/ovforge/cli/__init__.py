@@ -26,7 +26,7 @@ class _Group(TyperGroup):
             return command
         summary = _offered().get(cmd_name)
         if summary is not None and (ctx.resilient_parsing or "--help" in sys.argv[1:2] or len(sys.argv) == 1):
-            listed = typer.Typer(add_completion=False)
+            listed = typer.Typer(add_completion=False, rich_markup_mode=None)
             listed.command(cmd_name, help=summary)(lambda: None)
             return typer.main.get_command(listed)
         return _plugin_command(cmd_name)
@@ -62,7 +62,7 @@ def _plugin_command(name: str) -> Any:
         raise
     target = resolve(offer.extension.factory)
     if not isinstance(target, typer.Typer):
-        application = typer.Typer(add_completion=False)
+        application = typer.Typer(add_completion=False, rich_markup_mode=None)
         application.command(name, help=offer.extension.summary)(target)
         target = application
     command = typer.main.get_command(target)

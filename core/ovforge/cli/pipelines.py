@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ovforge.results import Result
     from ovforge.stages import Progress
 
-__all__ = ["register"]
+__all__ = ["print_result", "progress_bar", "register"]
 
 Config = Annotated[Path, typer.Argument(help="A .toml or .json config, or a PNG that ovforge made.")]
 Set = Annotated[
@@ -48,7 +48,7 @@ def run(
     import ovforge
 
     overrides = [*(set_ or []), *(f"input.{item}" for item in input_ or [])]
-    with _progress(quiet or as_json) as progress:
+    with progress_bar(quiet or as_json) as progress:
         pipeline = ovforge.load(config, overrides=overrides, cache=_cache(no_cache), progress=progress)
         target = output or _output(config, pipeline)
         if not target.parent.is_dir():
@@ -58,7 +58,7 @@ def run(
     if as_json:
         print(json.dumps(_as_json(result, files), indent=2))
     elif not quiet:
-        _print_result(result, files, pipeline)
+        print_result(result, files, pipeline)
 
 
 def plan(
@@ -147,7 +147,7 @@ def _output(config: Path, pipeline: Pipeline) -> Path:
 
 
 @contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[Progress], None]]:
+def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None]]:
     """Show a bar on standard error while work goes on, where that is a terminal; else a line for each stage."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -173,7 +173,7 @@ def _progress(silent: bool) -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
-def _print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
+def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)

@@ -1,21 +1,53 @@
-"""Stable Diffusion 1.x (Rombach et al. 2022) and latent consistency models on OpenVINO."""
+"""The Stable Diffusion family (Rombach et al. 2022) and latent consistency models on OpenVINO."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import TaskExtension
+from ovforge.extensions import CommandExtension, TaskExtension
+
+_CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
+_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @hookimpl
 def ovforge_tasks() -> Iterator[TaskExtension]:
-    """Text to image."""
+    """Text to image, image to image, inpainting."""
     yield TaskExtension(
         name="text-to-image",
         summary="Make pictures from a prompt",
-        config="ovforge_stable_diffusion.inputs:TextToImageOptions",
+        config="ovforge_stable_diffusion.inputs:DiffusionOptions",
         inputs="ovforge_stable_diffusion.inputs:TextToImageInputs",
-        factory="ovforge_stable_diffusion.task:TextToImage",
-        roles=("tokenizer", "text_encoder", "unet", "vae_decoder"),
+        factory="ovforge_stable_diffusion.tasks:TextToImage",
+        roles=("unet", "vae_decoder"),
+        optional_roles=(*_TEXT, *_CONTROLS),
+    )
+    yield TaskExtension(
+        name="image-to-image",
+        summary="Change a picture by a prompt",
+        config="ovforge_stable_diffusion.inputs:DiffusionOptions",
+        inputs="ovforge_stable_diffusion.inputs:ImageToImageInputs",
+        factory="ovforge_stable_diffusion.tasks:ImageToImage",
+        roles=("unet", "vae_encoder", "vae_decoder"),
+        optional_roles=(*_TEXT, *_CONTROLS),
+    )
+    yield TaskExtension(
+        name="inpainting",
+        summary="Paint a masked part of a picture anew",
+        config="ovforge_stable_diffusion.inputs:DiffusionOptions",
+        inputs="ovforge_stable_diffusion.inputs:InpaintingInputs",
+        factory="ovforge_stable_diffusion.tasks:Inpainting",
+        roles=("unet", "vae_encoder", "vae_decoder"),
+        optional_roles=(*_TEXT, *_CONTROLS),
+    )
+
+
+@hookimpl
+def ovforge_commands() -> Iterator[CommandExtension]:
+    """The pipeline in one command."""
+    yield CommandExtension(
+        name="generate",
+        summary="Make pictures with the Stable Diffusion family in one command",
+        factory="ovforge_stable_diffusion.generate:generate",
     )

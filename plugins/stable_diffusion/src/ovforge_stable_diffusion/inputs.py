@@ -1,16 +1,43 @@
-"""What one call of text-to-image takes."""
+"""What one call of each task takes, and how the tasks run."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-__all__ = ["TextToImageInputs", "TextToImageOptions"]
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+
+from ovforge.pictures import Picture
+
+__all__ = [
+    "Control",
+    "DiffusionInputs",
+    "DiffusionOptions",
+    "ImageToImageInputs",
+    "InpaintingInputs",
+    "TextToImageInputs",
+]
 
 Seed = int
+Size = tuple[int, int]
 
 
-class TextToImageOptions(BaseModel):
-    """How the task runs."""
+def _latents(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, str | Path):
+        base = (info.context or {}).get("base")
+        path = Path(value).expanduser()
+        return Path(base) / path if base else path
+    raise ValueError(f"must be a path (.npy, or numbers as text) or an array, not {type(value).__name__}")
+
+
+Latents = Annotated[Any, BeforeValidator(_latents), WithJsonSchema({"type": "string", "format": "path"})]
+
+
+class DiffusionOptions(BaseModel):
+    """How the tasks run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -19,24 +46,77 @@ class TextToImageOptions(BaseModel):
         description="Compile for the size that [input] names, or the model's own, which runs faster. A call of another "
         "size then compiles once more, for any size.",
     )
+    guidance: Literal["joint", "split"] = Field(
+        "joint",
+        description="Whether the two halves of classifier-free guidance run as one batch or in two calls.",
+    )
+    prompts: Literal["plain", "weighted"] = Field(
+        "plain",
+        description="weighted: (word:1.3), (word), [word] and BREAK in prompts mean what they mean in the "
+        "AUTOMATIC1111 web UI.",
+    )
+    long_prompts: Literal["cut", "chunks"] = Field(
+        "cut", description="What becomes of tokens that do not fit: cut off and said, or encoded in chunks of 75."
+    )
+    low_memory: bool = Field(
+        False, description="Hold one role in memory at a time: each is compiled (or read from the cache) when needed."
+    )
+    tile: int | None = Field(
+        None,
+        ge=64,
+        description="Pictures larger than this many pixels a side are decoded and encoded in overlapping tiles "
+        "of that size. By default, 1024 for pictures above 4 megapixels.",
+    )
 
 
-class TextToImageInputs(BaseModel):
-    """Inputs of text-to-image. What is left out, the model's own defaults fill."""
+class Control(BaseModel):
+    """A condition for a ControlNet: a picture, how strongly it counts, and in which part of the run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    image: Picture = Field(description="The condition, or the picture that it is made of.")
+    scale: float = Field(1.0, ge=0, le=10, description="Strength of the condition.")
+    start: float = Field(0.0, ge=0, le=1, description="Part of the run after which it begins to count.")
+    end: float = Field(1.0, ge=0, le=1, description="Part of the run after which it counts no more.")
+    preprocess: Literal["none", "canny"] = Field("none", description="canny: the edges of the picture, by OpenCV.")
+    low: int = Field(100, ge=0, le=1000, description="Canny's lower threshold.")
+    high: int = Field(200, ge=0, le=1000, description="Canny's upper threshold.")
+
+
+class DiffusionInputs(BaseModel):
+    """What the tasks share. What is left out, the model's own defaults fill."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     prompt: str | list[str] = Field(description="What the picture shows; a list gives a batch.")
     negative_prompt: str | list[str] | None = Field(None, description="What it should not show.")
+    prompt_2: str | list[str] | None = Field(None, description="SDXL: another prompt for the second text encoder.")
+    negative_prompt_2: str | list[str] | None = Field(None, description="SDXL: likewise what it should not show.")
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, description="How closely to follow the prompt.")
-    width: int | None = Field(None, ge=8, le=8192, description="Pixels.")
-    height: int | None = Field(None, ge=8, le=8192, description="Pixels.")
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."
+    )
+    width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
+    height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
     count: int = Field(1, ge=1, le=256, description="Pictures for each prompt.")
     seed: Seed | list[Seed] | None = Field(
         None,
         description="Random seed of the first picture; the next ones take the next numbers. Or one for each picture.",
     )
+    control: list[Control] | None = Field(None, description="Conditions for the model's ControlNets, one for each.")
+    latents: Latents | None = Field(
+        None, description="The first noise, float32 (pictures, channels, height, width) of the latents: .npy or text."
+    )
+    denoising_end: float | None = Field(
+        None, gt=0, lt=1, description="End at this part of the noise schedule, and give latents for a refiner."
+    )
+    decode: bool | None = Field(None, description="Whether to make pictures of the latents; not with denoising_end.")
+    original_size: Size | None = Field(None, description="SDXL: (height, width) that the picture seems to come from.")
+    target_size: Size | None = Field(None, description="SDXL: (height, width) that it is made for.")
+    crop: Size = Field((0, 0), description="SDXL: (top, left) at which it seems to be cropped.")
+    aesthetic_score: float = Field(6.0, description="SDXL refiner: score of the pictures to follow.")
+    negative_aesthetic_score: float = Field(2.5, description="SDXL refiner: score of those to avoid.")
 
     @field_validator("prompt")
     @classmethod
@@ -44,3 +124,41 @@ class TextToImageInputs(BaseModel):
         if value == []:
             raise ValueError("give at least one prompt")
         return value
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _some_controls(cls, value: Any) -> Any:
+        """One condition may stand alone, and a picture alone is a condition."""
+        if value is None:
+            return None
+        each = value if isinstance(value, list | tuple) else [value]
+        return [item if isinstance(item, dict | Control) else {"image": item} for item in each]
+
+
+class TextToImageInputs(DiffusionInputs):
+    """Inputs of text-to-image."""
+
+
+class ImageToImageInputs(DiffusionInputs):
+    """Inputs of image-to-image. The size is the picture's own, rounded down to the autoencoder's grid."""
+
+    image: list[Picture] | None = Field(
+        None, description="The picture to start from; a list gives one for each prompt. Or give latents."
+    )
+    strength: float = Field(0.8, gt=0, le=1, description="How far to go from it; 1 keeps next to nothing.")
+    denoising_start: float | None = Field(
+        None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
+    )
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _some_pictures(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, list | tuple) else [value]
+
+
+class InpaintingInputs(DiffusionInputs):
+    """Inputs of inpainting. The size is the picture's own, rounded down to the autoencoder's grid."""
+
+    image: Picture = Field(description="The picture to change.")
+    mask: Picture = Field(description="What to change: white is painted anew, black stays. Of the picture's size.")
+    strength: float = Field(1.0, gt=0, le=1, description="How far to go from what is there.")

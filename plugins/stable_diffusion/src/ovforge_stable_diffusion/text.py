@@ -3,61 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovforge.errors import ModelError
+from ovforge.errors import InputError, ModelError
 from ovforge.results import Timings
+from ovforge_stable_diffusion.prompts import Span, parse
 
-__all__ = ["TextEncoder"]
+__all__ = ["Conditions", "TextEncoder", "TextEncoders"]
 
+Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 DEFAULT_LENGTH = 77
 """CLIP's number of tokens, for text encoders whose input leaves it open."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the UNet sees of prompts: states (prompts, tokens, width), and pooled ones (prompts, width) for SDXL."""
+
+    states: Array
+    pooled: Array | None
+
+    def rows(self, order: Sequence[int]) -> Conditions:
+        """Return these rows in this order."""
+        picked = list(order)
+        return Conditions(self.states[picked], None if self.pooled is None else self.pooled[picked])
 
 
 class TextEncoder:
     """The tokenizer and the text encoder of CLIP (Radford et al. 2021), as OpenVINO models.
 
     Tokenizers of optimum-intel neither pad nor cut to the encoder's length, ours do both: rows are made to fit here.
+    With `penultimate`, the states before the last layer are returned, not normalized, as SDXL takes them.
     """
 
-    def __init__(self, tokenizer: ov.CompiledModel, encoder: ov.CompiledModel) -> None:
+    def __init__(self, tokenizer: ov.CompiledModel, encoder: ov.CompiledModel, *, penultimate: bool) -> None:
         self._tokenizer = tokenizer.create_infer_request()
         self._encoder = encoder.create_infer_request()
         self._tokens = _port(tokenizer.outputs, "input_ids", "tokenizer")
         self._input = _port(encoder.inputs, "input_ids", "text encoder")
-        self._output = _port(encoder.outputs, "last_hidden_state", "text encoder")
+        name = _penultimate(encoder) if penultimate else "last_hidden_state"
+        self._output = _port(encoder.outputs, name, "text encoder")
+        self._pooled = next((port for port in encoder.outputs if "text_embeds" in port.names), None)
         length = self._input.get_partial_shape()[1]
         self._length = length.get_length() if length.is_static else DEFAULT_LENGTH
         # The tokenizer itself shows its end and padding tokens: nothing, beside something longer.
         nothing = self._raw(["", "a a a a"])[0]
-        self._end, self._padding = int(nothing[1]), int(nothing[-1])
+        self._start, self._end, self._padding = int(nothing[0]), int(nothing[1]), int(nothing[-1])
 
-    def encode(self, prompts: Sequence[str], timings: Timings) -> NDArray[np.float32]:
-        """Return the last hidden states, float32 (prompts, tokens, width)."""
-        with timings.span("text_encoder"):
-            with timings.span("text_encoder.tokenizer"):
-                ids = self._fit(self._raw(prompts))
-            self._encoder.infer({self._input: ids.astype(self._input.get_element_type().to_dtype(), copy=False)})
-            return self._encoder.get_tensor(self._output).data.astype(np.float32)
+    @property
+    def room(self) -> int:
+        """How many tokens fit between the first and the last."""
+        return self._length - 2
+
+    def fitted(self, prompts: Sequence[str]) -> Ids:
+        """Return a row of token ids for each prompt: cut before its end token, or padded."""
+        rows = self._raw(prompts)
+        fitted = np.full((len(rows), self._length), self._padding, np.int64)
+        for target, row in zip(fitted, rows, strict=True):
+            used = min(self._content(row) + 1, self._length - 1)
+            target[:used] = row[:used]
+            target[used] = self._end
+        return fitted
+
+    def weighted(self, spans: Sequence[Span], *, chunks: bool) -> tuple[Ids, Array]:
+        """Return token ids and weights, both (chunks, length); one chunk, cut, where `chunks` is false."""
+        content: list[list[tuple[int, float]]] = [[]]
+        for span in spans:
+            if span.ends_chunk:
+                content.append([])
+            for row in self._raw([span.text]):
+                for token in row[1 : 1 + self._content(row)]:
+                    if len(content[-1]) == self.room:
+                        content.append([])
+                    content[-1].append((int(token), span.weight))
+        content = content if chunks else content[:1]
+        ids = np.full((len(content), self._length), self._padding, np.int64)
+        weights = np.ones((len(content), self._length), np.float32)
+        for number, tokens in enumerate(content):
+            used = len(tokens)
+            ids[number, 0], ids[number, used + 1] = self._start, self._end
+            ids[number, 1 : used + 1] = [token for token, _ in tokens]
+            weights[number, 1 : used + 1] = [weight for _, weight in tokens]
+        return ids, weights
+
+    def run(self, ids: Ids) -> tuple[Array, Array | None]:
+        """Return states, float32 (rows, tokens, width), and pooled ones, (rows, width), where the model has them."""
+        self._encoder.infer({self._input: ids.astype(self._input.get_element_type().to_dtype(), copy=False)})
+        states = self._encoder.get_tensor(self._output).data.astype(np.float32)
+        if not np.isfinite(states).all():
+            raise ModelError(
+                "gave numbers that are not finite",
+                where="text_encoder",
+                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
+            )
+        pooled = None if self._pooled is None else self._encoder.get_tensor(self._pooled).data.astype(np.float32)
+        return states, pooled
 
     def cut(self, prompt: str) -> str | None:
         """Return the end of `prompt` that does not fit, from the first word that does not fit whole.
 
         CLIP joins no tokens across white space, so the words' lengths add up.
         """
-        room = self._length - 2
-        if self._content(self._raw([prompt])[0]) < room:
+        if self._content(self._raw([prompt])[0]) < self.room:
             return None
         words = prompt.split()
         used = 0
         for position, (word, row) in enumerate(zip(words, self._raw(words), strict=True)):
             length = self._content(row)
             used += length
-            if used > room or (length == room and self._goes_on(word)):
+            if used > self.room or (length == self.room and self._goes_on(word)):
                 return " ".join(words[position:])
         return None
 
@@ -73,19 +132,98 @@ class TextEncoder:
         """Return how many tokens lie between the start token and the first end token."""
         return int(np.flatnonzero(row == self._end)[0]) - 1
 
-    def _fit(self, rows: Ids) -> Ids:
-        """Return rows of the encoder's length: longer ones are cut before their end token, shorter ones padded."""
-        fitted = np.full((len(rows), self._length), self._padding, np.int64)
-        for target, row in zip(fitted, rows, strict=True):
-            used = min(self._content(row) + 1, self._length - 1)
-            target[:used] = row[:used]
-            target[used] = self._end
-        return fitted
-
     def _raw(self, prompts: Sequence[str]) -> Ids:
         """Return what the tokenizer gives, int64 (prompts, tokens)."""
         self._tokenizer.infer({0: ov.Tensor(np.array(list(prompts), dtype=str))})
         return np.array(self._tokenizer.get_tensor(self._tokens).data, dtype=np.int64)
+
+
+class TextEncoders:
+    """One text encoder, or the two of SDXL, whose states stand side by side."""
+
+    def __init__(self, encoders: Sequence[TextEncoder], *, weighted: bool, chunks: bool) -> None:
+        self._encoders = list(encoders)
+        self._weighted, self._chunks = weighted, chunks
+
+    def encode(self, prompts: Sequence[tuple[str, str]], timings: Timings) -> tuple[Conditions, list[str]]:
+        """Return conditions, and warnings of what did not fit.
+
+        A prompt is a pair: for the first text encoder, and for the second.
+        """
+        warnings: list[str] = []
+        states, pooled = [], None
+        with timings.span("text_encoder"):
+            for number, encoder in enumerate(self._encoders):
+                # A model that has the second text encoder alone, as SDXL's refiner, takes the first prompt there.
+                texts = [pair[number] for pair in prompts]
+                each, pooled = self._run(encoder, texts, timings)
+                states.append(each)
+                if not self._chunks:
+                    warnings += [said for text in texts if (said := self._cut(encoder, text)) and said not in warnings]
+        length = max(each.shape[1] for each in states)
+        states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
+        return Conditions(np.concatenate(states, axis=2), pooled), warnings
+
+    def _run(self, encoder: TextEncoder, texts: list[str], timings: Timings) -> tuple[Array, Array | None]:
+        if not (self._weighted or self._chunks):
+            with timings.span("text_encoder.tokenizer"):
+                ids = encoder.fitted(texts)
+            return encoder.run(ids)
+        with timings.span("text_encoder.tokenizer"):
+            rows = [encoder.weighted(self._spans(text), chunks=self._chunks) for text in texts]
+            # All prompts of a run get the same number of chunks: the shorter ones end with empty ones.
+            empty, ones = encoder.weighted([], chunks=True)
+            most = max(len(ids) for ids, _ in rows)
+            rows = [
+                (np.concatenate([ids, *[empty] * (most - len(ids))]), np.concatenate([w, *[ones] * (most - len(w))]))
+                for ids, w in rows
+            ]
+        states, pooled = encoder.run(np.concatenate([ids for ids, _ in rows]))
+        for chunk, weights in zip(states, np.concatenate([w for _, w in rows]), strict=True):
+            _emphasize(chunk, weights)
+        states = states.reshape(len(texts), -1, states.shape[-1])
+        # What is pooled is the first chunk of each: SDXL has one such vector a prompt.
+        return states, None if pooled is None else pooled[::most]
+
+    def _spans(self, text: str) -> list[Span]:
+        spans = parse(text) if self._weighted else [Span(text)]
+        if not self._chunks and any(span.ends_chunk for span in spans):
+            raise InputError(
+                "BREAK begins another chunk of tokens, and long prompts are cut here",
+                where="prompt",
+                hint='Set task.long_prompts = "chunks".',
+            )
+        return spans
+
+    def _cut(self, encoder: TextEncoder, text: str) -> str | None:
+        plain = "".join(span.text for span in parse(text)) if self._weighted else text
+        cut = encoder.cut(plain)
+        return None if cut is None else f"the prompt is longer than the model reads; cut off: {cut!r}"
+
+
+def _emphasize(states: Array, weights: Array) -> None:
+    """Multiply states (tokens, width) by the tokens' weights, in place, and bring their mean back.
+
+    Source: the web UI's `sd_emphasis.EmphasisOriginal`.
+    """
+    if (weights == 1).all():
+        return
+    before = states.mean()
+    states *= weights[:, None]
+    states *= before / states.mean()
+
+
+def _penultimate(encoder: ov.CompiledModel) -> str:
+    """Return the name of the states that go into the last layer."""
+    names = [name for port in encoder.outputs for name in port.names if name.startswith("hidden_states.")]
+    last = max((int(name.rpartition(".")[2]) for name in names), default=0)
+    if not last:
+        raise ModelError(
+            "the text encoder has no output 'hidden_states.N', and this model takes the states before the last layer",
+            where="text_encoder",
+            hint="Convert the model as optimum-intel or ovforge does.",
+        )
+    return f"hidden_states.{last - 1}"
 
 
 def _port(ports: Sequence[ov.ConstOutput], name: str, model: str) -> ov.ConstOutput:

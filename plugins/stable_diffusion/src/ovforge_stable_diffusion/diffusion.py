@@ -1,0 +1,414 @@
+"""What the tasks share: prompts -> embeddings -> denoising -> pictures, in numpy and OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ovforge.errors import InputError, ModelError
+from ovforge.random import BatchGenerator
+from ovforge.results import ImagesResult, Timings
+from ovforge.stages import Progress, Sampling, TaskContext, ignore_progress
+from ovforge_stable_diffusion.controls import condition
+from ovforge_stable_diffusion.family import Family
+from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
+from ovforge_stable_diffusion.request import Request, make_request
+from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncoder, TextEncoders
+from ovforge_stable_diffusion.unet import Denoiser, guidance_embedding
+from ovforge_stable_diffusion.vae import Autoencoder
+
+__all__ = ["EXERCISES", "Diffusion", "Start"]
+
+Array = NDArray[np.float32]
+
+EXERCISES = ("a cat on a blue background", "a red car", "a house by the sea, oil painting", "a bowl of fruit, 8k")
+
+_log = logging.getLogger("ovforge.stable_diffusion")
+
+
+@dataclass
+class Start:
+    """Where a run begins: noised latents, and the index of its first step.
+
+    `extra` are the UNet's channels after the latents; `blend(latents, index)` is called after each step.
+    """
+
+    latents: Array
+    first: int = 0
+    extra: Array | None = None
+    blend: Callable[[Array, int], Array] | None = None
+
+
+class Diffusion:
+    """A task of the Stable Diffusion family; calls are served one at a time. Subclasses say where a run begins."""
+
+    encodes: ClassVar[bool] = False
+    """Whether the task takes a picture."""
+
+    def __init__(self, options: DiffusionOptions, context: TaskContext) -> None:
+        self._bundle, self._options = context.bundle, options
+        self._make_scheduler = context.scheduler
+        self.family = Family.of(context.bundle)
+        self._lock = threading.Lock()
+        self._text: TextEncoders | None = None
+        self._denoiser: tuple[tuple[int, ...], Denoiser] | None = None
+        self.autoencoder = Autoencoder(self.family, self._decoder_model, self._encoder_model, options.tile)
+        self._fixed = self._expected(context.inputs) if options.static else None
+        if options.low_memory:
+            self._bundle.on_demand()
+        else:
+            self._start_compiling()
+
+    def _start_compiling(self) -> None:
+        bundle, fixed = self._bundle, self._fixed
+        bundle.start("unet", self._unet_shapes(fixed))  # the longest first
+        for role in self.family.controlnets:
+            bundle.start(role, self._control_shapes(fixed))
+        for encoder in self.family.encoders:
+            bundle.start(_tokenizer_of(encoder))
+            bundle.start(encoder)
+        if self.encodes:
+            bundle.start("vae_encoder", self._encoder_shapes(fixed and (3, *self._pixels(fixed))))
+        bundle.start("vae_decoder", self._decoder_shapes(fixed and (self.family.latent_channels, *fixed[2:])))
+
+    def __call__(self, inputs: DiffusionInputs, progress: Callable[[Progress], None] = ignore_progress) -> ImagesResult:
+        """Make pictures.
+
+        Raises InputError for what the model cannot do, ModelError where it computes no numbers. What the progress
+        callback raises ends the run.
+        """
+        with self._lock:
+            timings = Timings()
+            request = make_request(inputs, self.family, self._size_of(inputs))
+            sampling = self._sampling(inputs, request.steps)
+            progress(Progress("text encoding", 0, request.steps))
+            conditions, warnings = self._encode(request, timings)
+            self._released("tokenizer", "tokenizer_2", *self.family.encoders)
+            rng = BatchGenerator(request.seeds)
+            start = self._begin(inputs, request, sampling, rng, timings)
+            self._released("vae_encoder")
+            denoiser = self._denoiser_for(request, start)  # waiting for compilation is no part of denoising
+            with timings.span("denoise"):
+                latents = self._denoise(request, sampling, conditions, start, denoiser, rng, timings, progress)
+            del denoiser
+            self._released("unet", *self.family.controlnets)
+            images = []
+            if request.decode:
+                progress(Progress("decoding", 0, len(latents)))
+                for number, row in enumerate(latents):
+                    with timings.span("vae_decoder"):
+                        images.append(self.autoencoder.decode(row))
+                    progress(Progress("decoding", number + 1, len(latents)))
+            self._released("vae_decoder")
+            return ImagesResult(
+                timings=timings,
+                provenance={"inputs": request.as_inputs()},
+                warnings=warnings,
+                images=images,
+                seeds=request.seeds,
+                latents=latents,
+            )
+
+    def exercise(self, samples: int) -> None:
+        """Make `samples` pictures from built-in prompts, with seeds 0, 1, 2..."""
+        raise NotImplementedError
+
+    # -- what subclasses say --------------------------------------------------------------------------------------
+
+    def _size_of(self, inputs: DiffusionInputs) -> tuple[int, int] | None:
+        """Return (width, height) of the picture that a run starts from; None where there is none."""
+        return None
+
+    def _sampling(self, inputs: DiffusionInputs, steps: int) -> Sampling:
+        return self._make_scheduler().start(steps)
+
+    def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
+        """Return where the run begins. Draws from `rng` in the order of diffusers' pipelines."""
+        raise NotImplementedError
+
+    # -- the parts ------------------------------------------------------------------------------------------------
+
+    def latents_shape(self, request: Request) -> tuple[int, ...]:
+        """Return (pictures, channels, height, width) of the latents."""
+        factor = self.family.factor
+        return (len(request.prompts), self.family.latent_channels, request.height // factor, request.width // factor)
+
+    def _encode(self, request: Request, timings: Timings) -> tuple[Conditions, list[str]]:
+        """Return conditions of each half, the unconditional one first where there is guidance; and what did not fit."""
+        if self._text is None:
+            encoders = [
+                TextEncoder(
+                    self._bundle[_tokenizer_of(role)], self._bundle[role], penultimate=bool(self.family.time_ids)
+                )
+                for role in self.family.encoders
+            ]
+            options = self._options
+            self._text = TextEncoders(
+                encoders, weighted=options.prompts == "weighted", chunks=options.long_prompts == "chunks"
+            )
+        order = [*(request.negatives or ()), *request.prompts]
+        distinct = list(dict.fromkeys(order))
+        conditions, warnings = self._text.encode(distinct, timings)
+        rows = conditions.rows([distinct.index(pair) for pair in order])
+        if self.family.time_ids and rows.pooled is None:
+            raise ModelError("the last text encoder has no output 'text_embeds'", where=self.family.encoders[-1])
+        if request.guided and request.negatives is None:
+            rows = Conditions(
+                np.concatenate([np.zeros_like(rows.states), rows.states]),
+                None if rows.pooled is None else np.concatenate([np.zeros_like(rows.pooled), rows.pooled]),
+            )
+        self._say("text states", rows.states)
+        return rows, warnings
+
+    def _denoise(
+        self,
+        request: Request,
+        sampling: Sampling,
+        conditions: Conditions,
+        start: Start,
+        denoiser: Denoiser,
+        rng: BatchGenerator,
+        timings: Timings,
+        progress: Callable[[Progress], None],
+    ) -> Array:
+        """Return clean latents, float32 (pictures, channels, height / factor, width / factor)."""
+        denoiser.check(sampling.timesteps)
+        self._condition(request, conditions, denoiser)
+        if start.extra is not None:
+            denoiser.extra_channels(start.extra)
+        steps = self._steps(request, sampling, start.first)
+        latents = start.latents
+        for number, index in enumerate(steps):
+            before = time.perf_counter()
+            seen = sampling.scale_input(latents, index)
+            scales = [c.scale * _counts(c, number, len(steps)) for c in request.controls]
+            halves = self._predict(denoiser, seen, sampling.timesteps[index], scales, request, timings)
+            output = _guided(halves, request)
+            with timings.span("denoise.scheduler"):
+                latents = sampling.step(output, index, latents, rng)
+                if start.blend is not None:
+                    latents = start.blend(latents, index)
+            if not np.isfinite(latents).all():
+                raise ModelError(
+                    f"step {number + 1} of {len(steps)} gave numbers that are not finite",
+                    where="unet" if not np.isfinite(output).all() else "scheduler",
+                    hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
+                )
+            if _log.isEnabledFor(logging.DEBUG):
+                self._say(f"step {number + 1}/{len(steps)} t={sampling.timesteps[index]:g} prediction", output)
+                self._say(f"step {number + 1}/{len(steps)} latents", latents, time.perf_counter() - before)
+            preview = partial(self._preview, sampling, latents, index)
+            progress(Progress("denoising", number + 1, len(steps), preview=preview))
+        return latents
+
+    def _steps(self, request: Request, sampling: Sampling, first: int) -> range:
+        """Return the indexes of the steps to take: to the end, or to the part that the call names."""
+        end = request.given.denoising_end
+        last = len(sampling.timesteps)
+        if end is not None:
+            cutoff = round(self.family.train_timesteps * (1 - end))
+            last = first + int((np.asarray(sampling.timesteps[first:]) >= cutoff).sum())
+        if first >= last:
+            raise InputError("the run has no step left", where="denoising_end", hint="Take more steps, or end later.")
+        return range(first, last)
+
+    def _condition(self, request: Request, conditions: Conditions, denoiser: Denoiser) -> None:
+        """Set what holds for the whole run."""
+        family, halves = self.family, denoiser.halves
+        shared = {"encoder_hidden_states": denoiser.condition("encoder_hidden_states", conditions.states)}
+        rows = len(conditions.states)
+        if family.guidance_width:
+            embedding = guidance_embedding(request.guidance_scale, family.guidance_width)
+            shared["timestep_cond"] = denoiser.condition("timestep_cond", np.tile(embedding, (rows, 1)))
+        if family.time_ids:
+            assert conditions.pooled is not None
+            shared["text_embeds"] = denoiser.condition("text_embeds", conditions.pooled)
+            ids = np.repeat(_time_ids(request, family)[-halves:], rows // halves, axis=0)
+            shared["time_ids"] = denoiser.condition("time_ids", ids)
+        if request.controls:
+            denoiser.control(
+                [self._bundle.get(r, self._control_shapes(self._fixed)) for r in family.controlnets], shared
+            )
+            pictures = len(request.prompts)
+            for number, control in enumerate(request.controls):
+                pixels = condition(control, request.width, request.height)
+                denoiser.conditions_of(number, np.repeat(pixels[None], pictures, axis=0))
+
+    def _predict(
+        self,
+        denoiser: Denoiser,
+        seen: Array,
+        timestep: float,
+        scales: Sequence[float],
+        request: Request,
+        timings: Timings,
+    ) -> list[Array]:
+        """Run the UNet; a size that its skip connections cannot join is an input error."""
+        grid = self.family.grid
+        try:
+            return denoiser.predict(seen, timestep, scales, timings)
+        except RuntimeError as error:
+            if request.width % grid or request.height % grid:
+                self._denoiser = None
+                raise InputError(
+                    f"this model's UNet cannot work at {request.width}x{request.height}",
+                    where="width, height",
+                    hint=f"It was converted for multiples of {grid}; the diffusers loader converts for any size.",
+                ) from error
+            raise
+
+    def _preview(self, sampling: Sampling, latents: Array, index: int) -> list[Image.Image]:
+        """Return pictures of latents after step `index`, scaled to what they will be at the end."""
+        last = index + 1 >= len(sampling.timesteps)
+        seen = latents if last else sampling.scale_input(latents, index + 1)
+        return [self.autoencoder.decode(row) for row in seen]
+
+    # -- models and their shapes ------------------------------------------------------------------------------------
+
+    def _expected(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """Return the UNet's input shape for the calls that the config foresees; None where it foresees no one size."""
+        family = self.family
+        width, height, count = (
+            inputs.get(name) or default
+            for name, default in (("width", family.size), ("height", family.size), ("count", 1))
+        )
+        if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
+            return None
+        prompts = inputs.get("prompt")
+        pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
+        guidance = inputs.get("guidance_scale", family.defaults["guidance_scale"])
+        guided = not family.guidance_width and not (isinstance(guidance, int | float) and guidance <= 1)
+        rows = pictures * (2 if guided and self._options.guidance == "joint" else 1)
+        return (rows, family.channels, height // family.factor, width // family.factor)
+
+    def _unet_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        """Return fixed shapes of every input for a sample of this shape; None where it is not the expected one."""
+        family = self.family
+        if sample is None or sample != self._fixed or family.context is None or family.controlnets:
+            return None
+        if self._options.long_prompts == "chunks":  # states of any length
+            return None
+        length = self._bundle.configs.get(family.encoders[0], {}).get("max_position_embeddings", DEFAULT_LENGTH)
+        shapes = {"sample": sample, "timestep": (1,), "encoder_hidden_states": (sample[0], length, family.context)}
+        if family.guidance_width:
+            shapes["timestep_cond"] = (sample[0], family.guidance_width)
+        if family.time_ids:
+            width = self._bundle.configs.get(family.encoders[-1], {}).get("projection_dim")
+            if width is None:
+                return None
+            shapes |= {"text_embeds": (sample[0], width), "time_ids": (sample[0], family.time_ids)}
+        return shapes
+
+    def _control_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        """ControlNets, and the UNet beside them, take any shape: their residuals have too many to foresee."""
+        return None
+
+    def _decoder_shapes(self, latents: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        """Return a fixed shape for latents (channels, height, width) of the expected size, or of its tiles."""
+        fixed = self._fixed
+        if latents is None or fixed is None:
+            return None
+        tile, factor = self.autoencoder.tile(*self._pixels(fixed)), self.family.factor
+        sides = tuple(min(side, tile // factor) if tile else side for side in fixed[2:])
+        return {"latent_sample": (1, latents[0], *sides)} if latents[1:] in (sides, fixed[2:]) else None
+
+    def _encoder_shapes(self, pixels: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        fixed = self._fixed
+        if pixels is None or fixed is None:
+            return None
+        tile = self.autoencoder.tile(*self._pixels(fixed))
+        sides = tuple(min(side, tile) if tile else side for side in self._pixels(fixed))
+        return {"sample": (1, 3, *sides)} if pixels[1:] in (sides, self._pixels(fixed)) else None
+
+    def _pixels(self, sample: tuple[int, ...]) -> tuple[int, int]:
+        return sample[2] * self.family.factor, sample[3] * self.family.factor
+
+    def _decoder_model(self, shape: tuple[int, ...]) -> Any:
+        return self._bundle.get("vae_decoder", self._decoder_shapes(shape[1:]))
+
+    def _encoder_model(self, shape: tuple[int, ...]) -> Any:
+        return self._bundle.get("vae_encoder", self._encoder_shapes(shape[1:]))
+
+    def _denoiser_for(self, request: Request, start: Start) -> Denoiser:
+        pictures, _, height, width = self.latents_shape(request)
+        halves = 2 if request.guided else 1
+        calls = 2 if request.guided and self._options.guidance == "split" else 1
+        shape = (pictures, self.family.channels, height, width)
+        key = (halves, calls, *shape)
+        if self._denoiser is None or self._denoiser[0] != key:
+            model = self._bundle.get("unet", self._unet_shapes((pictures * halves // calls, *shape[1:])))
+            self._denoiser = (key, Denoiser(model, shape, self.family.latent_channels, halves, calls))
+        return self._denoiser[1]
+
+    def _released(self, *roles: str) -> None:
+        """Free what is not needed any more in this run, where memory shall stay low."""
+        if not self._options.low_memory:
+            return
+        if "unet" in roles:
+            self._denoiser = None
+        if "tokenizer" in roles:
+            self._text = None
+        if "vae_encoder" in roles or "vae_decoder" in roles:
+            self.autoencoder.release()
+        for role in roles:
+            if role in self._bundle:
+                self._bundle.release(role)
+
+    def _say(self, what: str, array: Array, seconds: float | None = None) -> None:
+        """Write shape, statistics and time to the debug log."""
+        if _log.isEnabledFor(logging.DEBUG):
+            took = "" if seconds is None else f" in {seconds:.4f} s"
+            _log.debug(
+                "%s: %s %s min %.5g mean %.5g max %.5g std %.5g%s",
+                what, list(array.shape), array.dtype, array.min(), array.mean(), array.max(), array.std(), took,
+            )  # fmt: skip
+
+
+def _tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _guided(halves: Sequence[Array], request: Request) -> Array:
+    """Return the prediction that guidance makes of both halves; a new array where there are two."""
+    if len(halves) == 1:
+        return halves[0]
+    without, along = halves
+    output = along - without
+    output *= np.float32(request.guidance_scale)
+    output += without
+    rescale = np.float32(request.given.guidance_rescale)
+    if rescale:  # Lin et al. 2024, section 3.4
+        ratio = _deviation(along) / _deviation(output)
+        output *= rescale * ratio + (np.float32(1) - rescale)
+    return output
+
+
+def _deviation(values: Array) -> Array:
+    """Return torch's standard deviation of each picture, (pictures, 1, 1, 1): by count - 1."""
+    return values.std(axis=(1, 2, 3), keepdims=True, ddof=1, dtype=np.float32)
+
+
+def _counts(control: Any, number: int, steps: int) -> bool:
+    """Say whether a condition counts at a step, as diffusers' `controlnet_keep` does."""
+    return not (number / steps < control.start or (number + 1) / steps > control.end)
+
+
+def _time_ids(request: Request, family: Family) -> Array:
+    """Return SDXL's numbers for both halves, float32 (2, 5 or 6): the one to avoid, the one to follow."""
+    given = request.given
+    size = (request.height, request.width)
+    first = (*(given.original_size or size), *given.crop)
+    if family.time_ids == 5:
+        rows = [(*first, given.negative_aesthetic_score), (*first, given.aesthetic_score)]
+    else:
+        rows = [(*first, *(given.target_size or size))] * 2
+    return np.array(rows, np.float32)

@@ -1,0 +1,112 @@
+"""What a model of the Stable Diffusion family is, read from its configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ovforge.compiled import CompiledBundle
+from ovforge.errors import ModelError
+
+__all__ = ["CONTROLNETS", "Family"]
+
+CONTROLNETS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts that the tasks go by. Sizes are those of latents where nothing else is said."""
+
+    channels: int
+    """Of the UNet's input: 4, or 9 where it also takes a mask and the latents of a masked picture."""
+
+    latent_channels: int
+    factor: int
+    """Pixels for each latent."""
+
+    grid: int
+    """Pixels that the UNet's own levels want, for models that were converted without free sizes."""
+
+    size: int
+    """Pixels a side of the pictures that the model was trained on."""
+
+    context: int | None
+    """Width of text states."""
+
+    guidance_width: int | None
+    """Width of the guidance embedding of consistency models."""
+
+    time_ids: int
+    """Numbers that tell SDXL of sizes: 6, or 5 with an aesthetic score; 0 for other models."""
+
+    zero_negative: bool
+    """Whether no negative prompt means zeros, rather than the states of an empty one."""
+
+    encoders: tuple[str, ...]
+    controlnets: tuple[str, ...]
+    scaling_factor: float
+    shift_factor: float
+    latents_mean: tuple[float, ...] | None
+    latents_std: tuple[float, ...] | None
+    train_timesteps: int
+    defaults: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, bundle: CompiledBundle) -> Family:
+        """Read the configs. Raises ModelError for a model that is no such one."""
+        unet, vae = bundle.configs.get("unet", {}), bundle.configs.get("vae_decoder", {})
+        levels = len(vae.get("block_out_channels", (0,) * 4))
+        factor = 2 ** (levels - 1)
+        if isinstance(size := unet.get("sample_size", 64), list | tuple):
+            size = max(size)
+        xl = unet.get("addition_embed_type") == "text_time"
+        latent = int(vae.get("latent_channels", 4))
+        channels = int(unet.get("in_channels", 4))
+        if channels not in (latent, 2 * latent + 1):
+            raise ModelError(
+                f"a UNet with {channels} input channels for latents of {latent} is no text-to-image or inpainting one",
+                where="unet/config.json",
+                hint=f"Expected {latent}, or {2 * latent + 1} for inpainting.",
+            )
+        aesthetic = bool(bundle.index.get("requires_aesthetics_score", False))
+        guidance_width = unet.get("time_cond_proj_dim")
+        width = unet.get("cross_attention_dim")
+        return cls(
+            channels=channels,
+            latent_channels=latent,
+            factor=factor,
+            grid=factor * 2 ** (len(unet.get("block_out_channels", (0,) * 4)) - 1),
+            size=int(size) * factor,
+            context=width if isinstance(width, int) else None,
+            guidance_width=guidance_width,
+            time_ids=(5 if aesthetic else 6) if xl else 0,
+            zero_negative=xl and bool(bundle.index.get("force_zeros_for_empty_prompt", True)),
+            encoders=tuple(role for role in ("text_encoder", "text_encoder_2") if role in bundle),
+            controlnets=tuple(role for role in CONTROLNETS if role in bundle),
+            scaling_factor=float(vae.get("scaling_factor", 0.18215)),
+            shift_factor=float(vae.get("shift_factor") or 0.0),
+            latents_mean=_numbers(vae.get("latents_mean")),
+            latents_std=_numbers(vae.get("latents_std")),
+            train_timesteps=int(bundle.scheduler_config().get("num_train_timesteps", 1000)),
+            defaults=_defaults(bundle, bool(guidance_width), xl),
+        )
+
+    @property
+    def masked(self) -> bool:
+        """Whether the UNet takes a mask and a masked picture."""
+        return self.channels != self.latent_channels
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    return tuple(float(number) for number in value) if value else None
+
+
+def _defaults(bundle: CompiledBundle, consistency: bool, xl: bool) -> dict[str, Any]:
+    """Return the model's own defaults (ovforge.json beside model_index.json) over diffusers'."""
+    defaults = {"steps": 50, "guidance_scale": 5.0 if xl else 7.5}
+    if consistency:
+        defaults = {"steps": 4, "guidance_scale": 8.5}
+    own = bundle.assets.get("ovforge.json")
+    return {**defaults, **(json.loads(own).get("defaults", {}) if own else {})}

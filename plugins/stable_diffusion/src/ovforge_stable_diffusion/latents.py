@@ -1,0 +1,57 @@
+"""Latents that the user brings: .npy files, numpy's text, arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.errors import InputError
+
+__all__ = ["read_latents"]
+
+_LIMIT = 2**30
+"""Largest file that is read, in bytes."""
+
+
+def read_latents(value: Path | NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return latents, float32 of `shape`; one picture's are taken for every picture.
+
+    Text holds the numbers in the order of memory, as numpy.savetxt writes a flat array. Raises InputError for a file
+    that cannot be read, another shape, or numbers that are not finite.
+    """
+    where = str(value) if isinstance(value, Path) else "latents"
+    latents = _read(value) if isinstance(value, Path) else np.asarray(value)
+    if latents.dtype.kind not in "fiu":
+        raise InputError(f"holds {latents.dtype}, not numbers", where=where)
+    if latents.ndim == 1:  # text knows no shape
+        latents = latents.reshape(-1, *shape[1:]) if latents.size % int(np.prod(shape[1:])) == 0 else latents
+    if latents.ndim == 3:
+        latents = latents[None]
+    if latents.shape[1:] != shape[1:] or latents.shape[0] not in (1, shape[0]):
+        raise InputError(
+            f"latents of shape {latents.shape}, and {shape} is needed",
+            where=where,
+            hint="(pictures, channels, height / 8, width / 8) for Stable Diffusion's autoencoder.",
+        )
+    if not np.isfinite(latents).all():
+        raise InputError("holds numbers that are not finite", where=where)
+    return np.array(np.broadcast_to(latents, shape), np.float32, order="C")
+
+
+def _read(path: Path) -> NDArray[Any]:
+    try:
+        if path.stat().st_size > _LIMIT:
+            raise InputError(f"is larger than {_LIMIT} bytes", where=str(path))
+        if path.suffix.lower() == ".npy":
+            array: NDArray[Any] = np.load(path, allow_pickle=False)
+            return array
+        return np.array(path.read_text().replace(",", " ").split(), np.float32)
+    except FileNotFoundError as error:
+        raise InputError("no such file", where=str(path)) from error
+    except (ValueError, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"no latents can be read: {error}", where=str(path), hint="Expected .npy, or numbers as text."
+        ) from error

@@ -1,0 +1,77 @@
+"""Weights in prompts: (word:1.3), (word), [word] and BREAK, as the AUTOMATIC1111 web UI reads them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["Span", "parse"]
+
+_UP = 1.1
+"""What one pair of round brackets multiplies by; square ones divide."""
+
+_PIECE = re.compile(r"\\([\\()\[\]])|\(|\[|:\s*([+-]?[\d.]+)\s*\)|\)|\]|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
+
+
+@dataclass
+class Span:
+    """A part of a prompt with one weight. `ends_chunk` says that the next part begins another chunk of tokens."""
+
+    text: str
+    weight: float = 1.0
+    ends_chunk: bool = False
+
+
+def parse(prompt: str) -> list[Span]:
+    r"""Split a prompt at its weights; `\(`, `\)`, `\[`, `\]` and `\\` stand for themselves.
+
+    Source of the notation: AUTOMATIC1111's stable-diffusion-webui, `modules/prompt_parser.py`. A bracket that is not
+    closed counts to the end; one that was not opened is text.
+    """
+    spans: list[Span] = []
+    opened: list[tuple[str, int]] = []
+
+    def close(bracket: str, weight: float) -> None:
+        _, start = opened.pop()
+        for span in spans[start:]:
+            span.weight *= weight
+
+    for match in _PIECE.finditer(prompt):
+        piece, escaped, weight = match[0], match[1], match[2]
+        top = opened[-1][0] if opened else ""
+        if escaped is not None:
+            spans.append(Span(escaped))
+        elif piece in ("(", "["):
+            opened.append((piece, len(spans)))
+        elif weight is not None and top == "(" and _number(weight) is not None:
+            close("(", _number(weight) or 0.0)
+        elif piece == ")" and top == "(":
+            close("(", _UP)
+        elif piece == "]" and top == "[":
+            close("[", 1 / _UP)
+        elif piece == "BREAK":
+            spans.append(Span("", ends_chunk=True))
+        else:
+            spans.append(Span(piece))
+    while opened:
+        close(opened[-1][0], _UP if opened[-1][0] == "(" else 1 / _UP)
+    return _joined(spans)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Join neighbours of one weight: words must not be cut where only the parser did."""
+    joined: list[Span] = []
+    for span in spans:
+        last = joined[-1] if joined else None
+        if last and not span.ends_chunk and not last.ends_chunk and last.weight == span.weight:
+            last.text += span.text
+        else:
+            joined.append(Span(span.text, span.weight, span.ends_chunk))
+    return [span for span in joined if span.text or span.ends_chunk]

@@ -1,0 +1,190 @@
+"""text-to-image, image-to-image, inpainting: where a run begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ovforge.errors import InputError, ModelError
+from ovforge.pictures import open_picture
+from ovforge.random import BatchGenerator
+from ovforge.results import Timings
+from ovforge.stages import Sampling
+from ovforge_stable_diffusion.diffusion import EXERCISES, Diffusion, Start
+from ovforge_stable_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
+from ovforge_stable_diffusion.latents import read_latents
+from ovforge_stable_diffusion.request import Request, resized
+from ovforge_stable_diffusion.vae import pixels_of
+
+__all__ = ["ImageToImage", "Inpainting", "TextToImage"]
+
+Array = NDArray[np.float32]
+
+
+class TextToImage(Diffusion):
+    """From noise."""
+
+    def exercise(self, samples: int) -> None:
+        for number in range(samples):
+            self(TextToImageInputs(prompt=EXERCISES[number % len(EXERCISES)], seed=number))
+
+    def _begin(
+        self, inputs: TextToImageInputs, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings
+    ) -> Start:
+        if self.family.masked:
+            raise ModelError(
+                f"its UNet takes {self.family.channels} channels: it was made for inpainting",
+                where="unet/config.json",
+                hint='Set task = "inpainting".',
+            )
+        return Start(self._noise(request, rng) * np.float32(sampling.init_noise_sigma))
+
+    def _noise(self, request: Request, rng: BatchGenerator) -> Array:
+        """Return the first noise: the user's own, or drawn."""
+        shape = self.latents_shape(request)
+        given = request.given.latents
+        return rng.randn(shape) if given is None else read_latents(given, shape)
+
+
+class ImageToImage(TextToImage):
+    """From a noised picture (Meng et al. 2022, SDEdit), or from another model's latents."""
+
+    encodes = True
+
+    def exercise(self, samples: int) -> None:
+        size = self.family.size
+        grey = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
+        for number in range(samples):
+            prompt = EXERCISES[number % len(EXERCISES)]
+            self(ImageToImageInputs(prompt=prompt, seed=number, image=[Image.fromarray(grey)]))
+
+    def _size_of(self, inputs: Any) -> tuple[int, int] | None:
+        if inputs.image is None:
+            if inputs.latents is None:
+                raise InputError("no picture to start from", where="image", hint="Give image, or latents.")
+            return None
+        if inputs.latents is not None:
+            raise InputError("given beside an image", where="latents", hint="Start from one of them.")
+        if inputs.denoising_start is not None:
+            raise InputError(
+                "says where latents stand, and an image stands at the end",
+                where="denoising_start",
+                hint="Give the base model's latents, or set strength.",
+            )
+        return open_picture(inputs.image[0], "image").size
+
+    def _sampling(self, inputs: Any, steps: int) -> Sampling:
+        whole = inputs.denoising_start is not None
+        return self._make_scheduler().start(steps, 1.0 if whole else inputs.strength)
+
+    def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
+        if self.family.masked:
+            super()._begin(inputs, request, sampling, rng, timings)  # says what it was made for
+        if inputs.image is None:
+            latents = read_latents(inputs.latents, self.latents_shape(request))
+            if inputs.denoising_start is not None:
+                return Start(latents, self._first(inputs.denoising_start, request, sampling))
+        else:
+            latents = self._encoded(inputs.image, request, rng, timings)
+        noise = rng.randn(latents.shape)
+        return Start(sampling.add_noise(latents, noise, sampling.first), sampling.first)
+
+    def _encoded(self, images: list[Any], request: Request, rng: BatchGenerator, timings: Timings) -> Array:
+        prompts = len(request.prompts) // request.given.count
+        if len(images) not in (1, prompts):
+            raise InputError(f"{len(images)} pictures for {prompts} prompts", where="image", hint="Give one for each.")
+        with timings.span("vae_encoder"):
+            each = [
+                self.autoencoder.encode(pixels_of(resized(image, "image", request.width, request.height)))
+                for image in images
+            ]
+        rows = each * prompts if len(each) == 1 else each
+        return self.autoencoder.sample([row for row in rows for _ in range(request.given.count)], rng)
+
+    def _first(self, start: float, request: Request, sampling: Sampling) -> int:
+        """Return the first step below a part of the noise schedule, as diffusers' SDXL pipeline counts it."""
+        cutoff = round(self.family.train_timesteps * (1 - start))
+        left = int((np.asarray(sampling.timesteps) < cutoff).sum())
+        if len(sampling.timesteps) == 2 * request.steps - 1 and left % 2 == 0:
+            left += 1  # a method of second order calls the network twice a step; both belong together
+        if not left:
+            raise InputError("leaves no step", where="denoising_start", hint="Take more steps, or start earlier.")
+        return len(sampling.timesteps) - left
+
+
+class Inpainting(TextToImage):
+    """A masked part anew: by a UNet that sees the mask, or by blending after each step."""
+
+    encodes = True
+
+    def exercise(self, samples: int) -> None:
+        size = self.family.size
+        grey = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
+        mask = np.zeros((size, size), np.uint8)
+        mask[size // 4 : -size // 4, size // 4 : -size // 4] = 255
+        for number in range(samples):
+            prompt = EXERCISES[number % len(EXERCISES)]
+            image, hole = Image.fromarray(grey), Image.fromarray(mask)
+            self(InpaintingInputs(prompt=prompt, seed=number, image=image, mask=hole))
+
+    def _size_of(self, inputs: Any) -> tuple[int, int]:
+        size = open_picture(inputs.image, "image").size
+        mask = open_picture(inputs.mask, "mask", "L").size
+        if size != mask:
+            raise InputError(
+                f"is {mask[0]}x{mask[1]}, and the picture is {size[0]}x{size[1]}",
+                where="mask",
+                hint="Give a mask of the picture's size: white is painted anew, black stays.",
+            )
+        return size
+
+    def _sampling(self, inputs: Any, steps: int) -> Sampling:
+        return self._make_scheduler().start(steps, inputs.strength)
+
+    def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
+        family, autoencoder = self.family, self.autoencoder
+        pixels = pixels_of(resized(inputs.image, "image", request.width, request.height))
+        mask = _mask(inputs.mask, request)
+        small = mask[:, :: family.factor, :: family.factor]
+        shape, pictures = self.latents_shape(request), len(request.prompts)
+        full = inputs.strength == 1.0
+        original: Array | None = None
+        with timings.span("vae_encoder"):
+            if not (full and family.masked):
+                original = autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng)
+            noise = self._noise(request, rng)
+            if full:
+                latents = noise * np.float32(sampling.init_noise_sigma)
+            else:
+                assert original is not None
+                latents = sampling.add_noise(original, noise, sampling.first)
+            if family.masked:
+                hidden = autoencoder.encode(pixels * (mask < 0.5))
+                hidden_latents = autoencoder.sample([hidden] * pictures, rng)
+                extra = np.concatenate([np.broadcast_to(small, (pictures, *small.shape)), hidden_latents], axis=1)
+                return Start(latents, sampling.first, extra=extra)
+        rng.randn(shape)  # where the other kind of UNet draws the latents of the masked picture, diffusers draws, too
+        assert original is not None
+        return Start(latents, sampling.first, blend=_Blend(original, noise, small[None], sampling))
+
+
+class _Blend:
+    """Puts what stays back after each step, at the step's level of noise (Lugmayr et al. 2022, without resampling)."""
+
+    def __init__(self, original: Array, noise: Array, mask: Array, sampling: Sampling) -> None:
+        self._original, self._noise, self._mask, self._sampling = original, noise, mask, sampling
+
+    def __call__(self, latents: Array, index: int) -> Array:
+        kept = self._original
+        if index + 1 < len(self._sampling.timesteps):
+            kept = self._sampling.add_noise(kept, self._noise, index + 1)
+        return (np.float32(1) - self._mask) * kept + self._mask * latents
+
+
+def _mask(image: Any, request: Request) -> Array:
+    """Return a mask, float32 (1, height, width): 1 where the picture is painted anew, else 0."""
+    grey = resized(image, "mask", request.width, request.height, "L")
+    return (np.asarray(grey, np.float32)[None] / np.float32(255) >= 0.5).astype(np.float32)

@@ -1,0 +1,175 @@
+"""The autoencoder: pictures to latents and back, in overlapping tiles where they are large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from PIL import Image
+
+from ovforge.errors import ModelError
+from ovforge.stages import RandomStream
+from ovforge_stable_diffusion.family import Family
+
+__all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
+
+Array = NDArray[np.float32]
+
+Model = Callable[[tuple[int, ...]], ov.CompiledModel]
+"""Returns the compiled model for an input of a shape."""
+
+_LARGE = 4 * 2**20
+"""Pictures of more pixels than this are tiled where the user does not say."""
+
+_TILE = 1024
+
+
+class Autoencoder:
+    """Scales latents, decodes and encodes. Every picture is its own call: a batch would only take more memory."""
+
+    def __init__(self, family: Family, decoder: Model, encoder: Model, tile: int | None) -> None:
+        self._family, self._decoder, self._encoder = family, _Runner(decoder), _Runner(encoder)
+        self._tile = tile
+
+    def tile(self, height: int, width: int) -> int | None:
+        """Return the side of tiles, in pixels, for a picture of this size; None where it goes as a whole."""
+        side = self._tile or (_TILE if height * width > _LARGE else None)
+        if side is None or max(height, width) <= side:
+            return None
+        return side // self._family.factor * self._family.factor
+
+    def decode(self, latents: Array) -> Image.Image:
+        """Return the picture of latents, float32 (channels, height, width)."""
+        factor = self._family.factor
+        side = self.tile(latents.shape[1] * factor, latents.shape[2] * factor)
+        sample = _tiled(self._unscaled(latents), self._decoder, side and side // factor, factor)
+        if not np.isfinite(sample).all():
+            raise ModelError(
+                "the decoder gave numbers that are not finite",
+                where="vae_decoder",
+                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
+            )
+        return to_image(sample)
+
+    def encode(self, pixels: Array) -> Array:
+        """Return what the encoder says of a picture, float32 (3, height, width) from -1 to 1: see `sample`."""
+        factor = self._family.factor
+        parameters = _tiled(pixels, self._encoder, self.tile(*pixels.shape[1:]), 1 / factor, unit=factor).copy()
+        if not np.isfinite(parameters).all():
+            raise ModelError("the encoder gave numbers that are not finite", where="vae_encoder")
+        return parameters
+
+    def sample(self, parameters: Sequence[Array], rng: RandomStream) -> Array:
+        """Return latents, (pictures, channels, height, width), drawn from what `encode` gave for each."""
+        stacked = np.stack(parameters)
+        channels = self._family.latent_channels
+        if stacked.shape[1] == channels:  # an encoder that says one value draws nothing
+            return self._scaled(stacked)
+        mean, log_variance = stacked[:, :channels], stacked[:, channels:]
+        deviation = np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20))
+        return self._scaled(mean + deviation * rng.randn(mean.shape))
+
+    def _scaled(self, latents: Array) -> Array:
+        family = self._family
+        if family.latents_mean and family.latents_std:
+            mean, deviation = _column(family.latents_mean), _column(family.latents_std)
+            return ((latents - mean) * np.float32(family.scaling_factor) / deviation).astype(np.float32)
+        return (latents - np.float32(family.shift_factor)) * np.float32(family.scaling_factor)
+
+    def _unscaled(self, latents: Array) -> Array:
+        family = self._family
+        if family.latents_mean and family.latents_std:
+            mean, deviation = _column(family.latents_mean), _column(family.latents_std)
+            return (latents * deviation / np.float32(family.scaling_factor) + mean).astype(np.float32)
+        return latents / np.float32(family.scaling_factor) + np.float32(family.shift_factor)
+
+    def release(self) -> None:
+        """Drop the requests, so that the models' memory can be freed."""
+        self._decoder.release()
+        self._encoder.release()
+
+
+class _Runner:
+    """Runs one model on one sample, keeping the request of the last shape."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._shape: tuple[int, ...] = ()
+        self._request: ov.InferRequest | None = None
+
+    def __call__(self, sample: Array) -> Array:
+        batch = np.ascontiguousarray(sample[None], np.float32)
+        if self._request is None or self._shape != batch.shape:
+            self._request, self._shape = self._model(batch.shape).create_infer_request(), batch.shape
+        self._request.infer({0: batch})
+        result: Array = self._request.get_output_tensor(0).data[0]
+        return result
+
+    def release(self) -> None:
+        self._request = None
+
+
+def _tiled(sample: Array, run: Callable[[Array], Array], side: int | None, factor: float, unit: int = 1) -> Array:
+    """Run a model that makes `factor` values of one on a sample (channels, height, width), whole or tile by tile.
+
+    Tiles begin at multiples of `unit`, have one size, overlap by a quarter or more and fade into each other linearly,
+    so that no border shows.
+    """
+    if side is None:
+        return run(sample)
+    _, height, width = sample.shape
+    total: Array | None = None
+    weights = np.zeros((int(height * factor), int(width * factor)), np.float32)
+    for top in _starts(height, side, unit):
+        for left in _starts(width, side, unit):
+            part = run(sample[:, top : top + side, left : left + side])
+            if total is None:
+                total = np.zeros((len(part), *weights.shape), np.float32)
+            rows, columns = part.shape[1:]
+            fade = np.outer(_fade(rows, top > 0, top + side < height), _fade(columns, left > 0, left + side < width))
+            y, x = int(top * factor), int(left * factor)
+            total[:, y : y + rows, x : x + columns] += part * fade
+            weights[y : y + rows, x : x + columns] += fade
+    assert total is not None
+    total /= weights
+    return total
+
+
+def _starts(length: int, side: int, unit: int) -> Iterator[int]:
+    """Give where tiles begin: evenly, overlapping by a quarter at least."""
+    if length <= side:
+        yield 0
+        return
+    count = -(-(length - side) // (side - side // 4)) + 1
+    for number in range(count):
+        yield round(number * (length - side) / (count - 1) / unit) * unit
+
+
+def _fade(length: int, before: bool, after: bool) -> Array:
+    """Return weights along a side: rising and falling over a quarter, where there is a neighbour."""
+    quarter = max(length // 4, 1)
+    ramp = (np.arange(quarter, dtype=np.float32) + np.float32(0.5)) / np.float32(quarter)
+    weights = np.ones(length, np.float32)
+    if before:
+        weights[:quarter] = ramp
+    if after:
+        weights[-quarter:] = np.minimum(weights[-quarter:], ramp[::-1])
+    return weights
+
+
+def _column(numbers: Sequence[float]) -> Array:
+    return np.array(numbers, np.float32)[:, None, None]
+
+
+def pixels_of(image: Image.Image) -> Array:
+    """Return an RGB picture as float32 (3, height, width) from -1 to 1."""
+    values = np.asarray(image, np.float32) / np.float32(255.0)
+    return np.ascontiguousarray(values.transpose(2, 0, 1)) * np.float32(2.0) - np.float32(1.0)
+
+
+def to_image(sample: Array) -> Image.Image:
+    """Return the picture of a sample, float32 (3, height, width), clipped to -1 to 1."""
+    pixels = np.clip(sample.transpose(1, 2, 0) * np.float32(0.5) + np.float32(0.5), 0, 1)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))

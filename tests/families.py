@@ -1,0 +1,127 @@
+"""Small models with random weights, one for each family of the true architectures, as diffusers folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ovforge.results import ImagesResult
+
+ROOT = Path(__file__).parents[1]
+
+
+def maker() -> Any:
+    """Return the converter's own test module, which builds diffusers folders."""
+    spec = importlib.util.spec_from_file_location("small_pipelines", ROOT / "plugins/diffusers/tests/conftest.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def agree(ours: ImagesResult, theirs: list[Any], anywhere: int = 2, average: float = 0.2) -> None:
+    """Compare pictures, in steps of 1/255."""
+    assert len(ours.images) == len(theirs)
+    for mine, wanted in zip(ours.images, theirs, strict=True):
+        difference = np.abs(np.asarray(mine, np.int16) - np.asarray(wanted, np.int16))
+        assert difference.shape == np.asarray(wanted).shape
+        assert difference.max() <= anywhere
+        assert difference.mean() <= average
+
+
+def make_family(folder: Path, family: str) -> Path:
+    """Write a pipeline of a family: sd1, sd2, inpaint, xl, refiner, controlnet."""
+    torch = pytest.importorskip("torch")
+    build = maker()
+    four: dict[str, Any] = {  # every block type of Stable Diffusion's UNet, at four levels
+        "block_out_channels": (16, 16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8, "time_cond_proj_dim": None,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "attention_head_dim": 2,
+    }  # fmt: skip
+    if family in ("sd1", "controlnet"):
+        build.make_pipeline(folder, **four)
+        build.write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
+    elif family == "sd2":
+        four |= {"attention_head_dim": (2, 2, 4, 4), "use_linear_projection": True, "upcast_attention": True}
+        build.make_pipeline(folder, **four)
+        build.write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
+    elif family == "inpaint":
+        build.make_pipeline(folder, **four, in_channels=9, out_channels=4)
+        build.write_index(folder, _class_name="StableDiffusionInpaintPipeline", image_encoder=[None, None])
+    else:
+        torch.manual_seed(0)
+        _make_xl(folder, build, refiner=family == "refiner")
+    _scheduler(folder, prediction="v_prediction" if family == "sd2" else "epsilon")
+    if family == "controlnet":
+        _make_controlnet(folder)
+    return folder
+
+
+def _make_xl(folder: Path, build: Any, *, refiner: bool) -> None:
+    import transformers
+
+    three: dict[str, Any] = {
+        "block_out_channels": (16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8, "time_cond_proj_dim": None,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 3), "attention_head_dim": (2, 4, 4), "use_linear_projection": True,
+        "cross_attention_dim": 24 if refiner else 56, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 8 * (5 if refiner else 6),
+    }  # fmt: skip
+    build.make_pipeline(folder, **three)
+    first = transformers.CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    second = transformers.CLIPTextConfig(
+        **{**first.to_dict(), "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "hidden_act": "gelu"}
+    )
+    transformers.CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    names: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline",
+        "image_encoder": [None, None],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": not refiner,
+        "requires_safety_checker": None,
+        "safety_checker": None,
+    }
+    if refiner:
+        shutil.rmtree(folder / "text_encoder")
+        shutil.rmtree(folder / "tokenizer")
+        names |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
+    build.write_index(folder, **names)
+    index = folder / "model_index.json"
+    import json
+
+    kept = {key: value for key, value in json.loads(index.read_text()).items() if value is not None}
+    index.write_text(json.dumps(kept))
+
+
+def _scheduler(folder: Path, prediction: str) -> None:
+    import diffusers
+
+    diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction,
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+
+
+def _make_controlnet(folder: Path) -> None:
+    import diffusers
+    import torch
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    for number in (0, 1):
+        torch.manual_seed(number)
+        net = diffusers.ControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=(8, 8, 16, 16), load_weights_from_unet=False
+        )
+        with torch.no_grad():  # a fresh ControlNet adds nothing: its last convolutions are zero
+            for parameter in net.parameters():
+                if not parameter.any():
+                    parameter.normal_(0, 0.05)
+        net.save_pretrained(folder.parent / f"{folder.name}-net{number}")
