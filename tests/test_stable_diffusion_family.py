@@ -14,6 +14,8 @@ import ovforge
 from families import agree
 from ovforge import Use
 from ovforge.cache import Cache
+from ovforge.errors import Cancelled, InputError, ModelError, OvforgeError
+from ovforge.stages import Progress
 
 F32 = Use("cpu", precision="f32")
 FULL = {"weights": "f32"}
@@ -146,3 +148,164 @@ def test_consistency_models_from_a_picture(torch_lcm: Path, session_cache: Cache
     ).images
     ours = ovforge.Pipeline("image-to-image", source=torch_lcm, load=FULL, device=F32, cache=session_cache)
     agree(ours(PROMPT, image=image, strength=0.6, steps=4, guidance_scale=5.5, seed=4), theirs)
+
+
+@pytest.fixture
+def sd(torch_family: Folder, session_cache: Cache) -> Any:
+    return pipeline("text-to-image", torch_family("sd1"), session_cache)
+
+
+def pixels(result: Any) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+SMALL = {"steps": 2, "seed": 1, "width": 16, "height": 16}
+
+
+def test_own_latents_are_the_first_noise(sd: Any, tmp_path: Path) -> None:
+    from ovforge.random import Generator
+
+    noise = Generator(1).randn((1, 4, 8, 8))
+    np.savetxt(tmp_path / "noise.txt", noise.ravel())
+    np.testing.assert_array_equal(pixels(sd("a cat", **SMALL, latents=noise)), pixels(sd("a cat", **SMALL)))
+    np.testing.assert_array_equal(
+        pixels(sd("a cat", **SMALL, latents=tmp_path / "noise.txt")), pixels(sd("a cat", **SMALL))
+    )
+
+
+def test_chunks_and_weights(torch_family: Folder, session_cache: Cache, sd: Any) -> None:
+    """What needs neither is untouched by them; what needs them is not cut and does count."""
+    use = Use("text-to-image", prompts="weighted", long_prompts="chunks")
+    both = pipeline(use, torch_family("sd1"), session_cache)
+    np.testing.assert_array_equal(pixels(both("a pink cat", **SMALL)), pixels(sd("a pink cat", **SMALL)))
+    plain = "the " * 80 + "unicorn"
+    assert sd(plain, **SMALL).warnings
+    long, other = both(plain, **SMALL), both("the " * 80 + "cat", **SMALL)
+    assert not long.warnings
+    assert (long.latents != other.latents).any()
+    assert (both("a (pink:1.6) cat", **SMALL).latents != sd("a pink cat", **SMALL).latents).any()
+    assert (both("a BREAK cat", **SMALL).latents != sd("a cat", **SMALL).latents).any()
+    batch = both(["a cat", plain], negative_prompt="blue", steps=2, seed=[1, 1], width=16, height=16)
+    assert len(batch.images) == 2
+    cut = pipeline(Use("text-to-image", prompts="weighted"), torch_family("sd1"), session_cache)
+    with pytest.raises(InputError, match="BREAK begins another chunk"):
+        cut("a BREAK cat", **SMALL)
+    assert "cut off: 'unicorn'" in cut("(" + "the " * 75 + "unicorn:1.2)", **SMALL).warnings[0]
+
+
+def test_weighted_states_are_the_web_uis(torch_family: Folder, session_cache: Cache, sd: Any) -> None:
+    """States times weights, with the mean of before."""
+    from ovforge.results import Timings
+    from ovforge_stable_diffusion.text import TextEncoder, TextEncoders
+
+    encoder = TextEncoder(sd.compiled["tokenizer"], sd.compiled["text_encoder"], penultimate=False)
+    plain, _ = TextEncoders([encoder], weighted=False, chunks=False).encode([("a cat", "a cat")], Timings())
+    made, _ = TextEncoders([encoder], weighted=True, chunks=True).encode([("a (cat:1.5)", "")], Timings())
+    wanted = plain.states.copy()
+    wanted[:, 2] *= 1.5
+    wanted *= plain.states.mean() / wanted.mean()
+    np.testing.assert_allclose(made.states, wanted, atol=1e-5)
+
+
+def test_low_memory_holds_one_role_at_a_time(torch_family: Folder, session_cache: Cache, sd: Any) -> None:
+    low = pipeline(Use("text-to-image", low_memory=True), torch_family("sd1"), session_cache)
+    assert not low.compiled.wanted
+    for _ in range(2):
+        result = low("a cat", **SMALL)
+        np.testing.assert_array_equal(pixels(result), pixels(sd("a cat", **SMALL)))
+        assert all(model.model is None for _, model in low.compiled.all())
+    assert set(result.provenance["precision"].values()) == {"f32"}
+
+
+def test_previews_and_cancelling(sd: Any) -> None:
+    seen: list[Any] = []
+
+    def watch(moment: Progress) -> None:
+        if moment.preview is not None:
+            seen.append(moment.preview())
+            if len(seen) == 3:
+                raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sd("a cat", steps=9, seed=1, width=16, height=24, progress=watch)
+    assert len(seen) == 3
+    assert {image.size for images in seen for image in images} == {(16, 24)}
+    before = pixels(sd("a cat", **SMALL))
+    np.testing.assert_array_equal(pixels(sd("a cat", **SMALL, progress=lambda m: m.preview and m.preview())), before)
+
+
+def test_tiles_show_no_border() -> None:
+    """With trained weights: a large picture in tiles beside the whole one, and no jump where tiles meet."""
+    from importlib.util import find_spec
+
+    if find_spec("ovforge_lcm") is None:
+        pytest.skip("needs the embedded model")
+    source = "package:ovforge_lcm/model"
+    whole = ovforge.Pipeline("image-to-image", source=source, device=F32, cache=None).task
+    tiled = ovforge.Pipeline(Use("image-to-image", tile=128), source=source, device=F32, cache=None).task
+    with Image.open(Path(__file__).parents[1] / "docs/images/unicorn.png") as unicorn:
+        image = unicorn.convert("RGB").resize((384, 256))
+    values = np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1)
+    family = whole.family
+    latents = whole.autoencoder.encode(values)[: family.latent_channels] * np.float32(family.scaling_factor)
+    assert tiled.autoencoder.tile(256, 384) == 128
+    one, other = (np.asarray(task.autoencoder.decode(latents), np.float32).mean(axis=2) for task in (whole, tiled))
+    assert np.abs(one - other).mean() < 3  # tiles have their own statistics: a shade, and no border
+    for axis in (0, 1):
+        jumps = np.abs(np.diff(other - one, axis=axis)).mean(axis=1 - axis)
+        assert jumps.max() < np.abs(np.diff(one, axis=axis)).mean(axis=1 - axis).max()
+    moments = tiled.autoencoder.encode(values)[: family.latent_channels]
+    assert np.abs(moments * family.scaling_factor - latents).mean() < 0.1 * np.abs(latents).mean()
+
+
+def test_a_picture_from_a_picture_is_made_again(torch_family: Folder, session_cache: Cache, tmp_path: Path) -> None:
+    picture(32, 24).save(tmp_path / "in.png")
+    pipe = pipeline("image-to-image", torch_family("sd1"), session_cache)
+    result = pipe("a cat", image=tmp_path / "in.png", strength=0.5, steps=4, seed=2)
+    [file] = result.save(tmp_path / "out.png")
+    again = ovforge.load(file, cache=session_cache)()
+    np.testing.assert_array_equal(pixels(again), pixels(result))
+    in_memory = pipe("a cat", image=picture(32, 24), strength=0.5, steps=4, seed=2)
+    np.testing.assert_array_equal(pixels(in_memory), pixels(result))
+    [file] = in_memory.save(tmp_path / "out2.png")
+    with pytest.raises(OvforgeError, match="only its digest is known"):
+        ovforge.load(file, cache=session_cache)()
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "message"),
+    [
+        ("inpainting", {"image": picture(16, 16), "mask": hole(24, 16)}, "mask: is 24x16, and the picture is 16x16"),
+        ("inpainting", {"image": Path("nowhere.png"), "mask": hole(24, 16)}, "nowhere.png"),
+        ("image-to-image", {}, "no picture to start from"),
+        ("image-to-image", {"image": picture(16, 16), "latents": np.zeros((1, 4, 8, 8))}, "beside an image"),
+        ("image-to-image", {"image": picture(16, 16), "strength": 0.1, "steps": 4}, "less than one"),
+        ("image-to-image", {"image": picture(16, 16), "denoising_start": 0.5}, "denoising_start"),
+        ("image-to-image", {"image": [picture(16, 16)] * 3}, "3 pictures for 1 prompts"),
+        ("text-to-image", {"control": picture(16, 16)}, "1 given for 0 ControlNets"),
+        ("text-to-image", {"prompt_2": "x"}, "one text encoder"),
+        ("text-to-image", {"guidance_scale": 1.0, "guidance_rescale": 0.5}, "no effect without guidance"),
+        ("text-to-image", {"latents": np.zeros((1, 4, 3, 3))}, "is needed"),
+        ("text-to-image", {"denoising_end": 0.01, "steps": 2}, "no step left"),
+        ("text-to-image", {"denoising_end": 0.5, "decode": True}, "make no picture"),
+    ],
+)
+def test_bad_inputs_are_said(
+    torch_family: Folder, session_cache: Cache, task: str, inputs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OvforgeError) as raised:
+        pipeline(task, torch_family("sd1"), session_cache)("a cat", **inputs)
+    assert message in str(raised.value)
+
+
+def test_a_model_for_inpainting_says_so(torch_family: Folder, session_cache: Cache) -> None:
+    with pytest.raises(ModelError, match="made for inpainting"):
+        pipeline("text-to-image", torch_family("inpaint"), session_cache)("a cat", steps=1)
+
+
+def test_latents_can_be_saved(torch_family: Folder, session_cache: Cache, sd: Any, tmp_path: Path) -> None:
+    result = sd("a cat", **SMALL, decode=False)
+    with pytest.raises(InputError, match="latents and no picture"):
+        result.save(tmp_path / "a.png")
+    [file] = result.save(tmp_path / "a.npy")
+    np.testing.assert_array_equal(np.load(file), result.latents)
