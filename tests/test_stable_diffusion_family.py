@@ -185,6 +185,7 @@ def test_chunks_and_weights(torch_family: Folder, session_cache: Cache, sd: Any)
     assert (long.latents != other.latents).any()
     assert (both("a (pink:1.6) cat", **SMALL).latents != sd("a pink cat", **SMALL).latents).any()
     assert (both("a BREAK cat", **SMALL).latents != sd("a cat", **SMALL).latents).any()
+    assert both("a cat " + "x" * 200, **SMALL).warnings  # one word of more than a chunk
     batch = both(["a cat", plain], negative_prompt="blue", steps=2, seed=[1, 1], width=16, height=16)
     assert len(batch.images) == 2
     cut = pipeline(Use("text-to-image", prompts="weighted"), torch_family("sd1"), session_cache)
@@ -255,7 +256,7 @@ def test_tiles_show_no_border() -> None:
         jumps = np.abs(np.diff(other - one, axis=axis)).mean(axis=1 - axis)
         assert jumps.max() < np.abs(np.diff(one, axis=axis)).mean(axis=1 - axis).max()
     moments = tiled.autoencoder.encode(values)[: family.latent_channels]
-    assert np.abs(moments * family.scaling_factor - latents).mean() < 0.1 * np.abs(latents).mean()
+    assert np.abs(moments * family.scaling_factor - latents).mean() < 0.2 * np.abs(latents).mean()
 
 
 def test_a_picture_from_a_picture_is_made_again(torch_family: Folder, session_cache: Cache, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class TextEncoder:
         for span in spans:
             if span.ends_chunk:
                 content.append([])
-            for row in self._raw([span.text]):
+            # Word by word: tokenizers cut what is longer than the encoder reads.
+            for row in self._raw(span.text.split()):
                 for token in row[1 : 1 + self._content(row)]:
                     if len(content[-1]) == self.room:
                         content.append([])
@@ -132,8 +133,19 @@ class TextEncoder:
         """Return how many tokens lie between the start token and the first end token."""
         return int(np.flatnonzero(row == self._end)[0]) - 1
 
+    def cut_words(self, prompt: str) -> list[str]:
+        """Return the words of `prompt` that are longer than the model reads at once."""
+        words = prompt.split()
+        return [
+            word
+            for word, row in zip(words, self._raw(words), strict=True)
+            if self._content(row) >= self.room and self._goes_on(word)
+        ]
+
     def _raw(self, prompts: Sequence[str]) -> Ids:
         """Return what the tokenizer gives, int64 (prompts, tokens)."""
+        if not prompts:
+            return np.empty((0, 0), np.int64)
         self._tokenizer.infer({0: ov.Tensor(np.array(list(prompts), dtype=str))})
         return np.array(self._tokenizer.get_tensor(self._tokens).data, dtype=np.int64)
 
@@ -158,8 +170,7 @@ class TextEncoders:
                 texts = [pair[number] for pair in prompts]
                 each, pooled = self._run(encoder, texts, timings)
                 states.append(each)
-                if not self._chunks:
-                    warnings += [said for text in texts if (said := self._cut(encoder, text)) and said not in warnings]
+                warnings += [said for text in texts if (said := self._cut(encoder, text)) and said not in warnings]
         length = max(each.shape[1] for each in states)
         states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
         return Conditions(np.concatenate(states, axis=2), pooled), warnings
@@ -197,8 +208,8 @@ class TextEncoders:
 
     def _cut(self, encoder: TextEncoder, text: str) -> str | None:
         plain = "".join(span.text for span in parse(text)) if self._weighted else text
-        cut = encoder.cut(plain)
-        return None if cut is None else f"the prompt is longer than the model reads; cut off: {cut!r}"
+        cut = " ".join(encoder.cut_words(plain)) if self._chunks else encoder.cut(plain)
+        return f"the prompt is longer than the model reads; cut off: {cut!r}" if cut else None
 
 
 def _emphasize(states: Array, weights: Array) -> None:
