@@ -177,7 +177,7 @@ def test_chunks_and_weights(torch_family: Folder, session_cache: Cache, sd: Any)
     """What needs neither is untouched by them; what needs them is not cut and does count."""
     use = Use("text-to-image", prompts="weighted", long_prompts="chunks")
     both = pipeline(use, torch_family("sd1"), session_cache)
-    np.testing.assert_array_equal(pixels(both("a pink cat", **SMALL)), pixels(sd("a pink cat", **SMALL)))
+    np.testing.assert_allclose(pixels(both("a pink cat", **SMALL)), pixels(sd("a pink cat", **SMALL)) * 1.0, atol=1)
     plain = "the " * 80 + "unicorn"
     assert sd(plain, **SMALL).warnings
     long, other = both(plain, **SMALL), both("the " * 80 + "cat", **SMALL)

@@ -194,7 +194,7 @@ class _Conversion:
         }
 
     def _tokens(self) -> int | None:
-        """Return the tokenizer's length, which optimum-intel fixes in the UNet; None where it sets no limit."""
+        """Return the tokenizer's length, which a UNet of fixed sizes takes; None where it sets no limit."""
         last = max((name for name, kind in self.components.items() if kind in TOKENIZERS), default=None)
         length = self._optional(f"{last}/tokenizer_config.json").get("model_max_length") if last else None
         return length if isinstance(length, int) and 0 < length < 2**17 else None

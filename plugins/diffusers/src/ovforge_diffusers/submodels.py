@@ -140,7 +140,8 @@ def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, inde
     inputs = [
         Input("sample", sample, (2, config.in_channels, latent.height or odd, latent.width or odd)),
         Input("timestep", (None if rows is None else 1,), (1 if rows else 2,), timestep),
-        Input("encoder_hidden_states", (rows, tokens, width), (2, tokens or 77, width)),
+        # Any number of tokens, for prompts read in chunks; one number where everything else is fixed too.
+        Input("encoder_hidden_states", (rows, tokens if rows and latent.height else None, width), (2, 77, width)),
     ]
     if guided:
         inputs.append(Input("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim)))
