@@ -1,0 +1,1 @@
+"""LoRA, LoCon, LoHa, LoKr and DoRA adapters on OpenVINO models: fused, or switched while running."""
