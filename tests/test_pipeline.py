@@ -124,6 +124,9 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         config=AddOptions,
         phase=lambda options: Phase.ATTACH if options.late else Phase.FUSE,
     )
+    yield GraphTransformExtension(
+        name="add-lightly", summary="Adds", factory=Add, config=AddOptions, phase=Phase.LAYOUT, light=True
+    )
 
 
 @hookimpl
@@ -134,6 +137,14 @@ def ovforge_quantizers() -> Iterator[QuantizerExtension]:
 @hookimpl
 def ovforge_tasks() -> Iterator[TaskExtension]:
     yield TaskExtension(name="run", summary="Runs", factory=RunTask, inputs=RunInputs, roles=("model",))
+    yield TaskExtension(
+        name="run-plus",
+        summary="Runs",
+        factory=RunTask,
+        inputs=RunInputs,
+        roles=("model",),
+        transforms=("add-lightly",),
+    )
 
 
 for hook in (ovforge_loaders, ovforge_graph_transforms, ovforge_quantizers, ovforge_tasks):
@@ -183,6 +194,47 @@ def test_a_second_start_does_nothing_again(config: dict[str, Any], plugins: Plug
     assert y(again) == 5
     assert again.bundle.assets == first.bundle.assets
     assert again.reports == first.reports
+
+
+def test_a_task_brings_transforms(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    """They are in the plan, the config may choose their options or do without, and light ones store no model."""
+    config |= {"task": "run-plus", "transform": [{"use": "add", "amount": 5}]}
+    assert y(ovforge.load(config, plugins=plugins, cache=cache)) == 6
+    assert y(ovforge.load({**config, "optimize": False}, plugins=plugins, cache=cache)) == 5
+    own = {**config, "transform": [*config["transform"], {"use": "add-lightly", "amount": 2}]}
+    assert y(ovforge.load(own, plugins=plugins, cache=cache)) == 7
+    stages = ovforge.plan(config, plugins=plugins, cache=cache).stages
+    assert [stage.use for stage in stages] == ["count", "add", "add-lightly", "cpu", "run-plus"]
+    assert {stage.state for stage in stages[:-1]} == {"cached"}
+    light = [entry for entry in cache.entries() if entry.label == "add-lightly"]
+    assert light
+    assert not any(name.endswith(".bin") for entry in light for name in entry.files)
+
+
+def test_light_changes_are_made_when_a_model_is_read(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    config["transform"] = [{"use": "add-lightly", "amount": 5}, {"use": "add-lightly", "amount": 2}]
+    first = ovforge.load(config, plugins=plugins, cache=cache)
+    assert y(first) == 7
+    CALLS.clear()
+    again = ovforge.load(config, plugins=plugins, cache=cache)
+    assert y(again) == 7
+    assert CALLS == [], "a compiled model in the cache needs no graph"
+    assert again.bundle.assets == first.bundle.assets
+    for _ in range(2):
+        assert testing.run(again.bundle.models["model"], {"x": np.zeros((1, 4), np.float32)})["y"][0, 0] == 7
+        again.bundle.models.release("model")
+    assert y(ovforge.load(config, plugins=plugins, cache=None)) == 7
+
+
+def test_a_brought_transform_may_find_nothing_to_do(
+    config: dict[str, Any], plugins: Plugins, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user did not ask for is no error where it cannot be applied; what they asked for is."""
+    monkeypatch.setattr(Add, "apply", lambda self, bundle: Report(skipped=[Skipped("a key", "it does not fit")]))
+    config["task"] = "run-plus"
+    assert y(ovforge.load(config, plugins=plugins, cache=cache)) == 0
+    with pytest.raises(ModelError, match="does not fit"):
+        ovforge.load({**config, "transform": ["add-lightly"]}, plugins=plugins, cache=cache)
 
 
 def test_keys_follow_options_files_and_what_came_before(

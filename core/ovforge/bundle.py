@@ -7,12 +7,13 @@ own files; `scheduler/scheduler_config.json`.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,20 @@ class Roles(MutableMapping[str, "ov.Model"]):
         """Set `role` to what `make` returns when it is first needed."""
         self._makers[role] = make
         self._made.pop(role, None)
+
+    def take(self, role: str, other: Roles, name: str) -> None:
+        """Set `role` to another's role `name`, made when first needed, and by itself where it is lazy there."""
+        if (make := other._makers[name]) is None:
+            self[role] = other[name]
+        else:
+            self.lazy(role, make)
+
+    def copy(self) -> Roles:
+        """Return the same roles as models of their own: changing one leaves ours as it is."""
+        copied = Roles()
+        for role, make in self._makers.items():
+            copied.lazy(role, make or self._made[role].clone)
+        return copied
 
     def release(self, role: str) -> None:
         """Forget the model of a lazy role; the next use makes it again."""
@@ -141,6 +156,11 @@ class ModelBundle:
         self.identity[role] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         if local := source.local(file.as_posix()):
             self.location[role] = local
+
+    def copy(self) -> ModelBundle:
+        """Return a bundle of its own with the same content; lazy models stay so, and are made for it alone."""
+        parts = {part.name: copy.deepcopy(getattr(self, part.name)) for part in fields(self) if part.name != "models"}
+        return ModelBundle(models=self.models.copy(), **parts)
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return scheduler/scheduler_config.json, or {} where the model has none."""

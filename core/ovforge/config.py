@@ -104,6 +104,7 @@ class PipelineConfig(BaseModel):
     scheduler: Use | None = Field(None, description="The sampling method; by default the model's own.")
     device: Use = Field(default_factory=lambda: Use("cpu"), description="Where to run.")
     input: dict[str, Any] = Field(default_factory=dict, description="The task's inputs: prompt, steps, seed...")
+    optimize: bool = Field(True, description="Make the exact changes to models that the task brings to run faster.")
     strict: bool = Field(True, description="Refuse to go on where something asked for could not be applied.")
     output: str | None = Field(None, description="Where `ovforge run` writes its result.")
 

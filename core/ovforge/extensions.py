@@ -89,10 +89,15 @@ class LoaderExtension(Extension):
 
 @dataclass(frozen=True, kw_only=True)
 class GraphTransformExtension(Extension):
-    """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options."""
+    """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options.
+
+    `light` says that it is quicker to make the change again than to store whole models: the cache then keeps the
+    report alone, and the change is made whenever a changed model is read.
+    """
 
     kind: ClassVar[str] = "transform"
     phase: Phase | Callable[[Any], Phase]
+    light: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +132,15 @@ class TaskExtension(Extension):
 
     `inputs` is the pydantic model (extra="forbid") of what one call takes; `roles` names the models that the
     task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
+    `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
+    the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
     """
 
     kind: ClassVar[str] = "task"
     inputs: str | type[BaseModel]
     roles: tuple[str, ...]
     optional_roles: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()
 
     def inputs_model(self) -> type[BaseModel]:
         """Return the pydantic model of the inputs, imported if need be."""

@@ -11,7 +11,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,18 @@ _STAGE_FILE = "stage.json"
 
 @dataclass(frozen=True)
 class Step:
-    """A transform or quantizer with its checked options."""
+    """A transform or quantizer with its checked options; `brought` by the task, or asked for by the config."""
 
     kind: str
     offer: Offer
     options: BaseModel | None
     phase: Phase
+    brought: bool = False
+
+    @property
+    def light(self) -> bool:
+        """Whether its changes are made again rather than stored."""
+        return isinstance(self.offer.extension, GraphTransformExtension) and self.offer.extension.light
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
     steps = [
         *(_step(plugins, "transform", use, f"transform.{n}", base) for n, use in enumerate(config.transform)),
         *(_step(plugins, "quantizer", use, f"quantize.{n}", base) for n, use in enumerate(config.quantize)),
+        *_brought(plugins, config, task, base),
     ]
     memo = cache.memo if cache else None
     source = open_source(config.load.source, base, memo)
@@ -186,6 +194,15 @@ def _step(plugins: Plugins, kind: str, use: Use, key: str, base: Path) -> Step:
     if isinstance(offer.extension, GraphTransformExtension):
         phase = offer.extension.phase
     return Step(kind, offer, options, phase(options) if callable(phase) else phase)
+
+
+def _brought(plugins: Plugins, config: PipelineConfig, task: Offer, base: Path) -> Iterable[Step]:
+    """Give the task's own transforms, but for those that the config names itself."""
+    assert isinstance(task.extension, TaskExtension)
+    named = {use.use for use in config.transform}
+    for name in task.extension.transforms if config.optimize else ():
+        if name not in named:
+            yield replace(_step(plugins, "transform", Use(name), f"task ({task.extension.name})", base), brought=True)
 
 
 def find_loader(source: Source, name: str | None, plugins: Plugins) -> Offer:
@@ -300,7 +317,7 @@ def put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> No
         raise ModelError(
             f"it has no {role!r}", where=f"load.parts.{role}: {name}", hint=f"It has: {', '.join(sorted(part.models))}."
         )
-    bundle.models.lazy(role, lambda: part.models[found])
+    bundle.models.take(role, part.models, found)
     for ours in (bundle.configs, bundle.identity, bundle.location):
         ours.pop(role, None)
     if found in part.configs:
@@ -342,20 +359,21 @@ def apply_step(
     step: Step, bundle: ModelBundle, recipe: Recipe, cache: Cache | None, calibration: Calibration
 ) -> Report:
     """Change the bundle by one step, or take the changed models from the cache."""
-    strict = recipe.config.strict
+    strict = recipe.config.strict and not step.brought
     before = bundle.digest()
     if cache is None or before is None:
         return _apply(step, bundle, strict, calibration)
     ingredients = step_ingredients(step, before, recipe, cache.memo)
 
     def write(folder: Path) -> None:
-        report = _apply(step, bundle, strict, calibration)
-        for role in report.roles:
-            bundle.write_model(role, folder)
-        write_json(folder / _STAGE_FILE, _delta(bundle, report))
+        changed = bundle.copy() if step.light else bundle
+        report = _apply(step, changed, strict, calibration)
+        for role in () if step.light else report.roles:
+            changed.write_model(role, folder)
+        write_json(folder / _STAGE_FILE, _delta(changed, report))
 
     entry, _ = cache.get_or_make(ingredients, write, label=f"{step.offer.extension.name}")
-    report = _take(entry, bundle)
+    report = _take(entry, step, bundle)
     _check_strict(step, report, strict)
     return report
 
@@ -391,22 +409,36 @@ def _delta(bundle: ModelBundle, report: Report) -> dict[str, Any]:
     }
 
 
-def _take(entry: Entry, bundle: ModelBundle) -> Report:
-    """Put a stored step's models and the rest into the bundle."""
+def _take(entry: Entry, step: Step, bundle: ModelBundle) -> Report:
+    """Put a stored step's models and the rest into the bundle; a light step's models are changed when they are read."""
     delta = json.loads((entry.path / _STAGE_FILE).read_bytes())
-    changed = ModelBundle.open(_EntrySource(entry))
     said = delta["report"]
     report = Report(**{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]})
-    for role in report.roles:
-        bundle.models.lazy(role, lambda role=role: changed.models[role])  # type: ignore[misc]
-        bundle.identity[role] = changed.identity[role]
-        bundle.location[role] = changed.location[role]
+    if step.light:
+        original = bundle.copy()
+        for role in report.roles:
+            bundle.models.lazy(role, partial(_changed_again, step, original, role))
+            bundle.identity[role] = f"{entry.key} {role}"
+            bundle.location.pop(role, None)
+    else:
+        changed = ModelBundle.open(_EntrySource(entry))
+        for role in report.roles:
+            bundle.models.take(role, changed.models, role)
+            bundle.identity[role] = changed.identity[role]
+            bundle.location[role] = changed.location[role]
     bundle.configs, bundle.index = delta["configs"], delta["index"]
     bundle.assets = {path: data.encode("latin-1") for path, data in delta["assets"].items()}
     bundle.controls = {
         name: Control(**{**control, "shape": tuple(control["shape"])}) for name, control in delta["controls"].items()
     }
     return report
+
+
+def _changed_again(step: Step, original: ModelBundle, role: str) -> Any:
+    """Return the ov.Model that a light step makes of `role`."""
+    bundle = original.copy()
+    step.offer.extension.create(step.options).apply(bundle)
+    return bundle.models[role]
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------
@@ -433,6 +465,7 @@ class Pipeline:
         scheduler: str | Use | None = None,
         device: str | Use = "cpu",
         input: Mapping[str, Any] | None = None,
+        optimize: bool = True,
         strict: bool = True,
         base: Path | None = None,
         plugins: Plugins | None = None,
@@ -451,6 +484,7 @@ class Pipeline:
                     "scheduler": scheduler,
                     "device": device,
                     "input": dict(input or {}),
+                    "optimize": optimize,
                     "strict": strict,
                 },
                 where="Pipeline",
@@ -519,7 +553,9 @@ class Pipeline:
         offers += [self.recipe.scheduler] if self.recipe.scheduler else []
         # Relative paths start at the config's folder; a config without paths says nothing of this machine.
         sources = [self.config.load.source, *self.config.load.parts.values()]
-        has_paths = bool(self.recipe.steps) or not all(source.startswith(PACKAGE) for source in sources)
+        has_paths = any(input_files(step.options) for step in self.recipe.steps) or not all(
+            source.startswith(PACKAGE) for source in sources
+        )
         return {
             **({"base": str(self.recipe.base.resolve())} if has_paths else {}),
             "config": {key: value for key, value in self.config.as_dict().items() if key not in ("input", "output")},
@@ -663,7 +699,7 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
             yield _stage(name, step.offer, "to do", cache.explain(ingredients).reason)
             bundle = None
         else:
-            _take(entry, bundle)
+            _take(entry, step, bundle)
             yield _stage(name, step.offer, "cached", size=entry.size)
     device = recipe.device.extension.create(recipe.device_options).plan()
     task = recipe.task_extension
