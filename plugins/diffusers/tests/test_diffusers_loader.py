@@ -154,7 +154,9 @@ def test_the_saved_folder_opens_and_holds_what_was_there(pipeline: Path, convert
     assert bundle.assets["tokenizer/merges.txt"] == (pipeline / "tokenizer/merges.txt").read_bytes()
     assert DiffusersLoader(LoaderOptions()).can_load(FileSource(converted)) is Match.NO
     assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline)) is Match.YES
-    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "unet")) is Match.NO
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "unet")) is Match.YES
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "tokenizer")) is Match.NO
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "text_encoder")) is Match.NO
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -318,7 +320,10 @@ def damage(folder: Path, how: str, write_index: Callable[..., None]) -> str:
         return "merges.txt"
     if how == "controlnet":
         write_index(folder, controlnet=["diffusers", "ControlNetModel"])
-        return "controlnet is a ControlNetModel"
+        return "controlnet has no weights|controlnet/config.json is missing"
+    if how == "adapter":
+        write_index(folder, adapter=["diffusers", "T2IAdapter"])
+        return "adapter is a T2IAdapter"
     write_index(folder, unet=["diffusers", "UNet2DConditionModel"], text_encoder_2=["transformers", "T5EncoderModel"])
     return "T5EncoderModel"
 
@@ -327,7 +332,7 @@ def damage(folder: Path, how: str, write_index: Callable[..., None]) -> str:
     "how",
     [
         "cut off", "no header", "missing tensor", "extra tensor", "other shape", "other type", "no weights", "pickle only",
-        "no config", "bad config", "impossible config", "no folder", "no merges", "controlnet", "t5",
+        "no config", "bad config", "impossible config", "no folder", "no merges", "controlnet", "adapter", "t5",
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_an_error_that_says_where(copy: Path, how: str, write_index: Callable[..., None]) -> None:

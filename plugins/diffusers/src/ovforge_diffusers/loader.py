@@ -6,6 +6,7 @@ import inspect
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,46 +15,48 @@ from ovforge.errors import ModelError
 from ovforge.sources import Source
 from ovforge.stages import Match
 from ovforge_diffusers.convert import convert, quiet, settle_names, without_initial_weights
+from ovforge_diffusers.folder import INCOMPLETE, INDEX, Folder, lone_component
 from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import describe
-from ovforge_diffusers.weights import fill_weights, read_weights, weight_files
+from ovforge_diffusers.weights import fill_weights
 
 if TYPE_CHECKING:
     import openvino as ov
+    import torch
 
 __all__ = ["DiffusersLoader"]
 
-INDEX = "model_index.json"
 DEFAULTS = "ovforge.json"
 PURPOSE = "converting a diffusers folder"
-INCOMPLETE = "The folder may be an incomplete download: fetch it again."
 HOMES = {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
     "UNet2DConditionModel": "diffusers",
+    "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
 }
 TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
 PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
-ASSET_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
-# Where a model came from is its owner's business, often a path of their machine.
-PRIVATE = frozenset({"_name_or_path"})
 
 
 class DiffusersLoader:
-    """Converts the components that model_index.json names, by their classes."""
+    """Converts the components that model_index.json names, by their classes; or a component that stands alone."""
 
     def __init__(self, options: LoaderOptions) -> None:
         self.options = options
 
     def can_load(self, source: Source) -> Match:
-        """Say yes to a folder with model_index.json and torch weights, unless it holds OpenVINO models already."""
+        """Say yes to a folder of torch weights with model_index.json, or config.json of a class that may stand alone.
+
+        A folder that holds OpenVINO models already is not ours.
+        """
         files = [PurePosixPath(path) for path in source.files()]
-        if PurePosixPath(INDEX) not in files or any(file.name == "openvino_model.xml" for file in files):
+        if any(file.name == "openvino_model.xml" for file in files):
             return Match.NO
-        weights = any(len(file.parts) == 2 and file.suffix in (".safetensors", ".bin") for file in files)
-        return Match.YES if weights else Match.NO
+        depth = 2 if PurePosixPath(INDEX) in files else 1
+        weights = any(len(file.parts) == depth and file.suffix in (".safetensors", ".bin") for file in files)
+        return Match.YES if weights and (depth == 2 or lone_component(source)) else Match.NO
 
     def load(self, source: Source) -> ModelBundle:
         """Return the bundle: configs and assets read, weights' files found, each model converted on first use.
@@ -62,26 +65,21 @@ class DiffusersLoader:
         """
         for module in ("torch", "diffusers", "transformers", "safetensors"):
             need(module, PURPOSE)
-        return _Conversion(source, self.options).bundle()
+        return _Conversion(Folder(source, self.options.variant), self.options).bundle()
 
 
 class _Conversion:
-    """One folder being converted."""
+    """One model being converted."""
 
-    def __init__(self, source: Source, options: LoaderOptions) -> None:
-        self.source = source
+    def __init__(self, parts: Folder, options: LoaderOptions) -> None:
+        self.parts = parts
         self.options = options
-        self.index = self._json(INDEX)
-        self.components: dict[str, str] = {
-            name: str(value[1])
-            for name, value in self.index.items()
-            if isinstance(value, list) and len(value) == 2 and value[1] is not None
-        }
+        self.index = parts.index
 
     def bundle(self) -> ModelBundle:
         bundle = ModelBundle()
-        bundle.index = {key: value for key, value in self.index.items() if key not in PRIVATE}
-        for component, kind in self.components.items():
+        bundle.index = dict(self.index)
+        for component, kind in self.parts.components.items():
             if component in self.options.skip:
                 self._leave_out(bundle, component, kind)
             elif kind in HOMES:
@@ -89,22 +87,22 @@ class _Conversion:
             elif kind in TOKENIZERS:
                 self._add_tokenizer(bundle, component)
             elif kind.endswith("Scheduler") or kind in PROCESSORS:
-                bundle.assets.update(self._assets(component))
+                bundle.assets.update(self.parts.assets(component))
             else:
                 raise ModelError(
                     f"the component {component} is a {kind}, which this loader cannot convert",
-                    where=f"{self.source.name}: {INDEX}",
+                    where=f"{self.parts.name}: {INDEX}",
                     hint=f"It converts {', '.join([*HOMES, *sorted(TOKENIZERS)])}. "
                     f"To go without it, add {component!r} to the loader's option skip.",
                 )
-        if DEFAULTS in self.source.files():
-            bundle.assets[DEFAULTS] = self.source.read(DEFAULTS)
+        if defaults := self.parts.file(DEFAULTS):
+            bundle.assets[DEFAULTS] = defaults
         if not bundle.models:
-            raise ModelError("it names no model", where=f"{self.source.name}: {INDEX}")
+            raise ModelError("it names no model", where=f"{self.parts.name}: {INDEX}")
         return bundle
 
     def _leave_out(self, bundle: ModelBundle, component: str, kind: str) -> None:
-        warnings.warn(f"{self.source.name}: {component} ({kind}) is left out", stacklevel=5)
+        warnings.warn(f"{self.parts.name}: {component} ({kind}) is left out", stacklevel=5)
         bundle.index[component] = [None, None]
         if component == "safety_checker" and "requires_safety_checker" in bundle.index:
             bundle.index["requires_safety_checker"] = False
@@ -112,25 +110,25 @@ class _Conversion:
     def _add_models(self, bundle: ModelBundle, component: str, kind: str) -> None:
         if kind == "AutoencoderKL" and component != "vae":
             raise ModelError(
-                f"an AutoencoderKL named {component} is not known, only vae", where=f"{self.source.name}: {INDEX}"
+                f"an AutoencoderKL named {component} is not known, only vae", where=f"{self.parts.name}: {INDEX}"
             )
         config = self._full_config(component, kind)
-        files = weight_files(self.source, component, self.options.variant)
+        read = self.parts.weights(component)
 
         def lazy(role: str) -> None:
             bundle.configs[role] = config
-            bundle.models.lazy(role, lambda: self._convert(role, component, kind, files))
+            bundle.models.lazy(role, lambda: self._convert(role, component, kind, read))
 
         for role in ("vae_encoder", "vae_decoder") if component == "vae" else (component,):
             lazy(role)
 
     def _add_tokenizer(self, bundle: ModelBundle, component: str) -> None:
-        files = self._assets(component)
+        files = self.parts.assets(component)
         names = {PurePosixPath(path).name for path in files}
         if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
             raise ModelError(
                 f"{component} needs tokenizer.json, or vocab.json and merges.txt",
-                where=self.source.name,
+                where=self.parts.name,
                 hint=INCOMPLETE,
             )
         bundle.assets.update(files)
@@ -138,31 +136,16 @@ class _Conversion:
         reverse = component.replace("tokenizer", "detokenizer")
         bundle.models.lazy(reverse, lambda: self._tokenizer(component, files)[1])
 
-    def _assets(self, component: str) -> dict[str, bytes]:
-        """Return a component's small files, which go along as they are."""
-        found = {
-            path: self.source.read(path)
-            for path in self.source.files()
-            if path.startswith(f"{component}/") and PurePosixPath(path).suffix in ASSET_SUFFIXES
-        }
-        if not found:
-            raise ModelError(
-                f"the folder {component}/ is missing or empty, {INDEX} names it",
-                where=self.source.name,
-                hint=INCOMPLETE,
-            )
-        return found
-
-    def _convert(self, role: str, component: str, kind: str, files: list[str]) -> ov.Model:
+    def _convert(self, role: str, component: str, kind: str, read: Callable[[], dict[str, torch.Tensor]]) -> ov.Model:
         module = self._module(component, kind)
         submodel = describe(role, module, self.options, self.index, self._context())
-        fill_weights(module, read_weights(self.source, files), f"{self.source.name}: {component}")
+        fill_weights(module, read(), self.parts.where(component))
         return convert(role, module.eval(), submodel, self.options.weights)
 
     def _module(self, component: str, kind: str) -> Any:
         """Make the torch module of a component's config. Raises ModelError where the config makes no sense."""
         cls = getattr(need(HOMES[kind], PURPOSE), kind)
-        config = self._config(component)
+        config = self.parts.config(component)
         try:
             with quiet(), without_initial_weights():
                 if HOMES[kind] == "transformers":
@@ -170,12 +153,12 @@ class _Conversion:
                 return cls.from_config(config)
         except Exception as error:  # whatever a class raises on a config, the config is what is wrong
             raise ModelError(
-                f"no {kind} can be made of it: {error}", where=f"{self.source.name}: {component}/config.json"
+                f"no {kind} can be made of its config.json: {error}", where=self.parts.where(component)
             ) from error
 
     def _full_config(self, component: str, kind: str) -> dict[str, Any]:
         """Return the config with the class's defaults spelled out, as readers of the export expect."""
-        config = self._config(component)
+        config = self.parts.config(component)
         cls = getattr(need(HOMES[kind], PURPOSE), kind)
         if HOMES[kind] == "transformers":
             return {**json.loads(cls.config_class().to_json_string(use_diff=False)), **config}
@@ -185,8 +168,9 @@ class _Conversion:
 
     def _context(self) -> dict[str, Any]:
         """Return what one submodel must know of the others."""
-        levels = len(self._config("vae").get("block_out_channels", [64])) if "vae" in self.components else 4
-        scheduler = self._optional("scheduler/scheduler_config.json")
+        components = self.parts.components
+        levels = len(self.parts.config("vae").get("block_out_channels", [64])) if "vae" in components else 4
+        scheduler = self.parts.optional("scheduler", "scheduler_config.json")
         return {
             "vae_factor": 2 ** (levels - 1),
             "tokens": self._tokens(),
@@ -195,8 +179,8 @@ class _Conversion:
 
     def _tokens(self) -> int | None:
         """Return the tokenizer's length, which a UNet of fixed sizes takes; None where it sets no limit."""
-        last = max((name for name, kind in self.components.items() if kind in TOKENIZERS), default=None)
-        length = self._optional(f"{last}/tokenizer_config.json").get("model_max_length") if last else None
+        last = max((name for name, kind in self.parts.components.items() if kind in TOKENIZERS), default=None)
+        length = self.parts.optional(last, "tokenizer_config.json").get("model_max_length") if last else None
         return length if isinstance(length, int) and 0 < length < 2**17 else None
 
     def _tokenizer(self, component: str, files: dict[str, bytes]) -> tuple[ov.Model, ov.Model]:
@@ -219,25 +203,9 @@ class _Conversion:
             except Exception as error:  # the parsers of vocabularies raise bare Exception
                 raise ModelError(
                     f"the tokenizer cannot be converted: {error}",
-                    where=f"{self.source.name}: {component}",
+                    where=f"{self.parts.name}: {component}",
                     hint="Its files may be damaged: fetch them again.",
                 ) from error
         for role, model in zip((component, f"de{component}"), models, strict=True):
             settle_names(role, model)
         return models[0], models[1]
-
-    def _config(self, component: str) -> dict[str, Any]:
-        config = self._json(f"{component}/config.json")
-        return {key: value for key, value in config.items() if key not in PRIVATE}
-
-    def _optional(self, path: str) -> dict[str, Any]:
-        return self._json(path) if path in self.source.files() else {}
-
-    def _json(self, path: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self.source.read(path))
-        except ValueError as error:
-            raise ModelError(f"not valid JSON: {error}", where=f"{self.source.name}: {path}") from error
-        if not isinstance(value, dict):
-            raise ModelError("expected a JSON object", where=f"{self.source.name}: {path}")
-        return value

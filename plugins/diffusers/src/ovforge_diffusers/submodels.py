@@ -5,6 +5,8 @@ text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output
 unet           sample f32 [batch, channels, height, width], timestep i64 [1 or batch],
                encoder_hidden_states f32 [batch, tokens, width] (, timestep_cond f32 [batch, width])
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
+controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
+               -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked)
 vae_decoder    latent_sample f32 [batch, channels, height, width] -> sample
 """
@@ -67,6 +69,8 @@ def describe(
     )
     if role == "unet":
         return _unet(module, latent, options.timestep, context["tokens"], index)
+    if role.startswith("controlnet"):
+        return _controlnet(module, latent, options.timestep, context["tokens"], index)
     scale = _activation_scale(module, index, context)
     if role == "vae_decoder":
         return _vae_decoder(module, latent, scale)
@@ -123,32 +127,15 @@ def _text_encoder(module: Any, hidden_states: bool) -> Submodel:
 
 def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, index: dict[str, Any]) -> Submodel:
     config = module.config
-    xl = config.addition_embed_type == "text_time"
-    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type"):
-        if config.get(name) is not None and not (xl and name == "addition_embed_type"):
-            raise ModelError(f"a UNet with {name} = {config[name]!r} cannot be converted", where="unet/config.json")
+    _check_conditions(config, "UNet")
     guided = config.time_cond_proj_dim is not None
-    rows = latent.batch and latent.batch * (1 if guided else 2)
     # An example that no down-sampling divides makes diffusers trace the general path, which passes each skip
     # connection's size to the up-sampling: the graph then takes every size, not only multiples of 2**levels.
     odd = 2 ** len(config.block_out_channels) + 1
-    sides = (latent.height, latent.width)
-    sample = (rows, config.in_channels, *sides)
-    width = config.cross_attention_dim
-    if not isinstance(width, int):
-        raise ModelError("a UNet with a cross_attention_dim for each block cannot be converted", where="unet")
-    inputs = [
-        Input("sample", sample, (2, config.in_channels, latent.height or odd, latent.width or odd)),
-        Input("timestep", (None if rows is None else 1,), (1 if rows else 2,), timestep),
-        # Any number of tokens, for prompts read in chunks; one number where everything else is fixed too.
-        Input("encoder_hidden_states", (rows, tokens if rows and latent.height else None, width), (2, 77, width)),
-    ]
+    inputs, rows = _conditions(config, latent, timestep, tokens, index, guided, odd)
     if guided:
-        inputs.append(Input("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim)))
-    if xl:
-        ids = 5 if index.get("requires_aesthetics_score") else 6
-        text = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        inputs += [Input("text_embeds", (rows, text), (2, text)), Input("time_ids", (rows, ids), (2, ids))]
+        inputs.insert(3, Input("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim)))
+    xl = config.addition_embed_type is not None
     run = type(module).forward
 
     def forward(
@@ -172,6 +159,80 @@ def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, inde
         return result
 
     return Submodel(forward, tuple(inputs), ("out_sample",))
+
+
+def _controlnet(module: Any, latent: _Picture, timestep: str, tokens: int | None, index: dict[str, Any]) -> Submodel:
+    """Describe a ControlNet (Zhang et al. 2023). Scales and guess mode are its caller's: it gives what it computes."""
+    config = module.config
+    _check_conditions(config, "ControlNet")
+    channels, factor = config.conditioning_channels, 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    inputs, rows = _conditions(config, latent, timestep, tokens, index, guided=False, side=8)
+    height, width = ((side and side * factor) for side in (latent.height, latent.width))
+    picture = (rows, channels, height, width)
+    inputs.insert(3, Input("controlnet_cond", picture, (2, channels, height or 8 * factor, width or 8 * factor)))
+    xl = config.addition_embed_type is not None
+    run = type(module).forward
+
+    def forward(
+        sample: Any,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        controlnet_cond: Any,
+        text_embeds: Any = None,
+        time_ids: Any = None,
+    ) -> tuple[Any, ...]:
+        down, middle = run(
+            module,
+            sample,
+            timestep,
+            encoder_hidden_states,
+            controlnet_cond,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids} if xl else None,
+            return_dict=False,
+        )
+        return (*down, middle)
+
+    residuals = tuple(f"down_block_res_sample_{i}" for i in range(len(module.controlnet_down_blocks)))
+    return Submodel(forward, tuple(inputs), (*residuals, "mid_block_res_sample"))
+
+
+def _check_conditions(config: Any, kind: str) -> None:
+    xl = config.addition_embed_type == "text_time"
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type"):
+        if config.get(name) is not None and not (xl and name == "addition_embed_type"):
+            raise ModelError(f"a {kind} with {name} = {config[name]!r} cannot be converted", where="config.json")
+    if not isinstance(config.cross_attention_dim, int):
+        raise ModelError(f"a {kind} with a cross_attention_dim for each block cannot be converted", where="config.json")
+
+
+def _conditions(
+    config: Any,
+    latent: _Picture,
+    timestep: str,
+    tokens: int | None,
+    index: dict[str, Any],
+    guided: bool,
+    side: int,
+) -> tuple[list[Input], int | None]:
+    """Return the inputs that UNets and ControlNets share, traced at latents of `side`, and the rows of a batch."""
+    rows = latent.batch and latent.batch * (1 if guided else 2)
+    sample = (rows, config.in_channels, latent.height, latent.width)
+    width = config.cross_attention_dim
+    inputs = [
+        Input("sample", sample, (2, config.in_channels, latent.height or side, latent.width or side)),
+        Input("timestep", (None if rows is None else 1,), (1 if rows else 2,), timestep),
+        # Any number of tokens, for prompts read in chunks; one number where everything else is fixed too.
+        Input("encoder_hidden_states", (rows, tokens if rows and latent.height else None, width), (2, 77, width)),
+    ]
+    if config.addition_embed_type is not None:
+        ids, each, total = 6, config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+        # A refiner takes an aesthetic score instead of the target's size. Alone, it is known by its one text encoder,
+        # whose pooled embedding is as wide as its states.
+        if index.get("requires_aesthetics_score") or (not index and total - 5 * each == width):
+            ids = 5
+        text = total - ids * each
+        inputs += [Input("text_embeds", (rows, text), (2, text)), Input("time_ids", (rows, ids), (2, ids))]
+    return inputs, rows
 
 
 def _vae_decoder(module: Any, latent: _Picture, scale: tuple[tuple[str, str], ...]) -> Submodel:

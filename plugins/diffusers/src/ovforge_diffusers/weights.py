@@ -24,8 +24,9 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def weight_files(source: Source, component: str, variant: str | None) -> list[str]:
     """Return the safetensors files of a component: one, or the shards that its index names.
 
-    A file is NAME.safetensors, or NAME.VARIANT.safetensors. Without `variant` the plain one is taken, or the only
-    variant that there is. Raises ModelError where there is none, or no telling which.
+    `component` is its folder, "." where it is the source itself. A file is NAME.safetensors or NAME.VARIANT.safetensors.
+    Without `variant` the plain one is taken, or the only variant that there is. Raises ModelError where there is none,
+    or no telling which.
     """
     names = [path for path in source.files() if PurePosixPath(path).parent.as_posix() == component]
     found: dict[str, list[str]] = {}
@@ -40,10 +41,11 @@ def weight_files(source: Source, component: str, variant: str | None) -> list[st
         return next(iter(found.values()))
     if (variant or "") in found:
         return found[variant or ""]
+    subject = "it" if component == "." else component
     if found:
         choices = ", ".join(repr(name) for name in sorted(found) if name) or "none"
         raise ModelError(
-            f"{component} has no weights {f'of the variant {variant!r}' if variant else 'without a variant'}",
+            f"{subject} has no weights {f'of the variant {variant!r}' if variant else 'without a variant'}",
             where=source.name,
             hint=f"Set the loader's option variant to one of: {choices}.{did_you_mean(variant or '', found)}",
         )
@@ -55,7 +57,7 @@ def weight_files(source: Source, component: str, variant: str | None) -> list[st
             ".save_pretrained(OTHER_FOLDER), then open OTHER_FOLDER.",
         )
     raise ModelError(
-        f"{component} has no weights: a file like {component}/*.safetensors is missing",
+        f"{subject} has no weights: a file like {PurePosixPath(component) / '*.safetensors'} is missing",
         where=source.name,
         hint="The folder may be an incomplete download: fetch it again.",
     )

@@ -1,0 +1,134 @@
+"""A diffusers folder: which components it holds, their configs, weights and small files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ovforge.errors import ModelError
+from ovforge.sources import Source
+from ovforge_diffusers.weights import read_weights, weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["INCOMPLETE", "INDEX", "LONE", "Folder", "lone_component", "read_json"]
+
+INDEX = "model_index.json"
+INCOMPLETE = "The folder may be an incomplete download: fetch it again."
+LONE = {"ControlNetModel": "controlnet", "UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
+"""Classes of models that come in a folder of their own, and the components that they are."""
+
+CONTROLNET = "ControlNetModel"
+SEVERAL = "MultiControlNetModel"
+ASSET_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
+# Where a model came from is its owner's business, often a path of their machine.
+PRIVATE = frozenset({"_name_or_path"})
+
+
+class Folder:
+    """A pipeline (model_index.json and a folder for each component), or one component alone (config.json).
+
+    `components` maps their names to their classes; several ControlNets are controlnet, controlnet_1, ...
+    """
+
+    def __init__(self, source: Source, variant: str | None) -> None:
+        self.name = source.name
+        self._source = source
+        self._variant = variant
+        self.index: dict[str, Any] = {}
+        self.alone = INDEX not in source.files()
+        if self.alone:
+            kind = str(read_json(source, "config.json").get("_class_name"))
+            self.components = {LONE[kind]: kind}
+        else:
+            index = read_json(source, INDEX)
+            self.index = {key: value for key, value in index.items() if key not in PRIVATE}
+            self.components = _components(self.index, source)
+
+    def where(self, component: str) -> str:
+        """Name a component in messages."""
+        return self.name if self.alone else f"{self.name}: {component}"
+
+    def config(self, component: str) -> dict[str, Any]:
+        """Return a component's config."""
+        config = read_json(self._source, self._path(component, "config.json"))
+        return {key: value for key, value in config.items() if key not in PRIVATE}
+
+    def optional(self, component: str, name: str) -> dict[str, Any]:
+        """Return another JSON file of a component, {} where it has none."""
+        path = self._path(component, name)
+        return read_json(self._source, path) if path in self._source.files() else {}
+
+    def weights(self, component: str) -> Callable[[], dict[str, torch.Tensor]]:
+        """Find a component's weights now; the function returned reads them."""
+        files = weight_files(self._source, "." if self.alone else component, self._variant)
+        return lambda: read_weights(self._source, files)
+
+    def assets(self, component: str) -> dict[str, bytes]:
+        """Return a component's small files, which go along as they are."""
+        found = {
+            path: self._source.read(path)
+            for path in self._source.files()
+            if path.startswith(f"{component}/") and PurePosixPath(path).suffix in ASSET_SUFFIXES
+        }
+        if not found:
+            raise ModelError(
+                f"the folder {component}/ is missing or empty, {INDEX} names it",
+                where=self.name,
+                hint=INCOMPLETE,
+            )
+        return found
+
+    def file(self, path: str) -> bytes | None:
+        """Return a small file at the top, None where it is not there."""
+        return self._source.read(path) if path in self._source.files() else None
+
+    def _path(self, component: str, name: str) -> str:
+        return name if self.alone else f"{component}/{name}"
+
+
+def lone_component(source: Source) -> bool:
+    """Say whether a folder's config.json at the top is that of a component that may stand alone."""
+    if "config.json" not in source.files():
+        return False
+    try:
+        return read_json(source, "config.json").get("_class_name") in LONE
+    except ModelError:
+        return False
+
+
+def _components(index: dict[str, Any], source: Source) -> dict[str, str]:
+    """Return name -> class. What the index lists as several of a kind lies in NAME, NAME_1, NAME_2, ..."""
+    found: dict[str, str] = {}
+    for name, value in index.items():
+        if not isinstance(value, list) or not value:
+            continue
+        if all(isinstance(each, list) and len(each) == 2 for each in value):
+            found |= {_numbered(name, n): str(kind) for n, (_, kind) in enumerate(value)}
+        elif len(value) == 2 and value[1] == SEVERAL:
+            found[name] = CONTROLNET
+            number = 1
+            while f"{_numbered(name, number)}/config.json" in source.files():
+                found[_numbered(name, number)] = CONTROLNET
+                number += 1
+        elif len(value) == 2 and value[1] is not None:
+            found[name] = str(value[1])
+    return found
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}_{number}" if number else name
+
+
+def read_json(source: Source, path: str) -> dict[str, Any]:
+    """Return a JSON object. Raises ModelError where the file holds none."""
+    try:
+        value = json.loads(source.read(path))
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=f"{source.name}: {path}") from error
+    if not isinstance(value, dict):
+        raise ModelError("expected a JSON object", where=f"{source.name}: {path}")
+    return value
