@@ -24,7 +24,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def weight_files(source: Source, component: str, variant: str | None) -> list[str]:
     """Return the safetensors files of a component: one, or the shards that its index names.
 
-    `component` is its folder, "." where it is the source itself. A file is NAME.safetensors or NAME.VARIANT.safetensors.
+    `component` is its folder, "." for the source itself. A file is NAME.safetensors or NAME.VARIANT.safetensors.
     Without `variant` the plain one is taken, or the only variant that there is. Raises ModelError where there is none,
     or no telling which.
     """
