@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from side_by_side import peak_mib, report, take_turns
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "plugins/lcm/src/ovforge_lcm/model"
@@ -134,8 +133,7 @@ def measure(tool: str, precision: str, cache: Path, started: float) -> dict[str,
         start = time.perf_counter()
         generate()
         warm.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"first": first, "warm": statistics.median(warm), "peak": peak, "precision": ran()}
+    return {"first": first, "warm": statistics.median(warm), "peak": peak_mib(), "precision": ran()}
 
 
 def main() -> None:
@@ -159,47 +157,17 @@ def main() -> None:
         "genai, cached": arguments.genai_python,
         "optimum-intel": arguments.optimum_python,
     }
-    results: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
+    commands = {
+        tool: [interpreters[tool], __file__, "--precision", arguments.precision, "--child", tool] for tool in TOOLS
+    }
     with tempfile.TemporaryDirectory() as scratch:
-        for number in range(arguments.rounds + 1):  # the first round fills caches and is not counted
-            for tool in list(results):
-                measured = child(tool, interpreters[tool], arguments.precision, Path(scratch))
-                if measured is None:
-                    del results[tool]
-                elif number:
-                    results[tool].append(measured)
+        results = take_turns(commands, Path(scratch), arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
-    report(results)
-
-
-def child(tool: str, interpreter: str, precision: str, scratch: Path) -> dict[str, Any] | None:
-    """Measure one tool in a process of its own."""
-    cache = scratch / tool.replace(", ", "-")
-    environment = {**os.environ, "OVFORGE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = [interpreter, __file__, "--precision", precision, "--child", tool, str(cache), str(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        print(f"{tool} is left out: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no reason'}")
-        return None
-    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return measured
-
-
-def report(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print a Markdown table: medians, the range of rounds, ratios to genai."""
-    print("| tool | start to first image, s | further image, s | peak RSS, MiB | precision |")
-    print("| --- | --- | --- | --- | --- |")
-    base = results.get("genai")
-    for tool, rounds in results.items():
-        cells = []
-        for key, digits in (("first", 2), ("warm", 4), ("peak", 0)):
-            values = [measured[key] for measured in rounds]
-            ratio = f", {statistics.median(values) / statistics.median(m[key] for m in base):.2f}x" if base else ""
-            cells.append(
-                f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f}{ratio})"
-            )
-        print(f"| {tool} | {' | '.join(cells)} | {rounds[0]['precision']} |")
+    columns = {
+        "first": ("start to first image, s", 2), "warm": ("further image, s", 4), "peak": ("peak RSS, MiB", 0)
+    }  # fmt: skip
+    report(results, columns, base="genai")
 
 
 if __name__ == "__main__":

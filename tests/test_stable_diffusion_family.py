@@ -119,6 +119,16 @@ def test_inpainting(torch_family: Folder, session_cache: Cache, family: str, sch
     agree(ours, theirs)
 
 
+def test_what_the_mask_leaves_can_be_pasted_back(torch_family: Folder, session_cache: Cache) -> None:
+    image, mask = picture(32, 24), hole(32, 24)
+    pipe = pipeline("inpainting", torch_family("sd1"), session_cache)
+    inputs = {"image": image, "mask": mask, "steps": 3, "guidance_scale": 2.0, "seed": 5}
+    plain, pasted = (pixels(pipe(PROMPT, **inputs, paste=paste)) for paste in (False, True))
+    painted = np.asarray(mask)[None, ..., None] > 0
+    np.testing.assert_array_equal(pasted, np.where(painted, plain, np.asarray(image)[None]))
+    assert (plain != pasted).any()
+
+
 def test_a_base_hands_over_to_a_refiner(torch_family: Folder, session_cache: Cache) -> None:
     base = reference("StableDiffusionXLPipeline", torch_family("xl"))
     latents = base(

@@ -39,13 +39,15 @@ _log = logging.getLogger("ovforge.stable_diffusion")
 class Start:
     """Where a run begins: noised latents, and the index of its first step.
 
-    `extra` are the UNet's channels after the latents; `blend(latents, index)` is called after each step.
+    `extra` are the UNet's channels after the latents; `blend(latents, index)` is called after each step, `finish`
+    with each picture made.
     """
 
     latents: Array
     first: int = 0
     extra: Array | None = None
     blend: Callable[[Array, int], Array] | None = None
+    finish: Callable[[Image.Image], Image.Image] = lambda image: image
 
 
 class Diffusion:
@@ -106,7 +108,7 @@ class Diffusion:
                 progress(Progress("decoding", 0, len(latents)))
                 for number, row in enumerate(latents):
                     with timings.span("vae_decoder"):
-                        images.append(self.autoencoder.decode(row))
+                        images.append(start.finish(self.autoencoder.decode(row)))
                     progress(Progress("decoding", number + 1, len(latents)))
             self._released("vae_decoder")
             return ImagesResult(

@@ -162,3 +162,7 @@ class InpaintingInputs(DiffusionInputs):
     image: Picture = Field(description="The picture to change.")
     mask: Picture = Field(description="What to change: white is painted anew, black stays. Of the picture's size.")
     strength: float = Field(1.0, gt=0, le=1, description="How far to go from what is there.")
+    paste: bool = Field(
+        False,
+        description="Put the picture's own pixels back where the mask is black: the autoencoder alone changes them.",
+    )

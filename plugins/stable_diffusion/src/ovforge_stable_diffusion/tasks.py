@@ -146,8 +146,10 @@ class Inpainting(TextToImage):
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         family, autoencoder = self.family, self.autoencoder
-        pixels = pixels_of(resized(inputs.image, "image", request.width, request.height))
+        image = resized(inputs.image, "image", request.width, request.height)
+        pixels = pixels_of(image)
         mask = _mask(inputs.mask, request)
+        finish = _Paste(image, mask) if inputs.paste else Start.finish
         small = mask[:, :: family.factor, :: family.factor]
         shape, pictures = self.latents_shape(request), len(request.prompts)
         full = inputs.strength == 1.0
@@ -165,10 +167,10 @@ class Inpainting(TextToImage):
                 hidden = autoencoder.encode(pixels * (mask < 0.5))
                 hidden_latents = autoencoder.sample([hidden] * pictures, rng)
                 extra = np.concatenate([np.broadcast_to(small, (pictures, *small.shape)), hidden_latents], axis=1)
-                return Start(latents, sampling.first, extra=extra)
+                return Start(latents, sampling.first, extra=extra, finish=finish)
         rng.randn(shape)  # where the other kind of UNet draws the latents of the masked picture, diffusers draws, too
         assert original is not None
-        return Start(latents, sampling.first, blend=_Blend(original, noise, small[None], sampling))
+        return Start(latents, sampling.first, blend=_Blend(original, noise, small[None], sampling), finish=finish)
 
 
 class _Blend:
@@ -182,6 +184,16 @@ class _Blend:
         if index + 1 < len(self._sampling.timesteps):
             kept = self._sampling.add_noise(kept, self._noise, index + 1)
         return (np.float32(1) - self._mask) * kept + self._mask * latents
+
+
+class _Paste:
+    """Puts the pixels back that the mask, float32 (1, height, width), leaves as they are."""
+
+    def __init__(self, original: Image.Image, mask: Array) -> None:
+        self._original, self._painted = original, Image.fromarray((mask[0] * 255).astype(np.uint8))
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return Image.composite(image, self._original, self._painted)
 
 
 def _mask(image: Any, request: Request) -> Array:
