@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import CommandExtension, TaskExtension
+from ovforge.extensions import CommandExtension, GraphTransformExtension, TaskExtension
+from ovforge.stages import Phase
 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -40,6 +41,19 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_stable_diffusion.tasks:Inpainting",
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
+    )
+
+
+@hookimpl
+def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
+    """Exact changes to the models."""
+    yield GraphTransformExtension(
+        name="clip-skip",
+        summary="Leave the last layers of the text encoders out",
+        config="ovforge_stable_diffusion.graph.clip_skip:ClipSkipOptions",
+        factory="ovforge_stable_diffusion.graph.clip_skip:ClipSkip",
+        phase=Phase.STRUCTURE,
+        light=True,
     )
 
 

@@ -157,9 +157,10 @@ class Diffusion:
             self._text = TextEncoders(
                 encoders, weighted=options.prompts == "weighted", chunks=options.long_prompts == "chunks"
             )
-        order = [*(request.negatives or ()), *request.prompts]
+        order = [*((pair, True) for pair in request.negatives or ()), *((pair, False) for pair in request.prompts)]
         distinct = list(dict.fromkeys(order))
-        conditions, warnings = self._text.encode(distinct, timings)
+        negative = [mark for _, mark in distinct]
+        conditions, warnings = self._text.encode([pair for pair, _ in distinct], timings, negative)
         rows = conditions.rows([distinct.index(pair) for pair in order])
         if self.family.time_ids and rows.pooled is None:
             raise ModelError("the last text encoder has no output 'text_embeds'", where=self.family.encoders[-1])

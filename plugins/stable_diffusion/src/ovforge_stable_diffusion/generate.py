@@ -184,7 +184,6 @@ def _clip_skip(layers: int) -> dict[str, Any]:
 
 _BRINGS = {
     "lora": ("--lora", "ovforge-sd-lora"),
-    "clip-skip": ("--clip-skip", "ovforge-sd-graph"),
     "nncf-weights": ("--type INT8", "ovforge-nncf"),
 }
 

@@ -13,12 +13,18 @@ from ovforge.errors import InputError, ModelError
 from ovforge.results import Timings
 from ovforge_stable_diffusion.prompts import Span, parse
 
-__all__ = ["Conditions", "TextEncoder", "TextEncoders"]
+__all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders"]
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 DEFAULT_LENGTH = 77
 """CLIP's number of tokens, for text encoders whose input leaves it open."""
+
+LAYER = "hidden_states."
+"""What the outputs before and after each layer are called, before their number."""
+
+SKIPPED = "skipped_states"
+"""The output that stands for the text states of prompts, where the transform clip-skip made one."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class TextEncoder:
         name = _penultimate(encoder) if penultimate else "last_hidden_state"
         self._output = _port(encoder.outputs, name, "text encoder")
         self._pooled = next((port for port in encoder.outputs if "text_embeds" in port.names), None)
+        self._skipped = next((port for port in encoder.outputs if SKIPPED in port.names), None)
         length = self._input.get_partial_shape()[1]
         self._length = length.get_length() if length.is_static else DEFAULT_LENGTH
         # The tokenizer itself shows its end and padding tokens: nothing, beside something longer.
@@ -92,10 +99,15 @@ class TextEncoder:
             weights[number, 1 : used + 1] = [weight for _, weight in tokens]
         return ids, weights
 
-    def run(self, ids: Ids) -> tuple[Array, Array | None]:
-        """Return states, float32 (rows, tokens, width), and pooled ones, (rows, width), where the model has them."""
+    def run(self, ids: Ids, whole: NDArray[np.bool_]) -> tuple[Array, Array | None]:
+        """Return states, float32 (rows, tokens, width), and pooled ones, (rows, width), where the model has them.
+
+        `whole` (rows,) says which rows go through all layers, where the model leaves some out for the others.
+        """
         self._encoder.infer({self._input: ids.astype(self._input.get_element_type().to_dtype(), copy=False)})
         states = self._encoder.get_tensor(self._output).data.astype(np.float32)
+        if self._skipped is not None and not whole.all():
+            states[~whole] = self._encoder.get_tensor(self._skipped).data[~whole]
         if not np.isfinite(states).all():
             raise ModelError(
                 "gave numbers that are not finite",
@@ -157,29 +169,35 @@ class TextEncoders:
         self._encoders = list(encoders)
         self._weighted, self._chunks = weighted, chunks
 
-    def encode(self, prompts: Sequence[tuple[str, str]], timings: Timings) -> tuple[Conditions, list[str]]:
+    def encode(
+        self, prompts: Sequence[tuple[str, str]], timings: Timings, whole: Sequence[bool] = ()
+    ) -> tuple[Conditions, list[str]]:
         """Return conditions, and warnings of what did not fit.
 
-        A prompt is a pair: for the first text encoder, and for the second.
+        A prompt is a pair: for the first text encoder, and for the second. `whole` says which prompts no layer is left
+        out for: the negative ones; by default none.
         """
+        marks = np.array(whole, bool) if whole else np.zeros(len(prompts), bool)
         warnings: list[str] = []
         states, pooled = [], None
         with timings.span("text_encoder"):
             for number, encoder in enumerate(self._encoders):
                 # A model that has the second text encoder alone, as SDXL's refiner, takes the first prompt there.
                 texts = [pair[number] for pair in prompts]
-                each, pooled = self._run(encoder, texts, timings)
+                each, pooled = self._run(encoder, texts, marks, timings)
                 states.append(each)
                 warnings += [said for text in texts if (said := self._cut(encoder, text)) and said not in warnings]
         length = max(each.shape[1] for each in states)
         states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
         return Conditions(np.concatenate(states, axis=2), pooled), warnings
 
-    def _run(self, encoder: TextEncoder, texts: list[str], timings: Timings) -> tuple[Array, Array | None]:
+    def _run(
+        self, encoder: TextEncoder, texts: list[str], whole: NDArray[np.bool_], timings: Timings
+    ) -> tuple[Array, Array | None]:
         if not (self._weighted or self._chunks):
             with timings.span("text_encoder.tokenizer"):
                 ids = encoder.fitted(texts)
-            return encoder.run(ids)
+            return encoder.run(ids, whole)
         with timings.span("text_encoder.tokenizer"):
             rows = [encoder.weighted(self._spans(text), chunks=self._chunks) for text in texts]
             # All prompts of a run get the same number of chunks: the shorter ones end with empty ones.
@@ -189,7 +207,7 @@ class TextEncoders:
                 (np.concatenate([ids, *[empty] * (most - len(ids))]), np.concatenate([w, *[ones] * (most - len(w))]))
                 for ids, w in rows
             ]
-        states, pooled = encoder.run(np.concatenate([ids for ids, _ in rows]))
+        states, pooled = encoder.run(np.concatenate([ids for ids, _ in rows]), np.repeat(whole, most))
         for chunk, weights in zip(states, np.concatenate([w for _, w in rows]), strict=True):
             _emphasize(chunk, weights)
         states = states.reshape(len(texts), -1, states.shape[-1])
@@ -226,7 +244,7 @@ def _emphasize(states: Array, weights: Array) -> None:
 
 def _penultimate(encoder: ov.CompiledModel) -> str:
     """Return the name of the states that go into the last layer."""
-    names = [name for port in encoder.outputs for name in port.names if name.startswith("hidden_states.")]
+    names = [name for port in encoder.outputs for name in port.names if name.startswith(LAYER)]
     last = max((int(name.rpartition(".")[2]) for name in names), default=0)
     if not last:
         raise ModelError(
