@@ -1,0 +1,1 @@
+"""Encrypted models: read, run and cached without a plain byte on disk."""
