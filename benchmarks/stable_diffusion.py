@@ -47,6 +47,7 @@ def make(folder: Path, family: str) -> None:
     import transformers
 
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)  # half the memory, and what such models are stored in
     end = json.loads((TOKENIZER / "vocab.json").read_text())["<|endoftext|>"]
     clip = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     small = transformers.CLIPTextConfig(
@@ -56,11 +57,11 @@ def make(folder: Path, family: str) -> None:
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
         projection_dim=1280, **clip,
     )  # fmt: skip
-    write(transformers.CLIPTextModel(small), folder / "text_encoder")
+    transformers.CLIPTextModel(small).save_pretrained(folder / "text_encoder")
     names = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     unet: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
     if family == "sdxl":
-        write(transformers.CLIPTextModelWithProjection(large), folder / "text_encoder_2")
+        transformers.CLIPTextModelWithProjection(large).save_pretrained(folder / "text_encoder_2")
         names |= {
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
@@ -73,12 +74,11 @@ def make(folder: Path, family: str) -> None:
             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
         }  # fmt: skip
-    write(diffusers.UNet2DConditionModel(**unet), folder / "unet")
-    vae = diffusers.AutoencoderKL(
+    diffusers.UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, sample_size=SIZES[family],
-    )  # fmt: skip
-    write(vae, folder / "vae")
+    ).save_pretrained(folder / "vae")  # fmt: skip
     for name in [name for name in names if name.startswith("tokenizer")]:
         shutil.copytree(TOKENIZER, folder / name)
     diffusers.EulerDiscreteScheduler(**EULER).save_pretrained(folder / "scheduler")
@@ -95,11 +95,6 @@ def make(folder: Path, family: str) -> None:
     if family == "sd15":
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def write(model: Any, folder: Path) -> None:
-    """Save a model in float16."""
-    model.half().save_pretrained(folder)
 
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
