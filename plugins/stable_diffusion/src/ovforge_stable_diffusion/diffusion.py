@@ -22,7 +22,7 @@ from ovforge_stable_diffusion.controls import condition
 from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_stable_diffusion.request import Request, make_request
-from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncoder, TextEncoders
+from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncoder, TextEncoders, learned_tokens
 from ovforge_stable_diffusion.unet import Denoiser, guidance_embedding
 from ovforge_stable_diffusion.vae import Autoencoder
 
@@ -94,6 +94,7 @@ class Diffusion:
             sampling = self._sampling(inputs, request.steps)
             progress(Progress("text encoding", 0, request.steps))
             conditions, warnings = self._encode(request, timings)
+            learned, unused = self._learned(request)
             self._released("tokenizer", "tokenizer_2", *self.family.encoders)
             rng = BatchGenerator(request.seeds)
             start = self._begin(inputs, request, sampling, rng, timings)
@@ -113,8 +114,8 @@ class Diffusion:
             self._released("vae_decoder")
             return ImagesResult(
                 timings=timings,
-                provenance={"inputs": request.as_inputs()},
-                warnings=warnings,
+                provenance={"inputs": request.as_inputs(), **learned},
+                warnings=warnings + unused,
                 images=images,
                 seeds=request.seeds,
                 latents=latents,
@@ -147,9 +148,13 @@ class Diffusion:
     def _encode(self, request: Request, timings: Timings) -> tuple[Conditions, list[str]]:
         """Return conditions of each half, the unconditional one first where there is guidance; and what did not fit."""
         if self._text is None:
+            taught = learned_tokens(self._bundle.assets)
             encoders = [
                 TextEncoder(
-                    self._bundle[_tokenizer_of(role)], self._bundle[role], penultimate=bool(self.family.time_ids)
+                    self._bundle[_tokenizer_of(role)],
+                    self._bundle[role],
+                    penultimate=bool(self.family.time_ids),
+                    learned=taught.get(_tokenizer_of(role)),
                 )
                 for role in self.family.encoders
             ]
@@ -171,6 +176,21 @@ class Diffusion:
             )
         self._say("text states", rows.states)
         return rows, warnings
+
+    def _learned(self, request: Request) -> tuple[dict[str, list[str]], list[str]]:
+        """Return the learned words that prompts used, for the provenance, and warnings of pictures that use none."""
+        words = dict.fromkeys(word for taught in learned_tokens(self._bundle.assets).values() for word in taught)
+        if not words or self._text is None:
+            return {}, []
+        negatives = request.negatives or request.prompts
+        pairs = list(dict.fromkeys(zip(request.prompts, negatives, strict=True)))
+        used = self._text.learned([prompt for pair in pairs for prompt in pair])
+        warnings = [
+            f"the prompt {pair[0][0]!r} uses none of the learned words: {', '.join(words)}"
+            for pair, mine, other in zip(pairs, used[::2], used[1::2], strict=True)
+            if not mine and not other
+        ]
+        return {"learned_tokens": list(dict.fromkeys(word for each in used for word in each))}, warnings
 
     def _denoise(
         self,

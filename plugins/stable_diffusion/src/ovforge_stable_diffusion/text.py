@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from ovforge.errors import InputError, ModelError
 from ovforge.results import Timings
 from ovforge_stable_diffusion.prompts import Span, parse
 
-__all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders"]
+__all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders", "learned_tokens"]
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -25,6 +26,22 @@ LAYER = "hidden_states."
 
 SKIPPED = "skipped_states"
 """The output that stands for the text states of prompts, where the transform clip-skip made one."""
+
+LEARNED = "learned_tokens.json"
+"""The asset in which a transform leaves the words that it taught: {tokenizer's role: {word: [ids of its vectors]}}."""
+
+Learned = Mapping[str, Sequence[int]]
+
+
+def learned_tokens(assets: Mapping[str, bytes]) -> dict[str, Learned]:
+    """Return the words that each tokenizer was taught, with their ids; {} where there are none."""
+    try:
+        roles = json.loads(assets.get(LEARNED, b"{}"))
+        return {
+            role: {word: [int(id_) for id_ in ids] for word, ids in taught.items()} for role, taught in roles.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"is no list of learned words: {error}", where=LEARNED) from error
 
 
 @dataclass(frozen=True)
@@ -44,10 +61,19 @@ class TextEncoder:
     """The tokenizer and the text encoder of CLIP (Radford et al. 2021), as OpenVINO models.
 
     Tokenizers of optimum-intel neither pad nor cut to the encoder's length, ours do both: rows are made to fit here.
-    With `penultimate`, the states before the last layer are returned, not normalized, as SDXL takes them.
+    With `penultimate`, the states before the last layer are returned, not normalized, as SDXL takes them. `learned` are
+    words that were taught beyond CLIP's own.
     """
 
-    def __init__(self, tokenizer: ov.CompiledModel, encoder: ov.CompiledModel, *, penultimate: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: ov.CompiledModel,
+        encoder: ov.CompiledModel,
+        *,
+        penultimate: bool,
+        learned: Learned | None = None,
+    ) -> None:
+        self.learned = learned or {}
         self._tokenizer = tokenizer.create_infer_request()
         self._encoder = encoder.create_infer_request()
         self._tokens = _port(tokenizer.outputs, "input_ids", "tokenizer")
@@ -136,10 +162,20 @@ class TextEncoder:
     def _goes_on(self, word: str) -> bool:
         """Say whether a word that fills every place goes on: one more letter then changes no token that is seen.
 
-        Where it ends with the last place, that letter moves the mark of the word's end.
+        Where it ends with the last place, that letter moves the mark of the word's end. Learned words have no such
+        mark: there, one letter less breaks a word that ends.
         """
-        whole, longer = self._raw([word])[0], self._raw([word + word[-1]])[0]
-        return bool(np.array_equal(whole, longer))
+        whole = self._raw([word])[0]
+        last = int(whole[self.room])
+        if any(last in ids[:-1] for ids in self.learned.values()):
+            return True
+        ends = any(last == ids[-1] for ids in self.learned.values())
+        return bool(np.array_equal(whole, self._raw([word[:-1] if ends else word + word[-1]])[0]))
+
+    def learned_in(self, ids: Ids) -> list[str]:
+        """Return the learned words that token ids hold."""
+        there = set(ids.ravel().tolist())
+        return [word for word, own in self.learned.items() if there.intersection(own)]
 
     def _content(self, row: Ids) -> int:
         """Return how many tokens lie between the start token and the first end token."""
@@ -190,6 +226,19 @@ class TextEncoders:
         length = max(each.shape[1] for each in states)
         states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
         return Conditions(np.concatenate(states, axis=2), pooled), warnings
+
+    def learned(self, prompts: Sequence[tuple[str, str]]) -> list[list[str]]:
+        """Return the learned words in what the text encoders read of each prompt, cut as it is."""
+        found: list[dict[str, None]] = [{} for _ in prompts]
+        for number, encoder in enumerate(self._encoders):
+            for words, pair in zip(found, prompts, strict=True):
+                words |= dict.fromkeys(encoder.learned_in(self._ids(encoder, pair[number])))
+        return [list(words) for words in found]
+
+    def _ids(self, encoder: TextEncoder, text: str) -> Ids:
+        if self._weighted or self._chunks:
+            return encoder.weighted(self._spans(text), chunks=self._chunks)[0]
+        return encoder.fitted([text])
 
     def _run(
         self, encoder: TextEncoder, texts: list[str], whole: NDArray[np.bool_], timings: Timings
