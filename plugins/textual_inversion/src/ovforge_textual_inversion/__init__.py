@@ -1,1 +1,22 @@
-"""Textual inversions on OpenVINO models: new words for the tokenizer and the text encoder."""
+"""Textual inversions (Gal et al. 2022) on OpenVINO models: new words for the tokenizer and the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ovforge import hookimpl
+from ovforge.extensions import GraphTransformExtension
+from ovforge.stages import Phase
+
+
+@hookimpl
+def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
+    """New words from embedding files."""
+    yield GraphTransformExtension(
+        name="textual-inversion",
+        summary="New words for prompts, from textual inversion files",
+        config="ovforge_textual_inversion.options:TextualInversionOptions",
+        factory="ovforge_textual_inversion.transform:TextualInversion",
+        phase=Phase.STRUCTURE,
+        light=True,
+    )
