@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
     from ovforge.sources import Source
 
-__all__ = ["Control", "ModelBundle", "Roles", "read_model"]
+__all__ = ["Control", "ModelBundle", "Places", "Roles", "read_model"]
 
 ASSET_LIMIT = 64 * 2**20
 """Largest file, in bytes, that is kept beside the models: vocabularies and configs are smaller."""
+
+Places = dict[str, dict[str, list[int]]]
+"""Role -> id of a variable -> its shape, in which -1 is an open dimension."""
 
 _ASSET_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 _MODEL = "openvino_model"
@@ -123,6 +126,8 @@ class ModelBundle:
     index: dict[str, Any] = field(default_factory=dict)
     assets: dict[str, bytes] = field(default_factory=dict)
     controls: dict[str, Control] = field(default_factory=dict)
+    adapters: dict[str, Places] = field(default_factory=dict)
+    """Name of an adapter that is switched while running -> the variables that it fills, which a transform put there."""
     identity: dict[str, str] = field(default_factory=dict)
     location: dict[str, Path] = field(default_factory=dict)
     """Role -> its .xml, where the model lies in a plain file."""

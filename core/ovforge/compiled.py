@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovforge.adapters import Variables
 from ovforge.errors import CacheError, DeviceError, InputError, ModelError
 from ovforge.runtime import core, enable_tokenizers, openvino_version
 
@@ -54,6 +55,7 @@ class CompiledBundle:
         self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None, *, execute: bool = True
     ) -> None:
         self.source = bundle
+        self.variables = Variables()
         self.configs = bundle.configs
         self.index = bundle.index
         self.assets = bundle.assets
@@ -66,6 +68,8 @@ class CompiledBundle:
         self._released: dict[tuple[str, str], CompiledRole] = {}
         self._wrappers: dict[str, Callable[[ov.CompiledModel], Any]] = {}
         self._eager = True
+        self._adjustable = {control.role for control in bundle.controls.values()}
+        self._adjustable |= {role for places in bundle.adapters.values() for role in places}
 
     def start(self, role: str, shapes: Shapes | None = None) -> None:
         """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
@@ -101,6 +105,8 @@ class CompiledBundle:
         """Return a role's compiled model, for fixed shapes or any."""
         model = self.compiled(role, shapes).model
         assert model is not None
+        if role in self._adjustable:
+            model = self.variables.given_to(role, model)
         wrap = self._wrappers.get(role)
         return wrap(model) if wrap else model
 

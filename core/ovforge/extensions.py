@@ -91,6 +91,9 @@ class LoaderExtension(Extension):
 class GraphTransformExtension(Extension):
     """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options.
 
+    `adapter` is for what is switched while a pipeline runs: `adapter(options, bundle) -> stages.Adapter`, or None where
+    these options leave nothing to switch. It is called when all transforms are done, and for adapters that are loaded
+    later; `bundle.adapters` tells the places that transforms made.
     `light` says that it is quicker to make the change again than to store whole models: the cache then keeps the
     report alone, and the change is made whenever a changed model is read.
     """
@@ -98,6 +101,7 @@ class GraphTransformExtension(Extension):
     kind: ClassVar[str] = "transform"
     phase: Phase | Callable[[Any], Phase]
     light: bool = False
+    adapter: str | Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

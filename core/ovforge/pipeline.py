@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import ovforge
+from ovforge.adapters import Adapters, Controls
 from ovforge.bundle import Control, ModelBundle, write_json
 from ovforge.cache import Cache, Entry, digest_file
 from ovforge.calibration import TaskCalibration
@@ -33,12 +35,13 @@ from ovforge.config import (
     validate_options,
 )
 from ovforge.errors import ConfigError, ModelError, PluginError, did_you_mean
-from ovforge.extensions import GraphTransformExtension, LoaderExtension, SchedulerExtension, TaskExtension
+from ovforge.extensions import GraphTransformExtension, LoaderExtension, SchedulerExtension, TaskExtension, resolve
 from ovforge.plugins import Offer, Plugins
 from ovforge.results import Result, Timings, read_provenance
 from ovforge.runtime import openvino_version
 from ovforge.sources import PACKAGE, FileSource, Source, open_source, source_digest
 from ovforge.stages import (
+    Adapter,
     Calibration,
     DevicePlan,
     Match,
@@ -365,15 +368,18 @@ def apply_step(
         return _apply(step, bundle, strict, calibration)
     ingredients = step_ingredients(step, before, recipe, cache.memo)
 
+    made: dict[str, Any] = {}
+
     def write(folder: Path) -> None:
         changed = bundle.copy() if step.light else bundle
         report = _apply(step, changed, strict, calibration)
+        made.update({role: changed.models[role] for role in report.roles} if step.light else {})
         for role in () if step.light else report.roles:
             changed.write_model(role, folder)
         write_json(folder / _STAGE_FILE, _delta(changed, report))
 
     entry, _ = cache.get_or_make(ingredients, write, label=f"{step.offer.extension.name}")
-    report = _take(entry, step, bundle)
+    report = _take(entry, step, bundle, made)
     _check_strict(step, report, strict)
     return report
 
@@ -406,18 +412,22 @@ def _delta(bundle: ModelBundle, report: Report) -> dict[str, Any]:
         "index": bundle.index,
         "assets": {path: data.decode("latin-1") for path, data in bundle.assets.items()},
         "controls": {name: asdict(control) for name, control in bundle.controls.items()},
+        "adapters": bundle.adapters,
     }
 
 
-def _take(entry: Entry, step: Step, bundle: ModelBundle) -> Report:
-    """Put a stored step's models and the rest into the bundle; a light step's models are changed when they are read."""
+def _take(entry: Entry, step: Step, bundle: ModelBundle, made: Mapping[str, Any] | None = None) -> Report:
+    """Put a stored step's models and the rest into the bundle; a light step's models are changed when they are read.
+
+    `made` holds those of a light step that was applied just now.
+    """
     delta = json.loads((entry.path / _STAGE_FILE).read_bytes())
     said = delta["report"]
     report = Report(**{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]})
     if step.light:
-        original = bundle.copy()
+        change = _LightChange(step, bundle.copy(), made or {})
         for role in report.roles:
-            bundle.models.lazy(role, partial(_changed_again, step, original, role))
+            bundle.models.lazy(role, partial(change.model, role))
             bundle.identity[role] = f"{entry.key} {role}"
             bundle.location.pop(role, None)
     else:
@@ -426,7 +436,7 @@ def _take(entry: Entry, step: Step, bundle: ModelBundle) -> Report:
             bundle.models.take(role, changed.models, role)
             bundle.identity[role] = changed.identity[role]
             bundle.location[role] = changed.location[role]
-    bundle.configs, bundle.index = delta["configs"], delta["index"]
+    bundle.configs, bundle.index, bundle.adapters = delta["configs"], delta["index"], delta["adapters"]
     bundle.assets = {path: data.encode("latin-1") for path, data in delta["assets"].items()}
     bundle.controls = {
         name: Control(**{**control, "shape": tuple(control["shape"])}) for name, control in delta["controls"].items()
@@ -434,11 +444,30 @@ def _take(entry: Entry, step: Step, bundle: ModelBundle) -> Report:
     return report
 
 
-def _changed_again(step: Step, original: ModelBundle, role: str) -> Any:
-    """Return the ov.Model that a light step makes of `role`."""
-    bundle = original.copy()
-    step.offer.extension.create(step.options).apply(bundle)
-    return bundle.models[role]
+class _LightChange:
+    """What a light step makes of models, as often as they are asked for; a step applied once serves each role once."""
+
+    def __init__(self, step: Step, original: ModelBundle, made: Mapping[str, Any]) -> None:
+        self._step, self._original, self._made = step, original, dict(made)
+        self._lock = threading.Lock()
+
+    def model(self, role: str) -> Any:
+        """Return the changed ov.Model of a role, for the caller alone."""
+        with self._lock:
+            if role not in self._made:
+                bundle = self._original.copy()
+                report = self._step.offer.extension.create(self._step.options).apply(bundle)
+                self._made = {changed: bundle.models[changed] for changed in report.roles}
+            return self._made.pop(role)
+
+
+def make_adapter(step: Step, bundle: ModelBundle) -> Adapter | None:
+    """Return what a transform leaves to be switched while running; None where that is nothing."""
+    extension = step.offer.extension
+    if not isinstance(extension, GraphTransformExtension) or extension.adapter is None:
+        return None
+    adapter: Adapter | None = resolve(extension.adapter)(step.options, bundle)
+    return adapter
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------
@@ -506,6 +535,11 @@ class Pipeline:
             ]
         self._compile_start = time.perf_counter()
         self.compiled = self._compile()
+        self.controls = Controls(self.bundle.controls, self.compiled.variables)
+        self.adapters = Adapters(self.bundle.adapters, self.compiled.variables, self._load_adapter)
+        for step in self.recipe.steps:
+            if (adapter := make_adapter(step, self.bundle)) is not None:
+                self.adapters.add(adapter)
         self.task = self._make_task(self.compiled)
         self._at_start = len(self.compiled.wanted)
 
@@ -528,6 +562,19 @@ class Pipeline:
         result.timings = self.start_timings().merged(result.timings)
         result.provenance = {**self.provenance(), **result.provenance}
         return result
+
+    def _load_adapter(self, use: Use) -> Adapter:
+        """Return an adapter that a running pipeline is to take in. Raises ModelError where a part finds no place."""
+        step = _step(self._plugins, "transform", use, "adapters.load", self.recipe.base)
+        adapter = make_adapter(step, self.bundle)
+        if adapter is None:
+            raise ConfigError(
+                "it is no adapter that can be loaded into a running pipeline",
+                where=f"adapters.load: {use.use}",
+                hint="Add it to the config as a transform.",
+            )
+        _check_strict(step, Report(skipped=list(adapter.skipped)), self.config.strict)
+        return adapter
 
     def _compile(self) -> CompiledBundle:
         return CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache)
@@ -553,8 +600,10 @@ class Pipeline:
         offers += [self.recipe.scheduler] if self.recipe.scheduler else []
         # Relative paths start at the config's folder; a config without paths says nothing of this machine.
         sources = [self.config.load.source, *self.config.load.parts.values()]
-        has_paths = any(input_files(step.options) for step in self.recipe.steps) or not all(
-            source.startswith(PACKAGE) for source in sources
+        has_paths = (
+            any(input_files(step.options) for step in self.recipe.steps)
+            or bool(self.adapters.loaded)
+            or not all(source.startswith(PACKAGE) for source in sources)
         )
         return {
             **({"base": str(self.recipe.base.resolve())} if has_paths else {}),
@@ -567,7 +616,30 @@ class Pipeline:
             "digests": {role: self.bundle.identity.get(role) for role in self._roles},
             "device": {"name": self.device_plan.device, "full_name": self.device_plan.full_name},
             "precision": {role: kind for role, kind in precisions.items() if not role.startswith("tokenizer")},
+            **({"controls": changed} if (changed := self.controls.changed()) else {}),
+            **({"adapters": self._adapters_now()} if self.adapters else {}),
         }
+
+    def _adapters_now(self) -> dict[str, Any]:
+        """Return the weight of each adapter, and of those that were loaded later where they came from."""
+        memo = self._cache.memo if self._cache else None
+        now: dict[str, Any] = {name: {"weight": weight} for name, weight in self.adapters.items()}
+        for name, use in self.adapters.loaded.items():
+            options = _step(self._plugins, "transform", use, "adapters.load", self.recipe.base).options
+            files = [_content(path, memo) for path in input_files(options)]
+            now[name] |= {"use": use.model_dump(mode="json"), "digests": files}
+        return now
+
+    def adjust(self, provenance: Mapping[str, Any]) -> None:
+        """Set controls and adapters to what a result's provenance says of them."""
+        for name, value in provenance.get("controls", {}).items():
+            self.controls[name] = value
+        adapters = provenance.get("adapters", {})
+        for entry in adapters.values():
+            if "use" in entry:
+                self.adapters.load(Use(**entry["use"]))
+        if adapters:
+            self.adapters.set({name: entry["weight"] for name, entry in adapters.items()})
 
     def _make_scheduler(self) -> Scheduler:
         model_config = self.bundle.scheduler_config()
@@ -634,16 +706,19 @@ def load(
     checked_config, base = read_pipeline(config, overrides)
     pipeline = Pipeline(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
     if isinstance(config, str | Path) and Path(config).suffix.lower() == ".png":
-        _compare(read_provenance(Path(config)), pipeline)
+        provenance = read_provenance(Path(config))
+        pipeline.adjust(provenance)
+        _compare(provenance, pipeline)
     return pipeline
 
 
 def _compare(then: Mapping[str, Any], pipeline: Pipeline) -> None:
     """Warn where a picture was made with something else than what is here now."""
     now = pipeline.provenance()
-    for part in ("digests", "versions", "precision", "device"):
-        if part in then and then[part] != now[part]:
-            changed = [key for key in {**then[part], **now[part]} if then[part].get(key) != now[part].get(key)]
+    for part in ("digests", "versions", "precision", "device", "adapters"):
+        if part in then and then[part] != now.get(part, {}):
+            ours = now.get(part, {})
+            changed = [key for key in {**then[part], **ours} if then[part].get(key) != ours.get(key)]
             warnings.warn(
                 f"the picture was made with other {part} ({', '.join(sorted(changed))}): it may differ", stacklevel=3
             )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ovforge.sources import Source
 
 __all__ = [
+    "Adapter",
     "Calibration",
     "Device",
     "DevicePlan",
@@ -100,6 +101,25 @@ class GraphTransform(Protocol):
 
     def apply(self, bundle: ModelBundle) -> Report:
         """Change `bundle` in place and report. Must depend on the bundle and the options alone."""
+        ...
+
+
+class Adapter(Protocol):
+    """Something that can be switched, weighted and exchanged while a pipeline runs; made by a transform's `adapter`."""
+
+    name: str
+
+    weight: float
+    """Its weight at the start."""
+
+    skipped: Sequence[Skipped]
+    """What of it found no place in the models."""
+
+    def values(self, weight: float) -> Mapping[str, Mapping[str, NDArray[np.float32]]]:
+        """Return role -> variable -> what it puts there at a weight other than 0.
+
+        Arrays that do not depend on the weight should be the same ones each time: they are then not copied again.
+        """
         ...
 
 

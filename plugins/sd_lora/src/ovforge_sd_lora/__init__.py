@@ -1,1 +1,29 @@
 """LoRA, LoCon, LoHa, LoKr and DoRA adapters on OpenVINO models: fused, or switched while running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ovforge import hookimpl
+from ovforge.extensions import GraphTransformExtension
+from ovforge.stages import Phase
+
+
+def _phase(options: Any) -> Phase:
+    """Weights are changed before anything else; what is switched at run time is attached to the final weights."""
+    return Phase.ATTACH if options.mode == "runtime" else Phase.FUSE
+
+
+@hookimpl
+def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
+    """The adapters."""
+    yield GraphTransformExtension(
+        name="lora",
+        summary="LoRA, LoCon, LoHa, LoKr, DoRA and full-difference adapters, fused or switched while running",
+        config="ovforge_sd_lora.options:LoraOptions",
+        factory="ovforge_sd_lora.transform:LoraTransform",
+        phase=_phase,
+        light=True,
+        adapter="ovforge_sd_lora.switch:running_adapter",
+    )

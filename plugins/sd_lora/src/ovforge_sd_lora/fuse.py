@@ -1,0 +1,161 @@
+"""Adapters into weights: each changed weight is stored again in the type that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.errors import ModelError
+from ovforge_sd_lora import kinds
+from ovforge_sd_lora.adapter import Module
+from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes, weight_of
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = ["after", "changed_weight", "fuse"]
+
+Array = NDArray[np.float32]
+
+
+def changed_weight(weight: Array, module: Module, strength: float) -> Array:
+    """Return a weight, in torch's layout, with a module applied at a strength. Float32."""
+    added = module.delta().reshape(weight.shape)
+    if not module.dora:
+        return weight + (added if strength == 1 else np.float32(strength) * added)
+    by_input, magnitude = magnitudes(module, weight.shape[0])
+    return kinds.decompose(weight, added, magnitude, strength, by_input=by_input)
+
+
+def magnitudes(module: Module, outputs: int) -> tuple[bool, Array]:
+    """Return (whether they are the inputs', DoRA's magnitudes).
+
+    LyCORIS stores those of outputs as (out, 1), those of inputs as (1, in); PEFT has those of outputs alone.
+    """
+    key = "dora_scale" if "dora_scale" in module.keys else "magnitude"
+    value = module.file.read(module.keys[key])
+    return key == "dora_scale" and value.ndim > 1 and value.shape[0] == 1 and value.shape[1] != 1, value
+
+
+def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
+    """Change a layer's weight and bias by modules, each at its strength.
+
+    Returns the type that a compressed weight had before it was stored as float16; None where it was none.
+    Raises ModelError where the result does not fit the weight's type.
+    """
+    was = None
+    pairs = list(modules)
+    weights = [(module, strength) for module, strength in pairs if module.kind != "bias"]
+    if weights:
+        value = target.weight()
+        for module, strength in weights:
+            value = changed_weight(value, module, strength)
+        ports = target.weight_inputs()
+        if target.compressed:
+            was = _stored_type(ports[0].get_source_output())
+        if ports:
+            _store(ports, value.T if target.transposed else value, target.path)
+        else:
+            for node in target.nodes:
+                after(node, "Multiply", value)
+    for module, strength in pairs:
+        if module.kind == "bias":
+            _add_bias(target, np.float32(strength) * module.delta().reshape(-1))
+    return was
+
+
+def _add_bias(target: Target, added: Array) -> None:
+    ports = target.bias_inputs()
+    if ports:
+        _store(ports, weight_of(ports[0].get_source_output()).reshape(-1) + added, target.path)
+        return
+    for node in target.nodes:
+        if target.kind == "norm" and (weight := target.weight_inputs()):
+            node = weight[0].get_node()
+        after(behind(node), "Add", added.reshape(-1, 1, 1) if target.kind == "conv" else added)
+
+
+def after(node: ov.Node, operation: str, value: Any, name: str = "/adapted") -> ov.Node:
+    """Put an elementwise operation with `value`, an array or a node, behind a node; its users see the result.
+
+    It is called as the node, with `name` at the end.
+    """
+    from openvino import opset13 as ops
+
+    output = node.output(0)
+    if isinstance(value, np.ndarray):
+        value = _constant(value, output.get_element_type().get_type_name(), node.get_friendly_name())
+    users = list(output.get_target_inputs())
+    made = (ops.add if operation == "Add" else ops.multiply)(output, value)
+    for user in users:
+        user.replace_source_output(made.output(0))
+    if any(user.get_node().get_type_name() == "Result" for user in users):  # the model's output keeps its name
+        made.output(0).get_tensor().set_names(output.get_tensor().get_names())
+        output.get_tensor().set_names(set())
+    made.set_friendly_name(f"{node.get_friendly_name()}{name}")
+    return made
+
+
+def _store(ports: Sequence[ov.Input], value: Array, where: str) -> None:
+    """Give inputs a new constant of the type that they had; float16 where that was compressed."""
+    from openvino import opset13 as ops
+
+    source = ports[0].get_source_output()
+    plain = plain_constant(source)
+    kind = plain.get_element_type().get_type_name() if plain is not None else "f16"
+    shape = tuple(source.get_shape())
+    made = _constant(value.reshape(shape), kind, where)
+    if plain is not None:
+        made.set_friendly_name(plain.get_friendly_name())
+    node = source.get_node()
+    if plain is not None and node.get_type_name() == "Convert" and _alone(node, ports) and _users(plain) == 1:
+        node.input(0).replace_source_output(made.output(0))
+        return
+    if source.get_element_type() != made.get_element_type():
+        name = node.get_friendly_name()
+        made = ops.convert(made, source.get_element_type())
+        made.set_friendly_name(name)
+    for port in ports:
+        port.replace_source_output(made.output(0))
+
+
+def _alone(node: ov.Node, ports: Sequence[ov.Input]) -> bool:
+    """Say whether a node serves these inputs and no other."""
+    return len(node.output(0).get_target_inputs()) == len(ports)
+
+
+def _users(node: ov.Node) -> int:
+    return len(node.output(0).get_target_inputs())
+
+
+def _stored_type(source: ov.Output) -> str:
+    """Return the type of the compressed numbers."""
+    stored = [node for node in stored_nodes(source.get_node()) if node.get_type_name() == "Constant"]
+    largest = max(stored, key=lambda node: int(np.prod(list(node.get_output_shape(0)))))
+    return str(largest.get_element_type().get_type_name())
+
+
+def _constant(value: Array, kind: str, where: str) -> ov.Node:
+    """Return a constant of a type. Raises ModelError where a number is too large for it."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    if not np.isfinite(value).all():
+        raise ModelError("the changed weight is not finite", where=where, hint="Lower the adapter's scale.")
+    if kind == "bf16":  # round to nearest, ties to even
+        bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        tensor = ov.Tensor(rounded, list(value.shape), ov.Type.bf16)
+        return ops.constant(tensor, shared_memory=False)
+    with np.errstate(over="ignore"):
+        stored = value.astype({"f16": np.float16, "f32": np.float32, "f64": np.float64}[kind])
+    if not np.isfinite(stored).all():
+        raise ModelError(
+            f"the changed weight has numbers too large for {kind}",
+            where=where,
+            hint='Lower the adapter\'s scale, or convert the model with weights = "f32".',
+        )
+    return ops.constant(np.ascontiguousarray(stored))

@@ -1,0 +1,166 @@
+"""Which of an adapter's modules meet which layers of a model, and why the others do not: the preflight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ovforge.bundle import ModelBundle
+from ovforge.errors import ConfigError, ModelError
+from ovforge.stages import Skipped
+from ovforge_sd_lora.adapter import Adapter, Module, family_name
+from ovforge_sd_lora.names import ROLES, aliases, flat
+from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.targets import Target, find_targets, kept_targets
+
+__all__ = ["Match", "Preflight", "Scales", "preflight"]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A module of the adapter and the layer it changes."""
+
+    role: str
+    module: Module
+    target: Target
+
+
+@dataclass
+class Preflight:
+    """What would be applied, what not and why, and the share of the model that is touched."""
+
+    matches: list[Match] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    touched: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Role -> weights (numbers) in the layers touched, and in all layers where adapters can act."""
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Role -> every name of a module, flat -> its path."""
+
+    def of(self, role: str) -> list[Match]:
+        """Return the matches of a role."""
+        return [match for match in self.matches if match.role == role]
+
+
+def preflight(
+    adapter: Adapter, bundle: ModelBundle, roles: Iterable[str] | None = None, *, kept: bool = False
+) -> Preflight:
+    """Look up every module of an adapter in the models of a bundle; `kept` says that a list of layers will do.
+
+    Raises ModelError where the adapter was trained on another family: then its names may fit and its numbers do not.
+    """
+    wanted = set(roles) if roles is not None else None
+    found = Preflight(skipped=list(adapter.unknown))
+    of_role: dict[str, list[Module]] = {}
+    for module in adapter.modules:
+        role = module.role or "unet"
+        if wanted is None or role in wanted:
+            of_role.setdefault(role, []).append(module)
+    if wanted is not None:
+        _check_roles(wanted, of_role, adapter)
+    for role in sorted(of_role, key=lambda role: (*ROLES, role).index(role)):
+        if role not in bundle.models:
+            found.skipped += [Skipped(_shown(m, role), f"the model has no {role}") for m in of_role[role]]
+            continue
+        targets = (kept_targets(bundle, role) if kept else None) or find_targets(role, bundle.models[role])
+        if role == "unet":
+            _check_family(adapter, targets)
+        names = found.names[role] = aliases(targets)
+        for module in of_role[role]:
+            path = names.get(flat(module.name))
+            reason = "the model has no such layer" if path is None else _misfit(module, targets[path])
+            if path is None or reason:
+                found.skipped.append(Skipped(_shown(module, role), reason))
+            else:
+                found.matches.append(Match(role, module, targets[path]))
+        paths = {match.target.path for match in found.of(role)}
+        sizes = {path: math.prod(target.shape) for path, target in targets.items()}
+        found.touched[role] = sum(sizes[path] for path in paths), sum(sizes.values())
+    return found
+
+
+def _shown(module: Module, role: str) -> str:
+    return f"{role}: {module.name}"
+
+
+def _check_roles(wanted: set[str], found: Mapping[str, object], adapter: Adapter) -> None:
+    if missing := sorted(wanted - set(found)):
+        here = sorted({module.role or "unet" for module in adapter.modules})
+        raise ConfigError(
+            f"the adapter has no part for {', '.join(missing)}",
+            where=f"{adapter.name}: roles",
+            hint=f"It has parts for: {', '.join(here)}.",
+        )
+
+
+def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
+    ours = next((t.shape[1] for path, t in targets.items() if path.endswith("attn2.to_k")), None)
+    theirs = adapter.width()
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ModelError(
+            f"the adapter was trained on {family_name(theirs)} (its cross-attention is {theirs} wide), "
+            f"and the model is {family_name(ours)} ({ours})",
+            where=adapter.where,
+            hint="An adapter works on the family it was trained on: take another adapter, or another model.",
+        )
+
+
+def _misfit(module: Module, target: Target) -> str:
+    """Return why a module's numbers do not fit a layer's; "" where they do."""
+    size, shape = math.prod(module.shape), module.shape
+    if module.kind == "bias":
+        return "" if size == target.shape[0] else f"a bias of {size}, and the layer has {target.shape[0]} outputs"
+    if target.kind == "norm" and module.kind != "full":
+        return f"a {module.label} cannot act on a norm"
+    whole = size == math.prod(target.shape) and shape[0] == target.shape[0]
+    same = len(shape) == len(target.shape)
+    if not whole or (same and shape != target.shape) or (not same and math.prod(shape[2:]) != 1):
+        return f"its shape is {list(shape)}, and the layer's {list(target.shape)}"
+    for key in ("magnitude", "dora_scale"):
+        if key in module.keys:
+            magnitudes = math.prod(module.file.tensors[module.keys[key]].shape)
+            allowed = target.shape[:1] if key == "magnitude" else target.shape[:2]
+            if magnitudes not in allowed:
+                return f"{magnitudes} magnitudes for a layer of {list(target.shape)}"
+    return ""
+
+
+class Scales:
+    """The strength of each layer beside the adapter's own: factors of roles and blocks."""
+
+    def __init__(self, options: LoraOptions, found: Preflight) -> None:
+        """Raise ConfigError for a factor that no layer of the adapter would take."""
+        self._roles, self._blocks = options.role_scales, options.block_scales
+        self._names = {role: _names_by_path(names) for role, names in found.names.items()}
+        roles = {match.role for match in found.matches}
+        for role in self._roles:
+            if role not in roles:
+                raise ConfigError(
+                    f"the adapter has no part for {role!r}",
+                    where=f"{options.label}: role_scales",
+                    hint=f"It has: {', '.join(sorted(roles))}.",
+                )
+        for block in self._blocks:
+            if not any(self._fits(block, match.role, match.target.path) for match in found.matches):
+                raise ConfigError(
+                    f"no layer of the adapter is in {block!r}",
+                    where=f"{options.label}: block_scales",
+                    hint='Blocks are named as in diffusers, "down_blocks.1" or "mid_block", or as "input_blocks.4".',
+                )
+
+    def of(self, role: str, path: str) -> float:
+        """Return the factor of a layer."""
+        fitting = [block for block in self._blocks if self._fits(block, role, path)]
+        block = self._blocks[max(fitting, key=len)] if fitting else 1.0
+        return self._roles.get(role, 1.0) * block
+
+    def _fits(self, block: str, role: str, path: str) -> bool:
+        start = flat(block) + "_"
+        return any(f"{name}_".startswith(start) for name in self._names.get(role, {}).get(path, (flat(path),)))
+
+
+def _names_by_path(names: Mapping[str, str]) -> dict[str, list[str]]:
+    by_path: dict[str, list[str]] = {}
+    for name, path in names.items():
+        by_path.setdefault(path, []).append(name)
+    return by_path

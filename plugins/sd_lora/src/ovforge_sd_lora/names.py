@@ -1,0 +1,192 @@
+"""What the keys of adapter files mean: which model, which module of it, which tensor.
+
+A module is looked up among the paths that the model really has, each under all the names that it goes by: diffusers'
+(`down_blocks.0.attentions.0.proj_in`), with dots or underscores, and Stable Diffusion's first ones
+(`input_blocks.1.1.proj_in`), which SDXL adapters use. Sources: kohya-ss/sd-scripts (networks/lora.py); diffusers
+(scripts/convert_diffusers_to_original_sdxl.py; loaders/lora_conversion_utils.py); peft (utils/save_and_load.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["Key", "aliases", "canonical", "flat", "parse_key"]
+
+ROLES = ("unet", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a file: `role` is None where the key does not say; `module` is as written, without prefixes."""
+
+    role: str | None
+    module: str
+    tensor: str
+
+
+_PREFIXES = (
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te_", "text_encoder"),
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
+    ("unet.", "unet"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoder.", "text_encoder"),
+    ("lycoris_", None),
+)
+
+_ADAPTER = r"(\.[\w-]+)?"  # PEFT may put the adapter's name in
+_TENSORS = tuple(
+    (re.compile(rf"{pattern}$"), name)
+    for pattern, name in (
+        (r"\.lora_down\.weight", "down"),
+        (r"\.lora_up\.weight", "up"),
+        (r"\.lora_mid\.weight", "mid"),
+        (r"(\.lora|_lora|\.lora_linear_layer)\.down\.weight", "down"),
+        (r"(\.lora|_lora|\.lora_linear_layer)\.up\.weight", "up"),
+        (rf"\.lora_A{_ADAPTER}\.weight", "down"),
+        (rf"\.lora_B{_ADAPTER}\.weight", "up"),
+        (rf"\.lora_B{_ADAPTER}\.bias", "up_bias"),
+        (rf"\.lora_magnitude_vector{_ADAPTER}", "magnitude"),
+        (r"\.dora_scale", "dora_scale"),
+        (r"\.alpha", "alpha"),
+        (rf"\.hada_(w[12]_[ab]|t[12]){_ADAPTER}", r"\1"),
+        (rf"\.(lokr_(?:w[12](?:_[ab])?|t2)){_ADAPTER}", r"\1"),
+        (r"\.diff", "diff"),
+        (r"\.diff_b", "diff_b"),
+        (r"\.w_norm", "diff"),
+        (r"\.b_norm", "diff_b"),
+    )
+)
+
+_UNKNOWN = re.compile(r"\.(?=oft_|boft|ia3|on_input|lora_embedding|glora|a1\.|bias_(?:indices|values|size))")
+
+_UNET = re.compile(
+    r"(?:^|\.)(?=(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)(?:\.|$))"
+)
+_TEXT = re.compile(r"(?:^|\.)(?=(?:encoder\.layers|embeddings|final_layer_norm|text_projection)(?:\.|$))")
+_UNET_START = re.compile(
+    r"(unet_|model_)?(down_blocks|mid_block|up_blocks|conv_|time_embed|add_embedding|"
+    r"input_blocks|middle_block|output_blocks|label_emb|out_\d)"
+)
+_TEXT_START = re.compile(r"(text_model_)?(encoder_layers|embeddings|final_layer_norm|text_projection)")
+
+
+def parse_key(key: str) -> Key | None:
+    """Return what a key names; None where no adapter that is known here has such a tensor."""
+    for pattern, name in _TENSORS:
+        found = pattern.search(key)
+        if found:
+            tensor = found.expand(name)
+            role, module = _module(key[: found.start()])
+            return Key(role, module, tensor)
+    return None
+
+
+def foreign_kind(key: str) -> str | None:
+    """Return the name of an adapter kind that is known and not supported, from one of its keys."""
+    found = _UNKNOWN.search(key)
+    return key[found.end() :].split(".")[0] if found else None
+
+
+def _module(name: str) -> tuple[str | None, str]:
+    """Split prefixes off. They may stand one after another: `unet.base_model.model.down_blocks...`."""
+    role: str | None = None
+    while True:
+        name = name.removeprefix("base_model.model.")
+        for prefix, meant in _PREFIXES:
+            if name.startswith(prefix):
+                role, name = role or meant, name.removeprefix(prefix)
+                break
+        else:
+            break
+    return role or _role_of(name), name.replace(".processor", "")
+
+
+def _role_of(module: str) -> str | None:
+    """Return the role that a module's own name tells of."""
+    name = flat(module)
+    return "unet" if _UNET_START.match(name) else "text_encoder" if _TEXT_START.match(name) else None
+
+
+def flat(module: str) -> str:
+    """Return a module's name as kohya writes it, without the levels that some frameworks put around a model."""
+    return re.sub(r"^(?:unet_|model_|text_model_)+", "", module.replace(".", "_"))
+
+
+def canonical(role: str, name: str) -> str | None:
+    """Return diffusers' path in a name that holds it, as `__module.model.down_blocks.0`; None where there is none.
+
+    CLIP's level `text_model.`, which transformers had until 5.6, is left out.
+    """
+    found = (_UNET if role in ("unet", "model") or role.startswith("controlnet") else _TEXT).search(name)
+    return name[found.end() :] if found else None
+
+
+def aliases(paths: Iterable[str]) -> dict[str, str]:
+    """Return flat name -> path, for every name that the module at a path goes by."""
+    paths = list(paths)
+    layers = 1 + max((int(m[1]) for p in paths if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", p))), default=1)
+    attending = {m[1] for p in paths if (m := re.match(r"(up_blocks\.\d+)\.attentions\.", p))}
+    known: dict[str, str] = {}
+    for path in paths:
+        for name in (path, _original(path, layers, attending), _short(path)):
+            if name is not None:
+                known.setdefault(flat(name), path)
+    return known
+
+
+def original_block(path: str, paths: Iterable[str]) -> str | None:
+    """Return the first name of a UNet's module, as `input_blocks.1.1.proj_in`."""
+    return next((name for name, found in aliases(paths).items() if found == path and "put_blocks" in name), None)
+
+
+def _short(path: str) -> str | None:
+    """Return the name that diffusers gave attention layers before peft: to_out, and to_q in text encoders."""
+    if path.endswith(".to_out.0"):
+        return path.removesuffix(".0")
+    found = re.fullmatch(r"(.*self_attn)\.(q|k|v|out)_proj", path)
+    return f"{found[1]}.to_{found[2]}" if found else None
+
+
+_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_TOP = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "time_embedding.linear_1":
+    "time_embed.0", "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+
+
+def _original(path: str, layers: int, attending: set[str]) -> str | None:
+    """Return a module's name in the first releases of Stable Diffusion and SDXL.
+
+    `layers` is the number of ResNets in a block; `attending` holds the up blocks with attention.
+    """
+    if path in _TOP:
+        return _TOP[path]
+    found = re.fullmatch(
+        r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path
+    ) or re.fullmatch(r"(mid)_block()\.(resnets|attentions)\.(\d+)\.(.+)", path)
+    if not found:
+        return None
+    side, block, what, number, rest = found.groups()
+    if what == "resnets":
+        head, _, tail = rest.partition(".")
+        rest = f"{_RESNET[head]}{'.' + tail if tail else ''}" if head in _RESNET else rest
+    if side == "mid":
+        return f"middle_block.{1 if what == 'attentions' else 2 * int(number)}.{rest}"
+    if side == "down":
+        if what == "downsamplers":
+            return f"input_blocks.{(int(block) + 1) * (layers + 1)}.0.op"
+        return f"input_blocks.{int(block) * (layers + 1) + int(number) + 1}.{int(what == 'attentions')}.{rest}"
+    if what == "upsamplers":
+        place = 2 if f"up_blocks.{block}" in attending else 1
+        return f"output_blocks.{int(block) * (layers + 1) + layers}.{place}.conv"
+    return f"output_blocks.{int(block) * (layers + 1) + int(number)}.{int(what == 'attentions')}.{rest}"

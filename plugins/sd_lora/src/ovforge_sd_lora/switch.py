@@ -1,0 +1,115 @@
+"""The adapter of a running pipeline: what it puts into the places that the transform left."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.bundle import ModelBundle
+from ovforge.stages import Skipped
+from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.matching import Match, Preflight, Scales, preflight
+from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.runtime import module_factors, strengths, variables_of
+from ovforge_sd_lora.targets import find_targets
+
+__all__ = ["RunningAdapter", "running_adapter"]
+
+Array = NDArray[np.float32]
+
+
+def running_adapter(options: LoraOptions, bundle: ModelBundle) -> RunningAdapter | None:
+    """Return the adapter as it is switched; None where all of it has gone into the weights.
+
+    One that no transform has prepared takes the places that others made.
+    """
+    planned = bundle.adapters.get(options.label)
+    if planned is None and (options.mode == "fuse" or not bundle.adapters):
+        return None
+    adapter = open_adapter(options.path, options.label)
+    found = preflight(adapter, bundle, options.roles, kept=True)
+    known: dict[str, set[str]] = {}
+    for places in [planned] if planned is not None else bundle.adapters.values():
+        for role, variables in places.items():
+            known.setdefault(role, set()).update(variables)
+    matches = [match for match in found.matches if set(_variables(match)) <= known.get(match.role, set())]
+    skipped: list[Skipped] = []
+    if planned is None:
+        skipped = found.skipped + [
+            Skipped(
+                f"{match.role}: {match.module.name}",
+                'no place was made there when the pipeline started (places = "all" makes all)',
+            )
+            for match in found.matches
+            if match not in matches
+        ]
+    return RunningAdapter(options, bundle, matches, Scales(options, found), found, skipped)
+
+
+class RunningAdapter:
+    """A `stages.Adapter` over an adapter file. Factors are read once; strengths are computed for each weight."""
+
+    def __init__(
+        self,
+        options: LoraOptions,
+        bundle: ModelBundle,
+        matches: list[Match],
+        scales: Scales,
+        found: Preflight,
+        skipped: list[Skipped],
+    ) -> None:
+        self.name = options.label
+        self.weight = options.scale
+        self.skipped = skipped
+        self._bundle, self._matches, self._scales = bundle, matches, scales
+        self._factors: dict[int, tuple[Array, Array]] = {}
+        self._joined: dict[tuple[str, str], Array] = {}
+
+    def values(self, weight: float) -> Mapping[str, Mapping[str, Array]]:
+        """Return role -> variable -> value at a weight."""
+        parts: dict[str, dict[str, list[Array]]] = {}
+        for number, match in enumerate(self._matches):
+            strength = weight * self._scales.of(match.role, match.target.path)
+            for variable, value in self._values(number, match, strength).items():
+                parts.setdefault(match.role, {}).setdefault(variable, []).append(value)
+        return {
+            role: {variable: self._join((role, variable), found) for variable, found in variables.items()}
+            for role, variables in parts.items()
+        }
+
+    def _values(self, number: int, match: Match, strength: float) -> dict[str, Array]:
+        names = _variables(match)
+        if len(names) == 1:
+            return {names[0]: np.float32(strength) * match.module.delta().reshape(-1)}
+        if match.module.dora:
+            weight = functools.partial(self._weight, match.role, match.target.path)
+            a, b = module_factors(match.target, match.module, strength, weight)
+        else:
+            if number not in self._factors:
+                self._factors[number] = module_factors(match.target, match.module, 1.0, None)
+            a, b = self._factors[number]
+        return dict(zip(names, (a, strengths(match.module, strength, b.shape[1]), b), strict=True))
+
+    def _join(self, place: tuple[str, str], found: list[Array]) -> Array:
+        """Return one value of a place that several modules of the file share: the same array as long as they are."""
+        if len(found) == 1:
+            return found[0]
+        name = place[1]
+        if not name.endswith((".A", ".B")):
+            return np.concatenate(found, axis=1) if name.endswith(".s") else np.sum(found, axis=0)
+        joined = np.concatenate(found, axis=0 if name.endswith(".A") else 1)
+        before = self._joined.get(place)
+        if before is None or not np.array_equal(before, joined):
+            self._joined[place] = joined
+        return self._joined[place]
+
+    def _weight(self, role: str, path: str) -> Array:
+        """Return a layer's own weight, which DoRA measures its magnitudes by."""
+        return find_targets(role, self._bundle.models[role])[path].weight()
+
+
+def _variables(match: Match) -> list[str]:
+    return list(variables_of(match.target, "bias" if match.module.kind == "bias" else "weight"))

@@ -1,0 +1,100 @@
+"""The transform `lora`: into the weights, or beside them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ovforge.bundle import ModelBundle
+from ovforge.errors import ConfigError, ModelError
+from ovforge.stages import Report
+from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.fuse import fuse
+from ovforge_sd_lora.matching import Match, Scales, preflight
+from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.runtime import attach
+from ovforge_sd_lora.targets import find_targets, keep_targets
+
+__all__ = ["LoraTransform"]
+
+
+class LoraTransform:
+    """Applies one adapter file. What of it finds no place is in the report; ModelError where nothing does."""
+
+    def __init__(self, options: LoraOptions) -> None:
+        self._options = options
+
+    def apply(self, bundle: ModelBundle) -> Report:
+        """Change the models of the adapter's roles."""
+        adapter = open_adapter(self._options.path, self._options.label)
+        found = preflight(adapter, bundle, self._options.roles)
+        if not found.matches:
+            first = found.skipped[0]
+            raise ModelError(
+                f"nothing of the adapter fits the model: {first.item}: {first.reason}",
+                where=adapter.where,
+                hint="Run `ovforge lora inspect FILE --model MODEL` for the whole table.",
+            )
+        report = Report(skipped=list(found.skipped), notes=list(adapter.notes))
+        scales = Scales(self._options, found)
+        for role in dict.fromkeys(match.role for match in found.matches):
+            beside = [match for match in found.of(role) if self._beside(match)]
+            fused = [match for match in found.of(role) if match not in beside]
+            if beside:
+                self._attach(role, beside, bundle, report)
+            if fused:
+                self._fuse(role, fused, scales, report)
+        return report
+
+    def _beside(self, match: Match) -> bool:
+        """Say whether a module acts beside the weight rather than in it."""
+        if self._options.mode == "auto":
+            return match.module.kind != "bias" and match.target.compressed
+        return self._options.mode == "runtime"
+
+    def _attach(self, role: str, matches: Sequence[Match], bundle: ModelBundle, report: Report) -> None:
+        name, model = self._options.label, bundle.models[role]
+        if role in bundle.adapters.get(name, {}):
+            raise ConfigError(
+                f"two adapters are called {name!r}", where="lora: name", hint="Give each a name of its own."
+            )
+        targets = find_targets(role, model)
+        keep_targets(bundle, role, targets)
+        variables: dict[str, list[int]] = {}
+        for match in matches:
+            variables |= attach(model, match.target, "bias" if match.module.kind == "bias" else "weight")
+        if self._options.places == "all":
+            for target in targets.values():
+                variables |= attach(model, target, "weight") if target.kind != "norm" else {}
+        bundle.adapters.setdefault(name, {})[role] = variables
+        report.roles = tuple(dict.fromkeys((*report.roles, role)))
+        report.applied.append(f"{role}: at run time: {describe(matches)}")
+        if self._options.mode == "auto":
+            report.notes.append(f"{role}: {len(matches)} layers have compressed weights, which stay as they are")
+
+    def _fuse(self, role: str, matches: Sequence[Match], scales: Scales, report: Report) -> None:
+        layers: dict[str, list[Match]] = {}
+        for match in matches:
+            layers.setdefault(match.target.path, []).append(match)
+        opened: Counter[str] = Counter()
+        for path, layer in layers.items():
+            strength = self._options.scale * scales.of(role, path)
+            if strength == 0:
+                continue
+            was = fuse(layer[0].target, [(match.module, strength) for match in layer])
+            if was:
+                opened[was] += 1
+        report.roles = tuple(dict.fromkeys((*report.roles, role)))
+        report.applied.append(f"{role}: fused: {describe(matches)}")
+        for kind, count in opened.items():
+            report.notes.append(
+                f"{role}: {count} layers stored as f16, which were {kind}: they are not quantized again"
+            )
+
+
+def describe(matches: Sequence[Match]) -> str:
+    """Return what is applied to a role, in words."""
+    count = Counter(match.module.label for match in matches)
+    ranks = sorted({match.module.rank for match in matches if match.module.rank})
+    rank = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
+    return ", ".join(f"{number} x {label}" for label, number in count.items()) + rank
