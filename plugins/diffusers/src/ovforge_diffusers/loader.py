@@ -1,4 +1,4 @@
-"""The loader: a diffusers folder into a ModelBundle whose roles are converted when they are asked for."""
+"""The loader: a diffusers folder or a checkpoint into a ModelBundle whose roles are converted when asked for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ovforge.bundle import ModelBundle
-from ovforge.errors import ModelError
+from ovforge.errors import ConfigError, ModelError
 from ovforge.sources import Source
 from ovforge.stages import Match
+from ovforge_diffusers.checkpoint import Checkpoint
 from ovforge_diffusers.convert import convert, quiet, settle_names, without_initial_weights
 from ovforge_diffusers.folder import INCOMPLETE, INDEX, Folder, lone_component
-from ovforge_diffusers.options import LoaderOptions
+from ovforge_diffusers.header import checkpoint_file, find_parts, read_header
+from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import describe
 from ovforge_diffusers.weights import fill_weights
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersLoader"]
 
 DEFAULTS = "ovforge.json"
+PICKLES = (".ckpt", ".pth")
 PURPOSE = "converting a diffusers folder"
 HOMES = {
     "CLIPTextModel": "transformers",
@@ -47,13 +50,22 @@ class DiffusersLoader:
         self.options = options
 
     def can_load(self, source: Source) -> Match:
-        """Say yes to a folder of torch weights with model_index.json, or config.json of a class that may stand alone.
+        """Say yes to a checkpoint, by its tensors' names; and to a folder of torch weights with model_index.json, or
+        with config.json of a class that may stand alone.
 
-        A folder that holds OpenVINO models already is not ours.
+        A folder that holds OpenVINO models already is not ours. A file that cannot be read, or a pickle, may be: `load`
+        says what is wrong with it.
         """
+        if (path := checkpoint_file(source)) is not None:
+            try:
+                return Match.YES if find_parts(read_header(source, path).shapes) else Match.NO
+            except ModelError:
+                return Match.MAYBE
         files = [PurePosixPath(path) for path in source.files()]
         if any(file.name == "openvino_model.xml" for file in files):
             return Match.NO
+        if _pickle(source):
+            return Match.MAYBE
         depth = 2 if PurePosixPath(INDEX) in files else 1
         weights = any(len(file.parts) == depth and file.suffix in (".safetensors", ".bin") for file in files)
         return Match.YES if weights and (depth == 2 or lone_component(source)) else Match.NO
@@ -61,17 +73,33 @@ class DiffusersLoader:
     def load(self, source: Source) -> ModelBundle:
         """Return the bundle: configs and assets read, weights' files found, each model converted on first use.
 
-        Raises PluginError without torch, ModelError for a component that is missing, damaged or not supported.
+        Raises PluginError without torch, ModelError for a component that is missing, damaged or not supported,
+        ConfigError for an option that the source has no use for.
         """
+        if _pickle(source):
+            raise ModelError(
+                "a .ckpt file is a pickle, which can run code when it is opened",
+                where=source.name,
+                hint="Take the model's .safetensors, which most are published as; or convert it where you trust it.",
+            )
         for module in ("torch", "diffusers", "transformers", "safetensors"):
             need(module, PURPOSE)
+        if checkpoint_file(source) is not None:
+            return _Conversion(Checkpoint(source, self.options), self.options).bundle()
+        for name in CHECKPOINT_OPTIONS:
+            if getattr(self.options, name):
+                raise ConfigError("is for a single-file checkpoint; a folder says it itself", where=f"load.{name}")
         return _Conversion(Folder(source, self.options.variant), self.options).bundle()
+
+
+def _pickle(source: Source) -> bool:
+    return len(source.files()) == 1 and PurePosixPath(next(iter(source.files()))).suffix in PICKLES
 
 
 class _Conversion:
     """One model being converted."""
 
-    def __init__(self, parts: Folder, options: LoaderOptions) -> None:
+    def __init__(self, parts: Folder | Checkpoint, options: LoaderOptions) -> None:
         self.parts = parts
         self.options = options
         self.index = parts.index
@@ -149,7 +177,9 @@ class _Conversion:
         try:
             with quiet(), without_initial_weights():
                 if HOMES[kind] == "transformers":
-                    return cls(cls.config_class.from_dict(config))
+                    settings = cls.config_class.from_dict(config)
+                    settings.dtype = None  # the type of the stored weights: parts of a model would be made in it
+                    return cls(settings)
                 return cls.from_config(config)
         except Exception as error:  # whatever a class raises on a config, the config is what is wrong
             raise ModelError(

@@ -6,11 +6,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["LoaderOptions", "SchedulerOptions"]
+from ovforge.config import InputFile
+
+__all__ = ["CHECKPOINT_OPTIONS", "LoaderOptions", "SchedulerOptions"]
+
+
+CHECKPOINT_OPTIONS = ("tokenizer", "config", "prediction_type", "ema")
+"""Options that a diffusers folder has no use for: it says all that itself."""
 
 
 class LoaderOptions(BaseModel):
-    """How a diffusers folder is converted."""
+    """How a diffusers folder or a single-file checkpoint is converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,6 +31,16 @@ class LoaderOptions(BaseModel):
     skip: tuple[str, ...] = Field(
         ("safety_checker", "image_encoder"), description="Components to leave out, with a warning."
     )
+    tokenizer: InputFile | None = Field(
+        None, description="A checkpoint's tokenizer: a folder with CLIP's vocab.json and merges.txt."
+    )
+    config: InputFile | None = Field(
+        None, description="A diffusers folder whose configs, and not weights, a checkpoint is to have."
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What a checkpoint's UNet predicts, where the file does not say it."
+    )
+    ema: bool = Field(False, description="Take the running averages (model_ema) of a checkpoint's UNet.")
 
     @model_validator(mode="after")
     def _both_sides(self) -> LoaderOptions:

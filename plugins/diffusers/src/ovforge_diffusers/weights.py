@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from ovforge_diffusers.requirements import need
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["fill_weights", "read_weights", "weight_files"]
+__all__ = ["check_file", "fill_weights", "read_weights", "weight_files"]
 
 _INDEX = re.compile(r"\.safetensors\.index(?:\.(.+))?\.json$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -78,26 +79,70 @@ def _shards(source: Source, index: str) -> list[str]:
     return shards
 
 
-def read_weights(source: Source, files: list[str]) -> dict[str, torch.Tensor]:
-    """Return name -> tensor. Half precision becomes float32; plain float32 files stay mapped, not copied."""
+def read_weights(
+    source: Source, files: list[str], rename: Callable[[str], str | None] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return name -> tensor, of those that `rename` gives a name. Others are not read.
+
+    Half precision becomes float32; plain float32 files stay mapped, not copied. Raises ModelError for a damaged file,
+    and for weights that are no numbers.
+    """
     torch = need("torch", "converting a diffusers folder")
-    safetensors = need("safetensors", "converting a diffusers folder")
-    safe_torch = need("safetensors.torch", "converting a diffusers folder")
+    halves = (torch.float16, torch.bfloat16)
     weights: dict[str, Any] = {}
     for path in files:
-        local = source.local(path)
-        try:
-            tensors = safe_torch.load_file(local) if local else safe_torch.load(source.read(path))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} cannot be read: {error}",
-                where=source.name,
-                hint="The file is cut off or damaged: fetch it again.",
-            ) from error
-        for name, tensor in tensors.items():
-            half = tensor.dtype in (torch.float16, torch.bfloat16)
-            weights[name] = tensor.to(torch.float32) if half else tensor
+        for stored, tensor in _tensors(source, path, rename):
+            name = rename(stored) if rename else stored
+            if name is not None:
+                weights[name] = tensor.to(torch.float32) if tensor.dtype in halves else tensor
+                _check_finite(weights[name], stored, source, path)
     return weights
+
+
+def _tensors(source: Source, path: str, rename: Callable[[str], str | None] | None) -> Iterator[tuple[str, Any]]:
+    """Yield a file's tensors: one after the other where it can be mapped into memory, else all at once."""
+    safetensors = need("safetensors", "converting a diffusers folder")
+    local = source.local(path)
+    try:
+        if local is None:
+            yield from need("safetensors.torch", "converting a diffusers folder").load(source.read(path)).items()
+            return
+        with safetensors.safe_open(local, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if rename is None or rename(name) is not None:
+                    yield name, file.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(source, path, error) from error
+
+
+def check_file(source: Source, path: str) -> None:
+    """Raise ModelError for a safetensors file whose header does not fit its size, before anything is read."""
+    safetensors = need("safetensors", "converting a diffusers folder")
+    if (local := source.local(path)) is not None:
+        try:
+            with safetensors.safe_open(local, framework="np"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _damaged(source, path, error) from error
+
+
+def _damaged(source: Source, path: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} cannot be read: {error}",
+        where=source.name,
+        hint="The file is cut off or damaged: fetch it again.",
+    )
+
+
+def _check_finite(tensor: torch.Tensor, name: str, source: Source, path: str) -> None:
+    """Refuse NaN and infinity. A sum is enough to see that there are none, and needs no memory."""
+    torch = need("torch", "converting a diffusers folder")
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise ModelError(
+            f"{name} holds NaN or infinity",
+            where=f"{source.name}: {path}" if len(source.files()) > 1 else source.name,
+            hint="The model is damaged, or was saved in too low a precision: fetch it again, in float32 or bfloat16.",
+        )
 
 
 def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str) -> None:
