@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
 from ovforge.files import atomic_folder
+from ovforge.memory import memory_folder
 
 if TYPE_CHECKING:
     import openvino as ov
 
-    from ovforge.sources import Source
+    from ovforge.sources import Protection, Source
 
 __all__ = ["Control", "ModelBundle", "Places", "Roles", "read_model"]
 
@@ -131,11 +132,13 @@ class ModelBundle:
     identity: dict[str, str] = field(default_factory=dict)
     location: dict[str, Path] = field(default_factory=dict)
     """Role -> its .xml, where the model lies in a plain file."""
+    protection: Protection | None = None
+    """What keeps all that is made from it unreadable on disk, where it comes from an encrypted source."""
 
     @classmethod
     def open(cls, source: Source) -> ModelBundle:
         """Open a folder of the layout above, or a single IR file (role "model"); models are read when needed."""
-        bundle = cls()
+        bundle = cls(protection=source.protection)
         for path, size in source.files().items():
             file = PurePosixPath(path)
             if file.suffix == ".xml":
@@ -164,8 +167,9 @@ class ModelBundle:
 
     def copy(self) -> ModelBundle:
         """Return a bundle of its own with the same content; lazy models stay so, and are made for it alone."""
-        parts = {part.name: copy.deepcopy(getattr(self, part.name)) for part in fields(self) if part.name != "models"}
-        return ModelBundle(models=self.models.copy(), **parts)
+        shared = ("models", "protection")
+        parts = {part.name: copy.deepcopy(getattr(self, part.name)) for part in fields(self) if part.name not in shared}
+        return ModelBundle(models=self.models.copy(), protection=self.protection, **parts)
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return scheduler/scheduler_config.json, or {} where the model has none."""
@@ -193,8 +197,14 @@ class ModelBundle:
     def save(self, folder: Path, *, replace: bool = False) -> None:
         """Write the bundle as a folder that appears whole or not at all.
 
-        Models are written one at a time; lazy ones are released again.
+        Models are written one at a time; lazy ones are released again. Raises ModelError for an encrypted one.
         """
+        if self.protection is not None:
+            raise ModelError(
+                "the model is encrypted, and would be written plain",
+                where=str(folder),
+                hint="Run `ovforge decrypt` first, where that is what you want; then convert, and encrypt the result.",
+            )
         with atomic_folder(folder, replace=replace) as temporary:
             self.write_into(temporary)
 
@@ -256,32 +266,107 @@ def path_of(role: str) -> PurePosixPath:
 def read_model(source: Source, path: str) -> ov.Model:
     """Read a model file of any format that OpenVINO reads. Raises ModelError with the reason in plain words.
 
-    Plain files are mapped into memory by OpenVINO; others (encrypted) are read from memory.
+    Plain files are mapped into memory by OpenVINO; others (encrypted) are read from memory. `path` may be "." for
+    TensorFlow's SavedModel.
     """
-    import openvino as ov
-
     from ovforge.runtime import core, enable_tokenizers
 
     file = PurePosixPath(path)
     if file.stem in ("openvino_tokenizer", "openvino_detokenizer"):
         enable_tokenizers()
-    weights = file.with_suffix(".bin").as_posix() if file.suffix == ".xml" else ""
     try:
         local = source.local(path)
-        if local is not None:
-            return core().read_model(local)
-        if weights in source.files():
-            import numpy as np
-
-            data = np.frombuffer(source.read(weights), dtype=np.uint8)
-            return core().read_model(source.read(path), ov.Tensor(data))
-        return core().read_model(source.read(path))
+        return core().read_model(local) if local is not None else _read_from_memory(source, file)
     except RuntimeError as error:
         raise ModelError(
             f"{path} cannot be read: {_reason(error)}",
             where=source.name,
             hint="The file may be damaged or cut off, or its .bin may be missing: copy or convert it again.",
         ) from error
+
+
+def _read_from_memory(source: Source, file: PurePosixPath) -> ov.Model:
+    from ovforge.runtime import core
+
+    weights = file.with_suffix({".xml": ".bin", ".pdmodel": ".pdiparams"}.get(file.suffix, "")).as_posix()
+    if file.suffix == ".xml" and weights in source.files():
+        # First all bytes, then the parser: a source may find out while reading that a file is not what it should be.
+        data = tensor_of(source, weights)
+        return core().read_model(source.read(file.as_posix()).decode("utf-8", "surrogateescape"), data)
+    if file.suffix == ".xml":
+        return core().read_model(source.read(file.as_posix()))
+    if file.suffix == ".pdmodel":
+        return core().read_model(source.read(file.as_posix()), source.read(weights))
+    if file.suffix == ".onnx":
+        return core().read_model(_whole_onnx(source, file))
+    # TensorFlow's readers open paths only.
+    with memory_folder(f"reading {file.name if file.name else 'a SavedModel'}") as memory:
+        for path in source.files() if file.name == "" else [file.as_posix()]:
+            memory.put(source, path)
+        return core().read_model(memory.root / file)
+
+
+def tensor_of(source: Source, path: str) -> ov.Tensor:
+    """Return a file as a tensor of bytes, read (and decrypted) right into it."""
+    import openvino as ov
+
+    tensor = ov.Tensor(ov.Type.u8, ov.Shape([source.files()[path]]))
+    if tensor.byte_size:
+        source.read_into(path, memoryview(tensor.data))
+    return tensor
+
+
+def _whole_onnx(source: Source, file: PurePosixPath) -> bytes:
+    """Return an ONNX file with the weights inside that it keeps in other files.
+
+    Read from memory, the runtime would look for those in the current folder.
+    """
+    data = source.read(file.as_posix())
+    if b"\x0a\x08location" not in data:  # the entry of TensorProto.external_data that names a file
+        return data
+    try:
+        import onnx
+    except ImportError as error:
+        raise ModelError(
+            f"{file} keeps its weights in other files, and reading those from memory needs the package onnx",
+            where=source.name,
+            hint="Run: pip install onnx; or convert the model to OpenVINO IR before it is encrypted.",
+        ) from error
+    files: dict[str, bytes] = {}
+    try:
+        model = onnx.load_model_from_string(data)
+        for tensor in _tensors(model.graph):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                info = onnx.external_data_helper.ExternalDataInfo(tensor)
+                path = (file.parent / info.location).as_posix()
+                weights = files.setdefault(path, files.get(path) or source.read(path))
+                begin = info.offset or 0
+                end = begin + info.length if info.length else len(weights)
+                if not 0 <= begin <= end <= len(weights):
+                    raise ModelError(f"{path} has no bytes {begin} to {end}", where=source.name)
+                tensor.raw_data = weights[begin:end]
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+        return bytes(model.SerializeToString())
+    except ModelError:
+        raise
+    except Exception as error:  # protobuf's, for a damaged file or one of more than 2 GB
+        raise ModelError(
+            f"{file} with its weights cannot be read from memory: {error}",
+            where=source.name,
+            hint="Convert the model to OpenVINO IR before it is encrypted.",
+        ) from error
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield every tensor of an ONNX graph that may lie in another file, in the graphs inside it, too."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovforge.adapters import Variables
+from ovforge.bundle import tensor_of
+from ovforge.cache import key_of
 from ovforge.errors import CacheError, DeviceError, InputError, ModelError
 from ovforge.runtime import core, enable_tokenizers, openvino_version
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     import openvino as ov
 
     from ovforge.bundle import ModelBundle
-    from ovforge.cache import Cache
+    from ovforge.cache import Cache, Entry
+    from ovforge.sources import Protection
     from ovforge.stages import DevicePlan
 
 __all__ = ["CompiledBundle", "CompiledRole", "Shapes", "compile_ingredients", "compile_model"]
@@ -145,8 +148,10 @@ def _variant(role: str, shapes: Shapes | None) -> tuple[str, str]:
     return role, str(sorted(shapes.items())) if shapes else ""
 
 
-def compile_ingredients(role: str, identity: str, plan: DevicePlan, shapes: Shapes | None) -> dict[str, Any]:
-    """Return what a compiled model depends on, as the cache's key."""
+def compile_ingredients(
+    role: str, identity: str, plan: DevicePlan, shapes: Shapes | None, protection: Protection | None = None
+) -> dict[str, Any]:
+    """Return what a compiled model depends on, as the cache's key, with the name of the key that encrypts it there."""
     properties = placement(role, plan)[1]
     return {
         "stage": "compile",
@@ -157,6 +162,7 @@ def compile_ingredients(role: str, identity: str, plan: DevicePlan, shapes: Shap
         "properties": {key: str(value) for key, value in sorted(properties.items())},
         "shapes": {name: list(shape) for name, shape in sorted(shapes.items())} if shapes else None,
         "openvino": openvino_version(),
+        **({"encrypted": protection.identity} if protection else {}),
     }
 
 
@@ -178,16 +184,18 @@ def compile_model(
     identity = bundle.identity.get(role)
     if cache is None or identity is None or not plan.can_export:
         return _done(_compile(bundle, role, device, properties, shapes), start, cached=False)
-    ingredients = compile_ingredients(role, identity, plan, shapes)
+    sealed = bundle.protection
+    ingredients = compile_ingredients(role, identity, plan, shapes, sealed)
     if (entry := cache.get(ingredients)) is not None:
         try:
-            return _done(_import(entry.path / _BLOB, device, properties), start, cached=True)
-        except RuntimeError as error:
+            return _done(_import(entry, sealed, device, properties), start, cached=True)
+        except (RuntimeError, ModelError) as error:
             warnings.warn(f"compiled {role} in the cache cannot be read and is made again: {error}", stacklevel=2)
             cache.remove(entry.key)
     model = _compile(bundle, role, device, properties, shapes)
     try:
-        cache.put(ingredients, lambda folder: _export(model, folder / _BLOB), label=f"{role} on {device}")
+        key = key_of(ingredients)
+        cache.put(ingredients, lambda folder: _export(model, folder, sealed, key), label=f"{role} on {device}")
     except CacheError as error:
         warnings.warn(f"compiled {role} was not stored: {error}", stacklevel=2)
     return _done(model, start, cached=False)
@@ -229,15 +237,27 @@ def _reshaped(model: ov.Model, role: str, shapes: Shapes) -> ov.Model:
     return copy
 
 
-def _export(model: ov.CompiledModel, path: Path) -> None:
-    path.write_bytes(model.export_model().getbuffer())
+def _export(model: ov.CompiledModel, folder: Path, sealed: Protection | None, key: str) -> None:
+    """Write a compiled model, encrypted whole: the runtime's own cache encryption leaves weights plain."""
+    data = model.export_model().getbuffer()
+    if sealed is None:
+        (folder / _BLOB).write_bytes(data)
+    else:
+        sealed.write(folder, _BLOB, data, key)
 
 
-def _import(path: Path, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
-    """Read a compiled model; its weights stay in the file, which the tensor keeps mapped for as long as it is used."""
+def _import(entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
+    """Read a compiled model; its weights stay in the file, which the tensor keeps mapped for as long as it is used.
+
+    Of an encrypted one they stay in the tensor that it was decrypted into.
+    """
     import openvino as ov
 
-    return core().import_model(ov.tensor_from_file(path), device, dict(properties))
+    if sealed is None:
+        tensor = ov.tensor_from_file(entry.path / _BLOB)
+    else:
+        tensor = tensor_of(sealed.open(entry.path, entry.key), _BLOB)
+    return core().import_model(tensor, device, dict(properties))
 
 
 def _precision(model: ov.CompiledModel) -> str:

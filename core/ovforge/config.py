@@ -76,10 +76,19 @@ class Load(BaseModel):
     parts: dict[str, str] = Field(
         default_factory=dict, description="Roles that come from elsewhere: role -> source, as vae_decoder = FOLDER."
     )
+    key: dict[str, Any] | None = Field(
+        None,
+        exclude=True,
+        repr=False,
+        description='Where the key of an encrypted source is: {env = "NAME"}, {file = "PATH"}... Never the key itself.',
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _from_source(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and not isinstance(value.get("key"), Mapping | None):
+            # Raised here, since other errors show what was given.
+            raise ConfigError("says where the key is, as a table", where="load.key", hint='Write: key = {env = "NAME"}')
         if isinstance(value, str | Path):
             return {"source": str(value)}
         if isinstance(value, Mapping) and isinstance(value.get("source"), Path):
@@ -198,22 +207,31 @@ def _value(text: str) -> Any:
 
 
 def validate_options(
-    model: type[BaseModel] | None, options: Mapping[str, Any], *, where: str, base: Path | None = None
+    model: type[BaseModel] | None,
+    options: Mapping[str, Any],
+    *,
+    where: str,
+    base: Path | None = None,
+    secret: bool = False,
 ) -> BaseModel | None:
-    """Check an extension's options with its own model. `base` is the folder that InputFile options start at."""
+    """Check an extension's options with its own model. `base` is the folder that InputFile options start at.
+
+    Errors of `secret` options do not show what was given.
+    """
     if model is None:
         if options:
             raise ConfigError(f"takes no options, and {', '.join(map(repr, options))} is given", where=where)
         return None
-    return checked(model, options, where=where, base=base)
+    return checked(model, options, where=where, base=base, secret=secret)
 
 
-def checked(model: type[Model], value: Any, *, where: str, base: Path | None = None) -> Model:
+def checked(model: type[Model], value: Any, *, where: str, base: Path | None = None, secret: bool = False) -> Model:
     """Validate `value`; a pydantic error becomes a ConfigError in plain words."""
     try:
         return model.model_validate(value, context={"base": base})
     except ValidationError as error:
-        raise explain(error, model, where) from error
+        # pydantic's own error holds all that was given.
+        raise explain(error, model, where, secret=secret) from None if secret else error
 
 
 def input_files(options: BaseModel | None) -> list[Path]:
@@ -235,9 +253,10 @@ def _names_files(annotation: Any) -> bool:
     return isinstance(annotation, _FileMarker) or any(map(_names_files, get_args(annotation)))
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
+def explain(error: ValidationError, model: type[BaseModel], where: str, *, secret: bool = False) -> ConfigError:
     """Put pydantic's errors in words: the key, what is wrong, what would be right."""
-    problems = [_problem(dict(problem), model) for problem in error.errors(include_url=False)]
+    shown = error.errors(include_url=False, include_input=not secret)
+    problems = [_problem(dict(problem), model) for problem in shown]
     return ConfigError("; ".join(dict.fromkeys(what for what, _ in problems)), where=where, hint=problems[0][1])
 
 

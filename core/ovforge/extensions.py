@@ -27,6 +27,7 @@ __all__ = [
     "LoaderExtension",
     "QuantizerExtension",
     "SchedulerExtension",
+    "SourceExtension",
     "TaskExtension",
     "resolve",
 ]
@@ -85,6 +86,16 @@ class LoaderExtension(Extension):
 
     kind: ClassVar[str] = "loader"
     converts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceExtension(Extension):
+    """Opens sources that are not plain, encrypted ones above all. `factory(options) -> sources.Opener`.
+
+    Options are what a config says as `load.key`; all must have defaults.
+    """
+
+    kind: ClassVar[str] = "source"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +171,7 @@ class CommandExtension(Extension):
 
 
 KINDS: tuple[type[Extension], ...] = (
+    SourceExtension,
     LoaderExtension,
     GraphTransformExtension,
     QuantizerExtension,

@@ -17,6 +17,7 @@ from ovforge.extensions import (
     LoaderExtension,
     QuantizerExtension,
     SchedulerExtension,
+    SourceExtension,
     TaskExtension,
 )
 
@@ -26,6 +27,12 @@ ENTRY_POINT_GROUP = "ovforge"
 
 hookspec = pluggy.HookspecMarker("ovforge")
 hookimpl = pluggy.HookimplMarker("ovforge")
+
+
+@hookspec
+def ovforge_sources() -> Iterable[SourceExtension]:
+    """Ways to open what is not plain: encrypted files and folders."""
+    return ()
 
 
 @hookspec
@@ -71,6 +78,7 @@ def ovforge_commands() -> Iterable[CommandExtension]:
 
 
 HOOK_OF_KIND = {
+    "source": "ovforge_sources",
     "loader": "ovforge_loaders",
     "transform": "ovforge_graph_transforms",
     "quantizer": "ovforge_quantizers",

@@ -6,6 +6,7 @@ Each stage's result is looked up in the cache by the content of what went in, be
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import threading
@@ -20,9 +21,10 @@ from typing import Any
 from pydantic import BaseModel
 
 import ovforge
+from ovforge import memory
 from ovforge.adapters import Adapters, Controls
-from ovforge.bundle import Control, ModelBundle, write_json
-from ovforge.cache import Cache, Entry, digest_file
+from ovforge.bundle import Control, ModelBundle, path_of, write_json
+from ovforge.cache import Cache, Entry, digest_file, key_of
 from ovforge.calibration import TaskCalibration
 from ovforge.compiled import CompiledBundle, Shapes, compile_ingredients
 from ovforge.config import (
@@ -39,7 +41,7 @@ from ovforge.extensions import GraphTransformExtension, LoaderExtension, Schedul
 from ovforge.plugins import Offer, Plugins
 from ovforge.results import Result, Timings, read_provenance
 from ovforge.runtime import openvino_version
-from ovforge.sources import PACKAGE, FileSource, Source, open_source, source_digest
+from ovforge.sources import PACKAGE, FileSource, Protection, Source, open_file, open_source, source_digest
 from ovforge.stages import (
     Adapter,
     Calibration,
@@ -93,6 +95,8 @@ class Recipe:
     base: Path
     origin: Origin
     parts: Mapping[str, Origin]
+    protection: Protection | None
+    """Of the first encrypted source or file; it covers all that is stored, since steps mix what they are given."""
     steps: tuple[Step, ...]
     task: Offer
     task_options: BaseModel | None
@@ -149,13 +153,21 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
         *_brought(plugins, config, task, base),
     ]
     memo = cache.memo if cache else None
-    source = open_source(config.load.source, base, memo)
+    open_ = partial(open_source, base=base, memo=memo, key=_key(config, base), plugins=plugins)
+    source = open_(config.load.source)
     loader = find_loader(source, config.load.use, plugins)
+    parts = {role: _part(role, open_(text), plugins) for role, text in config.load.parts.items()}
+    files = (open_file(path, memo, plugins) for step in steps for path in input_files(step.options) if path.exists())
+    sources = itertools.chain([source], (part.source for part in parts.values()), files)
+    protection = next((source.protection for source in sources if source.protection), None)
+    if config.load.key is not None and protection is None:
+        raise ConfigError("a key is given, and nothing is encrypted", where="load.key", hint="Take it out.")
     return Recipe(
         config=config,
         base=base,
         origin=Origin(source, loader, _options(loader, config.load.options, "load", base)),
-        parts={role: _part(role, open_source(text, base, memo), plugins) for role, text in config.load.parts.items()},
+        parts=parts,
+        protection=protection,
         steps=tuple(sorted(steps, key=lambda step: step.phase)),
         task=task,
         task_options=checked_task,
@@ -164,6 +176,14 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
         device=device,
         device_options=device_options,
     )
+
+
+def _key(config: PipelineConfig, base: Path) -> dict[str, Any] | None:
+    """Return `load.key`, its file's path starting at the config's folder like all others."""
+    key = config.load.key
+    if key and isinstance(key.get("file"), str | Path):
+        return {**key, "file": base / Path(key["file"]).expanduser()}
+    return key
 
 
 def _part(role: str, source: Source, plugins: Plugins) -> Origin:
@@ -288,6 +308,7 @@ def load_ingredients(origin: Origin, cache: Cache) -> dict[str, Any]:
 def open_bundle(recipe: Recipe, cache: Cache | None, progress: Callable[[Progress], None]) -> ModelBundle:
     """Load, or find the conversion in the cache; then put the parts that come from elsewhere in their places."""
     bundle = open_origin(recipe.origin, cache, progress)
+    bundle.protection = recipe.protection
     for role, origin in recipe.parts.items():
         put_part(bundle, role, open_origin(origin, cache, progress), origin.source.name)
     return bundle
@@ -303,6 +324,7 @@ def open_origin(origin: Origin, cache: Cache | None, progress: Callable[[Progres
         bundle: ModelBundle = loader.create(origin.options).load(origin.source)
         return bundle
 
+    _check_plain(origin)
     if cache is None or not loader.converts:
         return make()
     entry, _ = cache.get_or_make(
@@ -311,6 +333,18 @@ def open_origin(origin: Origin, cache: Cache | None, progress: Callable[[Progres
         label=f"{loader.name} {origin.source.name}",
     )
     return _bundle_of(entry)
+
+
+def _check_plain(origin: Origin) -> None:
+    """Refuse to convert what is encrypted: other frameworks read files, and lay some out while they do."""
+    if origin.source.protection and isinstance(origin.loader.extension, LoaderExtension):
+        name = origin.loader.extension.name
+        if origin.loader.extension.converts:
+            raise ModelError(
+                f"the loader {name!r} converts, and would leave parts of an encrypted model in plain files",
+                where=origin.source.name,
+                hint="Convert first (ovforge convert), then encrypt the result (ovforge encrypt).",
+            )
 
 
 def put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> None:
@@ -353,6 +387,8 @@ class _EntrySource(FileSource):
 def step_ingredients(step: Step, identity: str, recipe: Recipe, memo: Any) -> dict[str, Any]:
     """Return what a step's result depends on; a quantizer's on the task that calibrates it, too."""
     ingredients = {**_versioned(step.offer, step.kind, step.options, memo), "input": identity}
+    if recipe.protection:
+        ingredients["encrypted"] = recipe.protection.identity
     if step.kind == "quantizer":
         ingredients["calibration"] = _versioned(recipe.task, "task", recipe.task_options, memo)
     return ingredients
@@ -363,10 +399,11 @@ def apply_step(
 ) -> Report:
     """Change the bundle by one step, or take the changed models from the cache."""
     strict = recipe.config.strict and not step.brought
-    before = bundle.digest()
-    if cache is None or before is None:
+    before, sealed = bundle.digest(), bundle.protection
+    if cache is None or before is None or (sealed and not memory.AVAILABLE):
         return _apply(step, bundle, strict, calibration)
     ingredients = step_ingredients(step, before, recipe, cache.memo)
+    key = key_of(ingredients)
 
     made: dict[str, Any] = {}
 
@@ -375,13 +412,32 @@ def apply_step(
         report = _apply(step, changed, strict, calibration)
         made.update({role: changed.models[role] for role in report.roles} if step.light else {})
         for role in () if step.light else report.roles:
-            changed.write_model(role, folder)
-        write_json(folder / _STAGE_FILE, _delta(changed, report))
+            _write_role(changed, role, folder, key)
+        if sealed is None:
+            write_json(folder / _STAGE_FILE, _delta(changed, report))
+        else:
+            sealed.write(folder, _STAGE_FILE, json.dumps(_delta(changed, report)).encode(), key)
 
     entry, _ = cache.get_or_make(ingredients, write, label=f"{step.offer.extension.name}")
     report = _take(entry, step, bundle, made)
     _check_strict(step, report, strict)
     return report
+
+
+def _write_role(bundle: ModelBundle, role: str, folder: Path, key: str) -> None:
+    """Write a role's IR for the cache: encrypted where the bundle is, and then through memory alone."""
+    if bundle.protection is None:
+        bundle.write_model(role, folder)
+        return
+    xml = path_of(role)
+    files = (xml.as_posix(), xml.with_suffix(".bin").as_posix())
+    with memory.memory_folder("storing a model") as plain:
+        for file in files:
+            plain.place(file)
+        bundle.write_model(role, plain.root)
+        for file in files:
+            with plain.content(file) as data:
+                bundle.protection.write(folder, file, data, key)
 
 
 def _apply(step: Step, bundle: ModelBundle, strict: bool, calibration: Calibration) -> Report:
@@ -421,7 +477,9 @@ def _take(entry: Entry, step: Step, bundle: ModelBundle, made: Mapping[str, Any]
 
     `made` holds those of a light step that was applied just now.
     """
-    delta = json.loads((entry.path / _STAGE_FILE).read_bytes())
+    sealed = bundle.protection
+    stored = sealed.open(entry.path, entry.key) if sealed else _EntrySource(entry)
+    delta = json.loads(stored.read(_STAGE_FILE))
     said = delta["report"]
     report = Report(**{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]})
     if step.light:
@@ -431,11 +489,13 @@ def _take(entry: Entry, step: Step, bundle: ModelBundle, made: Mapping[str, Any]
             bundle.identity[role] = f"{entry.key} {role}"
             bundle.location.pop(role, None)
     else:
-        changed = ModelBundle.open(_EntrySource(entry))
+        changed = ModelBundle.open(stored)
         for role in report.roles:
             bundle.models.take(role, changed.models, role)
-            bundle.identity[role] = changed.identity[role]
-            bundle.location[role] = changed.location[role]
+            bundle.identity[role] = f"{entry.key} {role}" if sealed else changed.identity[role]
+            bundle.location.pop(role, None)
+            if role in changed.location:
+                bundle.location[role] = changed.location[role]
     bundle.configs, bundle.index, bundle.adapters = delta["configs"], delta["index"], delta["adapters"]
     bundle.assets = {path: data.encode("latin-1") for path, data in delta["assets"].items()}
     bundle.controls = {
@@ -678,7 +738,8 @@ def read_pipeline(
     """
     if isinstance(config, PipelineConfig):
         if overrides:
-            return PipelineConfig.of(apply_overrides(config.as_dict(), overrides)), Path.cwd()
+            value = apply_overrides({**config.as_dict(), "load": _load_table(config)}, overrides)
+            return PipelineConfig.of(value), Path.cwd()
         return config, Path.cwd()
     if isinstance(config, Mapping):
         return PipelineConfig.of(apply_overrides(dict(config), overrides)), Path.cwd()
@@ -686,12 +747,21 @@ def read_pipeline(
     if path.suffix.lower() == ".png":
         provenance = read_provenance(path)
         value = {**provenance["config"], "input": {**provenance["config"].get("input", {}), **provenance["inputs"]}}
+        if isinstance(value.get("load"), Mapping) and "key" in value["load"]:
+            # ovforge writes none; and a key may be the output of a command, which a picture must not choose.
+            raise ConfigError("a picture may not say where a key is", where=str(path), hint="Do not run it.")
         base = Path(provenance.get("base", ""))
         return PipelineConfig.of(
             apply_overrides(value, overrides), where=str(path)
         ), base if base.is_dir() else Path.cwd()
     value = read_config(path)
     return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), path.resolve().parent
+
+
+def _load_table(config: PipelineConfig) -> dict[str, Any]:
+    """Return `load` with its key, which dumps of a config leave out."""
+    table = config.load.model_dump(exclude_defaults=True)
+    return {**table, "key": config.load.key} if config.load.key is not None else table
 
 
 def load(
@@ -754,6 +824,8 @@ def _chosen(cache: Cache | str | None) -> Cache | None:
 
 def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
     stage, bundle = _planned_load("load", recipe.origin, cache)
+    if bundle is not None:
+        bundle.protection = recipe.protection
     yield stage
     for role, origin in recipe.parts.items():
         stage, part = _planned_load(f"load {role}", origin, cache)
@@ -798,6 +870,7 @@ def _planned_load(name: str, origin: Origin, cache: Cache) -> tuple[PlannedStage
     loader = origin.loader.extension
     assert isinstance(loader, LoaderExtension)
     size = sum(origin.source.files().values())
+    _check_plain(origin)
     if not loader.converts:
         bundle: ModelBundle = loader.create(origin.options).load(origin.source)
         return _stage(name, origin.loader, "direct", "opened where it lies", size), bundle
@@ -819,7 +892,7 @@ def _planned_compilation(
     identity = bundle.identity.get(role)
     if identity is None or not device.can_export:
         return _stage(stage, offer, "to do", "this device's compiled models cannot be stored" * (not device.can_export))
-    ingredients = compile_ingredients(role, identity, device, shapes)
+    ingredients = compile_ingredients(role, identity, device, shapes, bundle.protection)
     entry = cache.peek(ingredients)
     if entry is None:
         return _stage(stage, offer, "to do", cache.explain(ingredients).reason)

@@ -1,7 +1,7 @@
 """Where bytes come from. Loaders and adapters never open paths themselves: they ask a Source.
 
 Plain files are the default. A plugin that keeps models elsewhere, or encrypted, gives another Source, and everything
-downstream works from it: models, adapters, tokenizers.
+downstream works from it: models, adapters, tokenizers. `open_source` asks the plugins whether a source is theirs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import importlib.util
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ovforge.errors import ModelError
+from ovforge.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ovforge.cache import DigestMemo
+    from ovforge.plugins import Plugins
 
-__all__ = ["PACKAGE", "FileSource", "Source", "open_source"]
+__all__ = ["PACKAGE", "FileSource", "Opener", "Protection", "Source", "open_file", "open_source"]
 
 PACKAGE = "package:"
 """Prefix of sources that lie inside an installed Python package."""
@@ -30,6 +31,9 @@ class Source(Protocol):
     name: str
     """What the user called it; for messages and provenance."""
 
+    protection: Protection | None
+    """What keeps results that are made from it unreadable on disk; None where it is not encrypted."""
+
     def files(self) -> Mapping[str, int]:
         """Return every file: relative path -> size in bytes."""
         ...
@@ -38,12 +42,43 @@ class Source(Protocol):
         """Return a file's first `limit` bytes, or all of it. Raises ModelError where it is not there."""
         ...
 
+    def read_into(self, path: str, buffer: memoryview) -> None:
+        """Fill `buffer`, of the file's size in bytes, with the file. Raises ModelError where it is not there."""
+        ...
+
     def local(self, path: str) -> Path | None:
         """Return the plain file, for readers that map it into memory; None where there is none."""
         ...
 
     def digest(self, path: str) -> str:
-        """Return the sha256 (hex) of a file's content."""
+        """Return a sha256 (hex) that changes with the file's content: of the content, or of its encrypted form."""
+        ...
+
+
+class Protection(Protocol):
+    """Keeps what is made from an encrypted source encrypted, by the same key."""
+
+    identity: str
+    """Names the key without telling it; part of the cache's keys."""
+
+    def write(self, folder: Path, path: str, data: bytes | memoryview, purpose: str) -> None:
+        """Write `data` below `folder`, encrypted, as `path` of what belongs to `purpose`."""
+        ...
+
+    def open(self, folder: Path, purpose: str) -> Source:
+        """Return what `write` put below `folder` for `purpose`. Raises ModelError where it is anything else."""
+        ...
+
+
+class Opener(Protocol):
+    """What a SourceExtension makes: it knows sources that are not plain, and opens them."""
+
+    def can_open(self, source: Source) -> bool:
+        """Say from names and first bytes whether `source` is ours; imports nothing heavy."""
+        ...
+
+    def open(self, source: Source) -> Source:
+        """Return the plain source behind it. Raises ModelError or ConfigError where that cannot be."""
         ...
 
 
@@ -52,6 +87,8 @@ class FileSource:
 
     A single `x.xml` takes its `x.bin` along. `memo` remembers digests between runs.
     """
+
+    protection: Protection | None = None
 
     def __init__(self, path: Path, name: str | None = None, memo: DigestMemo | None = None) -> None:
         if not path.exists():
@@ -90,6 +127,17 @@ class FileSource:
         with (self.root / path).open("rb") as file:
             return file.read(-1 if limit is None else limit)
 
+    def read_into(self, path: str, buffer: memoryview) -> None:
+        """Fill `buffer` with the file. Raises ModelError where it no longer has that size."""
+        if path not in self._files:
+            raise ModelError(f"{path} is missing", where=self.name)
+        with (self.root / path).open("rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                done += count
+            if done < len(buffer) or file.read(1):
+                raise ModelError(f"{path} changed while it was read", where=self.name)
+
     def local(self, path: str) -> Path | None:
         """Return the file itself."""
         return self.root / path
@@ -101,8 +149,18 @@ class FileSource:
         return digest_file(self.root / path, self._memo)
 
 
-def open_source(text: str, base: Path, memo: DigestMemo | None = None) -> Source:
-    """Open what a config's `source` says: a path (relative to `base`), or "package:NAME/PATH" in a Python package."""
+def open_source(
+    text: str,
+    base: Path,
+    memo: DigestMemo | None = None,
+    *,
+    key: Mapping[str, Any] | None = None,
+    plugins: Plugins | None = None,
+) -> Source:
+    """Open what a config's `source` says: a path (relative to `base`), or "package:NAME/PATH" in a Python package.
+
+    What is encrypted is opened by the plugin that knows it; `key` says where it finds the key.
+    """
     if text.startswith(PACKAGE):
         package, _, inside = text.removeprefix(PACKAGE).partition("/")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -110,8 +168,34 @@ def open_source(text: str, base: Path, memo: DigestMemo | None = None) -> Source
             raise ModelError(
                 f"the Python package {package!r} is not installed", where=text, hint="Install the plugin that ships it."
             )
-        return FileSource(Path(found.submodule_search_locations[0]) / inside, text, memo)
-    return FileSource(base / Path(text).expanduser(), text, memo)
+        return _opened(FileSource(Path(found.submodule_search_locations[0]) / inside, text, memo), key, plugins)
+    return _opened(FileSource(base / Path(text).expanduser(), text, memo), key, plugins)
+
+
+def open_file(path: Path, memo: DigestMemo | None = None, plugins: Plugins | None = None) -> Source:
+    """Open a file or folder that an option names; transforms read theirs through this.
+
+    What is encrypted opens with a key that this process knows already, as from `load.key`, or a default one.
+    """
+    return _opened(FileSource(path, memo=memo), None, plugins)
+
+
+def _opened(source: FileSource, key: Mapping[str, Any] | None, plugins: Plugins | None) -> Source:
+    """Return what the first plugin that knows the source makes of it; the source itself where none does."""
+    from ovforge.config import validate_options
+    from ovforge.plugins import Plugins
+
+    offers = (plugins or Plugins()).all("source")
+    for offer in offers:
+        options = validate_options(offer.extension.options_model(), key or {}, where="load.key", secret=True)
+        opener: Opener = offer.extension.create(options)
+        if opener.can_open(source):
+            return opener.open(source)
+    if key is not None and not offers:
+        raise ConfigError(
+            "no plugin here opens encrypted sources", where="load.key", hint="Run: pip install ovforge-aes-loader"
+        )
+    return source
 
 
 def source_digest(source: Source) -> str:

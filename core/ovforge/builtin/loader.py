@@ -60,7 +60,7 @@ def _models(source: Source) -> list[PurePosixPath]:
 
 def _foreign(source: Source, path: PurePosixPath) -> ModelBundle:
     """Open a model of another format as the role "model"; it may refer to files beside it (external weights)."""
-    bundle = ModelBundle()
+    bundle = ModelBundle(protection=source.protection)
     name = "." if path.name == _SAVED_MODEL else path.as_posix()
     bundle.models.lazy("model", lambda: read_model(source, name))
     bundle.identity["model"] = source_digest(source)
