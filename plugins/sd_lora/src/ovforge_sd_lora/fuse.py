@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ovforge.errors import ModelError
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import Module
+from ovforge_sd_lora.sums import add_product
 from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes, weight_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["after", "changed_weight", "fuse"]
 
 Array = NDArray[np.float32]
+
+_LARGEST = {"f16": 65504.0, "bf16": 3.38e38, "f32": 3.4e38}
 
 
 def changed_weight(weight: Array, module: Module, strength: float) -> Array:
@@ -49,6 +52,8 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
     was = None
     pairs = list(modules)
     weights = [(module, strength) for module, strength in pairs if module.kind != "bias"]
+    while weights and _add_low_rank(target, *weights[0]):
+        weights = weights[1:]
     if weights:
         value = target.weight()
         for module, strength in weights:
@@ -65,6 +70,24 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
         if module.kind == "bias":
             _add_bias(target, np.float32(strength) * module.delta().reshape(-1))
     return was
+
+
+def _add_low_rank(target: Target, module: Module, strength: float) -> bool:
+    """Add a plain LoRA to a plain weight, as most are; say whether it was one."""
+    from openvino import opset13 as ops
+
+    ports = target.weight_inputs()
+    constant = plain_constant(ports[0].get_source_output()) if ports else None
+    if constant is None or module.kind != "LoRA" or module.dora or "mid" in module.keys:
+        return False
+    tensors = module.tensors()
+    up, down = (tensors[name].reshape(len(tensors[name]), -1) for name in ("up", "down"))
+    up = up * np.float32(strength * module.factor)
+    kind = constant.get_element_type().get_type_name()
+    total, largest = add_product(constant, *((down.T, up.T) if target.transposed else (up, down)))
+    _check_range(largest, kind, target.path)
+    _put(ports, ops.constant(total, shared_memory=True))
+    return True
 
 
 def _add_bias(target: Target, added: Array) -> None:
@@ -101,13 +124,18 @@ def after(node: ov.Node, operation: str, value: Any, name: str = "/adapted") -> 
 
 def _store(ports: Sequence[ov.Input], value: Array, where: str) -> None:
     """Give inputs a new constant of the type that they had; float16 where that was compressed."""
+    source = ports[0].get_source_output()
+    plain = plain_constant(source)
+    kind = plain.get_element_type().get_type_name() if plain is not None else "f16"
+    _put(ports, _constant(value.reshape(tuple(source.get_shape())), kind, where))
+
+
+def _put(ports: Sequence[ov.Input], made: ov.Node) -> None:
+    """Let inputs take a constant, through a Convert where they took one."""
     from openvino import opset13 as ops
 
     source = ports[0].get_source_output()
     plain = plain_constant(source)
-    kind = plain.get_element_type().get_type_name() if plain is not None else "f16"
-    shape = tuple(source.get_shape())
-    made = _constant(value.reshape(shape), kind, where)
     if plain is not None:
         made.set_friendly_name(plain.get_friendly_name())
     node = source.get_node()
@@ -143,19 +171,19 @@ def _constant(value: Array, kind: str, where: str) -> ov.Node:
     import openvino as ov
     from openvino import opset13 as ops
 
-    if not np.isfinite(value).all():
-        raise ModelError("the changed weight is not finite", where=where, hint="Lower the adapter's scale.")
+    _check_range(float(np.abs(value).max(initial=0)), kind, where)
     if kind == "bf16":  # round to nearest, ties to even
         bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        tensor = ov.Tensor(rounded, list(value.shape), ov.Type.bf16)
-        return ops.constant(tensor, shared_memory=False)
-    with np.errstate(over="ignore"):
-        stored = value.astype({"f16": np.float16, "f32": np.float32, "f64": np.float64}[kind])
-    if not np.isfinite(stored).all():
+        return ops.constant(ov.Tensor(rounded, list(value.shape), ov.Type.bf16))
+    return ops.constant(np.ascontiguousarray(value, {"f16": np.float16, "f32": np.float32}[kind]))
+
+
+def _check_range(largest: float, kind: str, where: str) -> None:
+    """Refuse what a type cannot hold; NaN is larger than anything."""
+    if not largest <= _LARGEST[kind]:
         raise ModelError(
-            f"the changed weight has numbers too large for {kind}",
+            f"the changed weight has numbers up to {largest:g}, too large for {kind}",
             where=where,
             hint='Lower the adapter\'s scale, or convert the model with weights = "f32".',
         )
-    return ops.constant(np.ascontiguousarray(stored))

@@ -1,9 +1,9 @@
 """Adapters beside the weights: branches whose factors and strengths are variables, so that nothing is compiled again.
 
 A linear layer or convolution y becomes y + B (s * (A x)), with A (rank, in), s (1, rank) and B (out, rank) held as
-OpenVINO variables of open rank; several adapters stand one behind another along it. Empty variables add nothing. The
-form is the one that OpenVINO GenAI gives to its adapters (LoRASeparateTransform), and that the CPU plugin fuses. Biases
-and norms have a variable that is added to them.
+OpenVINO variables of open rank; several adapters stand one behind another along it, and zeros of rank 1 stand where
+there is none. The form is the one that OpenVINO GenAI gives to its adapters (LoRASeparateTransform), and that the CPU
+plugin fuses. Biases and norms have a variable that is added to them.
 
 A kernel of several pixels is not a matrix product. A x is taken at each pixel for each tap, and a fixed convolution of
 one-hot kernels then moves and adds the taps, with the layer's own strides, paddings and dilations.
@@ -49,7 +49,8 @@ def attach(model: ov.Model, target: Target, what: str) -> dict[str, list[int]]:
     present = {variable.get_info().variable_id for variable in model.get_variables()}
     if set(shapes) <= present:
         return shapes
-    reads = [_variable(model, name, shape) for name, shape in shapes.items()]
+    taps = math.prod(target.shape[2:])
+    reads = [_variable(model, name, shape, taps if name.endswith(".A") else 1) for name, shape in shapes.items()]
     if what == "bias":
         _attach_bias(target, reads[0])
     elif target.kind == "norm":
@@ -93,8 +94,11 @@ def _by_tap(a: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(a, 1, -1).reshape(-1, a.shape[1]))
 
 
-def _variable(model: ov.Model, name: str, shape: list[int]) -> ov.Node:
-    """Add a variable to the model; at first it is empty, or zero where its shape is fixed."""
+def _variable(model: ov.Model, name: str, shape: list[int], least: int) -> ov.Node:
+    """Add a variable to the model; at first it is zero, of rank 1 (`least` numbers long where its shape is open).
+
+    Not of rank 0: the CPU plugin leaves the result of such a product as it finds it in memory.
+    """
     import openvino as ov
     from openvino import opset6
     from openvino import opset13 as ops
@@ -103,7 +107,7 @@ def _variable(model: ov.Model, name: str, shape: list[int]) -> ov.Node:
     info = VariableInfo()
     info.data_shape, info.data_type, info.variable_id = ov.PartialShape(shape), ov.Type.f32, name
     variable = Variable(info)
-    first = ops.constant(np.zeros([max(size, 0) for size in shape], np.float32))
+    first = ops.constant(np.zeros([least if size == -1 else size for size in shape], np.float32))
     read = opset6.read_value(first, variable)
     first.set_friendly_name(f"{name}/first")
     read.set_friendly_name(name)

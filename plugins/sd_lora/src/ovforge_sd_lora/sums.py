@@ -1,0 +1,57 @@
+"""A weight plus a product of two thin matrices, on all cores: OpenVINO does it five times faster than numpy."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = ["add_product"]
+
+Array = NDArray[np.float32]
+
+
+def add_product(constant: ov.Node, up: Array, down: Array) -> tuple[ov.Tensor, float]:
+    """Return (constant + up @ down in the constant's own type and shape, the largest number in it).
+
+    The constant is f32, f16 or bf16, (rows, ...); up (rows, rank) and down (rank, ...) are float32. The sum is rounded
+    once; the largest number is taken before that.
+    """
+    import openvino as ov
+
+    kind = constant.get_element_type()
+    shape = list(constant.get_output_shape(0))
+    rows = [shape[0], int(np.prod(shape[1:]))]
+    total = ov.Tensor(kind, shape)
+    weight = ov.Tensor(constant.data, rows, kind)
+    lock, request = _adder(kind.get_type_name())
+    with lock:
+        request.set_input_tensor(0, weight)
+        request.set_input_tensor(1, ov.Tensor(np.ascontiguousarray(up), shared_memory=True))
+        request.set_input_tensor(2, ov.Tensor(np.ascontiguousarray(down.reshape(len(down), -1)), shared_memory=True))
+        request.set_output_tensor(0, ov.Tensor(total.data, rows, kind))
+        request.infer()
+        return total, float(request.get_output_tensor(1).data)
+
+
+@functools.cache
+def _adder(kind: str) -> tuple[threading.Lock, Any]:
+    """Return a request of the sum, for weights of a type, and the lock that it is used under."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    from ovforge.runtime import core
+
+    weight = ops.parameter([-1, -1], getattr(ov.Type, kind))
+    up, down = (ops.parameter([-1, -1], np.float32) for _ in range(2))
+    total = ops.add(ops.convert(weight, "f32"), ops.matmul(up, down, False, False))
+    largest = ops.reduce_max(ops.absolute(total), ops.constant(np.array([0, 1], np.int64)), False)
+    model = ov.Model([ops.convert(total, kind).output(0), largest.output(0)], [weight, up, down], "sum")
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return threading.Lock(), compiled.create_infer_request()
