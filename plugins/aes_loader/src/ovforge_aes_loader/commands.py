@@ -1,0 +1,162 @@
+"""ovforge encrypt, decrypt, inspect, rekey."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovforge.errors import ConfigError, InputError
+from ovforge_aes_loader.keys import CIPHERS, KEY_SIZE, Key, KeyOptions, default_keys, place_of
+
+__all__ = ["decrypt", "encrypt", "inspect", "rekey"]
+
+_PLACE = (
+    "Where the key is: env:NAME, file:PATH, fd:3, command:'pass show NAME' or keyring:SERVICE/USER. "
+    "By default $OVFORGE_KEY, $OVFORGE_KEY_FILE or $OVFORGE_PASSPHRASE."
+)
+Source = Annotated[Path, typer.Argument(help="A file or a folder.")]
+Place = Annotated[str | None, typer.Option("--key", "-k", metavar="PLACE", help=_PLACE)]
+Passphrase = Annotated[bool, typer.Option("--passphrase", help="What is there is a passphrase.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")]
+CipherName = Annotated[str | None, typer.Option("--cipher", help=f"openssl: {', '.join(CIPHERS)}.", show_default=False)]
+Iv = Annotated[str | None, typer.Option("--iv", metavar="HEX", help="openssl, with a key: the initialization vector.")]
+Iterations = Annotated[int, typer.Option("--iterations", help="openssl, with a passphrase: -iter.")]
+Digest = Annotated[str, typer.Option("--digest", help="openssl, with a passphrase: -md.")]
+
+
+def encrypt(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write.")],
+    key: Place = None,
+    passphrase: Passphrase = False,
+    make_key: Annotated[
+        bool, typer.Option("--make-key", help="Make a new key first, and write it to file:PATH.")
+    ] = False,
+    format: Annotated[str, typer.Option("--format", help="ovenc, or openssl for other programs.")] = "ovenc",
+    cipher: CipherName = None,
+    iv: Iv = None,
+    iterations: Iterations = 10_000,
+    digest: Digest = "sha256",
+    force: Force = False,
+) -> None:
+    """Encrypt a model, a folder or any file."""
+    from ovforge_aes_loader import files
+
+    if format not in ("ovenc", "openssl"):
+        raise InputError(f"unknown format {format!r}", where="--format", hint="Use ovenc or openssl.")
+    if format == "ovenc" and (cipher or iv):
+        raise InputError("a container has its own cipher", where="--cipher, --iv", hint="Add: --format openssl")
+    options = _openssl(cipher, iv, iterations, digest) if format == "openssl" else {}
+    if make_key:
+        _make_key(key)
+    chosen = _key(key, passphrase, **options)
+    if format == "openssl":
+        written = files.encrypt_openssl(source, output, chosen, replace=force)
+    else:
+        written = files.encrypt(source, output, chosen, replace=force)
+    _say(written)
+
+
+def decrypt(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file or folder to write, plain.")],
+    key: Place = None,
+    passphrase: Passphrase = False,
+    cipher: CipherName = None,
+    iv: Iv = None,
+    iterations: Iterations = 10_000,
+    digest: Digest = "sha256",
+    force: Force = False,
+) -> None:
+    """Write an encrypted model as plain files, which only their owner can read."""
+    from ovforge_aes_loader import files
+
+    options = _openssl(cipher, iv, iterations, digest)
+    chosen = _key(key, passphrase, **options) if key or passphrase or cipher or iv else None
+    _say(files.decrypt(source, output, chosen, replace=force))
+
+
+def inspect(
+    source: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show how a model is encrypted and which key it wants; needs no key, and checks nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ovforge_aes_loader import files
+
+    said = files.inspect(source)
+    if as_json:
+        print(json.dumps(said, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("file", "form", "bytes", "key", "model", "passphrase"):
+        table.add_column(title, justify="right" if title == "bytes" else "left", no_wrap=title != "form")
+    for file in said:
+        cost = file.get("scrypt")
+        scrypt = f"scrypt n={cost['n']} r={cost['r']} p={cost['p']}" if cost else ""
+        size = f"{file['bytes']}" if "bytes" in file else ""
+        table.add_row(file["file"], file["form"], size, file.get("key", ""), file.get("model", ""), scrypt)
+    Console(highlight=False, width=max(Console().width, 160)).print(table)
+
+
+def rekey(
+    source: Source,
+    new_key: Annotated[str, typer.Option("--new-key", metavar="PLACE", help="Where the new key is, said like --key.")],
+    key: Place = None,
+    passphrase: Passphrase = False,
+    new_passphrase: Annotated[bool, typer.Option("--new-passphrase", help="The new one is a passphrase.")] = False,
+    make_key: Annotated[bool, typer.Option("--make-key", help="Make the new key, and write it to file:PATH.")] = False,
+) -> None:
+    """Encrypt a model under another key, in its place."""
+    from ovforge_aes_loader import files
+
+    if make_key:
+        _make_key(new_key)
+    old = _key(key, passphrase) if key or passphrase else None
+    _say(files.rekey(source, old, _key(new_key, new_passphrase)))
+
+
+def _key(place: str | None, passphrase: bool, **options: Any) -> Key:
+    if passphrase:
+        options["form"] = "passphrase"
+    if place is not None:
+        return Key(place_of(place, **options))
+    for known in default_keys():
+        if known.is_passphrase == (passphrase or known.is_passphrase):
+            given = known.options.model_dump(exclude_unset=True)
+            return Key(KeyOptions.model_validate({**given, **options}))
+    raise ConfigError(
+        "no key is given", where="--key", hint="Add --key file:PATH, with --make-key where there is none yet."
+    )
+
+
+def _openssl(cipher: str | None, iv: str | None, iterations: int, digest: str) -> dict[str, Any]:
+    given = {"cipher": cipher, "iv": iv, "iterations": iterations, "digest": digest}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _make_key(place: str | None) -> None:
+    """Write a new key, as hexadecimal digits, to a file that is not there yet."""
+    from ovforge_aes_loader.files import private_file
+
+    kind, _, path = (place or "").partition(":")
+    if kind != "file" or not path:
+        raise InputError("a new key is written to a file", where="--make-key", hint="Add --key file:PATH")
+    try:
+        with private_file(Path(path)) as file:
+            file.write(f"{os.urandom(KEY_SIZE).hex()}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise InputError("is there already", where=path, hint="A key is never written over: name another.") from error
+
+
+def _say(written: list[Path]) -> None:
+    for path in written:
+        print(path)

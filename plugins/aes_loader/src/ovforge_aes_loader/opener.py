@@ -1,0 +1,32 @@
+"""Knows encrypted files and folders by their first bytes, and opens them as a Source like any other."""
+
+from __future__ import annotations
+
+from ovforge.sources import Source
+from ovforge_aes_loader.keys import Key, KeyOptions, remember
+
+__all__ = ["AesOpener"]
+
+_STARTS = (b"\x89OVENC\r\n", b"Salted__")
+
+
+class AesOpener:
+    """Opens what is encrypted with the key of its options, or with one that the process knows."""
+
+    def __init__(self, options: KeyOptions) -> None:
+        self.options = options
+        self.key = Key(options) if options.named else None
+        if self.key is not None:
+            remember(self.key)
+
+    def can_open(self, source: Source) -> bool:
+        """Say whether a file begins like one of ours. What `openssl enc -K` writes has no beginning: options say so."""
+        if self.options.cipher is not None and self.options.iv is not None:
+            return True
+        return any(source.read(path, len(_STARTS[0])) in _STARTS for path in source.files())
+
+    def open(self, source: Source) -> Source:
+        """Return the plain source. Raises ModelError for files that are damaged or do not belong together."""
+        from ovforge_aes_loader.source import open_encrypted
+
+        return open_encrypted(source, self.key)
