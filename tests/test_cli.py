@@ -80,7 +80,7 @@ def test_options_of_run(tmp_path: Path) -> None:
         (["run", EXAMPLE, "-o", "nowhere/x.png"], "nowhere: no such folder"),
         (["run", EXAMPLE, "-o", "x.tiff2"], "unknown picture format '.tiff2'"),
         (["plan", EXAMPLE, "-s", "transform.0.use=lora"], "transform 'lora': unknown"),
-        (["plugins", "show", "lmc"], "Did you mean 'lcm'?"),
+        (["plugins", "show", "schedulrs"], "Did you mean 'schedulers'?"),
         (["plugins", "disable", "builtin"], "cannot be switched off"),
         (["plugins", "new", "Bad_Name"], "is no plugin name"),
         (["cache", "prune", "--size", "big"], "'big' is no size"),
@@ -124,12 +124,12 @@ def test_a_picture_without_provenance_is_explained(tmp_path: Path) -> None:
 
 def test_plugins_are_listed_shown_and_switched(tmp_path: Path) -> None:
     assert re.search(r"stable-diffusion\s+0\.1\.0\s+installed", ovforge("plugins", "list").stdout)
-    assert "prediction_type" in ovforge("plugins", "show", "lcm").stdout
-    assert "ok      lcm" in ovforge("plugins", "doctor").stdout
-    ovforge("plugins", "disable", "lcm")
+    assert "prediction_type" in ovforge("plugins", "show", "schedulers").stdout
+    assert "ok      schedulers" in ovforge("plugins", "doctor").stdout
+    ovforge("plugins", "disable", "schedulers")
     refused = ovforge("plan", EXAMPLE, code=1).stderr
-    assert "ovforge plugins enable lcm" in refused
-    ovforge("plugins", "enable", "lcm")
+    assert "ovforge plugins enable schedulers" in refused
+    ovforge("plugins", "enable", "schedulers")
     ovforge("plan", EXAMPLE)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ovforge import testing
 from ovforge.errors import ConfigError, InputError
 from ovforge.random import Generator
-from ovforge_lcm.scheduler import LCMOptions, LCMScheduler
+from ovforge_schedulers.lcm import LCMOptions, LCMScheduler
 
 CONFIGS = st.fixed_dictionaries(
     {},
@@ -114,10 +114,10 @@ def test_configs_of_other_samplers_are_taken() -> None:
 
 
 def test_the_plugin_keeps_the_contract() -> None:
-    import ovforge_lcm
+    import ovforge_schedulers
 
-    testing.check_plugin(ovforge_lcm)
-    testing.check_scheduler(ovforge_lcm, "lcm")
+    testing.check_plugin(ovforge_schedulers)
+    testing.check_scheduler(ovforge_schedulers, "lcm")
 
 
 def test_trained_betas_equal_diffusers() -> None:
@@ -141,7 +141,7 @@ def test_options_win_over_the_model() -> None:
     scheduler = LCMScheduler(
         LCMOptions(original_inference_steps=20), {"original_inference_steps": 50, "_class_name": "X"}
     )
-    assert scheduler.config["original_inference_steps"] == 20
+    assert scheduler.config.original_inference_steps == 20
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_options_win_over_the_model() -> None:
         ({}, 51, "51 is out of range"),
         ({}, 0, "0 is out of range"),
         ({"original_inference_steps": 2000}, 4, "more than num_train_timesteps"),
-        ({"new_option": 3}, 4, "'new_option' is not one of LCM's"),
-        ({"new_option": 0}, 4, "'new_option' is not one of LCM's"),
-        ({"new_option": False}, 4, "'new_option' is not one of LCM's"),
+        ({"new_option": 3}, 4, "'new_option' is not one of LCMScheduler's"),
+        ({"new_option": 0}, 4, "'new_option' is not one of LCMScheduler's"),
+        ({"new_option": False}, 4, "'new_option' is not one of LCMScheduler's"),
         ({"prediction_type": "flow"}, 4, "prediction_type"),
         ({"rescale_betas_zero_snr": True}, 4, "divides by zero"),
         ({"trained_betas": [0.1]}, 4, "1 trained_betas"),

@@ -1,0 +1,106 @@
+"""Options and schedules that DPM-Solver, UniPC and DEIS share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field
+
+from ovforge.errors import InputError
+from ovforge_schedulers.float32 import Array
+from ovforge_schedulers.noise import sigma_table
+from ovforge_schedulers.options import (
+    BetaSchedule,
+    NoiseOptions,
+    SigmaOptions,
+    Spacing,
+    SpacingOptions,
+    ThresholdOptions,
+    Wide,
+    refuse,
+)
+from ovforge_schedulers.spacing import (
+    Doubles,
+    check_one_spread,
+    in_range,
+    interpolated,
+    spread,
+    spread_evenly,
+    times_of,
+)
+
+__all__ = ["SolverOptions", "SpacedSolverOptions", "check_spreads", "instead_of", "noise_levels", "scheduled"]
+
+Times = NDArray[np.int64]
+
+
+def instead_of(theirs: Mapping[str, str]) -> BeforeValidator:
+    """Return a validator that takes what other solvers' configs say for what diffusers takes in its place."""
+    return BeforeValidator(lambda value: theirs.get(value, value) if isinstance(value, str) else value)
+
+
+class SolverOptions(NoiseOptions, ThresholdOptions, SigmaOptions):
+    """Options of all solvers."""
+
+    beta_schedule: BetaSchedule = "linear"
+    solver_order: int = Field(2, ge=1, le=9)
+    prediction_type: Wide = "epsilon"
+    lower_order_final: bool = True
+    use_flow_sigmas: bool = False
+    flow_shift: float = Field(1.0, gt=0)
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+
+
+class SpacedSolverOptions(SolverOptions, SpacingOptions):
+    """Options of the solvers whose timesteps can be spaced in more than one way."""
+
+    timestep_spacing: Spacing = "linspace"
+
+
+def check_spreads(config: SolverOptions, *, with_flow: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError where noise levels are to be spread in two ways, or a flow's in one that is not for flows."""
+    check_one_spread(config)
+    spreads = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+    for name in set(spreads) - set(with_flow) if config.use_flow_sigmas else ():
+        if getattr(config, name, False):
+            what = f"{name} spreads noise levels above 1, and a flow's end there"
+            raise refuse(config, "use_flow_sigmas", what, f"Set one of use_flow_sigmas and {name}.")
+
+
+def noise_levels(
+    config: SolverOptions, alphas: Array, times: Doubles, steps: int, *, whole: bool = True
+) -> tuple[NDArray[Any], Doubles]:
+    """Return timesteps and noise levels without the last, spread as the config says; `whole` rounds Karras's times."""
+    table = sigma_table(alphas)
+    if getattr(config, "use_lu_lambdas", False) and not config.use_karras_sigmas:
+        levels: Doubles | None = spread_evenly(np.log(table), steps)
+    else:
+        whole = whole and config.use_karras_sigmas
+        levels = spread(config, float(table[-1]), float(table[0]), steps)
+    if levels is not None:
+        spaced = times_of(levels, alphas)
+        return spaced.round() if whole else spaced, levels
+    if config.use_flow_sigmas:
+        # Of equal steps in the share of noise (Liu et al. 2023), shifted to more noise (Esser et al. 2024).
+        shares = 1 - np.linspace(1, 1 / config.num_train_timesteps, steps + 1)
+        shifted = config.flow_shift * shares / (1 + (config.flow_shift - 1) * shares)
+        return shifted[:0:-1] * config.num_train_timesteps, shifted[:0:-1].copy()
+    return times, interpolated(alphas, times)
+
+
+def scheduled(config: SolverOptions, times: NDArray[Any], levels: Doubles, last: Any) -> tuple[Times, Array]:
+    """Return timesteps and noise levels in the types of a run. Raises InputError where two levels are the same."""
+    timesteps, sigmas = times.astype(np.int64), np.append(levels, last).astype(np.float32)
+    in_range(timesteps, config.num_train_timesteps, len(timesteps))
+    if np.any(np.diff(sigmas[:-1]) >= 0):
+        raise InputError(
+            f"{len(timesteps)} steps are too many for this schedule: two have the same noise level, and a solver"
+            " divides by the difference",
+            where="steps",
+            hint="Give fewer steps, or change scheduler.timestep_spacing.",
+        )
+    return timesteps, sigmas

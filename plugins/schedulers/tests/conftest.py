@@ -1,0 +1,152 @@
+"""Runs of ours beside runs of diffusers, with the same outputs of a network and the same noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ovforge.random import Generator
+
+SHAPE = (2, 4, 6, 5)
+
+
+class TorchStream:
+    """torch's own numbers, so that what differs is the scheduler alone (ovforge.random has tests of its own)."""
+
+    def __init__(self, seed: int) -> None:
+        import torch
+
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, shape: Any) -> Any:
+        import torch
+
+        return torch.randn(tuple(shape), generator=self.generator).numpy()
+
+
+def smooth(seen: np.ndarray, timestep: float) -> np.ndarray:
+    """Stand in for a network: its answers change little from step to step."""
+    return (np.tanh(0.7 * seen + 0.1 * np.sin(timestep / 100)) * 0.9).astype(np.float32)
+
+
+def run_both(
+    ours: Any,
+    theirs: Any,
+    seed: int,
+    *,
+    random: bool = True,
+    arguments: dict[str, Any] | None = None,
+    tolerance: float = 1e-5,
+    time_tolerance: float = 1e-6,
+    shape: tuple[int, ...] = SHAPE,
+    widen: int = 1,
+) -> None:
+    """Go through both runs from `ours.first` on, and compare timesteps, first latents and every step.
+
+    `random` networks answer with noise; others with a smooth function of diffusers' latents, the same for both: else
+    a last bit would grow by the width of a step. Neither run sees the other's latents, so errors add up. They are
+    relative to the largest latents there were: random answers blow latents up where alpha is small.
+    """
+    import torch
+
+    times = theirs.timesteps if theirs.timesteps.dtype == torch.int64 else theirs.timesteps.to(torch.float32)
+    assert ours.timesteps.dtype in (np.int64, np.float32)
+    assert np.isfinite(ours.timesteps).all()
+    if not bool(torch.isfinite(times).all()):  # diffusers takes the root of less than nothing, by rounding
+        return
+    np.testing.assert_allclose(ours.timesteps, times.numpy(), rtol=2e-6, atol=time_tolerance)
+    if ours.timesteps.dtype == np.int64 and time_tolerance < 1:
+        np.testing.assert_array_equal(ours.timesteps, times.numpy())
+    np.testing.assert_allclose(ours.init_noise_sigma, float(theirs.init_noise_sigma), rtol=1e-6)
+    network, stream, first = Generator(seed ^ 1), TorchStream(seed), ours.first
+    if hasattr(theirs, "set_begin_index"):
+        theirs.set_begin_index(first)
+    mine = stream.randn(shape)
+    if first:
+        clean = network.randn(shape)
+        wanted = theirs.add_noise(
+            torch.from_numpy(clean), torch.from_numpy(mine.copy()), theirs.timesteps[first : first + 1]
+        )
+        mine = ours.add_noise(clean, mine, first)
+        np.testing.assert_allclose(mine, wanted.numpy(), rtol=0, atol=1e-6 * max(1.0, float(wanted.abs().max())))
+    else:
+        mine *= np.float32(ours.init_noise_sigma)
+        wanted = torch.from_numpy(mine.copy())
+    extra = dict(arguments or {})
+    extra |= {"generator": stream_twin(stream)} if takes_generator(theirs) else {}
+    scale = 1.0
+    for index in range(first, len(times)):
+        seen, theirs_seen = ours.scale_input(mine, index), theirs.scale_model_input(wanted, theirs.timesteps[index])
+        scale = max(scale, float(wanted.abs().max()))
+        np.testing.assert_allclose(seen, theirs_seen.numpy(), rtol=0, atol=tolerance * scale)
+        if random:
+            output = network.randn((shape[0], shape[1] * widen, *shape[2:]))
+        else:
+            output = smooth(theirs_seen.numpy(), float(times[index]))
+        said = torch.from_numpy(output.copy())
+        before = output.copy(), mine.copy()
+        kept = mine
+        mine = ours.step(output, index, mine, stream)
+        np.testing.assert_array_equal(output, before[0], "a step changes the network's output")
+        np.testing.assert_array_equal(kept, before[1], "a step changes its latents")
+        assert not np.shares_memory(mine, output) and not np.shares_memory(mine, kept)
+        output.fill(np.nan), kept.fill(np.nan)  # callers reuse their buffers: a history must have copies
+        assert mine.dtype == np.float32
+        with torch.no_grad():
+            wanted = theirs.step(said, theirs.timesteps[index], wanted, return_dict=False, **extra)[0]
+        if not bool(torch.isfinite(wanted).all()):  # as UniPC's "bh1" at zero noise: infinity times no correction
+            assert np.isfinite(mine).all()
+            return
+        scale = max(scale, float(wanted.abs().max()))
+        np.testing.assert_allclose(mine, wanted.numpy(), rtol=0, atol=tolerance * scale)
+
+
+def make(name: str, config: dict[str, Any], ours: Any) -> Any:
+    """Return diffusers' scheduler `name`, with our alphas where betas are rescaled to zero SNR.
+
+    That rescaling takes square roots, and torch's are a bit off in a way of the processor's own; where alpha is near 1
+    or 0, a step multiplies it. `test_noise_schedules_equal_diffusers` compares the alphas themselves.
+    """
+    import diffusers
+    import torch
+
+    theirs = getattr(diffusers, name).from_config(config)  # which keeps the sigma_min of other classes
+    if config.get("rescale_betas_zero_snr"):
+        alphas = torch.from_numpy(ours.alphas_cumprod.copy())
+        np.testing.assert_allclose(alphas, theirs.alphas_cumprod, rtol=2e-6, atol=1e-7)
+        if getattr(theirs, "final_alpha_cumprod", None) is not None and not config.get("set_alpha_to_one", True):
+            theirs.final_alpha_cumprod = alphas[0]
+        theirs.alphas_cumprod = alphas
+    return theirs
+
+
+def takes_generator(theirs: Any) -> bool:
+    import inspect
+
+    return "generator" in inspect.signature(theirs.step).parameters
+
+
+def stream_twin(stream: TorchStream) -> Any:
+    """Return a generator that is where the stream is."""
+    import torch
+
+    twin = torch.Generator()
+    twin.set_state(stream.generator.get_state())
+    return twin
+
+
+class Both:
+    """Runs ours beside theirs; `theirs` makes a scheduler of diffusers."""
+
+    theirs = staticmethod(make)
+    __call__ = staticmethod(run_both)
+
+
+@pytest.fixture(scope="session")
+def both() -> Both:
+    """The comparison, where torch and diffusers are installed."""
+    pytest.importorskip("torch").set_num_threads(1)
+    pytest.importorskip("diffusers").utils.logging.set_verbosity_error()
+    return Both()
