@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from ovforge.errors import ConfigError, did_you_mean
+from ovforge.sources import PACKAGE, package_path
 
 __all__ = ["InputFile", "PipelineConfig", "Use", "apply_overrides", "input_files", "read_config", "validate_options"]
 
@@ -36,12 +37,17 @@ class _FileMarker:
 
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
+    if path.as_posix().startswith(PACKAGE):
+        return package_path(path.as_posix())
     base = (info.context or {}).get("base")
     return Path(base) / path.expanduser() if base else path.expanduser()
 
 
 InputFile = Annotated[Path, AfterValidator(_from_base), _FileMarker()]
-"""Type of an option that names a file or folder to read; relative paths start at the config's folder."""
+"""Type of an option that names a file or folder to read; relative paths start at the config's folder.
+
+"package:NAME/PATH" names one inside an installed Python package.
+"""
 
 
 class Use(BaseModel):

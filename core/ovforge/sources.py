@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ovforge.cache import DigestMemo
     from ovforge.plugins import Plugins
 
-__all__ = ["PACKAGE", "FileSource", "Opener", "Protection", "Source", "open_file", "open_source"]
+__all__ = ["PACKAGE", "FileSource", "Opener", "Protection", "Source", "open_file", "open_source", "package_path"]
 
 PACKAGE = "package:"
 """Prefix of sources that lie inside an installed Python package."""
@@ -162,14 +162,19 @@ def open_source(
     What is encrypted is opened by the plugin that knows it; `key` says where it finds the key.
     """
     if text.startswith(PACKAGE):
-        package, _, inside = text.removeprefix(PACKAGE).partition("/")
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
-        if found is None or not found.submodule_search_locations:
-            raise ModelError(
-                f"the Python package {package!r} is not installed", where=text, hint="Install the plugin that ships it."
-            )
-        return _opened(FileSource(Path(found.submodule_search_locations[0]) / inside, text, memo), key, plugins)
+        return _opened(FileSource(package_path(text), text, memo), key, plugins)
     return _opened(FileSource(base / Path(text).expanduser(), text, memo), key, plugins)
+
+
+def package_path(text: str) -> Path:
+    """Return where "package:NAME/PATH" lies. Raises ModelError where the Python package is not installed."""
+    package, _, inside = text.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"the Python package {package!r} is not installed", where=text, hint="Install the plugin that ships it."
+        )
+    return Path(found.submodule_search_locations[0]) / inside
 
 
 def open_file(path: Path, memo: DigestMemo | None = None, plugins: Plugins | None = None) -> Source:

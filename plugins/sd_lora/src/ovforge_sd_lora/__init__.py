@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovforge import hookimpl
-from ovforge.extensions import GraphTransformExtension
+from ovforge.extensions import CommandExtension, GraphTransformExtension
 from ovforge.stages import Phase
 
 
@@ -26,4 +26,14 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         phase=_phase,
         light=True,
         adapter="ovforge_sd_lora.switch:running_adapter",
+    )
+
+
+@hookimpl
+def ovforge_commands() -> Iterator[CommandExtension]:
+    """Looking into adapter files."""
+    yield CommandExtension(
+        name="lora",
+        summary="Look into adapter files, and see what of them fits a model",
+        factory="ovforge_sd_lora.inspect:app",
     )

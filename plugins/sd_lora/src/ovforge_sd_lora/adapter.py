@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.errors import ModelError
-from ovforge.sources import FileSource, Source
+from ovforge.sources import Source, open_file
 from ovforge.stages import Skipped
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.names import Key, flat, foreign_kind, parse_key
@@ -99,7 +99,7 @@ def re_cross(name: str) -> bool:
 
 def open_adapter(path: Path, name: str) -> Adapter:
     """Open an adapter file or folder. Raises ModelError where it is none, or is damaged."""
-    source = FileSource(path)
+    source = open_file(path)
     file = _adapter_file(source)
     tensors = TensorFile(source, file)
     config = _peft_config(source, file, tensors.metadata)

@@ -99,7 +99,7 @@ def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
     if ours is not None and theirs is not None and ours != theirs:
         raise ModelError(
             f"the adapter was trained on {family_name(theirs)} (its cross-attention is {theirs} wide), "
-            f"and the model is {family_name(ours)} ({ours})",
+            f"and this is {family_name(ours)} ({ours})",
             where=adapter.where,
             hint="An adapter works on the family it was trained on: take another adapter, or another model.",
         )

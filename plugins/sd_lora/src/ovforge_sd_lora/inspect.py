@@ -1,0 +1,168 @@
+"""`ovforge lora inspect`: what an adapter file holds, and what of it would find its place in a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovforge.bundle import ModelBundle
+from ovforge_sd_lora.adapter import Adapter, family_name, open_adapter
+from ovforge_sd_lora.matching import Preflight, preflight
+
+__all__ = ["app", "inspected"]
+
+app = typer.Typer(help="Adapters: LoRA, LoCon, LoHa, LoKr, DoRA, full differences.", no_args_is_help=True)
+
+_TEXT_WIDTHS = {768: "CLIP ViT-L", 1024: "OpenCLIP ViT-H", 1280: "OpenCLIP ViT-bigG"}
+_SHOWN_WORDS = 12
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `inspect` a command of its own."""
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of PEFT or diffusers.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Look up each key in this model: a folder or package:NAME/PATH.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what an adapter is, and with --model what of it fits."""
+    adapter = open_adapter(file, file.stem)
+    found = preflight(adapter, _opened(model)) if model else None
+    if as_json:
+        print(json.dumps(inspected(adapter, found), indent=2))
+    else:
+        _show(inspected(adapter, found))
+
+
+def inspected(adapter: Adapter, found: Preflight | None = None) -> dict[str, Any]:
+    """Return all that is known of an adapter, JSON-able; `found` is its preflight."""
+    roles: dict[str, Any] = {}
+    for role in dict.fromkeys(module.role or "?" for module in adapter.modules):
+        modules = [module for module in adapter.modules if (module.role or "?") == role]
+        roles[role] = {
+            "kinds": dict(Counter(module.label for module in modules)),
+            "ranks": dict(sorted(Counter(module.rank for module in modules if module.rank).items())),
+            "factors": sorted({round(module.factor, 6) for module in modules}),
+        }
+    width = adapter.width()
+    told: dict[str, Any] = {
+        "file": adapter.where,
+        "made_for": family_name(width) if width else _by_text(adapter),
+        "cross_attention": width,
+        "base_model": _said(adapter.metadata, "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name"),
+        "title": _said(adapter.metadata, "modelspec.title", "ss_output_name"),
+        "trigger_words": trigger_words(adapter.metadata),
+        "numbers": sum(math.prod(info.shape) for info in adapter.modules[0].file.tensors.values()),
+        "roles": roles,
+        "notes": list(adapter.notes),
+        "unknown": [{"key": skip.item, "why": skip.reason} for skip in adapter.unknown],
+    }
+    if found is not None:
+        told["model"] = {
+            "matched": [
+                {"role": m.role, "key": m.module.name, "layer": m.target.path, "kind": m.module.label,
+                 "rank": m.module.rank, "compressed": m.target.compressed}
+                for m in found.matches
+            ],
+            "unmatched": [{"key": skip.item, "why": skip.reason} for skip in found.skipped],
+            "touched": {
+                role: {"numbers": touched, "of": total, "share": touched / max(total, 1)}
+                for role, (touched, total) in found.touched.items()
+            },
+        }  # fmt: skip
+    return told
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """Return the words that the training's captions name most, or that the file's author does."""
+    said = _said(metadata, "modelspec.trigger_phrase", "modelspec.trigger_words", "trigger_words")
+    if said:
+        return [word.strip() for word in said.split(",") if word.strip()]
+    count: Counter[str] = Counter()
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        for tags in folders.values():
+            for tag, number in tags.items():
+                count[str(tag).strip()] += int(number)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return [tag for tag, _ in count.most_common(_SHOWN_WORDS)]
+
+
+def _said(metadata: Mapping[str, str], *keys: str) -> str | None:
+    return next((metadata[key] for key in keys if metadata.get(key)), None)
+
+
+def _by_text(adapter: Adapter) -> str | None:
+    """Return a guess from the text encoder's width, where the UNet's part tells nothing."""
+    for module in adapter.modules:
+        if module.role == "text_encoder" and module.name.endswith(("q_proj", "k_proj", "v_proj")):
+            return _TEXT_WIDTHS.get(module.shape[1])
+    return None
+
+
+def _opened(model: str) -> ModelBundle:
+    """Open a model as a pipeline would, from the cache where it was converted before."""
+    from ovforge.cache import Cache
+    from ovforge.config import validate_options
+    from ovforge.pipeline import Origin, find_loader, open_origin
+    from ovforge.plugins import Plugins
+    from ovforge.sources import open_source
+    from ovforge.stages import ignore_progress
+
+    source = open_source(model, Path.cwd())
+    loader = find_loader(source, None, Plugins())
+    options = validate_options(loader.extension.options_model(), {}, where="--model")
+    return open_origin(Origin(source, loader, options), Cache.default(), ignore_progress)
+
+
+def _show(told: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    facts = {
+        "Made for": told["made_for"],
+        "Says of its base": told["base_model"],
+        "Title": told["title"],
+        "Trigger words": ", ".join(told["trigger_words"]) or None,
+        "Numbers": f"{told['numbers']:,}",
+    }
+    console.print(f"[bold]{escape(told['file'])}[/]")
+    for name, fact in facts.items():
+        if fact:
+            console.print(f"{name}: {escape(str(fact))}")
+    table = Table("Role", "Modules", "Ranks", "alpha / rank")
+    for role, part in told["roles"].items():
+        table.add_row(
+            role,
+            ", ".join(f"{count} x {kind}" for kind, count in part["kinds"].items()),
+            ", ".join(f"{rank} ({count})" for rank, count in part["ranks"].items()),
+            ", ".join(f"{factor:g}" for factor in part["factors"][:6]),
+        )
+    console.print(table)
+    for note in told["notes"]:
+        console.print(f"Note: {escape(note)}")
+    unmatched = told["unknown"]
+    if "model" in told:
+        for role, share in told["model"]["touched"].items():
+            console.print(f"{role}: touches {share['share']:.1%} of {share['of']:,} weights")
+        console.print(f"{len(told['model']['matched'])} modules fit, {len(told['model']['unmatched'])} do not.")
+        unmatched = told["model"]["unmatched"]
+    if unmatched:
+        table = Table("Does not fit", "Why")
+        for skip in unmatched:
+            table.add_row(escape(skip["key"]), escape(skip["why"]))
+        console.print(table)
