@@ -34,6 +34,7 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Look up each key in this model: a folder or package:NAME/PATH.")
     ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="With --model: list what fits, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an adapter is, and with --model what of it fits."""
@@ -42,7 +43,7 @@ def inspect(
     if as_json:
         print(json.dumps(inspected(adapter, found), indent=2))
     else:
-        _show(inspected(adapter, found))
+        _show(inspected(adapter, found), keys)
 
 
 def inspected(adapter: Adapter, found: Preflight | None = None) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def _opened(model: str) -> ModelBundle:
     return open_origin(Origin(source, loader, options), Cache.default(), ignore_progress)
 
 
-def _show(told: Mapping[str, Any]) -> None:
+def _show(told: Mapping[str, Any], keys: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -161,6 +162,12 @@ def _show(told: Mapping[str, Any]) -> None:
             console.print(f"{role}: touches {share['share']:.1%} of {share['of']:,} weights")
         console.print(f"{len(told['model']['matched'])} modules fit, {len(told['model']['unmatched'])} do not.")
         unmatched = told["model"]["unmatched"]
+    if keys and "model" in told:
+        table = Table("Role", "Key", "Layer", "Kind", "Rank")
+        for match in told["model"]["matched"]:
+            rank = "" if match["rank"] is None else str(match["rank"])
+            table.add_row(match["role"], escape(match["key"]), escape(match["layer"]), match["kind"], rank)
+        console.print(table)
     if unmatched:
         table = Table("Does not fit", "Why")
         for skip in unmatched:
