@@ -109,5 +109,4 @@ def test_whole_runs(both: Any, name: str, data: Any, steps: int, strength: float
         assume(False)
     theirs = both.theirs(name, config, scheduler)
     theirs.set_timesteps(steps)
-    # Where an ancestral step goes far down, `sqrt(to**2 - up**2)` in float32 is good to 1e-3, in diffusers as here.
-    both(ours, theirs, seed, random=random, time_tolerance=0.02 if "KDPM2Ancestral" in name else 1e-6)
+    both(ours, theirs, seed, random=random, **both.tolerances(name, ours))

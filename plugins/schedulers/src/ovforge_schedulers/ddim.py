@@ -83,9 +83,9 @@ class DDPMOptions(NoiseOptions, SpacingOptions, BoundOptions):
     original: ClassVar[str] = "DDPMScheduler"
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
-    variance_type: Literal[
-        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
-    ] = "fixed_small"
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
+    ) = "fixed_small"
     prediction_type: Prediction = "epsilon"
     rescale_betas_zero_snr: bool = False
 
@@ -134,7 +134,7 @@ class DDPMSampling(AlphaSampling):
         return clean
 
     def _split(self, output: Array, latents: Array) -> tuple[Array, Array | None]:
-        if not self._config.variance_type.startswith("learned"):
+        if self._config.variance_type not in ("learned", "learned_range"):
             return output, None
         channels = latents.shape[1]
         if output.shape[1] != 2 * channels:
@@ -148,7 +148,7 @@ class DDPMSampling(AlphaSampling):
     def _deviation(self, alpha: np.float32, following: np.float32, beta: np.float32, learned: Array | None) -> Any:
         variance = np.maximum((ONE - following) / (ONE - alpha) * beta, np.float32(1e-20))
         match self._config.variance_type:
-            case "fixed_small":
+            case "fixed_small" | None:  # None: the config is of a sampler that knows learned ones alone
                 return np.sqrt(variance)
             case "fixed_small_log":
                 return exp(np.float32(0.5) * log(variance))
