@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
-import subprocess
+import struct
 import sys
+import tracemalloc
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,12 @@ import pytest
 from PIL import Image
 
 import ovforge
+from families import agree
 from ovforge import Use
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
-from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.errors import ConfigError, InputError, ModelError
+from ovforge.pipeline import find_loader
 from ovforge.plugins import Plugins
 from ovforge.sources import FileSource
 from ovforge.stages import Match
@@ -31,13 +36,15 @@ pytest.importorskip("ovforge_diffusers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from ovforge_diffusers import vocabulary  # noqa: E402
 from ovforge_diffusers.checkpoint import Checkpoint  # noqa: E402
 from ovforge_diffusers.families import identify  # noqa: E402
 from ovforge_diffusers.header import Header, Part, find_parts  # noqa: E402
 from ovforge_diffusers.infer import controlnet_config, guessed, text_config, unet_config, vae_config  # noqa: E402
-from ovforge_diffusers.loader import DiffusersLoader  # noqa: E402
+from ovforge_diffusers.loader import HOMES, Conversion, DiffusersLoader  # noqa: E402
 from ovforge_diffusers.options import LoaderOptions  # noqa: E402
 from ovforge_diffusers.vocabulary import clip_files, packaged_merges  # noqa: E402
+from ovforge_diffusers.weights import fill_weights  # noqa: E402
 
 Folder = Callable[[str], Path]
 Tensors = dict[str, Any]
@@ -189,6 +196,7 @@ def by_rule(source: Path, target: Path, family: str) -> Path:
     linear = unet["use_linear_projection"]
     heads = [1] * len(unet["block_out_channels"]) if linear else 8
     edit(target / "unet/config.json", attention_head_dim=heads, norm_num_groups=16, upcast_attention=False)
+    edit(target / "vae/config.json", scaling_factor=0.13025 if family in ("xl", "refiner") else 0.18215)
     for encoder in ("text_encoder", "text_encoder_2"):
         if (target / encoder).is_dir():
             act = "gelu" if encoder == "text_encoder_2" or family == "sd2" else "quick_gelu"
@@ -310,34 +318,44 @@ def test_inferred_configs_and_renamed_weights_are_the_folders(
 PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd1": ("text-to-image", {"width": 24, "height": 32}),
     "sd2": ("text-to-image", {"width": 16, "height": 16}),
-    "inpaint": ("inpainting", {"image": "white", "mask": "hole"}),
+    "inpaint": ("inpainting", {"image": "noise", "mask": "hole"}),
     "xl": ("text-to-image", {"width": 16, "height": 24}),
-    "refiner": ("image-to-image", {"image": "white", "strength": 0.6}),
+    "refiner": ("image-to-image", {"image": "noise", "strength": 0.6}),
 }
+
+
+def shrink(folder: Path) -> None:
+    """Replace a UNet by one of two levels, which converts in a second."""
+    config = config_of(folder / "unet")
+    for key in ("block_out_channels", "down_block_types", "attention_head_dim", "transformer_layers_per_block"):
+        config[key] = config[key][:2] if isinstance(config[key], list) else config[key]
+    ups = ["CrossAttnUpBlock2D" if "Attn" in kind else "UpBlock2D" for kind in reversed(config["down_block_types"])]
+    config |= {"up_block_types": ups, "layers_per_block": 1}
+    shutil.rmtree(folder / "unet")
+    torch.manual_seed(1)
+    diffusers.UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
 
 
 @KNOWN
 @pytest.mark.parametrize("family", PICTURES)
 def test_pictures_of_a_single_file_are_those_of_the_folder(
-    small: Callable[[str], tuple[Path, Path]], torch_family: Folder, session_cache: Cache, family: str
+    torch_family: Folder, cache: Cache, tmp_path: Path, family: str
 ) -> None:
-    """With configs by the option `config`, whose folder's own weights are not read."""
     task, inputs = PICTURES[family]
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    folder = by_rule(torch_family(family), tmp_path / "folder", family)
+    shrink(folder)
+    save_file(original(folder, family), tmp_path / "model.safetensors")
+    shutil.copytree(folder / ("tokenizer_2" if family == "refiner" else "tokenizer"), tmp_path / "tokenizer")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     mask = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 4))
-    inputs = {name: {"white": image, "hole": mask}.get(value, value) for name, value in inputs.items()}  # type: ignore[call-overload]
-    results = [
-        ovforge.Pipeline(task, source=source, load=load_options, device=F32, cache=session_cache, scheduler=DDIM)(
-            "a pink unicorn", steps=3, seed=5, **inputs
-        )
-        for source, load_options in (
-            (small(family)[1], {"weights": "f32", "config": torch_family(family)}),
-            (torch_family(family), {"weights": "f32"}),
-        )
-    ]
-    mine, wanted = (np.asarray(result.images[0]) for result in results)
-    assert mine.std() > 5
-    np.testing.assert_array_equal(mine, wanted)
+    inputs = {name: {"noise": noise, "hole": mask}.get(str(value), value) for name, value in inputs.items()}
+    pictures = []
+    for source in (tmp_path / "model.safetensors", folder):
+        full = {"weights": "f32"}
+        pipe = ovforge.Pipeline(task, source=source, load=full, device=F32, cache=cache, scheduler=DDIM)
+        pictures.append(np.asarray(pipe("a pink unicorn", steps=3, seed=5, **inputs).images[0]))
+    assert pictures[0].std() > 5
+    np.testing.assert_array_equal(*pictures)
 
 
 F32 = Use("cpu", precision="f32")
@@ -445,7 +463,7 @@ TEXT = {
 
 @pytest.mark.parametrize("name", TEXT)
 def test_published_text_encoders_are_known_by_their_shapes(name: str) -> None:
-    width, layers, heads, inner, act = TEXT[name]
+    width, layers, _, inner, _ = TEXT[name]
     config = transformers.CLIPTextConfig(
         vocab_size=49408, hidden_size=width, num_hidden_layers=layers, intermediate_size=inner, projection_dim=width
     )
@@ -508,9 +526,7 @@ def test_a_controlnet_in_a_single_file(torch_family: Folder, tmp_path: Path, nam
 
 
 @KNOWN
-def test_parts_of_a_pipeline_from_single_files(
-    small: Callable[[str], tuple[Path, Path]], session_cache: Cache, tmp_path: Path
-) -> None:
+def test_parts_of_a_pipeline_from_single_files(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """A UNet alone, as Lightning's come, and an autoencoder, as sdxl-vae-fp16-fix: in both namings."""
     folder, file = small("sd1")
     whole = load_file(file)
@@ -535,34 +551,451 @@ def test_parts_of_a_pipeline_from_single_files(
             factor = 0.13025 if "xl" in name else 0.18215
             assert checkpoint.config("vae")["scaling_factor"] == factor
             assert str(factor) in str(said[0].message)
-    pipe = ovforge.Pipeline(
-        "text-to-image", source=folder, device=F32, cache=session_cache, scheduler=DDIM,
-        load={"weights": "f32", "parts": {"unet": str(tmp_path / "unet.safetensors")}},
-    )  # fmt: skip
+
+
+@KNOWN
+def test_a_part_of_a_pipeline_from_a_single_file(torch_lcm: Path, cache: Cache, tmp_path: Path) -> None:
+    """Also a ready pipeline with another UNet, as Lightning's come: weights in diffusers' naming, and no config."""
+    config = {**config_of(torch_lcm / "unet"), "norm_num_groups": 16}
+    torch.manual_seed(3)
+    save_file(diffusers.UNet2DConditionModel.from_config(config).state_dict(), tmp_path / "unet.safetensors")
+    load = {"weights": "f32", "parts": {"unet": str(tmp_path / "unet.safetensors")}}
+    lcm = Use("diffusers", class_name="LCMScheduler")
+    pipe = ovforge.Pipeline("text-to-image", source=torch_lcm, load=load, device=F32, cache=cache, scheduler=lcm)
     assert pipe("a cat", steps=2, seed=1, width=16, height=16).images
-    assert pipe.bundle.configs["unet"]["cross_attention_dim"] == 32
+    assert pipe.bundle.configs["unet"]["time_cond_proj_dim"] == 24
+    assert pipe.bundle.configs["unet"]["norm_num_groups"] == 16
 
 
-# -- options -------------------------------------------------------------------------------------------------------------
+# -- options and what the file says -------------------------------------------------------------------------------------
 
 
-def test_the_command_converts_a_single_file(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    from typer.testing import CliRunner
+@KNOWN
+def test_the_command_converts_a_single_file(
+    torch_lcm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = by_rule(torch_lcm, tmp_path / "folder", "lcm")
+    file = tmp_path / "model.safetensors"
+    save_file(original(folder, "lcm"), file)
 
-    from ovforge.cli import app
+    def ovforge_convert(*arguments: object) -> int:
+        from ovforge.cli import main
 
-    folder, file = small("sd1")
-    done = CliRunner().invoke(app, ["convert", str(file), "-o", str(tmp_path / "out"), "-s", "weights=f32"])
-    assert done.exit_code == 0, done.output
+        monkeypatch.setattr(sys, "argv", ["ovforge", "convert", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    monkeypatch.setattr(vocabulary, "PACKAGES", ())
+    assert ovforge_convert(file, "-o", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "a checkpoint has no tokenizer" in said
+    assert "tokenizer = FOLDER" in said
+    assert not (tmp_path / "out").exists()
+    # A whole diffusers folder is as good as its tokenizer.
+    assert ovforge_convert(file, "-o", tmp_path / "out", "-s", f"tokenizer={folder}", "-s", "weights=f32") == 0
     opened = ModelBundle.open(FileSource(tmp_path / "out"))
     assert set(opened.models) == {"text_encoder", "unet", "vae_encoder", "vae_decoder", "tokenizer", "detokenizer"}
-    assert opened.scheduler_config()["_class_name"] == "PNDMScheduler"
-    assert opened.configs["unet"]["_class_name"] == "UNet2DConditionModel"
-    alone = tmp_path / "alone.safetensors"
+    assert opened.scheduler_config()["_class_name"] == "LCMScheduler"
+    theirs = DiffusersLoader(options()).load(FileSource(folder))
+    theirs.save(tmp_path / "theirs")
+    for role in ("text_encoder", "unet", "vae_encoder", "vae_decoder"):
+        for suffix in ("xml", "bin"):
+            mine, wanted = (tmp_path / name / role / f"openvino_model.{suffix}" for name in ("out", "theirs"))
+            assert mine.read_bytes() == wanted.read_bytes()
+
+
+@KNOWN
+def test_averaged_weights(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, file = small("sd1")
+    tensors, averaged = load_file(file), {}
+    for name, tensor in tensors.items():
+        if name.startswith("model."):
+            averaged["model_ema." + name.removeprefix("model.").replace(".", "")] = tensor + 1
+    both = tmp_path / "both.safetensors"
+    save_file({**tensors, **averaged, "model_ema.decay": torch.zeros(()), "betas": torch.zeros(1000)}, both)
+    shutil.copytree(file.parent / "tokenizer", tmp_path / "tokenizer")
+    plain, ema = (Checkpoint(FileSource(both), options(ema=ema)).weights("unet")() for ema in (False, True))
+    assert plain.keys() == ema.keys()
+    assert all(torch.equal(plain[name] + 1, ema[name]) for name in plain)
+    with pytest.raises(ModelError, match="no averaged weights"):
+        Checkpoint(FileSource(file), options(ema=True))
+
+
+@KNOWN
+def test_what_the_unet_predicts(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """By metadata, by marks in the file, by the steps of training, by the option; a guess is said."""
+
+    def prediction(family: str, metadata: dict[str, str] | None = None, **changes: Any) -> tuple[str, str, bool]:
+        tensors = load_file(small(family)[1])
+        extra = changes.pop("extra", {})
+        save_file({**tensors, **extra}, tmp_path / "model.safetensors", metadata=metadata)
+        changes = {"tokenizer": small(family)[1].parent / "tokenizer", **changes}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            checkpoint = Checkpoint(FileSource(tmp_path / "model.safetensors"), options(**changes))
+        config = json.loads(checkpoint.assets("scheduler")["scheduler/scheduler_config.json"])
+        guess = any("does not say what its UNet predicts" in str(each.message) for each in said)
+        return config["prediction_type"], config["timestep_spacing"], guess
+
+    assert prediction("sd1") == ("epsilon", "leading", False)
+    assert prediction("sd2") == ("v_prediction", "leading", True)
+    assert prediction("sd2", prediction_type="epsilon") == ("epsilon", "leading", False)
+    assert prediction("sd2", {"modelspec.prediction_type": "epsilon"}) == ("epsilon", "leading", False)
+    assert prediction("sd2", {"modelspec.prediction_type": "v"}) == ("v_prediction", "leading", False)
+    assert prediction("sd2", extra={"global_step": torch.tensor(875000)}) == ("epsilon", "leading", False)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    assert prediction("xl", extra=marks) == ("v_prediction", "trailing", False)
+    given = {"config": small("xl")[0], "prediction_type": "v_prediction"}
+    assert prediction("xl", **given) == ("v_prediction", "leading", False)
+
+
+@KNOWN
+def test_a_config_folder_decides(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Its heads, its tokenizer and its noise schedule; not its weights, which may be missing."""
+    folder, file = small("xl")
+    configs = tmp_path / "configs"
+    shutil.copytree(folder, configs, ignore=shutil.ignore_patterns("*.safetensors"))
+    edit(configs / "unet/config.json", attention_head_dim=[4, 8, 8])
+    edit(configs / "scheduler/scheduler_config.json", beta_end=0.5)
+    alone = tmp_path / "model.safetensors"
     shutil.copy(file, alone)
-    program = [sys.executable, "-m", "ovforge", "convert", str(alone), "-o", str(tmp_path / "other")]
-    refused = subprocess.run(program, capture_output=True, text=True, env=WITHOUT_PACKAGES)
-    assert refused.returncode != 0
-    assert "no tokenizer" in refused.stderr + refused.stdout
-    assert "Traceback" not in refused.stderr
-    assert not (tmp_path / "other").exists()
+    checkpoint = Checkpoint(FileSource(alone), options(config=configs))
+    assert checkpoint.config("unet")["attention_head_dim"] == [4, 8, 8]
+    assert json.loads(checkpoint.assets("scheduler")["scheduler/scheduler_config.json"])["beta_end"] == 0.5
+    assert checkpoint.assets("tokenizer_2")["tokenizer_2/vocab.json"]
+    assert checkpoint.index == {
+        k: v for k, v in json.loads((folder / "model_index.json").read_text()).items() if k[:5] != "_name"
+    }
+    with pytest.raises(ModelError, match="has no text_encoder"):
+        Checkpoint(FileSource(alone), options(config=configs / "unet"))
+    with pytest.raises(ConfigError, match=r"load\.config.*single-file"):
+        load(folder, config=configs)
+
+
+def test_a_tokenizer_of_another_model_is_refused(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, file = small("sd1")
+    for name, data in clip_files(["a b", "c d</w>"]).items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelError, match=r"knows 516 words, and the text encoder \d+"):
+        Checkpoint(FileSource(file), options(tokenizer=tmp_path))
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        Checkpoint(FileSource(file), options(tokenizer=tmp_path))
+
+
+@KNOWN
+def test_the_padding_of_the_family_is_taken(small: Callable[[str], tuple[Path, Path]]) -> None:
+    _, file = small("sd2")
+    with pytest.warns(UserWarning, match="fills up with '<|endoftext|>', this family with '!'"):
+        checkpoint = Checkpoint(FileSource(file), options(tokenizer=small("sd1")[0]))
+    assert checkpoint.optional("tokenizer", "tokenizer_config.json")["pad_token"] == "!"
+
+
+def test_a_vocabulary_from_its_merges(tmp_path: Path) -> None:
+    """By CLIP's scheme, read by transformers; small here, OpenAI's own where a package brings it."""
+    merges = ["c a", "ca t</w>", "d o", "do g</w>"]
+    tokens = clip_tokenizer(clip_files(merges), tmp_path / "small")
+    assert tokens("cat dog")["input_ids"] == [516, 513, 515, 517]
+    vocabulary_ = tokens.get_vocab()
+    assert [vocabulary_[word] for word in ("!", "~", "ÿ", "Ā", "!</w>", "ca", "<|startoftext|>")] == [
+        0,
+        93,
+        187,
+        188,
+        256,
+        512,
+        516,
+    ]
+
+
+PROMPTS = {
+    "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
+    "a photo of a dog": [49406, 320, 1125, 539, 320, 1929, 49407],
+    "Hello, World!": [49406, 3306, 267, 1002, 256, 49407],
+}
+"""Ids that OpenAI's CLIP gives, as its published examples show."""
+
+
+def test_openais_vocabulary_from_a_package(tmp_path: Path) -> None:
+    merges = packaged_merges()
+    if not merges:
+        pytest.skip("needs a package that brings CLIP's merges (open_clip_torch)")
+    files = clip_files(merges)
+    tokens = clip_tokenizer(files, tmp_path / "clip")
+    assert len(tokens) == 49408
+    for prompt, ids in PROMPTS.items():
+        assert tokens(prompt)["input_ids"] == ids
+    assert json.loads(files["vocab.json"]).keys() == tokens.get_vocab().keys()
+    assert original_tokenizer_agrees(files, tokens)
+
+
+def clip_tokenizer(files: dict[str, bytes], folder: Path) -> Any:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def original_tokenizer_agrees(files: dict[str, bytes], tokens: Any) -> bool:
+    """Compare with OpenAI's own SimpleTokenizer, run from the package that brings the merges: words and random texts."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or importlib.util.find_spec("ftfy") is None:
+        return True
+    path = Path((spec.submodule_search_locations or [""])[0]) / "tokenizer.py"
+    loader = importlib.util.spec_from_file_location("open_clips_tokenizer", path)
+    assert loader and loader.loader
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    theirs = module.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary_ = {names.get(word, word): number for word, number in theirs.encoder.items()}
+    assert vocabulary_ == json.loads(files["vocab.json"])
+    words = sorted(word[:-4] for word in vocabulary_ if word.endswith("</w>") and word[:-4].isascii())
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = " ".join(rng.choice(words, rng.integers(1, 40)))
+        assert tokens(text)["input_ids"] == [49406, *theirs.encode(text), 49407], text
+    return True
+
+
+# -- files that are something else, or damaged -----------------------------------------------------------------------------
+
+
+OTHERS: dict[str, Tensors] = {
+    "a LoRA of kohya's": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 4)},
+    "a LoRA of diffusers'": {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 4)},
+    "a LoRA without a prefix": {"conv_in.lora_A.weight": torch.zeros(4, 4), "conv_in.weight": torch.zeros(4, 4)},
+    "an embedding": {"emb_params": torch.zeros(2, 768)},
+    "an embedding of SDXL": {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
+    "a text encoder": {"text_model.embeddings.token_embedding.weight": torch.zeros(8, 4)},
+    "a model of another kind": {"model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": torch.zeros(4, 4)},
+    "an autoencoder of Flux": {
+        "encoder.down.0.block.0.conv1.weight": torch.zeros(4, 4, 3, 3), "decoder.conv_in.weight": torch.zeros(4, 16, 3, 3),
+    },
+    "nothing": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_files_are_never_claimed(tmp_path: Path, what: str) -> None:
+    save_file(OTHERS[what], tmp_path / "file.safetensors")
+    source = FileSource(tmp_path / "file.safetensors")
+    assert DiffusersLoader(LoaderOptions()).can_load(source) is Match.NO
+    with pytest.raises(ModelError, match="holds no UNet, autoencoder or ControlNet"):
+        load(tmp_path / "file.safetensors")
+
+
+def headed(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+FIRST = {name: {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [4 * n, 4 * n + 4]} for n, name in enumerate(
+    ("encoder.down.0.block.0.conv1.weight", "encoder.conv_in.weight", "decoder.conv_out.weight")
+)} | {"decoder.conv_in.weight": {"dtype": "F32", "shape": [1, 4, 1, 1], "data_offsets": [12, 28]}}  # fmt: skip
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "no safetensors file"),
+    "text": (b"this is no model at all", "no safetensors file"),
+    "a header longer than the file": (headed({}, length=2**62), "no safetensors file"),
+    "a huge header": (headed(b"{" + b" " * (17 * 2**20)), "more than"),
+    "no JSON": (headed(b"{" * 64), "header cannot be read"),
+    "deep JSON": (headed(b"[" * 100_000), "header cannot be read"),
+    "a list": (headed([1, 2, 3]), "header cannot be read"),
+    "a shape of words": (headed({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}), "header cannot be read"),
+    "a negative shape": (headed({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}), "header cannot be read"),
+    "a cut file": (headed(FIRST, b"\0" * 20), "cannot be read"),
+    "offsets outside": (
+        headed(FIRST | {"quant_conv.weight": {"dtype": "F32", "shape": [2**20] * 3, "data_offsets": [28, 2**62]}}, b"\0" * 28),
+        "cannot be read",
+    ),
+    "tensors over each other": (
+        headed(FIRST | {"quant_conv.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 28),
+        "cannot be read",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused_in_little_memory(tmp_path: Path, what: str) -> None:
+    data, message = HOSTILE[what]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(data)
+    loader = DiffusersLoader(LoaderOptions())
+    tracemalloc.start()
+    try:
+        assert loader.can_load(FileSource(file)) is not Match.NO
+        with pytest.raises(ModelError, match=message) as caught:
+            loader.load(FileSource(file))
+        assert str(file) in str(caught.value)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@KNOWN
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "model.diffusion_model.input_blocks.1.0.in_layers.2.bias",
+            lambda t: t * float("nan"),
+            "holds NaN or infinity",
+        ),
+        ("model.diffusion_model.input_blocks.1.0.in_layers.2.bias", None, "conv1.bias is missing"),
+        ("model.diffusion_model.stranger.weight", lambda _: torch.ones(3), "stranger.weight belong nowhere"),
+        ("model.diffusion_model.out.2.bias", lambda _: torch.ones(9), r"conv_out.bias is \[9\], not \[4\]"),
+        ("model.diffusion_model.out.2.bias", lambda t: t.to(torch.int8), "not a float type"),
+    ],
+)
+def test_damaged_weights_are_said(
+    torch_lcm: Path, tmp_path: Path, name: str, change: Callable[[Any], Any] | None, message: str
+) -> None:
+    folder = by_rule(torch_lcm, tmp_path / "folder", "lcm")
+    tensors = original(folder, "lcm")
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors.get(name))
+    save_file(tensors, tmp_path / "model.safetensors")
+    bundle = load(tmp_path / "model.safetensors", tokenizer=folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        _ = bundle.models["unet"]
+    assert str(tmp_path / "model.safetensors") in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_shapes_whatever_end_in_anything_but_an_error_in_words(
+    small: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Tensors cut out, flattened, turned, emptied, renamed, at random: it opens and gives weights, or says why not."""
+    rng = np.random.default_rng(0)
+    changes: list[Callable[[Any], Any]] = [
+        lambda t: t.flatten(), lambda t: t.T if t.ndim == 2 else t, lambda t: t[:0], lambda t: torch.zeros(()),
+        lambda t: t[None], lambda t: t[: max(1, len(t) // 2)] if t.ndim else t,
+    ]  # fmt: skip
+    refused = 0
+    for turn in range(42):
+        family = FAMILIES[turn % len(FAMILIES)]
+        _, file = small(family)
+        tensors = load_file(file)
+        telling = [
+            n for n in tensors if re.search(r"blocks\.(0|1|2)\.|down\.\d|embed|conv_|middle|layers\.0|label|proj", n)
+        ]
+        for name in rng.choice(telling, rng.integers(1, 4)):
+            change = int(rng.integers(len(changes) + 2))
+            if change == len(changes):
+                tensors.pop(name, None)
+            elif change > len(changes):
+                tensors[f"{name}.{rng.integers(10**6)}"] = tensors.get(name, torch.zeros(1))
+                tensors.pop(name, None)
+            elif name in tensors:
+                tensors[name] = changes[change](tensors[name])
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors"
+        )
+        given = options(tokenizer=file.parent / "tokenizer")
+        try:
+            checkpoint = Checkpoint(FileSource(tmp_path / "model.safetensors"), given)
+            for component, kind in checkpoint.components.items():
+                if kind in HOMES:
+                    module = Conversion(checkpoint, given).module(component, kind)
+                    weights = checkpoint.weights(component)()
+                    fill_weights(module, weights, checkpoint.where(component), checkpoint.misfit)
+        except ModelError:
+            refused += 1
+    assert refused > 20
+
+
+@KNOWN
+def test_what_belongs_to_no_submodel_is_said(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, file = small("sd1")
+    shutil.copytree(file.parent / "tokenizer", tmp_path / "tokenizer")
+    noise = {"alphas_cumprod": torch.zeros(9), "cond_stage_model.logit_scale": torch.zeros(())}
+    save_file({**load_file(file), **noise}, tmp_path / "model.safetensors")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Checkpoint(FileSource(tmp_path / "model.safetensors"), options())
+    assert not [each for each in said if "no submodel" in str(each.message)]
+    save_file({**load_file(file), "aesthetics.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="1 tensors belong to no submodel and are left out: aesthetics.weight"):
+        Checkpoint(FileSource(tmp_path / "model.safetensors"), options())
+    save_file({**load_file(file), "edm_mean": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="Playground"):
+        Checkpoint(FileSource(tmp_path / "model.safetensors"), options())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"load\.tokenizer.*holds no vocab\.json"):
+        Checkpoint(FileSource(file), options(tokenizer=tmp_path / "empty"))
+
+
+def test_fractional_timesteps(torch_family: Folder, cache: Cache, tmp_path: Path) -> None:
+    """timestep = "f32" with Karras sigmas, against diffusers; "i64" refuses them."""
+    folder = by_rule(torch_family("sd1"), tmp_path / "folder", "sd1")
+    shrink(folder)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.safety_checker = None
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    theirs = pipe("a cat", num_inference_steps=4, guidance_scale=2.0, width=16, height=24,
+                  generator=torch.Generator().manual_seed(4)).images  # fmt: skip
+    assert (np.asarray(pipe.scheduler.timesteps) % 1).any()
+    karras = Use("diffusers", class_name="EulerDiscreteScheduler", options={"use_karras_sigmas": True})
+    load = {"weights": "f32", "timestep": "f32"}
+    ours = ovforge.Pipeline("text-to-image", source=folder, load=load, device=F32, cache=cache, scheduler=karras)
+    inputs = {"steps": 4, "seed": 4, "guidance_scale": 2.0, "width": 16, "height": 24}
+    agree(ours("a cat", **inputs), theirs)
+    whole = ovforge.Pipeline(
+        "text-to-image", source=folder, load={"weights": "f32"}, device=F32, cache=cache, scheduler=karras
+    )
+    with pytest.raises(InputError, match="fractions"):
+        whole("a cat", **inputs)
+
+
+def test_irregular_blocks_and_pickles_are_said(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, file = small("sd1")
+    tensors = {n: t for n, t in load_file(file).items() if ".input_blocks.1.1.transformer_blocks" not in n}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"differ within a level") as caught:
+        load(tmp_path / "model.safetensors")
+    assert "config = FOLDER" in str(caught.value)
+    for suffix in ("ckpt", "pth"):
+        (tmp_path / f"model.{suffix}").write_bytes(b"\x80\x02junk")
+        offer = find_loader(FileSource(tmp_path / f"model.{suffix}"), None, Plugins())
+        assert offer.extension.name == "diffusers"
+        with pytest.raises(ModelError, match="is a pickle"):
+            load(tmp_path / f"model.{suffix}")
+
+
+@KNOWN
+def test_half_precision_and_one_submodel_at_a_time(
+    torch_lcm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the text encoder reads nothing of the UNet; halves become the floats that they are."""
+    folder = by_rule(torch_lcm, tmp_path / "folder", "lcm")
+    kinds = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    tensors = {name: tensor.to(kinds[n % 3]) for n, (name, tensor) in enumerate(original(folder, "lcm").items())}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(FileSource(tmp_path / "model.safetensors"), options(tokenizer=folder))
+    seen: list[str] = []
+    import ovforge_diffusers.weights as module
+
+    check = module._check_finite
+    monkeypatch.setattr(
+        module, "_check_finite", lambda tensor, name, *rest: (seen.append(name), check(tensor, name, *rest))
+    )
+    for component in ("text_encoder", "vae", "unet"):
+        seen.clear()
+        weights = checkpoint.weights(component)()
+        assert len({name.split(".")[0] for name in seen}) == 1
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    for name, stored in (
+        ("conv_out.weight", "out.2.weight"),
+        ("conv_out.bias", "out.2.bias"),
+        ("conv_in.bias", "input_blocks.0.0.bias"),
+    ):
+        assert torch.equal(weights[name], tensors[f"model.diffusion_model.{stored}"].float())

@@ -1,4 +1,4 @@
-"""Opens diffusers folders, and samples with any diffusers scheduler. Listing it imports no torch."""
+"""Opens diffusers folders and checkpoints, and samples with any diffusers scheduler. Listing it imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def ovforge_loaders() -> Iterator[LoaderExtension]:
     """Yield the converting loader."""
     yield LoaderExtension(
         name="diffusers",
-        summary="Convert a diffusers folder (safetensors) with PyTorch, one submodel at a time",
+        summary="Convert a diffusers folder or checkpoint (safetensors) with PyTorch, one submodel at a time",
         config="ovforge_diffusers.options:LoaderOptions",
         factory="ovforge_diffusers.loader:DiffusersLoader",
         converts=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,13 @@ __all__ = ["Checkpoint"]
 
 Tensors = dict[str, "torch.Tensor"]
 
+_TRAINING = re.compile(
+    r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights$|logvar$|scale_factor$|global_step$"
+    r"|denoiser\.sigmas$|v_pred$|ztsnr$|edm_(mean|std)$"
+    r"|(cond_stage_model|conditioner\.embedders\.\d)\.(transformer\.|model\.)?(logit_scale|text_projection)"
+)
+"""What checkpoints keep of their training: averages, noise schedules, and projections that are not used."""
+
 
 class Checkpoint:
     """One safetensors file with what diffusers keeps in a folder, in CompVis' and Stability's naming or in diffusers'.
@@ -49,14 +57,20 @@ class Checkpoint:
                 hint="An adapter (LoRA) or an embedding is no model: it is added to a pipeline by a transform.",
             )
         check_file(source, self._path)
+        self._warn_of_rest()
         if options.ema and self._average("time_embed.0.weight") not in self._header.shapes:
             raise ModelError(
                 "it has no averaged weights (model_ema)", where=source.name, hint="Leave out the option ema."
             )
         self.alone = len(self._parts) == 1
         self._folder = Folder(FileSource(options.config), None) if options.config else None
-        self._family = self._identify()
-        self._configs = {component: self._config(component) for component in self._parts}
+        try:
+            self._family = self._identify()
+            self._configs = {component: self._config(component) for component in self._parts}
+        except (LookupError, ValueError, TypeError, ArithmeticError) as error:  # shapes that no model has
+            raise ModelError(
+                f"its tensors have shapes of no model: {error}", where=source.name, hint=self.misfit
+            ) from error
         self.components = {component: part.kind for component, part in self._parts.items()}
         self.index: dict[str, Any] = {}
         self._assets: dict[str, dict[str, bytes]] = {}
@@ -67,6 +81,8 @@ class Checkpoint:
                 if component.startswith("text_encoder"):
                     self._add_tokenizer(component)
             self.index = index if self._folder is None else self._of_folder(self._folder)
+
+    misfit = f"The file is damaged, or of a variety that is not known. {infer.IRREGULAR}"
 
     def where(self, component: str) -> str:
         """Name a component in messages."""
@@ -100,8 +116,14 @@ class Checkpoint:
         if self._header.shapes.get("global_step") == ():
             steps = int(read_weights(self._source, [self._path], {"global_step": "global_step"}.get)["global_step"])
         family = identify(self._parts, self._header, Path(self._path).name, steps)
+        if "edm_mean" in self._header.shapes and self._folder is None:
+            raise ModelError(
+                "it is a Playground 2.5, whose latents have a mean and a noise schedule of their own",
+                where=self.name,
+                hint=infer.IRREGULAR,
+            )
         said = self._options.prediction_type
-        if said is None and not family.sure and self._folder is None:
+        if said is None and not family.sure and self._folder is None and not self.alone:
             self._say(
                 "the file does not say what its UNet predicts: v_prediction is taken, as Stable Diffusion 2 for 768 "
                 'pixels has it. Set the option prediction_type to "epsilon" for a model of 512 pixels.'
@@ -144,6 +166,13 @@ class Checkpoint:
             )
         return config
 
+    def _warn_of_rest(self) -> None:
+        """Say which tensors belong to no submodel, but for what is known to be of training only."""
+        prefixes = tuple(part.prefix for part in self._parts.values())
+        rest = [name for name in self._header.shapes if not name.startswith(prefixes) and not _TRAINING.match(name)]
+        if rest:
+            self._say(f"{len(rest)} tensors belong to no submodel and are left out: {', '.join(rest[:3])}...")
+
     def _say(self, what: str) -> None:
         warnings.warn(f"{self.name}: {what}", stacklevel=6)
 
@@ -180,6 +209,7 @@ class Checkpoint:
             words=config["vocab_size"],
             length=config["max_position_embeddings"],
             pad=self._family.pad(component),
+            given=str(given) if given else None,
         )
 
     def _places(self, component: str) -> list[tuple[Source, str]]:
@@ -213,4 +243,4 @@ class Checkpoint:
         try:
             return to_diffusers(part, given, config)
         except ModelError as error:
-            raise ModelError(error.what, where=self.where(component), hint=infer.IRREGULAR) from error
+            raise ModelError(error.what, where=self.where(component), hint=self.misfit) from error

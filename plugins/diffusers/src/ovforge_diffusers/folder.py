@@ -34,6 +34,8 @@ class Folder:
     `components` maps their names to their classes; several ControlNets are controlnet, controlnet_1, ...
     """
 
+    misfit = "config.json and weights must come from one model: fetch both again."
+
     def __init__(self, source: Source, variant: str | None) -> None:
         self.name = source.name
         self._source = source

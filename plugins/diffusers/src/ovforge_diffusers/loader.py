@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import openvino as ov
     import torch
 
-__all__ = ["DiffusersLoader"]
+__all__ = ["Conversion", "DiffusersLoader"]
 
 DEFAULTS = "ovforge.json"
 PICKLES = (".ckpt", ".pth")
@@ -85,19 +85,19 @@ class DiffusersLoader:
         for module in ("torch", "diffusers", "transformers", "safetensors"):
             need(module, PURPOSE)
         if checkpoint_file(source) is not None:
-            return _Conversion(Checkpoint(source, self.options), self.options).bundle()
+            return Conversion(Checkpoint(source, self.options), self.options).bundle()
         for name in CHECKPOINT_OPTIONS:
             if getattr(self.options, name):
                 raise ConfigError("is for a single-file checkpoint; a folder says it itself", where=f"load.{name}")
-        return _Conversion(Folder(source, self.options.variant), self.options).bundle()
+        return Conversion(Folder(source, self.options.variant), self.options).bundle()
 
 
 def _pickle(source: Source) -> bool:
     return len(source.files()) == 1 and PurePosixPath(next(iter(source.files()))).suffix in PICKLES
 
 
-class _Conversion:
-    """One model being converted."""
+class Conversion:
+    """One model being converted: a folder or a checkpoint, which give the same."""
 
     def __init__(self, parts: Folder | Checkpoint, options: LoaderOptions) -> None:
         self.parts = parts
@@ -105,6 +105,7 @@ class _Conversion:
         self.index = parts.index
 
     def bundle(self) -> ModelBundle:
+        """Return the bundle, its roles to be converted when they are asked for."""
         bundle = ModelBundle()
         bundle.index = dict(self.index)
         for component, kind in self.parts.components.items():
@@ -165,12 +166,12 @@ class _Conversion:
         bundle.models.lazy(reverse, lambda: self._tokenizer(component, files)[1])
 
     def _convert(self, role: str, component: str, kind: str, read: Callable[[], dict[str, torch.Tensor]]) -> ov.Model:
-        module = self._module(component, kind)
+        module = self.module(component, kind)
         submodel = describe(role, module, self.options, self.index, self._context())
-        fill_weights(module, read(), self.parts.where(component))
+        fill_weights(module, read(), self.parts.where(component), self.parts.misfit)
         return convert(role, module.eval(), submodel, self.options.weights)
 
-    def _module(self, component: str, kind: str) -> Any:
+    def module(self, component: str, kind: str) -> Any:
         """Make the torch module of a component's config. Raises ModelError where the config makes no sense."""
         cls = getattr(need(HOMES[kind], PURPOSE), kind)
         config = self.parts.config(component)
@@ -183,7 +184,7 @@ class _Conversion:
                 return cls.from_config(config)
         except Exception as error:  # whatever a class raises on a config, the config is what is wrong
             raise ModelError(
-                f"no {kind} can be made of its config.json: {error}", where=self.parts.where(component)
+                f"no {kind} can be made of its config: {error}", where=self.parts.where(component)
             ) from error
 
     def _full_config(self, component: str, kind: str) -> dict[str, Any]:

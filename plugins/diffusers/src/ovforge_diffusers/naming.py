@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ def original_name(part: Part, name: str, config: dict[str, Any]) -> str | None:
     if part.kind == "AutoencoderKL" and not name.startswith(_AUTOENCODER):
         return None
     if part.naming == "open_clip":
-        head, _, rest = name.partition("transformer.resblocks.")
-        if not head and int(rest.split(".")[0]) >= config["num_hidden_layers"]:
+        layer = re.match(r"transformer\.resblocks\.(\d{1,5})\.", name)
+        if layer and int(layer[1]) >= config["num_hidden_layers"]:
             return None  # Stable Diffusion 2 uses the last but one layer
         if name == "text_projection" and part.kind == "CLIPTextModel":
             return None

@@ -27,16 +27,25 @@ _LIMIT = 16 * 2**20
 
 
 def tokenizer_files(
-    component: str, places: Sequence[tuple[Source, str]], *, where: str, words: int, length: int, pad: str
+    component: str,
+    places: Sequence[tuple[Source, str]],
+    *,
+    given: str | None,
+    where: str,
+    words: int,
+    length: int,
+    pad: str,
 ) -> dict[str, bytes]:
     """Return the files of a tokenizer, as they lie in a diffusers folder.
 
     The vocabulary is that of the first of `places` (a source, and a folder in it) that has one; else that of an
-    installed package. `words` is how many the text encoder knows, `length` how many
+    installed package, unless a place was `given` by name. `words` is how many the text encoder knows, `length` how many
     tokens it takes, `pad` the word that its family fills up with (OpenCLIP: "!", CLIP: the end). Raises ModelError
     where there is no vocabulary, or it is another model's.
     """
-    files = _find(places) or _packaged()
+    files = _find(places) or ({} if given else _packaged())
+    if given and not files:
+        raise ModelError("it holds no vocab.json and merges.txt", where=f"load.tokenizer: {given}")
     if not files:
         raise ModelError(
             "a checkpoint has no tokenizer, and none is at hand",

@@ -84,17 +84,17 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     """Return name -> tensor, of those that `rename` gives a name. Others are not read.
 
-    Half precision becomes float32; plain float32 files stay mapped, not copied. Raises ModelError for a damaged file,
-    and for weights that are no numbers.
+    Half precision, and eight bits, become float32; plain float32 files stay mapped, not copied. Raises ModelError for
+    a damaged file, and for weights that are no numbers.
     """
     torch = need("torch", "converting a diffusers folder")
-    halves = (torch.float16, torch.bfloat16)
     weights: dict[str, Any] = {}
     for path in files:
         for stored, tensor in _tensors(source, path, rename):
             name = rename(stored) if rename else stored
             if name is not None:
-                weights[name] = tensor.to(torch.float32) if tensor.dtype in halves else tensor
+                short = tensor.is_floating_point() and tensor.element_size() < 4
+                weights[name] = tensor.to(torch.float32) if short else tensor
                 _check_finite(weights[name], stored, source, path)
     return weights
 
@@ -145,7 +145,7 @@ def _check_finite(tensor: torch.Tensor, name: str, source: Source, path: str) ->
         )
 
 
-def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str) -> None:
+def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str, hint: str) -> None:
     """Give a module its weights: each of them, in its own shape, and nothing left over.
 
     Names that older versions of diffusers and transformers wrote are understood. Raises ModelError otherwise.
@@ -158,7 +158,7 @@ def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str) -> No
         raise ModelError(
             f"the weights do not fit the config: {'; '.join(problems[:3])}{more}",
             where=where,
-            hint="config.json and weights must come from one model: fetch both again.",
+            hint=hint,
         )
     model.load_state_dict(weights, strict=True, assign=True)
 
