@@ -1,0 +1,206 @@
+"""What the openssl command writes is read here, and what is written here the openssl command reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+
+from ovforge import testing
+from ovforge.bundle import ModelBundle
+from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.plugins import Plugins
+from ovforge.sources import open_source
+from ovforge_aes_loader import files
+from ovforge_aes_loader.keys import CIPHERS, Key, KeyOptions
+from ovforge_aes_loader.openssl import OpensslFile
+
+ARTICLE = "6f70656e76696e6f20656e6372797074"
+"""Key and iv of the article: "openvino encrypt" in hexadecimal."""
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command is not here")
+SIZES = [0, 1, 15, 16, 17, 2**20 - 1, 2**20, 2**20 + 1, 9 * 2**20 + 5]
+
+
+def openssl(*arguments: object) -> None:
+    subprocess.run(["openssl", "enc", *map(str, arguments)], check=True, capture_output=True)
+
+
+def opened(path: Path, key: Key) -> OpensslFile:
+    return OpensslFile(lambda: path.open("rb", buffering=0), path.stat().st_size, path.name, key)
+
+
+def content(file: OpensslFile) -> bytes:
+    buffer = bytearray(file.size)
+    file.read_into(memoryview(buffer))
+    assert b"".join(bytes(piece) for piece in file.pieces()) == buffer
+    return bytes(buffer)
+
+
+def with_iv(cipher: str, **changes: Any) -> Key:
+    size = int(cipher.split("-")[1]) // 8
+    return Key(KeyOptions(**{"function": lambda: "0f" * size, "cipher": cipher, "iv": "f0" * 16, **changes}))
+
+
+@needs_openssl
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_by_key_and_iv(cipher: str, tmp_path: Path) -> None:
+    key = with_iv(cipher)
+    for size in SIZES:
+        plain, sealed, back = tmp_path / "x.bin", tmp_path / "x.enc", tmp_path / "back"
+        plain.write_bytes(os.urandom(size))
+        openssl(
+            f"-{cipher}", "-in", plain, "-out", sealed, "-K", key.raw(int(cipher[4:7]) // 8).hex(), "-iv", "f0" * 16
+        )
+        assert content(opened(sealed, key)) == plain.read_bytes()
+        files.encrypt_openssl(plain, tmp_path / "ours", key, replace=True)
+        assert (tmp_path / "ours").read_bytes() == sealed.read_bytes()
+        if size > 40:
+            part = bytearray(37)
+            opened(sealed, key).read_into(memoryview(part))
+            assert part == plain.read_bytes()[:37]
+    openssl("-d", f"-{cipher}", "-in", tmp_path / "ours", "-out", back, "-K", "0f" * (int(cipher[4:7]) // 8), "-iv", "f0" * 16)  # fmt: skip
+    assert back.read_bytes() == plain.read_bytes()
+
+
+@needs_openssl
+@pytest.mark.parametrize(("cipher", "digest", "iterations"), [(None, "sha256", 10_000), ("aes-128-cbc", "sha512", 1234), ("aes-192-ctr", "sha1", 1), ("aes-256-ctr", "sha384", 77)])  # fmt: skip
+def test_by_passphrase(cipher: str | None, digest: str, iterations: int, tmp_path: Path) -> None:
+    key = Key(KeyOptions(function=lambda: "pass words", form="passphrase", cipher=cipher, digest=digest, iterations=iterations))  # fmt: skip
+    how = [f"-{cipher or 'aes-256-cbc'}", "-pbkdf2", "-iter", iterations, "-md", digest, "-pass", "pass:pass words"]
+    plain, sealed, back = tmp_path / "x.bin", tmp_path / "x.enc", tmp_path / "back"
+    plain.write_bytes(os.urandom(3 * 2**20 + 11))
+    openssl(*how, "-in", plain, "-out", sealed)
+    assert content(opened(sealed, key)) == plain.read_bytes()
+    files.encrypt_openssl(plain, tmp_path / "ours", key)
+    assert (tmp_path / "ours").read_bytes()[:8] == b"Salted__"
+    openssl("-d", *how, "-in", tmp_path / "ours", "-out", back)
+    assert back.read_bytes() == plain.read_bytes()
+
+
+def encrypted_as_in_the_article(ir: Path) -> Path:
+    for suffix in (".xml", ".bin"):
+        plain = ir.with_suffix(suffix)
+        openssl(
+            "-aes-128-cbc",
+            "-in",
+            plain,
+            "-out",
+            ir.parent / f"openvino_model_enc{suffix}",
+            "-K",
+            ARTICLE,
+            "-iv",
+            ARTICLE,
+        )
+        plain.unlink()
+    return ir.parent / "openvino_model_enc.xml"
+
+
+@needs_openssl
+def test_the_article(ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = encrypted_as_in_the_article(ir)
+    monkeypatch.setenv("MODEL_KEY", ARTICLE)
+    said = {"env": "MODEL_KEY", "cipher": "aes-128-cbc", "iv": ARTICLE}
+    for place in (source, source.parent):
+        with pytest.warns(UserWarning, match="no authentication") as warned:
+            bundle = ModelBundle.open(open_source(str(place), Path(), key=said))
+        assert len(warned) == 1
+        x = np.full((1, 4), 2, np.float32)
+        model = next(iter(bundle.models.values()))
+        expected = testing.run(testing.small_model(), {"x": x})["y"]
+        np.testing.assert_array_equal(testing.run(model, {"x": x})["y"], expected)
+
+
+@needs_openssl
+@pytest.mark.parametrize("cipher", ["aes-128-cbc", "aes-128-ctr"])
+@pytest.mark.filterwarnings("ignore:.*no authentication")
+def test_wrong_keys_and_damage_are_named_before_the_runtime_sees_anything(
+    cipher: str, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in (".xml", ".bin"):
+        openssl(
+            f"-{cipher}", "-in", ir.with_suffix(suffix), "-out", tmp_path / f"e{suffix}", "-K", ARTICLE, "-iv", ARTICLE
+        )
+    whole = {suffix: (tmp_path / f"e{suffix}").read_bytes() for suffix in (".xml", ".bin")}
+
+    plugins = Plugins()
+
+    def attempt(key: str = ARTICLE, iv: str = ARTICLE) -> ov.Model:
+        monkeypatch.setenv("MODEL_KEY", key)
+        said = {"env": "MODEL_KEY", "cipher": cipher, "iv": iv}
+        source = open_source(str(tmp_path / "e.xml"), Path(), key=said, plugins=plugins)
+        return ModelBundle.open(source).models["model"]
+
+    attempt()
+    for n in range(80):  # whatever the padding happens to be
+        with pytest.raises(ModelError, match=r"another one than it was encrypted with"):
+            attempt(key=f"{n:032x}")
+        if n:  # the iv covers the first block: here that is the XML's declaration
+            with pytest.raises(ModelError, match=r"another one than it was encrypted with"):
+                attempt(iv=f"{n:032x}")
+    with pytest.raises(ConfigError, match="expected 32 hexadecimal digits"):
+        attempt(key="0f" * 32)
+    for suffix, data in whole.items():
+        file = tmp_path / f"e{suffix}"
+        for cut in range(2, 34):  # the last byte of an .xml is a line's end
+            file.write_bytes(data[:-cut])
+            with pytest.raises(ModelError):
+                attempt()
+        file.write_bytes(b"")
+        with pytest.raises(OvforgeError):
+            attempt()
+        file.write_bytes(data)
+    attempt()
+
+
+def test_a_graph_that_is_no_xml_inside_is_refused(ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = with_iv("aes-256-cbc")
+    files.encrypt_openssl(ir, tmp_path / "enc", key)
+    sealed = tmp_path / "enc" / "openvino_model.xml.enc"
+    data = bytearray(sealed.read_bytes())
+    data[len(data) // 2] ^= 1
+    sealed.write_bytes(data)
+    said = {"function": lambda: "0f" * 32, "cipher": "aes-256-cbc", "iv": "f0" * 16}
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ModelError, match="no XML when it is decrypted"):
+        open_source(str(tmp_path / "enc"), Path(), key=said)
+
+
+def test_one_iv_for_several_files_in_counter_mode_is_refused(ir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can be read without the key"):
+        files.encrypt_openssl(ir, tmp_path / "enc", with_iv("aes-256-ctr"))
+    assert not (tmp_path / "enc").exists()
+
+
+def test_an_iv_is_asked_for(ir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs the iv"):
+        files.encrypt_openssl(ir, tmp_path / "enc", with_iv("aes-256-cbc", iv=None))
+
+
+def test_salted_files_open_by_the_default_passphrase(ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.encrypt_openssl(ir, tmp_path / "enc", Key(KeyOptions(function=lambda: "words", form="passphrase")))
+    with pytest.raises(ConfigError, match="none is given"):
+        open_source(str(tmp_path / "enc"), Path())
+    monkeypatch.setenv("OVFORGE_PASSPHRASE", "words")
+    with pytest.warns(UserWarning, match="no authentication"):
+        source = open_source(str(tmp_path / "enc"), Path())
+    assert source.read("openvino_model.xml") == ir.read_bytes()
+    monkeypatch.setenv("OVFORGE_PASSPHRASE", "other words")
+    with pytest.raises(ModelError, match="another one than it was encrypted with"):
+        open_source(str(tmp_path / "enc"), Path())
+
+
+def test_decrypting_gives_the_files_back(ir: Path, tmp_path: Path) -> None:
+    key = with_iv("aes-192-cbc")
+    files.encrypt_openssl(ir.parent, tmp_path / "enc", key)
+    with warnings.catch_warnings(action="ignore"):
+        written = files.decrypt(tmp_path / "enc", tmp_path / "dec", key)
+    assert sorted(path.name for path in written) == ["openvino_model.bin", "openvino_model.xml"]
+    for path in written:
+        assert path.read_bytes() == (ir.parent / path.name).read_bytes() and path.stat().st_mode & 0o777 == 0o600
