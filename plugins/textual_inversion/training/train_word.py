@@ -1,7 +1,7 @@
 """Teach the embedded model a colour that it has no word for (Gal et al. 2022), and measure what it learned.
 
-The embedded model knows nine colours. One vector of its text encoder's input is trained to name a tenth, teal: on most of
-its objects, and measured on the others. Everything else of the model stays as it is.
+The embedded model knows nine colours. One vector of its text encoder's input is trained to name a tenth, teal: on most
+of its objects, and measured on the others. Everything else of the model stays as it is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 from torch.func import functional_call
 from transformers import CLIPTextModel, CLIPTokenizer
+
+import ovforge
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[2] / "lcm" / "training"))
@@ -47,6 +53,7 @@ KEPT_BACK = (
     "gift",
 )
 """Objects that are never shown in the new colour while it is learned."""
+SHOWN = ("unicorn", "car", "cat", "mushroom", "rocket", "dragon")
 
 
 class Model:
@@ -120,36 +127,56 @@ def train(model: Model, packages: Path, steps: int, batch: int, rate: float) -> 
     return row.detach()
 
 
-def measure(file: Path, packages: Path) -> dict[str, float]:
-    """Return how often the colour nearest to an object's own is teal: objects never shown in it, 4 seeds each.
-
-    Beside the new word stands what the model makes of the plain text "teal".
-    """
-    import numpy as np
-
-    import ovforge
-
-    names, objects = data.load_objects(packages)
-    tints = torch.tensor([COLOUR, *data.TINTS.values()], dtype=torch.float32)
-    pipe = ovforge.Pipeline(
+def with_word(file: Path) -> Any:
+    """Return the shipped model that has learned the word."""
+    return ovforge.Pipeline(
         "text-to-image",
         source="package:ovforge_lcm/model",
         transforms=[ovforge.Use("textual-inversion", path=str(file))],
     )
-    rates = {}
+
+
+def measure(file: Path, packages: Path) -> dict[str, dict[str, int]]:
+    """Return what objects that were never shown in teal look like: pictures by the colour nearest to theirs, of ten.
+
+    First with the new word, then with the plain text "teal". Four seeds for each object.
+    """
+    names, objects = data.load_objects(packages)
+    colours = {"teal": COLOUR, **data.TINTS}
+    tints = torch.tensor(list(colours.values()), dtype=torch.float32)
+    pipe = with_word(file)
+    found: dict[str, dict[str, int]] = {}
     for word in (WORD, "teal"):
-        right = 0
+        counts: Counter[str] = Counter()
         for name in KEPT_BACK:
             mask = objects[names.index(name), 3] > 0.9
             for seed in range(4):
                 image = pipe(f"a {word} {name} on a white background", seed=seed).images[0]
                 pixels = torch.from_numpy(np.array(image))[mask].float()
-                grey = pixels.std(dim=1)
-                colour = pixels[grey > grey.median()].median(dim=0).values
-                directions = torch.nn.functional.normalize(tints - tints.mean(dim=1, keepdim=True), dim=1)
-                right += int((directions @ (colour - colour.mean())).argmax()) == 0
-        rates[word] = right / (4 * len(KEPT_BACK))
-    return rates
+                shaded = pixels[pixels.min(dim=1).values < 200]
+                # By hue and saturation: how light an object is, is its own.
+                colour = _chroma(shaded.median(dim=0).values[None])
+                counts[list(colours)[int((_chroma(tints) - colour).norm(dim=1).argmin())]] += 1
+        found[word] = dict(counts.most_common())
+    return found
+
+
+def _chroma(colours: torch.Tensor) -> torch.Tensor:
+    """Return colours without their lightness, as parts of their largest channel."""
+    parts = colours / colours.max(dim=1, keepdim=True).values
+    return parts - parts.mean(dim=1, keepdim=True)
+
+
+def draw(file: Path, target: Path) -> None:
+    """Write the picture of the docs: the same prompts and seeds before the word was learned, and after."""
+    before = ovforge.Pipeline("text-to-image", source="package:ovforge_lcm/model")
+    rows = [[pipe(f"a {WORD} {name}", seed=3).images[0] for name in SHOWN] for pipe in (before, with_word(file))]
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (len(SHOWN) * (width + 4) - 4, 2 * (height + 4) - 4), "silver")
+    for top, row in enumerate(rows):
+        for left, image in enumerate(row):
+            sheet.paste(image, (left * (width + 4), top * (height + 4)))
+    sheet.save(target)
 
 
 def main() -> None:
@@ -159,19 +186,21 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=HERE.parents[1] / "src/ovforge_textual_inversion/teal.safetensors"
     )
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--rate", type=float, default=2e-2)
     parser.add_argument("--measure", action="store_true", help="measure the file that is there")
+    parser.add_argument("--picture", type=Path, help="draw the picture of the docs with the file that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if not arguments.measure:
-        row = train(Model(), arguments.packages, arguments.steps, arguments.batch, arguments.rate)
-        save_file({WORD: row[None].contiguous()}, arguments.output)
-    assert load_file(arguments.output)[WORD].isfinite().all()
     if arguments.measure:
         print(json.dumps(measure(arguments.output, arguments.packages)))
+    elif arguments.picture:
+        draw(arguments.output, arguments.picture)
+    else:
+        row = train(Model(), arguments.packages, arguments.steps, arguments.batch, arguments.rate)
+        save_file({WORD: row[None].contiguous()}, arguments.output)
 
 
 if __name__ == "__main__":

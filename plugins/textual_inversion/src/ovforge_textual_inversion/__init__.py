@@ -17,6 +17,8 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         summary="New words for prompts, from textual inversion files",
         config="ovforge_textual_inversion.options:TextualInversionOptions",
         factory="ovforge_textual_inversion.transform:TextualInversion",
-        phase=Phase.STRUCTURE,
+        # Last: quantizers see the table as it was, so that a new word changes no other word, and no calibration either;
+        # and there is one order with adapters, fused or not, and quantization.
+        phase=Phase.LAYOUT,
         light=True,
     )

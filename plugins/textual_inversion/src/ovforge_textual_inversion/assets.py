@@ -1,4 +1,4 @@
-"""New words beside the models: in the tokenizer's own files, for transformers and diffusers, and in a list for tasks."""
+"""New words beside the models: in the tokenizer's files, for transformers and diffusers, and in a list for tasks."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,12 @@ VECTOR_LIMIT = 512
 WIDTH_LIMIT = 2**14
 _SAFE, _PICKLED = ".safetensors", (".bin", ".pt", ".pth")
 _PICTURES = (".png", ".webp", ".jpg", ".jpeg")
-_TYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,17 +112,16 @@ def _safetensors(data: bytes, where: str) -> dict[str, Any]:
     import safetensors
 
     try:
-        entries = safetensors.deserialize(data)
+        entries: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise ModelError(f"not a whole safetensors file: {error}", where=where, hint="Fetch it again.") from error
     return {name: _decoded(entry, f"{where}: {name}") for name, entry in entries}
 
 
 def _decoded(entry: Mapping[str, Any], where: str) -> NDArray[Any]:
-    dtype = _TYPES.get(entry["dtype"])
-    if dtype is None:
+    if entry["dtype"] not in _TYPES:
         raise ModelError(f"is {entry['dtype']}, not floating-point numbers", where=where)
-    array: NDArray[Any] = np.frombuffer(entry["data"], dtype)
+    array: NDArray[Any] = np.frombuffer(entry["data"], _TYPES[entry["dtype"]])
     if entry["dtype"] == "BF16":  # the upper half of a float32
         array = (array.astype("<u4") << 16).view("<f4")
     return array.reshape(entry["shape"])
@@ -134,9 +139,10 @@ def _pickle(data: bytes, where: str) -> Any:
         ) from error
     _check_archive(data, where)
     # The first trainers kept vectors in a ParameterDict, which is data, too.
-    allowed = [torch.nn.ParameterDict, torch.nn.Parameter]
+    allowed: list[Any] = [torch.nn.ParameterDict, torch.nn.Parameter]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's pickle can fail anywhere
         raise ModelError(

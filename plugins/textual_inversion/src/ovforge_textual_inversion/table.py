@@ -1,7 +1,7 @@
 """The text encoder's table of embeddings: found by what it is for, and made longer.
 
-Source of the method: "Enable Textual Inversion with Stable Diffusion Pipeline via Optimum-Intel" (blog.openvino.ai, 2023),
-which finds the table by its name.
+Source of the method: "Enable Textual Inversion with Stable Diffusion Pipeline via Optimum-Intel" (blog.openvino.ai,
+2023), which finds the table by its name.
 """
 
 from __future__ import annotations

@@ -32,14 +32,14 @@ Words = Mapping[str, Sequence[int]]
 """Word -> the numbers of its vectors, which follow each other."""
 
 _AGAIN = (
-    "Convert it again from the model's CLIPTokenizer, with openvino_tokenizers.convert_tokenizer of the 2026.4 release; "
-    "or load the original diffusers folder."
+    "Convert it again from the model's CLIPTokenizer with openvino_tokenizers.convert_tokenizer, of the 2026.4 "
+    "release; or load the original diffusers folder."
 )
 _OURS = b"(?#learned)"
 """A comment that begins a changed pattern."""
 
 _VOCABULARY, _ADDED = 5, -4
-"""Inputs of a BPETokenizer where the vocabulary begins, and the added tokens: begins, ends, characters, then numbers."""
+"""Inputs of a BPETokenizer where the vocabulary begins, and the added tokens: begins, ends, characters, numbers."""
 
 
 def parts_of(word: str, vectors: int) -> list[str]:
@@ -119,10 +119,8 @@ class TokenizerGraph:
     def _add(self, names: Mapping[str, int]) -> None:
         """Append to the encoder's added tokens, with the suffix: it ends every piece before it looks it up."""
         texts = [name.encode() + self._suffix.encode() for name in names]
-        start = _source(self._encoder, _ADDED + 2).data.size
-        ends = np.array(start + np.cumsum([len(text) for text in texts]), np.int32)
-        begins = np.array([start, *ends[:-1]], np.int32)
-        for offset, column in enumerate((begins, ends, _bytes(b"".join(texts)), np.array([*names.values()], np.int32))):
+        columns = _columns(texts, _source(self._encoder, _ADDED + 2).data.size)
+        for offset, column in enumerate([*columns, np.array([*names.values()], np.int32)]):
             append(self._input(_ADDED + offset), column, f"added-{offset}")
 
     def _replace_by_all(self, several: Mapping[int, int]) -> None:
@@ -153,7 +151,8 @@ class TokenizerGraph:
         rows = next(port for port in request.model_outputs if "input_ids" in port.names)
         for (word, numbers), row in zip(words.items(), request.get_tensor(rows).data.tolist(), strict=True):
             read = row[row.index(numbers[0]) :] if numbers[0] in row else []
-            if not read or read[: len(numbers)] != list(numbers)[: len(read) - 1]:
+            seen = min(len(numbers), len(read) - 1)  # a word of more vectors than a prompt has places is cut
+            if seen < 1 or read[:seen] != list(numbers)[:seen]:
                 raise ModelError(
                     f"{word!r} is not read as one word, but as the tokens {row[:8]}",
                     where=self._role,
@@ -184,12 +183,16 @@ def extend_detokenizer(model: ov.Model, words: Words, suffix: bytes = b"</w>") -
     if decoder is None:
         return
     names = [name for word, numbers in words.items() for name in parts_of(word, len(numbers))]
-    texts = [name.encode() + suffix for name in names]
-    ends = np.array(_source(decoder, 3).data.size + np.cumsum([len(text) for text in texts]), np.int32)
-    begins = np.array([_source(decoder, 3).data.size, *ends[:-1]], np.int32)
+    columns = _columns([name.encode() + suffix for name in names], _source(decoder, 3).data.size)
     with named_alike(model):
-        for offset, column in enumerate((begins, ends, _bytes(b"".join(texts)))):
+        for offset, column in enumerate(columns):
             append(decoder.input(1 + offset), column, f"words-{offset}")
+
+
+def _columns(texts: Sequence[bytes], start: int) -> list[NDArray[Any]]:
+    """Return begins and ends, int32, and characters, uint8, of strings that lie after `start` characters."""
+    ends = np.array(start + np.cumsum([len(text) for text in texts]), np.int32)
+    return [np.array([start, *ends[:-1]], np.int32), ends, _bytes(b"".join(texts))]
 
 
 def _change_pattern(split: ov.Node, pattern: bytes) -> None:

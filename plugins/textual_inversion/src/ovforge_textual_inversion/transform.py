@@ -10,7 +10,7 @@ import numpy as np
 
 from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import FileSource
+from ovforge.sources import open_file
 from ovforge.stages import Report, Skipped
 from ovforge_textual_inversion.assets import LIST, add_to_files, read_list, remove_from_files, write_list
 from ovforge_textual_inversion.files import ANY, Array, Learned, read_source
@@ -90,7 +90,7 @@ class TextualInversion:
         tokens = self.options.token
         learned: list[Learned] = []
         for position, path in enumerate(self.options.path):
-            words = read_source(FileSource(path))
+            words = read_source(open_file(path))
             if tokens is None:
                 learned += words
                 continue
@@ -123,7 +123,8 @@ class TextualInversion:
         lesson.tokenizer.extend({**lesson.old, **new})
         report.roles += (role, tokenizer)
         if (detokenizer := f"de{tokenizer}") in bundle.models:
-            extend_detokenizer(bundle.models[detokenizer], new)
+            remove_marked(bundle.models[detokenizer])
+            extend_detokenizer(bundle.models[detokenizer], {**lesson.old, **new})
             report.roles += (detokenizer,)
         add_to_files(bundle.assets, tokenizer, new)
         write_list(bundle.assets, {**read_list(bundle.assets), tokenizer: {**lesson.old, **new}})
