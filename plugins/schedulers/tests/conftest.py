@@ -26,6 +26,27 @@ class TorchStream:
         return torch.randn(tuple(shape), generator=self.generator).numpy()
 
 
+class BrownianPath:
+    """What torchsde does for diffusers, from a torch generator: increments of one path, divided by their deviation."""
+
+    def __init__(self, shape: tuple[int, ...], generator: Any) -> None:
+        self.shape, self.generator = shape, generator
+        self.known: tuple[float, float, Any] | None = None
+
+    def __call__(self, begin: Any, end: Any) -> Any:
+        import torch
+
+        begin, end = float(begin), float(end)
+        fresh = torch.randn(self.shape, generator=self.generator)
+        if self.known is not None and self.known[0] == begin:
+            _, middle, increment = self.known
+            increment = increment + fresh * (middle - end) ** 0.5
+        else:
+            increment = fresh * (begin - end) ** 0.5
+        self.known = begin, end, increment
+        return increment / (begin - end) ** 0.5
+
+
 def smooth(seen: np.ndarray, timestep: float) -> np.ndarray:
     """Stand in for a network: its answers change little from step to step."""
     return (np.tanh(0.7 * seen + 0.1 * np.sin(timestep / 100)) * 0.9).astype(np.float32)
@@ -75,7 +96,10 @@ def run_both(
         mine *= np.float32(ours.init_noise_sigma)
         wanted = torch.from_numpy(mine.copy())
     extra = dict(arguments or {})
-    extra |= {"generator": stream_twin(stream)} if takes_generator(theirs) else {}
+    twin = stream_twin(stream)
+    extra |= {"generator": twin} if takes_generator(theirs) else {}
+    if hasattr(theirs, "noise_sampler"):
+        theirs.noise_sampler = BrownianPath(shape, twin)
     scale = 1.0
     for index in range(first, len(times)):
         seen, theirs_seen = ours.scale_input(mine, index), theirs.scale_model_input(wanted, theirs.timesteps[index])

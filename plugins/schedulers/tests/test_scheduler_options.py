@@ -43,6 +43,8 @@ def test_the_plugin_keeps_the_contract() -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_options_are_those_of_diffusers_with_its_defaults(name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
+    if "SDE" in name:
+        pytest.importorskip("torchsde")
     options = CLASSES[name].options_model()
     assert options is not None
     ours = {key: field.default for key, field in options.model_fields.items() if key not in options.ours}
@@ -61,6 +63,7 @@ def test_options_are_those_of_diffusers_with_its_defaults(name: str) -> None:
 def test_keys_are_known_of_every_sampler_of_latent_diffusion() -> None:
     utilities = pytest.importorskip("diffusers.schedulers.scheduling_utils")
     diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("torchsde")
     for each in utilities.KarrasDiffusionSchedulers:
         parameters = inspect.signature(getattr(diffusers, each.name).__init__).parameters
         assert set(parameters) - {"self", "args", "kwargs"} <= KEYS, each.name
@@ -71,9 +74,10 @@ def test_keys_are_known_of_every_sampler_of_latent_diffusion() -> None:
 def test_configs_of_other_samplers_are_taken_as_diffusers_takes_them(both: Any, name: str) -> None:
     """A model that came with another sampler runs with this one, and both make the same of it; or both refuse."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    pytest.importorskip("scipy")
+    for package in ("scipy", "torchsde"):
+        pytest.importorskip(package)
     for other in CLASSES:
-        config = dict(getattr(diffusers, other)().config)
+        config = dict(getattr(diffusers, other)(num_train_timesteps=100).config)
         config["_use_default_values"] = config["_use_default_values"][::2]
         try:
             scheduler = make(CLASSES[name], config)
@@ -141,6 +145,7 @@ def test_sde_by_name_is_sde_whatever_the_model_says() -> None:
         ("unipc", {"lower_order_final": False}, 4, "lower_order_final"),
         ("deis", {"algorithm_type": "sde-dpmsolver++"}, 4, "algorithm_type"),
         ("edm-euler", {"sigma_schedule": "beta"}, 4, "sigma_schedule"),
+        ("dpmpp-sde", {"noise_sampler_seed": 3}, 4, "noise_sampler_seed"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said(name: str, config: dict[str, Any], steps: int, message: str) -> None:
@@ -160,6 +165,7 @@ LOOKING_BACK = [
     "heun",
     "dpm2",
     "dpm2-ancestral",
+    "dpmpp-sde",
     "dpmpp-2m",
     "dpmpp-2m-sde",
     "dpm-singlestep",

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ovforge.errors import ConfigError, InputError
+from ovforge_schedulers.dpm_sde import DPMSDEOptions, DPMSDEScheduler
 from ovforge_schedulers.euler import (
     EDMEulerOptions,
     EDMEulerScheduler,
@@ -37,6 +38,7 @@ SPREADS = {
     for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 } | {"sigma_min": st.sampled_from([None, 0.05]), "sigma_max": st.sampled_from([None, 20.0])}
 TWO = {"prediction_type": st.sampled_from(["epsilon", "v_prediction"])}
+SHORT = {"num_train_timesteps": st.sampled_from([50, 100])}  # diffusers' classes take a second for 1000
 CASES = {
     "EulerDiscreteScheduler": (
         EulerScheduler,
@@ -68,6 +70,7 @@ CASES = {
     ),
     "KDPM2DiscreteScheduler": (DPM2Scheduler, DPM2Options, NOISE | SPREADS | TWO),
     "KDPM2AncestralDiscreteScheduler": (DPM2AncestralScheduler, DPM2AncestralOptions, NOISE | SPREADS | TWO),
+    "DPMSolverSDEScheduler": (DPMSDEScheduler, DPMSDEOptions, NOISE | SPREADS | TWO),
     "LMSDiscreteScheduler": (LMSScheduler, LMSOptions, NOISE | SPREADS),
     "EDMEulerScheduler": (
         EDMEulerScheduler,
@@ -101,7 +104,12 @@ CASES = {
 )
 def test_whole_runs(both: Any, name: str, data: Any, steps: int, strength: float, random: bool, seed: int) -> None:
     scheduler_class, options, space = CASES[name]
-    config = data.draw(st.fixed_dictionaries({}, optional=space))
+    if "SDE" in name:
+        pytest.importorskip("torchsde")
+    required = SHORT if "KDPM2" in name or "SDE" in name else {}
+    config = data.draw(
+        st.fixed_dictionaries(required, optional={key: space[key] for key in space if key not in required})
+    )
     try:
         scheduler = scheduler_class(options(), config)
         ours = scheduler.start(steps, strength)

@@ -22,6 +22,7 @@ _METHODS = (
         "KDPM2AncestralDiscreteScheduler",
     ),
     ("dpmpp-2m", "DPM++ 2M, 3M, and with noise", "dpm_multistep", "DPMMultistep", "DPMSolverMultistepScheduler"),
+    ("dpmpp-sde", "DPM++ SDE, two calls a step", "dpm_sde", "DPMSDE", "DPMSolverSDEScheduler"),
     ("edm-euler", "Euler's method for EDM models", "euler", "EDMEuler", "EDMEulerScheduler"),
     ("euler", "Euler's method", "euler", "Euler", "EulerDiscreteScheduler"),
     ("euler-ancestral", "Euler's method with noise", "euler", "EulerAncestral", "EulerAncestralDiscreteScheduler"),

@@ -44,9 +44,7 @@ class LMSScheduler(NoiseScheduler[LMSOptions]):
 
     def run(self, steps: int) -> LMSSampling:
         """Return a run from the first step on."""
-        config = self.config
-        if config.use_karras_sigmas:  # which take no ends of the config's own here, as in diffusers
-            config = config.model_copy(update={"sigma_min": None, "sigma_max": None})
+        config = self.config.without_ends() if self.config.use_karras_sigmas else self.config
         times, sigmas = schedule(config, self.alphas_cumprod, steps)
         return LMSSampling(times, ended(sigmas, 0), config)
 

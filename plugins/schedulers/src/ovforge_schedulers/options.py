@@ -7,7 +7,7 @@ leaves out comes from the model's scheduler_config.json, and then from the defau
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -92,6 +92,10 @@ class SigmaOptions(Options):
     use_beta_sigmas: bool = False
     sigma_min: float | None = Field(None, gt=0)
     sigma_max: float | None = Field(None, gt=0)
+
+    def without_ends(self) -> Self:
+        """Return these without ends of their own: two of diffusers' classes do not know them for Karras's spread."""
+        return self.model_copy(update={"sigma_min": None, "sigma_max": None})
 
 
 class ThresholdOptions(Options):

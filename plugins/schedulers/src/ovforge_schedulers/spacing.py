@@ -114,16 +114,18 @@ def times_of(sigmas: NDArray[Any], alphas: Array) -> NDArray[Any]:
 
 
 def schedule(
-    config: Any, alphas: Array, steps: int, *, sigmas: NDArray[Any] | None = None
+    config: Any, alphas: Array, steps: int, *, sigmas: NDArray[Any] | None = None, dtype: Any = np.float32
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the timesteps and noise levels of Euler's family, without the last level: float32 or float64, float64.
 
-    `sigmas` are levels to take in place of those of the timesteps.
+    `sigmas` are levels to take in place of those of the timesteps; `dtype` is that in which these are interpolated.
     """
     train = config.num_train_timesteps
-    times = spaced(config.timestep_spacing, train, steps, config.steps_offset).astype(np.float32)
-    in_range(times, train, steps)
+    times = spaced(config.timestep_spacing, train, steps, config.steps_offset).astype(dtype)
     levels = interpolated(alphas, times) if sigmas is None else sigmas
     spreads = isinstance(config, SigmaOptions)
     changed = spread(config, float(levels[0]), float(levels[-1]), steps) if spreads else None
-    return (times, levels) if changed is None else (times_of(changed, alphas), changed)
+    if changed is not None:
+        return times_of(changed, alphas), changed
+    in_range(times, train, steps)
+    return times, levels

@@ -35,7 +35,7 @@ class UniPCOptions(SpacedSolverOptions):
         "bh2"
     )
     disable_corrector: tuple[int, ...] = ()
-    solver_p: None = Field(None, description="not here: another scheduler of diffusers' as the predictor")
+    solver_p: Any = Field(None, description="not here: another scheduler of diffusers' as the predictor")
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     rescale_betas_zero_snr: bool = False
     shift_terminal: float | None = Field(None, ge=0, lt=1)
@@ -47,6 +47,8 @@ class UniPCScheduler(NoiseScheduler[UniPCOptions]):
     def check(self) -> None:
         """Raise ConfigError for options that exclude each other."""
         check_spreads(self.config, with_flow=("use_karras_sigmas",))
+        if self.config.solver_p is not None:
+            raise refuse(self.config, "solver_p", "another scheduler as the predictor is not known here")
         if self.config.use_dynamic_shifting:
             raise refuse(self.config, "use_dynamic_shifting", "a shift that each call gives is not known here")
         if self.config.shift_terminal is not None and not self.config.use_flow_sigmas:
