@@ -288,7 +288,8 @@ def read_model(source: Source, path: str) -> ov.Model:
 def _read_from_memory(source: Source, file: PurePosixPath) -> ov.Model:
     from ovforge.runtime import core
 
-    weights = file.with_suffix({".xml": ".bin", ".pdmodel": ".pdiparams"}.get(file.suffix, "")).as_posix()
+    beside = {".xml": ".bin", ".pdmodel": ".pdiparams"}.get(file.suffix)
+    weights = file.with_suffix(beside).as_posix() if beside else ""
     if file.suffix == ".xml" and weights in source.files():
         # First all bytes, then the parser: a source may find out while reading that a file is not what it should be.
         data = tensor_of(source, weights)

@@ -30,7 +30,7 @@ from ovforge.extensions import Extension
 from ovforge.hookspecs import HOOK_OF_KIND
 from ovforge.plugins import Plugins
 from ovforge.registry import Registry
-from ovforge.sources import FileSource
+from ovforge.sources import FileSource, Source
 from ovforge.stages import Match, Phase, Report
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ __all__ = [
     "check_plugin",
     "check_quantizer",
     "check_scheduler",
+    "check_source",
     "check_task",
     "check_transform",
     "extension",
@@ -126,6 +127,41 @@ def check_loader(
         assert again.configs == bundle.configs, "configs are lost when the bundle is written"
         assert again.assets == bundle.assets, "assets are lost when the bundle is written"
     return bundle
+
+
+def check_source(
+    module: types.ModuleType, name: str, ours: Path, plain: Path, options: Mapping[str, Any] = {}
+) -> Source:
+    """Check what opens encrypted sources: it knows `ours`, not `plain`, which is the same unencrypted.
+
+    Its files are the plain ones by every way of reading, no path leads to them, and what it protects is unreadable on
+    disk, and to any other purpose.
+    """
+    opener = _create(module, "source", name, options)
+    expected = FileSource(plain)
+    assert opener.can_open(FileSource(ours)), f"{name} does not know {ours}"
+    assert not opener.can_open(expected), f"{name} claims {plain}, which is plain"
+    source: Source = opener.open(FileSource(ours))
+    assert source.files() == expected.files(), "names or sizes differ from the plain ones"
+    for path, size in expected.files().items():
+        data, buffer = expected.read(path), bytearray(size)
+        source.read_into(path, memoryview(buffer))
+        assert source.read(path) == data == buffer, f"{path} is another file than the plain one"
+        assert source.read(path, 5) == data[:5], f"{path}: a part of it differs"
+        assert source.local(path) is None, f"{path} is said to lie plain on disk"
+        assert source.digest(path) != expected.digest(path), "a digest of plain content tells what the content is"
+    assert source.protection is not None, "nothing protects what is made from it"
+    with TemporaryDirectory() as folder:
+        data = b"made from an encrypted model " * 1000
+        source.protection.write(Path(folder), "a/b.bin", data, "this")
+        for file in FileSource(Path(folder)).files():
+            assert data[:29] not in (Path(folder) / file).read_bytes(), "what it protects is plain on disk"
+        assert source.protection.open(Path(folder), "this").read("a/b.bin") == data, "what it protects is lost"
+        try:
+            source.protection.open(Path(folder), "that").read("a/b.bin")
+        except OvforgeError:
+            return source
+        raise AssertionError("what was stored for one purpose opens for another")
 
 
 def check_transform(
