@@ -10,6 +10,7 @@ from ovforge.stages import Phase
 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_TRANSFORMS = ("controlnet-inputs", "fold-upsample")
 
 
 @hookimpl
@@ -23,6 +24,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_stable_diffusion.tasks:TextToImage",
         roles=("unet", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
+        transforms=_TRANSFORMS,
     )
     yield TaskExtension(
         name="image-to-image",
@@ -32,6 +34,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_stable_diffusion.tasks:ImageToImage",
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
+        transforms=_TRANSFORMS,
     )
     yield TaskExtension(
         name="inpainting",
@@ -41,6 +44,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_stable_diffusion.tasks:Inpainting",
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
+        transforms=_TRANSFORMS,
     )
 
 
@@ -53,6 +57,20 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         config="ovforge_stable_diffusion.graph.clip_skip:ClipSkipOptions",
         factory="ovforge_stable_diffusion.graph.clip_skip:ClipSkip",
         phase=Phase.STRUCTURE,
+        light=True,
+    )
+    yield GraphTransformExtension(
+        name="controlnet-inputs",
+        summary="Give the UNet the inputs that ControlNets add to",
+        factory="ovforge_stable_diffusion.graph.controlnet_inputs:ControlNetInputs",
+        phase=Phase.STRUCTURE,
+        light=True,
+    )
+    yield GraphTransformExtension(
+        name="fold-upsample",
+        summary="Fold up-sampling into the convolution after it",
+        factory="ovforge_stable_diffusion.graph.fold_upsample:FoldUpsample",
+        phase=Phase.LAYOUT,
         light=True,
     )
 

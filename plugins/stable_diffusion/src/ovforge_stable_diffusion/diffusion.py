@@ -23,7 +23,7 @@ from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_stable_diffusion.request import Request, make_request
 from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncoder, TextEncoders, learned_tokens
-from ovforge_stable_diffusion.unet import Denoiser, guidance_embedding
+from ovforge_stable_diffusion.unet import RESIDUALS, Denoiser, guidance_embedding, residual_shapes
 from ovforge_stable_diffusion.vae import Autoencoder
 
 __all__ = ["EXERCISES", "Diffusion", "Start"]
@@ -74,7 +74,7 @@ class Diffusion:
         bundle, fixed = self._bundle, self._fixed
         bundle.start("unet", self._unet_shapes(fixed))  # the longest first
         for role in self.family.controlnets:
-            bundle.start(role, self._control_shapes(fixed))
+            bundle.start(role, self._control_shapes(role, fixed))
         for encoder in self.family.encoders:
             bundle.start(_tokenizer_of(encoder))
             bundle.start(encoder)
@@ -204,8 +204,8 @@ class Diffusion:
         progress: Callable[[Progress], None],
     ) -> Array:
         """Return clean latents, float32 (pictures, channels, height / factor, width / factor)."""
-        denoiser.check(sampling.timesteps)
         self._condition(request, conditions, denoiser)
+        denoiser.check(sampling.timesteps)
         if start.extra is not None:
             denoiser.extra_channels(start.extra)
         steps = self._steps(request, sampling, start.first)
@@ -258,9 +258,8 @@ class Diffusion:
             ids = np.repeat(_time_ids(request, family)[-halves:], rows // halves, axis=0)
             shared["time_ids"] = denoiser.condition("time_ids", ids)
         if request.controls:
-            denoiser.control(
-                [self._bundle.get(r, self._control_shapes(self._fixed)) for r in family.controlnets], shared
-            )
+            sample = tuple(denoiser.sample.shape)
+            denoiser.control([self._bundle.get(r, self._control_shapes(r, sample)) for r in family.controlnets], shared)
             pictures = len(request.prompts)
             for number, control in enumerate(request.controls):
                 pixels = condition(control, request.width, request.height)
@@ -316,7 +315,7 @@ class Diffusion:
     def _unet_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
         """Return fixed shapes of every input for a sample of this shape; None where it is not the expected one."""
         family = self.family
-        if sample is None or sample != self._fixed or family.context is None or family.controlnets:
+        if sample is None or sample != self._fixed or family.context is None:
             return None
         if self._options.long_prompts == "chunks":  # states of any length
             return None
@@ -329,11 +328,35 @@ class Diffusion:
             if width is None:
                 return None
             shapes |= {"text_embeds": (sample[0], width), "time_ids": (sample[0], family.time_ids)}
+        if family.controlnets:
+            residuals = self._residual_shapes(sample)
+            return None if residuals is None else shapes | residuals
         return shapes
 
-    def _control_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
-        """ControlNets, and the UNet beside them, take any shape: their residuals have too many to foresee."""
-        return None
+    def _control_shapes(self, role: str, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
+        """Return fixed shapes of a ControlNet's inputs, beside a UNet of fixed ones."""
+        shapes = self._unet_shapes(sample)
+        if sample is None or shapes is None:
+            return None
+        config, (rows, _, *size) = self._bundle.configs[role], sample
+        names = ["timestep", "encoder_hidden_states"]
+        names += ["text_embeds", "time_ids"] if config.get("addition_embed_type") else []
+        return {
+            "sample": (rows, self.family.latent_channels, *size),
+            "controlnet_cond": (rows, config.get("conditioning_channels", 3), *self._pixels(sample)),
+            **{name: shapes[name] for name in names},
+        }
+
+    def _residual_shapes(self, sample: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
+        """Return shapes of what ControlNets give the UNet; None where the configs do not tell."""
+        unet, family = self._bundle.configs.get("unet", {}), self.family
+        nets = [self._bundle.configs.get(role, {}) for role in family.controlnets]
+        same = all(
+            net.get("_class_name") == "ControlNetModel" and net.get("cross_attention_dim") == family.context
+            for net in nets
+        )
+        shapes = residual_shapes(unet, sample)
+        return shapes if same and len(shapes) - 1 == unet.get(RESIDUALS) else None
 
     def _decoder_shapes(self, latents: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
         """Return a fixed shape for latents (channels, height, width) of the expected size, or of its tiles."""

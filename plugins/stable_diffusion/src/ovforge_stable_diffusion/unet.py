@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -11,10 +12,21 @@ from numpy.typing import NDArray
 
 from ovforge.errors import InputError, ModelError
 from ovforge.results import Timings
+from ovforge_stable_diffusion.family import CONTROLNETS
 
-__all__ = ["Denoiser", "guidance_embedding"]
+__all__ = ["MIDDLE_RESIDUAL", "RESIDUAL", "RESIDUALS", "Denoiser", "guidance_embedding", "residual_shapes"]
 
 Array = NDArray[np.float32]
+
+RESIDUAL = "down_block_additional_residual_"
+"""The UNet's inputs for what ControlNets give, before their number: names of diffusers and OpenVINO's notebooks."""
+
+MIDDLE_RESIDUAL = "mid_block_additional_residual"
+
+RESIDUALS = "ovforge_residuals"
+"""Key of the UNet's config.json for the number of such inputs, where the transform controlnet-inputs made them."""
+
+_FAMILIES = "A ControlNet must be made for the UNet's own architecture: one of Stable Diffusion 1.5 fits no 2.1 or XL."
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Array:
@@ -28,6 +40,26 @@ def guidance_embedding(guidance_scale: float, width: int) -> Array:
     angle = np.float32((guidance_scale - 1) * 1000.0) * frequency
     embedding = np.concatenate([np.sin(angle), np.cos(angle)])
     return np.pad(embedding, (0, width % 2))
+
+
+def residual_shapes(config: Mapping[str, Any], sample: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return shapes of the inputs for residuals by name, as a UNet's config tells them for a sample of a shape.
+
+    They are those of what its way down leaves: the first convolution, then each layer of each level, and what halves
+    the sides after each level but the last.
+    """
+    rows, _, height, width = sample
+    widths, layers = config.get("block_out_channels"), config.get("layers_per_block", 2)
+    if not widths:
+        return {}
+    each = layers if isinstance(layers, list | tuple) else [layers] * len(widths)
+    shapes = [(rows, widths[0], height, width)]
+    for level, (channels, count) in enumerate(zip(widths, each, strict=False)):
+        shapes += [(rows, channels, height, width)] * count
+        if level + 1 < len(widths):
+            height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((rows, channels, height, width))
+    return {**{f"{RESIDUAL}{number}": shape for number, shape in enumerate(shapes)}, MIDDLE_RESIDUAL: shapes[-1]}
 
 
 class Network:
@@ -49,10 +81,11 @@ class Network:
             )
         port = self.ports[name]
         if not port.get_partial_shape().compatible(ov.PartialShape(list(shape))):
+            fixed = "It was converted for a fixed size: use that size, or convert it with dynamic shapes."
             raise InputError(
                 f"the model takes {name} of shape {port.get_partial_shape()}, not {list(shape)}",
                 where=self.role,
-                hint="It was converted for a fixed size: use that size, or convert it with dynamic shapes.",
+                hint=f"{fixed} {_FAMILIES}" if self.role.startswith("controlnet") else fixed,
             )
         tensor = ov.Tensor(port.get_element_type(), list(shape))
         self.request.set_tensor(port, tensor)
@@ -92,9 +125,7 @@ class Denoiser:
         first = self._networks[0]
         batch = pictures * self._per_call
         self.sample = first.allocate("sample", (batch, channels, *size))
-        # One timestep serves the whole batch, unless the model was fixed to one for each sample.
-        dimensions = first.ports["timestep"].get_partial_shape()
-        self.timestep = first.allocate("timestep", [d.get_length() if d.is_static else 1 for d in dimensions])
+        self.timestep = _allocate_timestep(first)
         self._halves: list[Array] = []
         for network in self._networks:
             network.share("sample", self.sample)
@@ -103,7 +134,8 @@ class Denoiser:
             network.request.set_output_tensor(0, output)
             self._halves += list(output.data.reshape(-1, pictures, latent_channels, *size))
         self._controls: list[list[Network]] = []
-        self._scratch: ov.Tensor | None = None
+        self._followers: list[tuple[NDArray[np.generic], NDArray[np.generic]]] = []
+        """Inputs of ControlNets, and what of the UNet's inputs is copied there at each step."""
 
     def condition(self, name: str, value: Array) -> list[ov.Tensor]:
         """Set an input for a whole run: `value` holds a row for each picture, of each half. Return its tensors."""
@@ -115,35 +147,76 @@ class Denoiser:
         return tensors
 
     def control(self, models: Sequence[ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
-        """Let ControlNets (Zhang et al. 2023) condition each step; `shared` are the tensors they have with the UNet."""
+        """Let ControlNets (Zhang et al. 2023) condition each step; `shared` are the tensors they have with the UNet.
+
+        Raises ModelError where one of them does not belong to the UNet.
+        """
         if not self._controls:
-            roles = ["controlnet", *(f"controlnet_{number}" for number in range(1, len(models)))]
-            self._controls = [
-                [Network(model, role) for _ in range(self._calls)] for model, role in zip(models, roles, strict=True)
+            controls = [
+                [Network(model, role) for _ in range(self._calls)]
+                for model, role in zip(models, CONTROLNETS, strict=False)
             ]
+            for networks in controls:
+                self._check_fit(networks[0], {*shared, "sample", "timestep", "controlnet_cond"})
+            for network in (network for networks in controls for network in networks):
+                self._follow(network)
+            self._controls = controls
         for networks in self._controls:
             for call, network in enumerate(networks):
-                for name, tensors in {**shared, "timestep": [self.timestep] * self._calls}.items():
+                for name, tensors in shared.items():
                     if name not in network.ports:
                         continue
                     if network.accepts(name, tensors[call]):
                         network.share(name, tensors[call])
                     else:
                         network.allocate(name, tensors[call].shape).data[...] = tensors[call].data
-                if self.sample.shape[1] == self._latent_channels:
-                    network.share("sample", self.sample)
-                else:  # an inpainting UNet sees more channels than a ControlNet does
-                    shape = (self.sample.shape[0], self._latent_channels, *list(self.sample.shape)[2:])
-                    self._scratch = self._scratch or network.allocate("sample", shape)
-                    network.share("sample", self._scratch)
-        missing = {name for name in self._controls[0][0].outputs if _residual(name) not in self._networks[0].ports}
-        if missing:
+
+    def _check_fit(self, network: Network, known: set[str]) -> None:
+        """Refuse a ControlNet whose inputs are not there, or whose outputs the UNet does not take."""
+        ports = self._networks[0].ports
+        takes = {name for name in ports if name.startswith(RESIDUAL) or name == MIDDLE_RESIDUAL}
+        if not takes:
             raise ModelError(
                 "the UNet takes no residuals of a ControlNet",
                 where="unet",
-                hint="Add the transform 'controlnet-inputs' (pip install ovforge-sd-graph), or convert the model with"
-                " load.controlnet = true.",
+                hint="Leave optimize = false out, or add the transform 'controlnet-inputs'.",
             )
+        for name in ("sample", "timestep", "controlnet_cond", *network.ports):
+            if name not in network.ports or name not in known:
+                wrong = "has no input" if name not in network.ports else "has an input that the UNet has not:"
+                raise ModelError(
+                    f"it {wrong} {name!r}", where=network.role, hint=f"Is it a converted ControlNet? {_FAMILIES}"
+                )
+        gives = {_residual(name): port for name, port in network.outputs.items()}
+        if set(gives) != takes:
+            raise ModelError(
+                f"it gives {len(gives)} residuals, and the UNet takes {len(takes)}, or their names differ",
+                where=network.role,
+                hint=f"Outputs: {', '.join(sorted(network.outputs)) or 'none'}. {_FAMILIES}",
+            )
+        for name, port in gives.items():
+            wanted = ports[name]
+            kinds = [each.get_element_type().get_type_name() for each in (port, wanted)]
+            shapes = [each.get_partial_shape() for each in (port, wanted)]
+            if kinds[0] != kinds[1] or not shapes[0].compatible(shapes[1]):
+                raise ModelError(
+                    f"{name} is {kinds[0]} {shapes[0]}, and the UNet takes {kinds[1]} {shapes[1]}",
+                    where=network.role,
+                    hint=_FAMILIES,
+                )
+
+    def _follow(self, network: Network) -> None:
+        """Give a ControlNet the UNet's sample and timestep: the same tensors, or ones that are copied at each step."""
+        if network.accepts("sample", self.sample):
+            network.share("sample", self.sample)
+        else:  # an inpainting UNet sees more channels than a ControlNet does
+            shape = [self.sample.shape[0], self._latent_channels, *list(self.sample.shape)[2:]]
+            own = network.allocate("sample", shape)
+            self._followers.append((own.data, self.sample.data[:, : self._latent_channels]))
+        if network.accepts("timestep", self.timestep):
+            network.share("timestep", self.timestep)
+        else:
+            self._followers.append((_allocate_timestep(network).data, self.timestep.data.reshape(-1)[:1]))
 
     def conditions_of(self, number: int, pixels: Array) -> None:
         """Give ControlNet `number` its picture: float32 (pictures, 3, height, width) from 0 to 1."""
@@ -152,14 +225,15 @@ class Denoiser:
             tensor.data.reshape(self._per_call, *pixels.shape)[...] = pixels
 
     def check(self, timesteps: NDArray[np.generic]) -> None:
-        """Refuse timesteps that the model's input would round."""
-        kind = self._networks[0].ports["timestep"].get_element_type()
-        if kind.is_integral() and (np.asarray(timesteps, np.float64) % 1).any():
-            raise InputError(
-                f"this scheduler's timesteps have fractions, and the UNet takes {kind.get_type_name()}",
-                where="scheduler",
-                hint='Convert the model with timestep = "f32", or choose another scheduler.',
-            )
+        """Refuse timesteps that a model's input would round."""
+        for network in (self._networks[0], *(networks[0] for networks in self._controls)):
+            kind = network.ports["timestep"].get_element_type()
+            if kind.is_integral() and (np.asarray(timesteps, np.float64) % 1).any():
+                raise InputError(
+                    f"this scheduler's timesteps have fractions, and the {network.role} takes {kind.get_type_name()}",
+                    where="scheduler",
+                    hint='Convert the model with timestep = "f32", or choose another scheduler.',
+                )
 
     def extra_channels(self, value: Array) -> None:
         """Set the channels after the latents, (pictures, more, height, width), of an inpainting UNet."""
@@ -172,8 +246,8 @@ class Denoiser:
         """
         self._sample()[:, :, : self._latent_channels] = latents
         self.timestep.data[...] = timestep
-        if self._scratch is not None:
-            self._scratch.data[...] = self.sample.data[:, : self._latent_channels]
+        for own, source in self._followers:
+            own[...] = source
         for call, network in enumerate(self._networks):
             if self._controls:
                 with timings.span("denoise.controlnet"):
@@ -205,8 +279,14 @@ class Denoiser:
             self._networks[call].share(_residual(name), tensor)
 
 
+def _allocate_timestep(network: Network) -> ov.Tensor:
+    """Give a network its timestep: one serves the whole batch, unless the model was fixed to one for each sample."""
+    dimensions = network.ports["timestep"].get_partial_shape()
+    return network.allocate("timestep", [d.get_length() if d.is_static else 1 for d in dimensions])
+
+
 def _residual(output: str) -> str:
     """Return the UNet's input for an output of a ControlNet."""
     if output == "mid_block_res_sample":
-        return "mid_block_additional_residual"
-    return output.replace("down_block_res_sample", "down_block_additional_residual")
+        return MIDDLE_RESIDUAL
+    return output.replace("down_block_res_sample_", RESIDUAL)

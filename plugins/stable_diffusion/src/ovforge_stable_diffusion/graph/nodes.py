@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
 from ovforge.errors import ModelError
 
-__all__ = ["ancestors", "kept_operand", "operands", "port_named", "positions"]
+__all__ = ["ancestors", "kept_operand", "operands", "port_named", "positions", "weights_of"]
 
 
 def operands(node: ov.Node) -> list[ov.Node]:
@@ -52,3 +55,16 @@ def port_named(ports: Iterable[ov.Output], name: str, role: str) -> ov.Output:
             return port
     found = ", ".join(sorted(name for port in listed for name in port.names)) or "no named ones"
     raise ModelError(f"the model has no {name!r}", where=role, hint=f"It has: {found}. Convert the model again.")
+
+
+def weights_of(node: ov.Node) -> NDArray[Any] | None:
+    """Return a constant's values, also where it is stored in fewer bits of floating point; None for anything else."""
+    if node.get_type_name() == "Convert" and node.get_element_type().is_real():
+        [node] = operands(node)
+        if not node.get_element_type().is_real():
+            return None
+    if node.get_type_name() != "Constant":
+        return None
+    kind = np.float32 if node.get_element_type().is_real() else None
+    values: NDArray[Any] = node.get_data(dtype=kind)
+    return values
