@@ -52,7 +52,7 @@ def tokenizer_files(
             where=where,
             hint="Put CLIP's vocab.json and merges.txt (the folder tokenizer/ of any Stable Diffusion model) into a "
             "folder tokenizer/ beside the file, or name a folder: the loader's option tokenizer = FOLDER; "
-            "or run: pip install open_clip_torch",
+            'or run: pip install "ovforge-diffusers[clip]"',
         )
     known = _words(files)
     if known is not None and known != words:
