@@ -293,7 +293,11 @@ def _read_from_memory(source: Source, file: PurePosixPath) -> ov.Model:
     if file.suffix == ".xml" and weights in source.files():
         # First all bytes, then the parser: a source may find out while reading that a file is not what it should be.
         data = tensor_of(source, weights)
-        return core().read_model(source.read(file.as_posix()).decode("utf-8", "surrogateescape"), data)
+        try:
+            xml = source.read(file.as_posix()).decode()
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file} is no XML: {error}", where=source.name) from error
+        return core().read_model(xml, data)
     if file.suffix == ".xml":
         return core().read_model(source.read(file.as_posix()))
     if file.suffix == ".pdmodel":

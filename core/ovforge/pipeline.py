@@ -244,7 +244,8 @@ def find_loader(source: Source, name: str | None, plugins: Plugins) -> Offer:
             "no loader knows what this is",
             where=source.name,
             hint=f"It holds: {looks}. Loaders here: {', '.join(offer.extension.name for offer in offers)}; "
-            "for a diffusers folder run: pip install 'ovforge-diffusers[convert]'",
+            "for a diffusers folder run: pip install 'ovforge-diffusers[convert]'; "
+            "for an encrypted model (.ovenc): pip install ovforge-aes-loader",
         )
     if len(best) > 1:
         names = ", ".join(offer.extension.name for offer in best)

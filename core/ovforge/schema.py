@@ -33,7 +33,10 @@ def config_schema(plugins: Plugins) -> dict[str, Any]:
     schema["properties"]["load"] = {
         "anyOf": [
             {"type": "string"},
-            {**definitions.pop("Load"), "properties": _loading(plugins.all("loader"), definitions)},
+            {
+                **definitions.pop("Load"),
+                "properties": _loading(plugins.all("loader"), plugins.all("source"), definitions),
+            },
         ]
     }
     schema["properties"]["input"]["anyOf"] = [
@@ -63,7 +66,7 @@ def _table(offer: Offer, definitions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _loading(offers: list[Offer], definitions: dict[str, Any]) -> dict[str, Any]:
+def _loading(offers: list[Offer], sources: list[Offer], definitions: dict[str, Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "source": {"type": "string", "description": "A folder or file, or package:NAME/PATH."},
         "use": {"enum": [offer.extension.name for offer in offers]},
@@ -71,6 +74,9 @@ def _loading(offers: list[Offer], definitions: dict[str, Any]) -> dict[str, Any]
     for offer in offers:
         if model := offer.extension.options_model():
             properties |= _inline(model.model_json_schema(), definitions).get("properties", {})
+    keys = [model for offer in sources if (model := offer.extension.options_model())]
+    if keys:
+        properties["key"] = {"anyOf": [_inline(model.model_json_schema(), definitions) for model in keys]}
     return properties
 
 

@@ -143,7 +143,7 @@ def _openssl(cipher: str | None, iv: str | None, iterations: int, digest: str) -
 
 def _make_key(place: str | None) -> None:
     """Write a new key, as hexadecimal digits, to a file that is not there yet."""
-    from ovforge_aes_loader.files import private_file
+    from ovforge_aes_loader.container import private_file
 
     kind, _, path = (place or "").partition(":")
     if kind != "file" or not path:

@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from cryptography.exceptions import InvalidTag
@@ -33,6 +33,7 @@ __all__ = [
     "Set",
     "new_header",
     "parse_header",
+    "private_file",
     "with_key",
     "write_container",
 ]
@@ -300,6 +301,11 @@ def write_container(file: BinaryIO, header: Header, pieces: Iterable[bytes | mem
         file.write(sealed[: len(chunk) + TAG])
     if written != header.length:
         raise ModelError("it changed while it was read", where=header.name)
+
+
+def private_file(path: Path) -> BinaryIO:
+    """Make a file that only its owner can read. Raises FileExistsError where there is one."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb")
 
 
 def _chunks(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:

@@ -23,13 +23,14 @@ from ovforge_aes_loader.container import (
     listing_of,
     new_header,
     parse_header,
+    private_file,
     write_container,
 )
 from ovforge_aes_loader.keys import Key, Scrypt
 from ovforge_aes_loader.openssl import SALTED, write_openssl
 from ovforge_aes_loader.source import SUFFIX, DecryptedSource, open_encrypted, plain_name
 
-__all__ = ["decrypt", "encrypt", "encrypt_openssl", "inspect", "private_file", "rekey"]
+__all__ = ["decrypt", "encrypt", "encrypt_openssl", "inspect", "rekey"]
 
 _PIECE = 2**20
 
@@ -203,11 +204,6 @@ def _write_all(
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(output / path, folder / path)
     return [output / named(name) for name in files]
-
-
-def private_file(path: Path) -> BinaryIO:
-    """Make a file that only its owner can read. Raises FileExistsError where there is one."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import hmac
 import os
 import re
 import stat
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from ovforge.errors import ConfigError, ModelError, OvforgeError, PluginError
 
@@ -52,7 +52,9 @@ class KeyOptions(BaseModel):
     fd: int | None = Field(None, ge=0, description="The file descriptor that it is read from.")
     command: tuple[str, ...] | None = Field(None, min_length=1, description="The command that prints it, in words.")
     keyring: str | None = Field(None, pattern="^[^/]+/.+$", description="SERVICE/USER in the system's keyring.")
-    function: Callable[[], str | bytes] | None = Field(None, description="A Python function that returns it.")
+    function: SkipJsonSchema[Callable[[], str | bytes] | None] = Field(
+        None, description="A Python function that returns it."
+    )
     form: Literal["auto", "hex", "base64", "raw", "passphrase"] = Field(
         "auto", description="How it is written there; a passphrase is never guessed."
     )
@@ -236,16 +238,7 @@ class Key:
             if said.fd is not None:
                 return _descriptor(said.fd)
             if said.command is not None:
-                done = subprocess.run(
-                    said.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    check=False,
-                    timeout=_COMMAND_SECONDS,
-                )
-                if done.returncode:
-                    raise self._unfit(f"it ended with exit code {done.returncode}")
-                return done.stdout
+                return _printed(said.command, self)
             if said.keyring is not None:
                 return _from_keyring(said.keyring, self)
             if said.function is not None:
@@ -253,7 +246,7 @@ class Key:
                 return given.encode() if isinstance(given, str) else bytes(given)
         except KeyError:
             raise self._unfit("it is not set") from None
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else type(error).__name__
             # The cause is left out: it may hold what was read.
             raise self._unfit(f"it cannot be read: {reason}") from None
@@ -295,6 +288,20 @@ def _descriptor(number: int) -> bytes:
     while len(read) <= _LIMIT and (part := os.read(number, _LIMIT)):
         read += part
     return read
+
+
+def _printed(command: tuple[str, ...], key: Key) -> bytes:
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False, timeout=_COMMAND_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise key._unfit(f"it took longer than {_COMMAND_SECONDS} seconds") from None
+    if done.returncode:
+        raise key._unfit(f"it ended with exit code {done.returncode}")
+    return done.stdout
 
 
 def _from_keyring(entry: str, key: Key) -> bytes:

@@ -20,6 +20,7 @@ from ovforge_aes_loader.container import (
     Set,
     listing_of,
     new_header,
+    private_file,
     with_key,
     write_container,
 )
@@ -115,8 +116,7 @@ class Sealer:
         header = new_header(_cached_name(purpose, path), view.nbytes, self._master, Set())
         target = folder / f"{path}{SUFFIX}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            target.chmod(0o600)
+        with private_file(target) as file:
             write_container(file, header, [view], self._master)
 
     def open(self, folder: Path, purpose: str) -> Source:
