@@ -170,7 +170,7 @@ def tolerances(name: str, ours: Any) -> dict[str, float]:
         return {}
     levels = ours.sigmas[:-1]
     steepest = float(np.max(levels[:-1] / levels[1:])) if len(levels) > 1 else 1.0
-    return {"tolerance": max(1e-5, 6e-8 * steepest), "time_tolerance": 0.02}
+    return {"tolerance": max(1e-5, 2e-7 * steepest), "time_tolerance": 0.1}
 
 
 class Both:

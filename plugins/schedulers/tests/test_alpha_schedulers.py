@@ -40,7 +40,8 @@ RUNS = {
 }
 many = settings(
     deadline=None,
-    max_examples=100,
+    derandomize=True,
+    max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 

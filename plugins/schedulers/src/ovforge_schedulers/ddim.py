@@ -71,7 +71,8 @@ class DDIMSampling(AlphaSampling):
         variance = (ONE - following) / (ONE - alpha) * (ONE - alpha / following)
         deviation = np.float32(self._config.eta) * np.sqrt(variance)
         clean *= np.sqrt(following)
-        clean += predicted * np.sqrt(ONE - following - deviation * deviation)
+        # With eta = 1 all noise may be new, and rounding leave less than none of the old.
+        clean += predicted * np.sqrt(np.maximum(ONE - following - deviation * deviation, 0))
         if self._config.eta > 0:
             clean += rng.randn(output.shape) * deviation
         return clean
