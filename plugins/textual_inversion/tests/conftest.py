@@ -44,7 +44,7 @@ def ti_bundle(ti_torch: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """Return a function that opens a family's text encoders and tokenizers, converted once for each type of weights."""
     made: dict[tuple[str, str], Path] = {}
 
-    def open_bundle(family: str, weights: str = "f32") -> ModelBundle:
+    def open_bundle(family: str, weights: str = "f16") -> ModelBundle:
         from ovforge_diffusers.loader import DiffusersLoader
         from ovforge_diffusers.options import LoaderOptions
 

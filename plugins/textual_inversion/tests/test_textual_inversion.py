@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_said(
     bundle = ti_bundle("sd1")
     apply(bundle, files["zork"])
     assert "'zork' was learned before" in apply(bundle, files["zork"]).skipped[0].reason
-    assert "'zork_2' was learned before" in apply(bundle, files["learned_embeds"], token="ZORK_2").skipped[0].reason
+    assert "'ZORK_2' was learned before" in apply(bundle, files["learned_embeds"], token="ZORK_2").skipped[0].reason
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,7 @@ def test_other_consumers_keep_the_table() -> None:
     assert constants(model).count(f"[{TOKENS + 3},{WIDTH}]") == 1, "two look-ups share one longer table"
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
-@pytest.mark.parametrize("weights", ["f32", "f16"])
+@pytest.mark.parametrize(("family", "weights"), [("sd1", "f16"), ("sd2", "f32"), ("xl", "f16")])
 def test_text_encoders_after_other_changes(
     family: str, weights: str, ti_bundle: Callable[..., ModelBundle], tmp_path: Path
 ) -> None:
