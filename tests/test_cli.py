@@ -75,7 +75,7 @@ def test_options_of_run(tmp_path: Path) -> None:
     [
         (["run", "nothing.toml"], "nothing.toml: no such file"),
         (["run", EXAMPLE, "-s", "schedulr.use=x"], "unknown key `schedulr`. Did you mean 'scheduler'?"),
-        (["run", EXAMPLE, "-s", "scheduler.use=lmc"], "Did you mean 'lcm'?"),
+        (["run", EXAMPLE, "-s", "scheduler.use=eulr"], "Did you mean 'euler'?"),
         (["run", EXAMPLE, "-i", "steps=many"], "`steps`"),
         (["run", EXAMPLE, "-o", "nowhere/x.png"], "nowhere: no such folder"),
         (["run", EXAMPLE, "-o", "x.tiff2"], "unknown picture format '.tiff2'"),
