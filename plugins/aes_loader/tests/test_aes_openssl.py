@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -170,6 +171,36 @@ def test_a_graph_that_is_no_xml_inside_is_refused(ir: Path, tmp_path: Path, monk
     said = {"function": lambda: "0f" * 32, "cipher": "aes-256-cbc", "iv": "f0" * 16}
     with warnings.catch_warnings(action="ignore"), pytest.raises(ModelError, match="no XML when it is decrypted"):
         open_source(str(tmp_path / "enc"), Path(), key=said)
+
+
+@needs_openssl
+@pytest.mark.filterwarnings("ignore:.*no authentication")
+def test_a_changed_graph_ends_in_an_error_or_a_model(ir: Path, tmp_path: Path) -> None:
+    """Counter mode lets every bit be changed by itself, so that the XML stays one: the runtime must not fall over it."""
+    for suffix in (".xml", ".bin"):
+        openssl(
+            "-aes-128-ctr",
+            "-in",
+            ir.with_suffix(suffix),
+            "-out",
+            tmp_path / f"e{suffix}",
+            "-K",
+            ARTICLE,
+            "-iv",
+            ARTICLE,
+        )
+    sealed, plugins = tmp_path / "e.xml", Plugins()
+    data, loaded = sealed.read_bytes(), 0
+    key = {"function": lambda: ARTICLE, "cipher": "aes-128-ctr", "iv": ARTICLE}
+    for position in range(0, len(data), 4):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position // 4 % 7
+        sealed.write_bytes(changed)
+        with contextlib.suppress(ModelError):
+            loaded += (
+                ModelBundle.open(open_source(str(sealed), Path(), key=key, plugins=plugins)).models["model"] is not None
+            )
+    assert 0 < loaded < len(data) // 8
 
 
 def test_one_iv_for_several_files_in_counter_mode_is_refused(ir: Path, tmp_path: Path) -> None:

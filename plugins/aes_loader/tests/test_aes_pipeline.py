@@ -333,6 +333,30 @@ def test_an_encrypted_part_protects_the_whole_cache(plain: Path, encrypted: Path
         ovforge.Pipeline("text-to-image", source=plain, load={"key": {"function": lambda: SECRET}}, cache=None)
 
 
+def test_an_encrypted_embedding_beside_a_plain_model(plain: Path, marks: Marks, tmp_path: Path) -> None:
+    """A transform's file opens by a default key, and what it changes is stored encrypted."""
+    found = importlib.util.find_spec("ovforge_textual_inversion")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("ovforge-textual-inversion, whose embedding this encrypts, is not installed")
+    word = Path(found.submodule_search_locations[0]) / "teal.safetensors"
+    files.encrypt(word, tmp_path / "word.ovenc", Key(KeyOptions(function=lambda: SECRET)))
+    use = lambda path: ovforge.Use("textual-inversion", path=str(path), token="tealish")  # noqa: E731
+    expected = ovforge.Pipeline("text-to-image", source=plain, transforms=[use(word)], cache=None)
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(ConfigError, match="no key is given"):
+        ovforge.Pipeline("text-to-image", source=plain, transforms=[use(tmp_path / "word.ovenc")], cache=cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OVFORGE_KEY", SECRET)
+        pipe = ovforge.Pipeline("text-to-image", source=plain, transforms=[use(tmp_path / "word.ovenc")], cache=cache)
+    said = "a tealish car", {"steps": 1, "seed": 5}
+    assert np.array_equal(pipe(said[0], **said[1]).images[0], expected(said[0], **said[1]).images[0])
+    data = word.read_bytes()[-64:]
+    for path in cache.root.rglob("*"):
+        assert path.is_dir() or data not in path.read_bytes()
+        assert path.is_dir() or marks.found_in(path.read_bytes()) is None
+    assert any(path.name == "compiled.blob.ovenc" for path in cache.root.rglob("*"))
+
+
 def test_a_damaged_cache_warns_like_any_other(encrypted: Path, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     pipeline(encrypted, cache).compiled.all()
