@@ -141,6 +141,10 @@ def test_results_tell_what_was_used(ti_torch: Folder, ti_cache: Cache, files: di
     assert not long.warnings
     other = weighted("the " * 75 + "(<cat-toy>:1.2)zork, [zork]", seed=1, **SMALL)
     assert (other.latents != long.latents).any()
+    low = Use("text-to-image", low_memory=True)
+    again = pipeline(ti_torch("sd1"), ti_cache, taught(files["learned_embeds"], files["zork"]), task=low)
+    for _ in range(2):  # a model that was released is still one that has learned
+        np.testing.assert_array_equal(again(["a zork", "a photo"], seed=1, **SMALL).latents, result.latents)
     assert "learned_tokens" not in pipeline(ti_torch("sd1"), ti_cache)("a zork", seed=1, **SMALL).provenance
 
 
@@ -304,7 +308,11 @@ def test_what_does_not_fit_is_said(
     assert "has a token 'Unicorn' already" in skipped("sd1", files["zork"], token="Unicorn")
     bundle = ti_bundle("sd1")
     apply(bundle, files["zork"])
-    assert "'zork' was learned before" in apply(bundle, files["zork"]).skipped[0].reason
+    learned = saved(bundle, tmp_path / "learned")
+    again = apply(bundle, files["zork"])
+    assert "'zork' was learned before" in again.skipped[0].reason
+    assert again.roles == ()
+    assert saved(bundle, tmp_path / "again") == learned
     assert "'ZORK_2' was learned before" in apply(bundle, files["learned_embeds"], token="ZORK_2").skipped[0].reason
 
 

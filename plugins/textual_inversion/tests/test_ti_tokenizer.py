@@ -112,6 +112,19 @@ def by_hand(tokenizer: Any, numbers: Mapping[str, list[int]], prompt: str) -> li
     return [start, *[n for number in middle for n in first.get(number, [number])][:75], end]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"use_max_padding": True}, {"number_of_inputs": 1, "use_sentencepiece_backend": True}]
+)
+def test_tokenizers_as_others_convert_them(options: dict[str, Any]) -> None:
+    """Those in folders of optimum-intel and openvino-genai neither pad nor cut."""
+    model = pytest.importorskip("openvino_tokenizers").convert_tokenizer(theirs({})[0], **options)
+    graph = TokenizerGraph(model, "tokenizer")
+    graph.extend(numbered(WORDS, graph.size))
+    ours, wanted = reader(model), theirs(WORDS)[1]
+    for prompt in ("", "a <cat-toy>, zork", "zork " * 20 + "<cat-toy>"):
+        assert ours(prompt) == wanted(prompt)
+
+
 names = st.text(st.sampled_from("abz<>-_|.*+?^$\\(){}[]#'é1"), min_size=1, max_size=8)
 pieces = st.sampled_from(["a ", "cat", ", ", " ", "<", ">", "'s", "1", "É", "unicorn ", "🦄"])
 

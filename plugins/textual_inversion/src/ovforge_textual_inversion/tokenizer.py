@@ -150,9 +150,10 @@ class TokenizerGraph:
         request.infer({0: ov.Tensor(np.array(list(words), dtype=str))})
         rows = next(port for port in request.model_outputs if "input_ids" in port.names)
         for (word, numbers), row in zip(words.items(), request.get_tensor(rows).data.tolist(), strict=True):
-            read = row[row.index(numbers[0]) :] if numbers[0] in row else []
-            seen = min(len(numbers), len(read) - 1)  # a word of more vectors than a prompt has places is cut
-            if seen < 1 or read[:seen] != list(numbers)[:seen]:
+            wanted, read = list(numbers), row[row.index(numbers[0]) :] if numbers[0] in row else []
+            # A word of more vectors than the prompt has places is cut before the end token.
+            cut = 1 < len(read) <= len(wanted) and read[:-1] == wanted[: len(read) - 1]
+            if read[: len(wanted)] != wanted and not cut:
                 raise ModelError(
                     f"{word!r} is not read as one word, but as the tokens {row[:8]}",
                     where=self._role,

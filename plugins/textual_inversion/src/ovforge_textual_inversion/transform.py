@@ -77,6 +77,8 @@ class TextualInversion:
         for lesson in lessons:
             if lesson.new:
                 self._teach(bundle, lesson, report)
+            elif lesson.old:
+                lesson.tokenizer.extend(lesson.old)  # as it was
         files = {item.word: item.file for item in learned}
         for word in dict.fromkeys(word for lesson in lessons for word in lesson.new):
             places = [lesson for lesson in lessons if word in lesson.new]
@@ -121,11 +123,13 @@ class TextualInversion:
         if kind != "f32":
             report.notes.append(f"{role} keeps its embeddings in {kind}: the vectors are rounded to it")
         lesson.tokenizer.extend({**lesson.old, **new})
-        report.roles += (role, tokenizer)
+        changed = [role, tokenizer]
         if (detokenizer := f"de{tokenizer}") in bundle.models:
             remove_marked(bundle.models[detokenizer])
             extend_detokenizer(bundle.models[detokenizer], {**lesson.old, **new})
-            report.roles += (detokenizer,)
+            changed.append(detokenizer)
+        _keep(bundle, changed)
+        report.roles += tuple(changed)
         add_to_files(bundle.assets, tokenizer, new)
         write_list(bundle.assets, {**read_list(bundle.assets), tokenizer: {**lesson.old, **new}})
         if "vocab_size" in bundle.configs.get(role, {}):
@@ -143,10 +147,18 @@ def unload(bundle: ModelBundle) -> None:
         remove_from_files(bundle.assets, tokenizer, words)
         if "vocab_size" in bundle.configs.get(role, {}):
             bundle.configs[role]["vocab_size"] -= sum(map(len, words.values()))
-        for changed in (role, tokenizer, f"de{tokenizer}"):
-            bundle.identity.pop(changed, None)
-            bundle.location.pop(changed, None)
+        changed = [name for name in (role, tokenizer, f"de{tokenizer}") if name in bundle.models]
+        _keep(bundle, changed)
+        for name in changed:
+            bundle.identity.pop(name, None)
+            bundle.location.pop(name, None)
     bundle.assets.pop(LIST, None)
+
+
+def _keep(bundle: ModelBundle, roles: Sequence[str]) -> None:
+    """Make roles the models that were changed: lazy ones would be read anew where they are released."""
+    for role in roles:
+        bundle.models[role] = bundle.models[role]
 
 
 def _tokenizer_of(role: str) -> str:
