@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovforge.adapters import Variables
-from ovforge.bundle import tensor_of
 from ovforge.cache import key_of
 from ovforge.errors import CacheError, DeviceError, InputError, ModelError
+from ovforge.formats import tensor_of
 from ovforge.runtime import core, enable_tokenizers, openvino_version
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import pytest
 
 from ovforge import testing
 from ovforge_aes_loader import keys
-from ovforge_aes_loader.keys import Key, KeyOptions, Scrypt
+from ovforge_aes_loader.keys import Key, Scrypt
+from ovforge_aes_loader.options import KeyOptions
 
 CHEAP = Scrypt(log_n=14)
 

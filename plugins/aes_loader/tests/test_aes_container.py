@@ -27,7 +27,8 @@ from ovforge_aes_loader.container import (
     with_key,
     write_container,
 )
-from ovforge_aes_loader.keys import Key, KeyOptions, Master, Scrypt
+from ovforge_aes_loader.keys import Key, Master, Scrypt
+from ovforge_aes_loader.options import KeyOptions
 
 MASTER = Master.of(b"k" * 32)
 KEY = Key(KeyOptions(function=lambda: b"k" * 32, form="raw"))

@@ -25,7 +25,8 @@ from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge.sources import open_file, open_source
 from ovforge_aes_loader import files
-from ovforge_aes_loader.keys import Key, KeyOptions, Scrypt
+from ovforge_aes_loader.keys import Key, Scrypt
+from ovforge_aes_loader.options import KeyOptions
 
 X = np.full((1, 4), 2, np.float32)
 
@@ -204,7 +205,7 @@ def test_a_process_killed_leaves_the_old_files(what: str, tmp_path: Path) -> Non
     )
     code = (
         "import sys; from pathlib import Path; from ovforge_aes_loader import files\n"
-        "from ovforge_aes_loader.keys import *\na, b, c = sys.argv[1:]; key = Key(KeyOptions(file=c))\n"
+        "from ovforge_aes_loader.keys import Key; from ovforge_aes_loader.options import KeyOptions\na, b, c = sys.argv[1:]; key = Key(KeyOptions(file=c))\n"
         f"print('go', flush=True)\nwhile True: {call}"
     )
     killed_at_work = 0

@@ -16,7 +16,8 @@ import pytest
 
 from ovforge.config import PipelineConfig, validate_options
 from ovforge.errors import ConfigError, OvforgeError, PluginError
-from ovforge_aes_loader.keys import Key, KeyOptions, Master, known_keys, place_of, remember
+from ovforge_aes_loader.keys import Key, Master, known_keys, remember
+from ovforge_aes_loader.options import KeyOptions, place_of
 
 RAW = bytes(range(32))
 FORMS = [RAW.hex(), RAW.hex().upper() + "\n", base64.b64encode(RAW).decode(), base64.b64encode(RAW).decode() + "\r\n"]

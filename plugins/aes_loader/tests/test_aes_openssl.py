@@ -20,8 +20,9 @@ from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge.plugins import Plugins
 from ovforge.sources import open_source
 from ovforge_aes_loader import files
-from ovforge_aes_loader.keys import CIPHERS, Key, KeyOptions
+from ovforge_aes_loader.keys import Key
 from ovforge_aes_loader.openssl import OpensslFile
+from ovforge_aes_loader.options import CIPHERS, KeyOptions
 
 ARTICLE = "6f70656e76696e6f20656e6372797074"
 """Key and iv of the article: "openvino encrypt" in hexadecimal."""

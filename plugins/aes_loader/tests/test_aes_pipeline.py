@@ -21,7 +21,8 @@ import ovforge
 from ovforge.cache import Cache, CacheWarning
 from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge_aes_loader import files
-from ovforge_aes_loader.keys import Key, KeyOptions
+from ovforge_aes_loader.keys import Key
+from ovforge_aes_loader.options import KeyOptions
 
 SECRET = "5ec2e7" * 10 + "beef"
 SCRIPT = Path(__file__).with_name("run_encrypted.py")

@@ -16,7 +16,7 @@ def ovforge_sources() -> Iterator[SourceExtension]:
     yield SourceExtension(
         name="aes",
         summary="AES-encrypted files and folders: .ovenc containers, and what `openssl enc` wrote",
-        config="ovforge_aes_loader.keys:KeyOptions",
+        config="ovforge_aes_loader.options:KeyOptions",
         factory="ovforge_aes_loader.opener:AesOpener",
     )
 

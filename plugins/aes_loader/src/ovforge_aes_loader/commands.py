@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ovforge.errors import ConfigError, InputError
-from ovforge_aes_loader.keys import CIPHERS, KEY_SIZE, Key, KeyOptions, default_keys, place_of
+from ovforge_aes_loader.keys import KEY_SIZE, Key, default_keys
+from ovforge_aes_loader.options import CIPHERS, KeyOptions, place_of
 
 __all__ = ["decrypt", "encrypt", "inspect", "rekey"]
 

@@ -27,8 +27,9 @@ from ovforge_aes_loader.container import (
     write_container,
 )
 from ovforge_aes_loader.keys import Key, Scrypt
+from ovforge_aes_loader.opening import open_encrypted, plain_name
 from ovforge_aes_loader.openssl import SALTED, write_openssl
-from ovforge_aes_loader.source import SUFFIX, DecryptedSource, open_encrypted, plain_name
+from ovforge_aes_loader.source import SUFFIX, DecryptedSource
 
 __all__ = ["decrypt", "encrypt", "encrypt_openssl", "inspect", "rekey"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ovforge.sources import Source
-from ovforge_aes_loader.keys import Key, KeyOptions, remember
+from ovforge_aes_loader.keys import Key, remember
+from ovforge_aes_loader.options import KeyOptions
 
 __all__ = ["AesOpener"]
 
@@ -27,6 +28,6 @@ class AesOpener:
 
     def open(self, source: Source) -> Source:
         """Return the plain source. Raises ModelError for files that are damaged or do not belong together."""
-        from ovforge_aes_loader.source import open_encrypted
+        from ovforge_aes_loader.opening import open_encrypted
 
         return open_encrypted(source, self.key)
