@@ -161,7 +161,9 @@ class _Config:
     alphas: Mapping[str, float]
     rooted: bool
 
-    def factor(self, module: str, rank: int) -> float:
+    def factor(self, module: str, rank: int | None) -> float:
+        """Return alpha / rank of a module; the config's own rank where the factors have none, as PEFT divides it."""
+        rank = rank or self.rank
         alpha = next((a for pattern, a in self.alphas.items() if module.endswith(pattern)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rooted else rank)
 
@@ -215,7 +217,7 @@ def _modules(
         shape, rank = kinds.delta_shape(kind, shapes), kinds.rank_of(kind, shapes)
         if 0 in shape or rank == 0:
             raise kinds.Misshapen(f"it is empty: {list(shape)}, rank {rank}")
-        factor = _factor(role, name, keys, rank, file, config)
+        factor = _factor(role, name, kind, keys, rank, file, config)
         parts = {tensor: key for tensor, key in keys.items() if tensor != "alpha"}
         made.append(Module(role, name, kind, parts, shape, rank, factor, file))
     if bias:
@@ -228,14 +230,21 @@ def _modules(
 
 
 def _factor(
-    role: str | None, name: str, keys: Mapping[str, str], rank: int | None, file: TensorFile, config: Mapping[str, Any]
+    role: str | None,
+    name: str,
+    kind: str,
+    keys: Mapping[str, str],
+    rank: int | None,
+    file: TensorFile,
+    config: Mapping[str, Any],
 ) -> float:
-    if rank is None:
+    """Return alpha / rank: alpha from the file, else from the config, else the rank itself."""
+    found = config.get(role or "") or config.get("")
+    if rank is None and not (kind == "LoKr" and found):
         return 1.0
-    if "alpha" in keys:
+    if "alpha" in keys and rank:
         alpha = file.read(keys["alpha"])
         if alpha.size != 1:
             raise kinds.Misshapen(f"alpha is {list(alpha.shape)}, not one number")
         return float(alpha.reshape(())) / rank
-    found = config.get(role or "") or config.get("")
     return float(found.factor(name, rank)) if found else 1.0

@@ -17,7 +17,7 @@ from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["after", "changed_weight", "fuse"]
+__all__ = ["after", "difference", "fuse"]
 
 Array = NDArray[np.float32]
 
@@ -25,15 +25,23 @@ _LARGEST = {"f16": 65504.0, "bf16": 3.38e38, "f32": 3.4e38}
 
 
 def changed_weight(weight: Array, module: Module, strength: float) -> Array:
-    """Return a weight, in torch's layout, with a module applied at a strength. Float32."""
+    """Return a weight, in torch's layout, with a module applied at a strength. Float32.
+
+    Every kind is linear in its strength: DoRA, too, goes straight from the weight to what it makes of it.
+    """
+    return weight + np.float32(strength) * difference(weight, module)
+
+
+def difference(weight: Array, module: Module) -> Array:
+    """Return what a module adds to a weight at strength 1; that depends on the weight for DoRA alone."""
     added = module.delta().reshape(weight.shape)
     if not module.dora:
-        return weight + (added if strength == 1 else np.float32(strength) * added)
-    by_input, magnitude = magnitudes(module, weight.shape[0])
-    return kinds.decompose(weight, added, magnitude, strength, by_input=by_input)
+        return added
+    by_input, magnitude = magnitudes(module)
+    return kinds.decompose(weight, added, magnitude, by_input=by_input) - weight
 
 
-def magnitudes(module: Module, outputs: int) -> tuple[bool, Array]:
+def magnitudes(module: Module) -> tuple[bool, Array]:
     """Return (whether they are the inputs', DoRA's magnitudes).
 
     LyCORIS stores those of outputs as (out, 1), those of inputs as (1, in); PEFT has those of outputs alone.
@@ -174,8 +182,9 @@ def _constant(value: Array, kind: str, where: str) -> ov.Node:
     _check_range(float(np.abs(value).max(initial=0)), kind, where)
     if kind == "bf16":  # round to nearest, ties to even
         bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return ops.constant(ov.Tensor(rounded, list(value.shape), ov.Type.bf16))
+        tensor = ov.Tensor(ov.Type.bf16, list(value.shape))
+        tensor.data.view(np.uint16)[...] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return ops.constant(tensor, shared_memory=True)
     return ops.constant(np.ascontiguousarray(value, {"f16": np.float16, "f32": np.float32}[kind]))
 
 

@@ -125,19 +125,16 @@ def factors(kind: str, tensors: Mapping[str, Array], limit: int) -> tuple[Array,
     return None
 
 
-def decompose(weight: Array, added: Array, magnitude: Array, strength: float, *, by_input: bool) -> Array:
-    """Return a weight after DoRA: direction and magnitude apart.
+def decompose(weight: Array, added: Array, magnitude: Array, *, by_input: bool) -> Array:
+    """Return a weight after DoRA, direction and magnitude apart: magnitude * V / |V| with V = weight + added.
 
-    V = weight + strength * added, W' = V * (1 + strength * (magnitude / |V| - 1)), |V| the norm of each output, or with
-    `by_input` of each input. At strength 1 that is the paper's m * V / |V|; at 0 the weight is as it was. Source of the
-    interpolation: LyCORIS, functional/general.py, `weight_decompose`.
+    |V| is the norm of each output, as in the paper, or with `by_input` of each input.
     """
-    direction = weight + np.float32(strength) * added
+    direction = weight + added
     axis = 1 if by_input else 0
     others = tuple(n for n in range(direction.ndim) if n != axis)
     norm = np.sqrt(np.square(direction, dtype=np.float32).sum(axis=others, keepdims=True))
-    ratio = magnitude.reshape(norm.shape) / (norm + np.finfo(np.float32).eps)
-    changed: Array = direction * (1 + np.float32(strength) * (ratio - 1))
+    changed: Array = direction * (magnitude.reshape(norm.shape) / (norm + np.finfo(np.float32).eps))
     return changed
 
 

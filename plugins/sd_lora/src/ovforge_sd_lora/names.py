@@ -104,7 +104,9 @@ def _module(name: str) -> tuple[str | None, str]:
                 break
         else:
             break
-    return role or _role_of(name), name.replace(".processor", "")
+    if ".processor." in name:  # diffusers before peft, which left out that to_out is a list
+        name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor", ""))
+    return role or _role_of(name), name
 
 
 def _role_of(module: str) -> str | None:

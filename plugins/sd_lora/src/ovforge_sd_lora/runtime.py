@@ -12,7 +12,7 @@ one-hot kernels then moves and adds the taps, with the layer's own strides, padd
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import Module
-from ovforge_sd_lora.fuse import after, changed_weight
+from ovforge_sd_lora.fuse import after, difference
 from ovforge_sd_lora.targets import BRANCH, Target, behind
 
 if TYPE_CHECKING:
@@ -62,20 +62,19 @@ def attach(model: ov.Model, target: Target, what: str) -> dict[str, list[int]]:
 
 
 def strengths(module: Module, strength: float, rank: int) -> Array:
-    """Return what each rank is multiplied by: (1, rank). DoRA's strength is in its factors."""
-    return np.full((1, rank), 1.0 if module.dora else strength * module.factor, np.float32)
+    """Return what each rank is multiplied by: (1, rank). The factors of DoRA have alpha / rank in them."""
+    return np.full((1, rank), strength * (1.0 if module.dora else module.factor), np.float32)
 
 
-def module_factors(target: Target, module: Module, strength: float, weight: Any) -> tuple[Array, Array]:
+def module_factors(target: Target, module: Module, weight: Callable[[], Array]) -> tuple[Array, Array]:
     """Return (A, B) of what a module adds, before its factor: exact, of its own rank where it has one.
 
-    Where it has none (a full difference; DoRA, whose difference depends on the weight and the strength), the smaller
-    side of the layer is the rank, and one of the factors the identity.
+    Where it has none (a full difference; DoRA), the smaller side of the layer is the rank, and one of the factors the
+    identity. `weight` gives the layer's weight, and is called for DoRA alone.
     """
     out, flat = target.shape[0], math.prod(target.shape[1:])
     if module.dora:
-        base = weight()
-        whole = changed_weight(base, module, strength) - base
+        whole = difference(weight(), module)
     else:
         tensors = module.tensors()
         found = kinds.factors(module.kind, tensors, min(out, flat) - 1)

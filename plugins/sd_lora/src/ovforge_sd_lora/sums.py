@@ -28,13 +28,14 @@ def add_product(constant: ov.Node, up: Array, down: Array) -> tuple[ov.Tensor, f
     kind = constant.get_element_type()
     shape = list(constant.get_output_shape(0))
     rows = [shape[0], int(np.prod(shape[1:]))]
-    total = ov.Tensor(kind, shape)
-    weight = ov.Tensor(constant.data, rows, kind)
+    total, stored = ov.Tensor(kind, shape), constant.data
+    up, down = np.ascontiguousarray(up), np.ascontiguousarray(down.reshape(len(down), -1))
     lock, request = _adder(kind.get_type_name())
     with lock:
-        request.set_input_tensor(0, weight)
-        request.set_input_tensor(1, ov.Tensor(np.ascontiguousarray(up), shared_memory=True))
-        request.set_input_tensor(2, ov.Tensor(np.ascontiguousarray(down.reshape(len(down), -1)), shared_memory=True))
+        # Tensors over memory that `stored`, `total`, `up` and `down` own.
+        request.set_input_tensor(0, ov.Tensor(stored, rows, kind))
+        request.set_input_tensor(1, ov.Tensor(up, shared_memory=True))
+        request.set_input_tensor(2, ov.Tensor(down, shared_memory=True))
         request.set_output_tensor(0, ov.Tensor(total.data, rows, kind))
         request.infer()
         return total, float(request.get_output_tensor(1).data)

@@ -84,13 +84,10 @@ class RunningAdapter:
         names = _variables(match)
         if len(names) == 1:
             return {names[0]: np.float32(strength) * match.module.delta().reshape(-1)}
-        if match.module.dora:
+        if number not in self._factors:
             weight = functools.partial(self._weight, match.role, match.target.path)
-            a, b = module_factors(match.target, match.module, strength, weight)
-        else:
-            if number not in self._factors:
-                self._factors[number] = module_factors(match.target, match.module, 1.0, None)
-            a, b = self._factors[number]
+            self._factors[number] = module_factors(match.target, match.module, weight)
+        a, b = self._factors[number]
         return dict(zip(names, (a, strengths(match.module, strength, b.shape[1]), b), strict=True))
 
     def _join(self, place: tuple[str, str], found: list[Array]) -> Array:

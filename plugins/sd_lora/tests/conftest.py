@@ -1,0 +1,131 @@
+"""Small models of the true architectures, and adapters for them that peft and LyCORIS make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from families import make_family
+from ovforge.bundle import ModelBundle
+from ovforge.cache import Cache
+from ovforge.sources import FileSource
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model's torch folder, and its conversion with f32 weights."""
+
+    name: str
+    torch: Path
+    converted: Path
+
+    def bundle(self) -> ModelBundle:
+        return ModelBundle.open(FileSource(self.converted))
+
+    def pipe(self) -> Any:
+        """Return diffusers' pipeline."""
+        diffusers = pytest.importorskip("diffusers")
+        pipe = diffusers.DiffusionPipeline.from_pretrained(self.torch)
+        pipe.safety_checker = None
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """Return families by name: sd1, xl. Norms have weights, as trained models' do."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    diffusers = pytest.importorskip("diffusers")
+    made: dict[str, Family] = {}
+    root = tmp_path_factory.mktemp("families")
+
+    def get(name: str) -> Family:
+        if name not in made:
+            from ovforge_diffusers.loader import DiffusersLoader
+            from ovforge_diffusers.options import LoaderOptions
+
+            folder = make_family(root / name, name)
+            torch.set_num_threads(1)
+            torch.manual_seed(5)
+            parts = [(diffusers.UNet2DConditionModel, "unet"), (transformers.CLIPTextModel, "text_encoder")]
+            for kind, part in parts:
+                model = kind.from_pretrained(folder / part)
+                with torch.no_grad():
+                    for module in model.modules():
+                        if isinstance(module, torch.nn.LayerNorm | torch.nn.GroupNorm):
+                            module.weight.add_(0.2 * torch.randn_like(module.weight))
+                            module.bias.add_(0.1 * torch.randn_like(module.bias))
+                model.save_pretrained(folder / part)
+            target = root / f"{name}-openvino"
+            DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder)).save(target)
+            made[name] = Family(name, folder, target)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Return a cache that the tests of this folder share."""
+    return Cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def lora(family: Callable[[str], Family], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a maker of LoRA files by peft, in diffusers' own format: lora(family, seed, dora=..., text=...)."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    made: dict[Any, Path] = {}
+
+    def make(name: str, seed: int = 0, *, dora: bool = False, text: bool = True) -> Path:
+        key = (name, seed, dora, text)
+        if key not in made:
+            torch.manual_seed(seed)
+            pipe = family(name).pipe()
+            targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "conv1", "conv_out"]
+            targets += ["conv_shortcut", "downsamplers.0.conv", "time_emb_proj"] if seed else []
+            ranks = {"to_q": 3, "conv1": 2}
+            config = peft.LoraConfig(
+                r=4, lora_alpha=6, use_dora=dora, rank_pattern=ranks, alpha_pattern={"to_k": 2},
+                init_lora_weights=False, target_modules=targets,
+            )  # fmt: skip
+            pipe.unet.add_adapter(config)
+            layers = {"unet_lora_layers": peft.get_peft_model_state_dict(pipe.unet)}
+            about = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict()}
+            if text:
+                small = peft.LoraConfig(
+                    r=2, lora_alpha=2, init_lora_weights=False, target_modules=["q_proj", "out_proj", "fc1"]
+                )
+                for role in ("text_encoder", "text_encoder_2")[: 1 + (name == "xl")]:
+                    encoder = getattr(pipe, role)
+                    encoder.add_adapter(small)
+                    layers[f"{role}_lora_layers"] = peft.get_peft_model_state_dict(encoder)
+                    about[f"{role}_lora_adapter_metadata"] = encoder.peft_config["default"].to_dict()
+            if dora:
+                for key_, value in layers["unet_lora_layers"].items():
+                    if "magnitude" in key_:
+                        value.mul_(1 + 0.2 * torch.randn_like(value))
+            folder = tmp_path_factory.mktemp("lora")
+            pipe.save_lora_weights(folder, **layers, **about)
+            made[key] = folder / "pytorch_lora_weights.safetensors"
+        return made[key]
+
+    return make
+
+
+def torch_weights(unet: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Return every parameter of a torch module by name, without the levels that peft adds."""
+    return {
+        name.replace(".base_layer", ""): value.detach().float().numpy().copy()
+        for name, value in unet.state_dict().items()
+        if "lora_" not in name
+    }

@@ -1,0 +1,561 @@
+"""Fused adapters against diffusers with peft, and against LyCORIS: weights, and pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ovforge
+import ovforge_sd_lora
+from families import agree
+from ovforge import Use, testing
+from ovforge.cache import Cache
+from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.switch import running_adapter
+from ovforge_sd_lora.targets import find_targets
+from ovforge_sd_lora.transform import LoraTransform
+
+from .conftest import Family, torch_weights
+
+Families = Callable[[str], Family]
+Lora = Callable[..., Path]
+
+F32 = Use("cpu", precision="f32")
+PROMPT = "a beautiful pink unicorn, 8k"
+SIZE = {"width": 16, "height": 24}
+
+
+def weights(bundle: Any, role: str = "unet") -> dict[str, Any]:
+    """Return the weights and biases of a model, by torch's names."""
+    found = {}
+    for path, target in find_targets(role, bundle.models[role]).items():
+        found[f"{path}.weight"] = target.weight()
+        if ports := target.bias_inputs():
+            from ovforge_sd_lora.targets import weight_of
+
+            found[f"{path}.bias"] = weight_of(ports[0].get_source_output()).reshape(-1)
+    return found
+
+
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], before: Mapping[str, Any]) -> int:
+    """Check that all weights agree; return how many have changed."""
+    changed = 0
+    for name, wanted in theirs.items():
+        if name in ours:
+            scale = np.abs(wanted).max()
+            assert np.abs(ours[name].reshape(wanted.shape) - wanted).max() <= 2e-5 * max(scale, 1), name
+            changed += not np.array_equal(wanted, before[name])
+        elif name.endswith(("weight", "bias")):  # a bias of zeros is left out
+            assert not wanted.any() or "embedding" in name, name
+    return changed
+
+
+def pictures(pipe: Any, seed: int = 3) -> Any:
+    return pipe(PROMPT, steps=3, guidance_scale=2.0, seed=seed, **SIZE)
+
+
+def their_pictures(pipe: Any, seed: int = 3) -> Any:
+    torch = pytest.importorskip("torch")
+    made = pipe(
+        PROMPT, num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(seed), **SIZE
+    )
+    return made.images
+
+
+def ours(family: Family, cache: Cache | None, *transforms: Use, **more: Any) -> ovforge.Pipeline:
+    scheduler = Use("diffusers", class_name="DDIMScheduler")
+    return ovforge.Pipeline(
+        "text-to-image", family.converted, transforms=transforms, device=F32, scheduler=scheduler, cache=cache, **more
+    )
+
+
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_weights_are_those_of_diffusers(family: Families, lora: Lora, name: str, dora: bool) -> None:
+    path, scale = lora(name, 1, dora=dora), 1.0 if dora else 0.7
+    bundle = family(name).bundle()
+    report = LoraTransform(LoraOptions(path=path, scale=scale)).apply(bundle)
+    assert not report.skipped
+    assert set(report.roles) == {"unet", "text_encoder"} | ({"text_encoder_2"} if name == "xl" else set())
+    pipe = family(name).pipe()
+    before = {role: torch_weights(getattr(pipe, role)) for role in report.roles}
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora(components=list(report.roles), lora_scale=scale)
+    changed = 0
+    for role in report.roles:
+        strip = (lambda names: {k.removeprefix("text_model."): v for k, v in names.items()}) if "text" in role else dict
+        theirs = strip(torch_weights(getattr(pipe, role)))
+        changed += compare(weights(bundle, role), theirs, strip(before[role]))
+    assert changed == len({(m.role, m.name) for m in open_adapter(path, "x").modules})
+
+
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_pictures_are_those_of_diffusers_alone_and_in_pairs(
+    family: Families, lora: Lora, cache: Cache, name: str
+) -> None:
+    first, second = lora(name, 0, text=name == "sd1"), lora(name, 1)
+    pipe = family(name).pipe()
+    plain = their_pictures(pipe)
+    pipe.load_lora_weights(first, adapter_name="first")
+    pipe.load_lora_weights(second, adapter_name="second")
+    for scales in ({"first": 0.7}, {"first": 0.7, "second": -0.4}):
+        pipe.set_adapters(list(scales), list(scales.values()))
+        theirs = their_pictures(pipe)
+        assert np.abs(np.asarray(theirs[0], int) - np.asarray(plain[0], int)).mean() > 1
+        used = [Use("lora", path={"first": first, "second": second}[n], scale=s) for n, s in scales.items()]
+        got = pictures(ours(family(name), cache, *used))
+        d = np.abs(np.asarray(got.images[0], int) - np.asarray(theirs[0], int))
+        print("DIFF", scales, d.max(), d.mean(), np.asarray(theirs[0]).std())
+        agree(got, theirs)
+
+
+KOHYA = {
+    "unet.": "lora_unet_",
+    "text_encoder.": "lora_te_",
+    "text_encoder_2.": "lora_te2_",
+}
+
+
+def renamed(path: Path, style: str, target: Path, layers: int = 2) -> Path:
+    """Write diffusers' file in another naming."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors: dict[str, Any] = {}
+    for key, value in load_file(path).items():
+        role = next(prefix for prefix in KOHYA if key.startswith(prefix))
+        module, _, half = key.removeprefix(role).removesuffix(".weight").rpartition(".lora_")
+        tensors[_written(style, role, module, {"A": "down", "B": "up"}[half], layers)] = value
+    factors = {}
+    for module in open_adapter(path, "x").modules:
+        rank = module.rank or 1
+        prefix = next(prefix for prefix, role in zip(KOHYA, ("unet", "text_encoder", "text_encoder_2"), strict=True)
+                      if role == module.role)  # fmt: skip
+        factors[_written(style, prefix, module.name, "alpha", layers)] = np.array(module.factor * rank, np.float32)
+    save_file({**tensors, **factors}, target)
+    return target
+
+
+def _written(style: str, role: str, module: str, part: str, layers: int) -> str:
+    half = {"down": "A", "up": "B"}.get(part)
+    if style == "diffusers":
+        return f"{role}{module}." + (f"lora_{half}.weight" if half else part)
+    if style == "peft":
+        return f"{role}base_model.model.{module}." + (f"lora_{half}.default.weight" if half else part)
+    if style == "old":
+        if re.search(r"\.to_(q|k|v|out\.0)$", module):
+            place, _, layer = module.replace(".to_out.0", ".to_out").rpartition(".")
+            return f"{role}{place}.processor.{layer}_lora.{part}.weight" if half else f"{role}{module}.alpha"
+        between = ".lora_linear_layer" if "text" in role else ".lora"
+        return f"{role}{module}{between}.{part}.weight" if half else f"{role}{module}.alpha"
+    if style == "sgm" and role == "unet.":
+        module = original(module, layers)
+    prefix = "lora_te1_" if style == "sgm" and role == "text_encoder." else KOHYA[role]
+    return f"{prefix}{module.replace('.', '_')}" + (f".lora_{part}.weight" if half else ".alpha")
+
+
+def original(module: str, layers: int) -> str:
+    """Return SDXL's own numbering, by the rules of diffusers' convert_diffusers_to_original_sdxl.py."""
+    table = [("conv_in", "input_blocks.0.0"), ("conv_out", "out.2"), ("time_embedding.linear_1", "time_embed.0")]
+    for block in range(3):
+        for layer in range(layers + 1):
+            down = block * (layers + 1) + layer + 1
+            if layer < layers:
+                table += [(f"down_blocks.{block}.resnets.{layer}.", f"input_blocks.{down}.0."),
+                          (f"down_blocks.{block}.attentions.{layer}.", f"input_blocks.{down}.1.")]  # fmt: skip
+            up = block * (layers + 1) + layer
+            table += [(f"up_blocks.{block}.resnets.{layer}.", f"output_blocks.{up}.0."),
+                      (f"up_blocks.{block}.attentions.{layer}.", f"output_blocks.{up}.1.")]  # fmt: skip
+        table.append((f"down_blocks.{block}.downsamplers.0.conv", f"input_blocks.{3 * (block + 1)}.0.op"))
+    table += [(f"mid_block.resnets.{n}.", f"middle_block.{2 * n}.") for n in (0, 1)]
+    table.append(("mid_block.attentions.0.", "middle_block.1."))
+    for theirs, name in table:
+        if module.startswith(theirs):
+            module = name + module.removeprefix(theirs)
+            break
+    for theirs, name in (("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("conv2", "out_layers.3"),
+                         ("conv_shortcut", "skip_connection")):  # fmt: skip
+        module = module.replace(theirs, name) if module.endswith(theirs) else module
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "style"),
+    [*(("sd1", style) for style in ("diffusers", "old", "peft", "kohya")), ("xl", "kohya"), ("xl", "sgm")],
+)
+def test_every_naming_says_the_same(family: Families, lora: Lora, tmp_path: Path, name: str, style: str) -> None:
+    path = lora(name, 1)
+    other = renamed(path, style, tmp_path / "other.safetensors")
+    first, second = family(name).bundle(), family(name).bundle()
+    LoraTransform(LoraOptions(path=path)).apply(first)
+    report = LoraTransform(LoraOptions(path=other)).apply(second)
+    assert not report.skipped
+    for role in report.roles:
+        one, two = weights(first, role), weights(second, role)
+        assert all(np.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_sgm_names_are_read_as_diffusers_reads_them(family: Families, lora: Lora, tmp_path: Path) -> None:
+    """diffusers' own conversion of SDXL files in the first numbering gives the weights that we find."""
+    from safetensors.numpy import load_file, save_file
+
+    path = renamed(lora("xl", 1, text=False), "sgm", tmp_path / "sgm.safetensors")
+    tensors = load_file(path)  # diffusers 0.42 reads an alpha of an attention layer only where all have the same
+    save_file(
+        {key: np.array(5, np.float32) if key.endswith("alpha") else value for key, value in tensors.items()}, path
+    )
+    pipe = family("xl").pipe()
+    before = torch_weights(pipe.unet)
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora(components=["unet"])
+    bundle = family("xl").bundle()
+    LoraTransform(LoraOptions(path=path)).apply(bundle)
+    assert compare(weights(bundle), torch_weights(pipe.unet), before) > 100
+
+
+kept: list[Any] = []
+
+ALGORITHMS = {
+    "locon-tucker": {"algo": "lora", "use_tucker": True, "linear_alpha": 2, "conv_alpha": 1},
+    "loha": {"algo": "loha"},
+    "loha-tucker": {"algo": "loha", "use_tucker": True},
+    "lokr": {"algo": "lokr", "factor": 2},
+    "lokr-tucker": {"algo": "lokr", "use_tucker": True, "factor": 4, "decompose_both": True},
+    "lokr-full": {"algo": "lokr", "full_matrix": True},
+    "full-norms": {"algo": "full", "train_norm": True},
+    "dora-outputs": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+    "dora-inputs": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
+    "doha": {"algo": "loha", "dora_wd": True},
+    "dokr": {"algo": "lokr", "dora_wd": True, "factor": 4},
+}
+
+
+def lycoris_file(unet: Any, target: Path, options: Mapping[str, Any]) -> None:
+    """Let LyCORIS put a random adapter beside the layers of `unet`, and write it."""
+    torch = pytest.importorskip("torch")
+    lycoris = pytest.importorskip("lycoris")
+    torch.manual_seed(2)
+    lycoris.LycorisNetwork.apply_preset(
+        {"target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D"], "enable_conv": True}
+    )
+    network = lycoris.create_lycoris(
+        unet, 1.0, **{"linear_dim": 3, "linear_alpha": 1.5, "conv_dim": 2, "conv_alpha": 1, **options}
+    )
+    network.apply_to()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            strength = 0.05 if "norm" in name or options["algo"] == "full" else 0.3
+            parameter.add_(strength * torch.randn_like(parameter) * (0.1 if "dora" in name else 1))
+    network.save_weights(str(target), torch.float32, {})
+    kept.append(network)  # its hooks work as long as it lives
+
+
+def forward(unet: Any, inputs: Mapping[str, Any]) -> Any:
+    """Run torch's UNet."""
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return unet(*(torch.from_numpy(value) for value in inputs.values()), return_dict=False)[0].numpy()
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_each_kind_of_lycoris(family: Families, tmp_path: Path, kind: str) -> None:
+    """LyCORIS runs beside torch's UNet, as in training; we fuse its file, and run it beside ours."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "sample": rng.standard_normal((1, 4, 8, 16), np.float32),
+        "timestep": np.array([500]),
+        "encoder_hidden_states": rng.standard_normal((1, 77, 32), np.float32),
+    }
+    path = tmp_path / f"{kind}.safetensors"
+    unet = family("sd1").pipe().unet
+    plain = forward(unet, inputs)
+    lycoris_file(unet, path, ALGORITHMS[kind])
+    wanted = forward(unet, inputs)
+    assert np.abs(wanted - plain).mean() > 0.05 * plain.std()
+    for mode in ("fuse", "runtime"):
+        bundle = family("sd1").bundle()
+        options = LoraOptions(path=path, mode=mode)
+        assert not LoraTransform(options).apply(bundle).skipped
+        got = run_beside(bundle, options, inputs)
+        assert np.abs(got - wanted).max() <= 2e-4 * np.abs(wanted).max()
+
+
+def run_beside(bundle: Any, options: LoraOptions, inputs: Mapping[str, Any]) -> Any:
+    """Compile and run a UNet with what the adapter puts into its variables."""
+    import openvino as ov
+
+    from ovforge.runtime import core
+
+    compiled = core().compile_model(bundle.models["unet"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    adapter = running_adapter(options, bundle)
+    values = adapter.values(options.scale)["unet"] if adapter else {}
+    states = {state.name: state for state in request.query_state()}
+    assert set(states) == set(values)
+    for name, value in values.items():
+        states[name].state = ov.Tensor(value)
+    return request.infer(dict(inputs))["out_sample"].copy()
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+def test_kinds_of_peft(family: Families, tmp_path: Path, kind: str) -> None:
+    """A PEFT folder, whose alpha stands in adapter_config.json alone."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(3)
+    unet = family("sd1").pipe().unet
+    before = torch_weights(unet)
+    config = getattr(peft, kind)(r=3, alpha=5, target_modules=["to_q", "to_v", "conv1"], init_weights=False)
+    model = peft.get_peft_model(unet, config)
+    model.save_pretrained(tmp_path)
+    merged = torch_weights(model.merge_and_unload())
+    bundle = family("sd1").bundle()
+    assert not LoraTransform(LoraOptions(path=tmp_path)).apply(bundle).skipped
+    assert compare(weights(bundle), merged, before) > 40
+
+
+@pytest.mark.parametrize("mode", ["INT8_ASYM", "INT8_SYM", "INT4_SYM", "INT4_ASYM", "NF4"])
+def test_compressed_weights_are_opened_and_not_quantized_again(family: Families, lora: Lora, mode: str) -> None:
+    nncf = pytest.importorskip("nncf")
+    path = lora("sd1", 1)
+    bundle, before = family("sd1").bundle(), family("sd1").bundle()
+    few = {} if "INT8" in mode else {"group_size": 8, "all_layers": True, "ratio": 1.0}
+    for each in (bundle, before):
+        each.models["unet"] = nncf.compress_weights(
+            each.models["unet"], mode=getattr(nncf.CompressWeightsMode, mode), **few
+        )
+    stored, plain = weights(before), weights(family("sd1").bundle())
+    report = LoraTransform(LoraOptions(path=path, scale=0.7, mode="fuse", roles=["unet"])).apply(bundle)
+    assert "not quantized again" in " ".join(report.notes)
+    after, adapter = weights(bundle), open_adapter(path, "x")
+    names = {module.name: module for module in adapter.modules if module.role == "unet"}
+    for name, value in after.items():
+        module = names.get(name.removesuffix(".weight"))
+        if module is None:
+            assert np.array_equal(value, stored[name])
+        else:  # base as it was stored, plus the adapter, rounded to float16
+            wanted = stored[name] + np.float32(0.7) * module.delta().reshape(value.shape)
+            assert np.abs(value - wanted).max() <= np.abs(wanted).max() * 2**-11 * 1.01
+            assert not np.array_equal(stored[name], plain[name])
+
+
+def test_weights_keep_their_type(family: Families, lora: Lora) -> None:
+    """float16 and bfloat16 are rounded once; Converts and names stay."""
+    from openvino import opset13 as ops
+
+    from ovforge_sd_lora.targets import plain_constant
+
+    path = lora("sd1", 1, text=False)
+    exact = family("sd1").bundle()
+    LoraTransform(LoraOptions(path=path)).apply(exact)
+    wanted = weights(exact)
+    for kind, unit in (("f16", 2**-11), ("bf16", 2**-7)):
+        bundle = family("sd1").bundle()
+        for target in find_targets("unet", bundle.models["unet"]).values():
+            for port in target.weight_inputs():
+                constant = port.get_source_output().get_node()
+                if constant.get_type_name() == "Constant" and port.get_node().get_type_name() != "GroupNormalization":
+                    stored = _as_type(constant.data, kind)
+                    stored.set_friendly_name(constant.get_friendly_name())
+                    port.replace_source_output(ops.convert(stored, "f32").output(0))
+        names = {
+            node.get_friendly_name() for node in bundle.models["unet"].get_ops() if "self." in node.get_friendly_name()
+        }
+        LoraTransform(LoraOptions(path=path)).apply(bundle)
+        now = {
+            node.get_friendly_name() for node in bundle.models["unet"].get_ops() if "self." in node.get_friendly_name()
+        }
+        assert names == now
+        for path_, target in find_targets("unet", bundle.models["unet"]).items():
+            if target.kind != "norm":
+                constant = plain_constant(target.weight_inputs()[0].get_source_output())
+                assert constant is not None
+                assert constant.get_element_type().get_type_name() == kind
+                value = wanted[f"{path_}.weight"]
+                assert np.abs(target.weight() - value).max() <= np.abs(value).max() * unit * 2.5
+
+
+def _as_type(values: Any, kind: str) -> Any:
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    if kind == "f16":
+        return ops.constant(values.astype(np.float16))
+    tensor = ov.Tensor(ov.Type.bf16, list(values.shape))
+    tensor.data.view(np.uint16)[...] = np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16
+    return ops.constant(tensor, shared_memory=True)
+
+
+def test_a_sum_too_large_for_the_type_is_refused(family: Families, lora: Lora, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    bundle = family("sd1").bundle()
+    target = find_targets("unet", bundle.models["unet"])["conv_in"]
+    port = target.weight_inputs()[0]
+    from openvino import opset13 as ops
+
+    port.replace_source_output(ops.convert(ops.constant(target.weight().astype(np.float16)), "f32").output(0))
+    save_file({"lora_unet_conv_in.diff": np.full(target.shape, 7e4, np.float32)}, tmp_path / "large.safetensors")
+    with pytest.raises(ModelError, match="too large for f16"):
+        LoraTransform(LoraOptions(path=tmp_path / "large.safetensors")).apply(bundle)
+
+
+def test_scales_of_roles_and_blocks(family: Families, lora: Lora) -> None:
+    path, base = lora("sd1", 1), family("sd1").bundle()
+    plain, full = weights(base), family("sd1").bundle()
+    LoraTransform(LoraOptions(path=path)).apply(full)
+    whole = weights(full)
+    bundle = family("sd1").bundle()
+    options = LoraOptions(
+        path=path, scale=0.5, role_scales={"text_encoder": 0},
+        block_scales={"up_blocks": 0.0, "up_blocks.1": 2.0, "input_blocks.1": -1.0},
+    )  # fmt: skip
+    LoraTransform(options).apply(bundle)
+    for name, value in weights(bundle).items():
+        scale = 0.5
+        if name.startswith("up_blocks"):
+            scale = 1.0 if name.startswith("up_blocks.1.") else 0.0
+        elif name.startswith(("down_blocks.0.resnets.0", "down_blocks.0.attentions.0")):
+            scale = -0.5
+        assert np.allclose(value, plain[name] + scale * (whole[name] - plain[name]), atol=2e-6), name
+    ours_, theirs = weights(bundle, "text_encoder"), weights(base, "text_encoder")
+    assert all(np.array_equal(ours_[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block_scales": {"up_block.1": 1.0}}, "no layer of the adapter is in 'up_block.1'"),
+        ({"role_scales": {"unett": 1.0}}, "no part for 'unett'"),
+        ({"roles": ["text_encoder_2"]}, "no part for text_encoder_2"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    family: Families, lora: Lora, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LoraTransform(LoraOptions(path=lora("sd1"), **options)).apply(family("sd1").bundle())
+
+
+def test_another_family_is_named(family: Families, lora: Lora, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    with pytest.raises(ModelError, match="56 wide"):
+        LoraTransform(LoraOptions(path=lora("xl"))).apply(family("sd1").bundle())
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file(
+        {
+            f"{name}.lora_down.weight": np.ones((2, 2048), np.float32),
+            f"{name}.lora_up.weight": np.ones((640, 2), np.float32),
+        },
+        tmp_path / "xl.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"trained on SDXL .* 2048 wide\), and this is"):
+        LoraTransform(LoraOptions(path=tmp_path / "xl.safetensors")).apply(family("sd1").bundle())
+
+
+def test_a_partial_match_is_refused_unless_told_otherwise(
+    family: Families, lora: Lora, tmp_path: Path, cache: Cache
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(lora("sd1", text=False))
+    prefix = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors[f"{prefix}.lora_A.weight"] = np.zeros((3, 999), np.float32)
+    tensors["unet.down_blocks.7.conv.lora_A.weight"] = tensors["unet.down_blocks.7.conv.lora_B.weight"] = np.eye(
+        2, dtype="f"
+    )
+    tensors["unet.mid_block.attentions.0.proj_in.oft_diag"] = np.eye(2, dtype="f")
+    tensors["mystery"] = np.eye(2, dtype="f")
+    path = tmp_path / "partial.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"could not be applied.* and 3 more"):
+        ours(family("sd1"), cache, Use("lora", path=path))
+    pipe = ours(family("sd1"), cache, Use("lora", path=path), strict=False)
+    skipped = {item.item.split(": ")[-1]: item.reason for item in pipe.reports[0].skipped}
+    assert skipped["down_blocks.7.conv"] == "the model has no such layer"
+    assert skipped["mystery"] == "no adapter's tensor"
+    assert "'oft_diag'" in skipped["unet.mid_block.attentions.0.proj_in.oft_diag"]
+    assert "999" in skipped[prefix.removeprefix("unet.")]
+
+
+def test_the_cache_knows_the_adapter_by_its_content(family: Families, lora: Lora, cache: Cache, tmp_path: Path) -> None:
+    """The same path with another content is another pipeline; another path with the same content is not."""
+    import shutil
+
+    path = tmp_path / "adapter.safetensors"
+    shutil.copy(lora("sd1", 0, text=False), path)
+    first = ours(family("sd1"), cache, Use("lora", path=path, scale=0.5, name="a"))
+    one = pictures(first).latents
+    moved = Path(shutil.copy(path, tmp_path / "moved.safetensors"))
+    again = ours(family("sd1"), cache, Use("lora", path=moved, scale=0.5, name="a"))
+    assert again.provenance()["digests"] == first.provenance()["digests"]
+    assert all(model.cached for role, model in again.compiled.all() if role == "unet")
+    shutil.copy(lora("sd1", 1, text=False), path)
+    other = ours(family("sd1"), cache, Use("lora", path=path, scale=0.5, name="a"))
+    assert other.provenance()["digests"]["unet"] != first.provenance()["digests"]["unet"]
+    assert not np.array_equal(pictures(other).latents, one)
+    assert np.array_equal(pictures(again).latents, one)
+
+
+def test_contract(family: Families, lora: Lora) -> None:
+    testing.check_plugin(ovforge_sd_lora)
+    for mode in ("fuse", "runtime"):
+        testing.check_transform(ovforge_sd_lora, "lora", {"path": str(lora("sd1")), "mode": mode}, family("sd1").bundle)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_ranks_and_layers(family: Families, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Random layers, ranks, alphas and kinds of one file: each weight is base + scale * alpha / rank * delta."""
+    from safetensors.numpy import save_file
+
+    bundle = family("sd1").bundle()
+    targets = {p: t for p, t in find_targets("unet", bundle.models["unet"]).items() if t.kind != "norm"}
+    chosen = data.draw(st.lists(st.sampled_from(sorted(targets)), min_size=1, max_size=6, unique=True))
+    scale = data.draw(st.floats(-2, 2, width=32))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    tensors, wanted = {}, {}
+    for path in chosen:
+        out, inner, *kernel = targets[path].shape
+        rank, alpha = data.draw(st.integers(1, 40)), data.draw(st.none() | st.floats(0.125, 64, width=16))
+        kind = data.draw(st.sampled_from(["f4", "f2"]))
+        down, up = (rng.standard_normal(shape).astype(kind) / 8 for shape in ((rank, inner, *kernel), (out, rank)))
+        name = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = up.reshape(out, rank, *([1] * len(kernel)))
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = np.array(alpha, kind)
+        change = np.einsum("or,r...->o...", up.astype("f8"), down.astype("f8"))
+        wanted[path] = targets[path].weight() + scale * (alpha if alpha is not None else rank) / rank * change
+    file = tmp_path_factory.mktemp("any") / "any.safetensors"
+    save_file(tensors, file)
+    report = LoraTransform(LoraOptions(path=file, scale=scale)).apply(bundle)
+    assert not report.skipped
+    after = find_targets("unet", bundle.models["unet"])
+    for path, value in wanted.items():
+        assert np.allclose(after[path].weight(), value, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(value).max()))
+
+
+def test_an_error_says_what_to_do(family: Families, lora: Lora, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(
+        {
+            "lora_unet_nowhere.lora_up.weight": np.eye(2, dtype="f"),
+            "lora_unet_nowhere.lora_down.weight": np.eye(2, dtype="f"),
+        },
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(OvforgeError) as error:
+        LoraTransform(LoraOptions(path=tmp_path / "x.safetensors")).apply(family("sd1").bundle())
+    assert "nowhere" in str(error.value)
+    assert "ovforge lora inspect" in str(error.value)
