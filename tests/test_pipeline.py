@@ -211,6 +211,13 @@ def test_a_task_brings_transforms(config: dict[str, Any], plugins: Plugins, cach
     assert not any(name.endswith(".bin") for entry in light for name in entry.files)
 
 
+def test_a_change_survives_a_release(config: dict[str, Any], plugins: Plugins) -> None:
+    """Without a cache there is nothing to make a changed model of again, so that it is kept."""
+    pipeline = ovforge.load({**config, "transform": [{"use": "add", "amount": 5}]}, plugins=plugins, cache=None)
+    pipeline.compiled.release("model")
+    assert y(pipeline) == 5
+
+
 def test_light_changes_are_made_when_a_model_is_read(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
     config["transform"] = [{"use": "add-lightly", "amount": 5}, {"use": "add-lightly", "amount": 2}]
     first = ovforge.load(config, plugins=plugins, cache=cache)

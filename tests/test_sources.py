@@ -30,7 +30,7 @@ from ovforge.pipeline import Pipeline, plan, read_pipeline
 from ovforge.plugins import Plugins
 from ovforge.registry import Registry
 from ovforge.results import Result
-from ovforge.sources import FileSource, Source, open_file, open_source
+from ovforge.sources import FileSource, Source, open_file, open_source, source_digest
 from ovforge.stages import Match, Phase, Report
 
 
@@ -331,3 +331,16 @@ def test_read_into(tmp_path: Path) -> None:
             source.read_into("x", memoryview(bytearray(size)))
     with pytest.raises(ModelError, match="y is missing"):
         source.read_into("y", memoryview(buffer))
+
+
+def test_a_checkpoint_takes_its_tokenizer_along(tmp_path: Path) -> None:
+    """Its content is part of what a conversion is found again by."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/vocab.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}")
+    source = FileSource(tmp_path / "model.safetensors")
+    assert list(source.files()) == ["model.safetensors", "tokenizer/vocab.json"]
+    before = source_digest(source)
+    (tmp_path / "tokenizer/vocab.json").write_text('{"a": 1}')
+    assert source_digest(FileSource(tmp_path / "model.safetensors")) != before

@@ -446,6 +446,7 @@ def _apply(step: Step, bundle: ModelBundle, strict: bool, calibration: Calibrati
     report: Report = stage.quantize(bundle, calibration) if step.kind == "quantizer" else stage.apply(bundle)
     _check_strict(step, report, strict)
     for role in report.roles:
+        bundle.models[role] = bundle.models[role]  # changed in place, it cannot be made again by what made it before
         bundle.identity.pop(role, None)
         bundle.location.pop(role, None)
     return report

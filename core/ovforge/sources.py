@@ -85,7 +85,8 @@ class Opener(Protocol):
 class FileSource:
     """Plain files on disk: one file, or a folder without its hidden files.
 
-    A single `x.xml` takes its `x.bin` along. `memo` remembers digests between runs.
+    A single `x.xml` takes its `x.bin` along, a single `x.safetensors` the folders `tokenizer*` beside it. `memo`
+    remembers digests between runs.
     """
 
     protection: Protection | None = None
@@ -108,7 +109,9 @@ class FileSource:
             beside = [self.path]
             if self.path.suffix == ".xml" and (weights := self.path.with_suffix(".bin")).is_file():
                 beside.append(weights)
-            return {file.name: file.stat().st_size for file in beside}
+            if self.path.suffix == ".safetensors":
+                beside += sorted(self.root.glob("tokenizer*/*"))
+            return {file.relative_to(self.root).as_posix(): file.stat().st_size for file in beside if file.is_file()}
         paths = ((file, file.relative_to(self.path)) for file in sorted(self.path.rglob("*")))
         return {
             relative.as_posix(): file.stat().st_size

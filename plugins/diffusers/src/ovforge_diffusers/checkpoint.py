@@ -213,17 +213,11 @@ class Checkpoint:
         )
 
     def _places(self, component: str) -> list[tuple[Source, str]]:
-        """Return where a tokenizer may lie: the option's folder; or in the source, or in a folder beside the file."""
+        """Return where a tokenizer may lie: the option's folder; or in the source, with what is beside it."""
         if given := self._options.tokenizer:
             source = FileSource(given)
             return [(source, component), (source, "tokenizer"), (source, ".")]
-        local = self._source.local(self._path)
-        beside = [local.parent / name for name in (component, "tokenizer")] if local else []
-        return [
-            (self._source, component),
-            (self._source, "tokenizer"),
-            *((FileSource(folder), ".") for folder in beside if folder.is_dir()),
-        ]
+        return [(self._source, component), (self._source, "tokenizer")]
 
     # -- weights ------------------------------------------------------------------------------------------------
 
