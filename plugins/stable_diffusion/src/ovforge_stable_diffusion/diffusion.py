@@ -259,7 +259,8 @@ class Diffusion:
             shared["time_ids"] = denoiser.condition("time_ids", ids)
         if request.controls:
             sample = tuple(denoiser.sample.shape)
-            denoiser.control([self._bundle.get(r, self._control_shapes(r, sample)) for r in family.controlnets], shared)
+            nets = {r: self._bundle.get(r, self._control_shapes(r, sample)) for r in family.controlnets}
+            denoiser.control(nets, shared)
             pictures = len(request.prompts)
             for number, control in enumerate(request.controls):
                 pixels = condition(control, request.width, request.height)

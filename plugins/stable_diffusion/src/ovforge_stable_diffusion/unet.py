@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ovforge.errors import InputError, ModelError
 from ovforge.results import Timings
-from ovforge_stable_diffusion.family import CONTROLNETS
 
 __all__ = ["MIDDLE_RESIDUAL", "RESIDUAL", "RESIDUALS", "Denoiser", "guidance_embedding", "residual_shapes"]
 
@@ -146,16 +145,13 @@ class Denoiser:
             tensors.append(tensor)
         return tensors
 
-    def control(self, models: Sequence[ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
-        """Let ControlNets (Zhang et al. 2023) condition each step; `shared` are the tensors they have with the UNet.
+    def control(self, models: Mapping[str, ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
+        """Let ControlNets (Zhang et al. 2023), by role, condition each step; `shared` are tensors of the UNet.
 
         Raises ModelError where one of them does not belong to the UNet.
         """
         if not self._controls:
-            controls = [
-                [Network(model, role) for _ in range(self._calls)]
-                for model, role in zip(models, CONTROLNETS, strict=False)
-            ]
+            controls = [[Network(model, role) for _ in range(self._calls)] for role, model in models.items()]
             for networks in controls:
                 self._check_fit(networks[0], {*shared, "sample", "timestep", "controlnet_cond"})
             for network in (network for networks in controls for network in networks):
