@@ -35,6 +35,7 @@ class Family:
         diffusers = pytest.importorskip("diffusers")
         pipe = diffusers.DiffusionPipeline.from_pretrained(self.torch)
         pipe.safety_checker = None
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -234,12 +234,22 @@ def _norm_inputs(node: ov.Node) -> tuple[ov.Input | None, ov.Input | None]:
 
 
 def _constant_user(node: ov.Node, kind: str, size: int) -> ov.Input | None:
-    """Return the input by which the one user of `node`, of a kind, takes `size` stored numbers."""
+    """Return the input by which the one user of `node`, of a kind, takes `size` numbers, stored or adjustable."""
     users = list(node.output(0).get_target_inputs())
     if len(users) != 1 or users[0].get_node().get_type_name() != kind:
         return None
     other = users[0].get_node().input(1 - users[0].get_index())
-    shape = other.get_partial_shape()
-    if shape.is_static and int(np.prod(list(shape.to_shape()))) == size and is_stored(other.get_source_output()):
+    source, shape = other.get_source_output(), other.get_partial_shape()
+    if shape.is_static and int(np.prod(list(shape.to_shape()))) == size and (is_stored(source) or _adjustable(source)):
         return other
     return None
+
+
+def _adjustable(output: ov.Output) -> bool:
+    """Say whether numbers are the sum of a constant and a variable that an adapter fills."""
+    node = output.get_node()
+    if node.get_type_name() != "Add":
+        return False
+    terms = [value.get_node() for value in node.input_values()]
+    terms = [term.input_value(0).get_node() if term.get_type_name() == "Reshape" else term for term in terms]
+    return any(term.get_type_name() == "ReadValue" for term in terms)
