@@ -1,0 +1,260 @@
+"""Files from strangers, and the arithmetic of kinds without any model."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from ovforge.errors import ModelError
+from ovforge.sources import FileSource
+from ovforge_sd_lora import kinds
+from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.names import aliases, flat, parse_key
+from ovforge_sd_lora.tensors import TensorFile
+
+UP, DOWN = "lora_unet_conv_in.lora_up.weight", "lora_unet_conv_in.lora_down.weight"
+
+
+def written(path: Path, header: Any, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(shape: list[Any], begin: int, end: int, kind: str = "F32") -> dict[str, Any]:
+    return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {UP: entry([1 << 40, 1 << 40], 0, 1 << 82)},
+        {UP: entry([2, 2], 0, 1 << 60)},
+        {UP: entry([2, 2], 0, 8)},
+        {UP: entry([-2, -2], 0, 16)},
+        {UP: entry([2.0, 2], 0, 16)},
+        {UP: entry([True, 4], 0, 16)},
+        {UP: entry([2, 2], -16, 0)},
+        {UP: entry([2, 2], 0, 16, "F31")},
+        {UP: {"shape": [2, 2]}},
+        {UP: [1, 2]},
+        {UP: entry([2, 2], 0, 16), "__metadata__": 3},
+        [],
+        b"not JSON",
+        b"[" * 100_000,
+    ],
+    ids=lambda header: str(header)[:40],
+)
+def test_lying_headers_are_refused_before_anything_is_read(tmp_path: Path, header: Any) -> None:
+    with pytest.raises(ModelError, match=r"not a whole \.safetensors file") as error:
+        open_adapter(written(tmp_path / "x.safetensors", header, bytes(16)), "x")
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("data", [b"", b"\x01", struct.pack("<Q", 1 << 62), struct.pack("<Q", 100) + b"{}"])
+def test_files_that_are_cut_off_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match="not a whole"):
+        open_adapter(path, "x")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=80), length=st.integers(0, 90))
+def test_any_bytes_give_an_error_in_words(tmp_path_factory: pytest.TempPathFactory, data: bytes, length: int) -> None:
+    path = tmp_path_factory.mktemp("any") / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + data)
+    with pytest.raises(ModelError):
+        open_adapter(path, "x")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, kind: str, number: float) -> None:
+    values = np.array([1, number, 2, 3], np.float32)
+    raw = {"F32": values, "F16": values.astype("f2"), "BF16": (values.view(np.uint32) >> 16).astype("u2")}[
+        kind
+    ].tobytes()
+    path = written(tmp_path / "x.safetensors", {UP: entry([2, 2], 0, len(raw), kind)}, raw)
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        TensorFile(FileSource(path), path.name).read(UP)
+
+
+def test_every_type_is_read_exactly(tmp_path: Path) -> None:
+    values = np.array([[1.5, -0.25], [3.0, 0.0078125]], np.float32)
+    raw = {
+        "F64": values.astype("f8"),
+        "F32": values,
+        "F16": values.astype("f2"),
+        "BF16": (values.view("u4") >> 16).astype("u2"),
+    }
+    for kind, stored in raw.items():
+        path = written(tmp_path / f"{kind}.safetensors", {"a": entry([2, 2], 0, stored.nbytes, kind)}, stored.tobytes())
+        assert np.array_equal(TensorFile(FileSource(path), path.name).read("a"), values)
+    path = written(tmp_path / "f8.safetensors", {"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4))
+    with pytest.raises(ModelError, match="F8_E4M3"):
+        TensorFile(FileSource(path), path.name).read("a")
+
+
+class Explosive:
+    def __reduce__(self) -> Any:
+        return (Path("/nonexistent/exploded").write_text, ("bang",))
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps(Explosive()))
+    with pytest.raises(ModelError, match="pickle, which can run code"):
+        open_adapter(path, "x")
+    renamed = tmp_path / "y.safetensors"
+    renamed.write_bytes(path.read_bytes())
+    with pytest.raises(ModelError, match="not a whole"):
+        open_adapter(renamed, "y")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({DOWN: (2, 4)}, "it has no up"),
+        ({DOWN: (2, 4), UP: (4, 3)}, "does not fit"),
+        ({DOWN: (0, 4), UP: (4, 0)}, "empty"),
+        ({DOWN: (2, 4), UP: (4,)}, "does not fit"),
+        ({DOWN: (2, 4), UP: (4, 2), "lora_unet_conv_in.alpha": (2,)}, "alpha is"),
+        ({DOWN: (2, 4), UP: (4, 2), "lora_unet_conv_in.hada_t1": (2, 2)}, "does not belong"),
+        ({"lora_unet_conv_in.lokr_w1": (2, 2)}, "neither lokr_w2"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, "it has no"),
+        ({"lora_unet_conv_in.alpha": ()}, "alpha alone"),
+        ({"lora_unet_conv_in.oft_blocks": (2, 2)}, "'oft_blocks' is not supported"),
+        ({"lora_unet_conv_in.dora_scale": (2, 1)}, "alone change nothing"),
+        ({"first_stage_model.decoder.weight": (2, 2)}, "no adapter's tensor"),
+    ],
+)
+def test_factors_that_do_not_belong_together_are_said(tmp_path: Path, tensors: dict[str, Any], why: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({key: np.ones(shape, np.float32) for key, shape in tensors.items()}, path)
+    with pytest.raises(ModelError, match=why):
+        open_adapter(path, "x")
+
+
+def test_a_config_that_is_none_is_said(tmp_path: Path) -> None:
+    save_file(
+        {DOWN: np.ones((2, 4), np.float32), UP: np.ones((4, 2), np.float32)}, tmp_path / "adapter_model.safetensors"
+    )
+    for text in ("[]", "{", '{"r": "x"}', '{"r": 2, "lora_alpha": 1e999}', '{"r": 2, "alpha_pattern": {"a": null}}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ModelError, match="not a PEFT config"):
+            open_adapter(tmp_path, "x")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "use_rslora": true}')
+    assert open_adapter(tmp_path, "x").modules[0].factor == pytest.approx(8 / 2**0.5)
+
+
+ranks, sides = st.integers(1, 5), st.integers(1, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rank=ranks, out=sides, inner=sides, kernel=st.sampled_from([(), (1, 1), (3, 3)]))
+def test_factors_are_exact(data: st.DataObject, rank: int, out: int, inner: int, kernel: tuple[int, ...]) -> None:
+    """B @ A is the delta, whatever the kind, and the shape said before reading is the delta's."""
+    kind = data.draw(st.sampled_from(["LoRA", "LoHa", "LoKr"]))
+    tucker = bool(kernel) and data.draw(st.booleans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    shapes: dict[str, tuple[int, ...]]
+    if kind == "LoRA":
+        shapes = {"down": (rank, inner, *(() if not kernel else (1, 1) if tucker else kernel)), "up": (out, rank)}
+        shapes |= {"mid": (rank, rank, *kernel)} if tucker else {}
+    elif kind == "LoHa":
+        other = data.draw(ranks)
+        shapes = {}
+        for n, r in ((1, rank), (2, other)):
+            flat_ = inner * int(np.prod(kernel))
+            shapes |= {f"w{n}_a": (r, out) if tucker else (out, r), f"w{n}_b": (r, inner) if tucker else (r, flat_)}
+            shapes |= {f"t{n}": (r, r, *kernel)} if tucker else {}
+    else:
+        first, second = (data.draw(st.tuples(sides, sides)) for _ in range(2))
+        shapes = (
+            {"lokr_w1": first}
+            if data.draw(st.booleans())
+            else {"lokr_w1_a": (first[0], rank), "lokr_w1_b": (rank, first[1])}
+        )
+        if tucker:
+            shapes |= {"lokr_t2": (rank, rank, *kernel), "lokr_w2_a": (rank, second[0]), "lokr_w2_b": (rank, second[1])}
+        elif data.draw(st.booleans()):
+            shapes |= {"lokr_w2": (*second, *kernel)}
+        else:
+            shapes |= {"lokr_w2_a": (second[0], rank), "lokr_w2_b": (rank, second[1])}
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    assert kinds.kind_of(set(shapes)) == kind
+    whole = kinds.delta(kind, tensors)
+    assert whole.shape == kinds.delta_shape(kind, shapes)
+    a, b = kinds.factors(kind, tensors, 10**6) or (None, None)
+    product = np.tensordot(b, a, axes=(1, 0))
+    assert np.allclose(product.reshape(whole.shape), whole, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(whole).max()))
+    assert kinds.factors(kind, tensors, 0) is None or kind == "LoRA"
+
+
+def test_the_kinds_are_those_of_lycoris() -> None:
+    torch = pytest.importorskip("torch")
+    general = pytest.importorskip("lycoris.functional.general")
+    loha = pytest.importorskip("lycoris.functional.loha")
+    lokr = pytest.importorskip("lycoris.functional.lokr")
+    rng = np.random.default_rng(1)
+
+    def draw(*shape: int) -> Any:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    core, a, b = draw(2, 2, 3, 3), draw(2, 5), draw(2, 4)
+    other = (draw(2, 2, 3, 3), draw(2, 5), draw(2, 4))
+    ours = {"t1": core, "w1_a": a, "w1_b": b, "t2": other[0], "w2_a": other[1], "w2_b": other[2]}
+    theirs = loha.diff_weight(b, a, other[2], other[1], core, other[0], gamma=torch.tensor(1.0))
+    assert np.allclose(kinds.delta("LoHa", {k: v.numpy() for k, v in ours.items()}), theirs.numpy(), atol=1e-4)
+    first, t2, wa, wb = draw(3, 2), draw(2, 2, 3, 3), draw(2, 4), draw(2, 5)
+    theirs = lokr._kron_weight(first, None, None, None, wa, wb, t2, 1.0)
+    mine = kinds.delta(
+        "LoKr", {k: v.numpy() for k, v in {"lokr_w1": first, "lokr_t2": t2, "lokr_w2_a": wa, "lokr_w2_b": wb}.items()}
+    )
+    assert np.allclose(mine, theirs.numpy(), atol=1e-4)
+    weight, added = draw(5, 4, 3, 3), draw(5, 4, 3, 3)
+    for by_input, scale in ((False, draw(5, 1, 1, 1)), (True, draw(1, 4, 1, 1))):
+        theirs = general._weight_decompose(weight + added, scale, 1, not by_input)
+        mine = kinds.decompose(weight.numpy(), added.numpy(), scale.numpy(), by_input=by_input)
+        assert np.allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-5)
+
+
+paths = st.sampled_from(["down_blocks", "up_blocks"]).flatmap(
+    lambda side: st.builds(
+        "{}.{}.{}.{}.{}".format, st.just(side), st.integers(0, 3), st.sampled_from(["attentions", "resnets"]),
+        st.integers(0, 2), st.sampled_from(["proj_in", "transformer_blocks.0.attn1.to_out.0", "conv1", "norm1"]),
+    )
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(found=st.lists(paths, min_size=1, max_size=30, unique=True))
+def test_every_path_is_found_under_all_its_names(found: list[str]) -> None:
+    known = aliases(found)
+    for path in found:
+        assert known[flat(path)] == path
+        for prefix in (
+            "lora_unet_{}",
+            "lycoris_{}",
+            "unet.{}",
+            "base_model.model.{}",
+            "unet.base_model.model.{}",
+            "unet.unet.{}",
+        ):
+            written_ = path.replace(".", "_") if prefix.endswith("_{}") else path
+            key = parse_key(prefix.format(written_) + ".lora_down.weight")
+            assert key is not None
+            assert (key.role, known[flat(key.module)], key.tensor) == ("unet", path, "down")
+    assert len({name for name in known if "put_blocks" in name}) == len(
+        [path for path in found if not path.startswith("mid")]
+    )

@@ -1,0 +1,211 @@
+"""Adapters that are switched while a pipeline runs, on plain and compressed weights; and the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import ovforge
+from families import agree
+from ovforge import Use
+from ovforge.cache import Cache
+from ovforge.cli import app
+from ovforge.errors import ConfigError, ModelError
+from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.switch import running_adapter
+from ovforge_sd_lora.targets import find_targets
+from ovforge_sd_lora.transform import LoraTransform
+
+from .conftest import Family
+
+Families = Callable[[str], Family]
+Lora = Callable[..., Path]
+
+F32 = Use("cpu", precision="f32")
+PROMPT = "a beautiful pink unicorn, 8k"
+
+
+def pictures(pipe: Any) -> Any:
+    return pipe(PROMPT, steps=2, guidance_scale=2.0, seed=3, width=16, height=24)
+
+
+def ours(family: Family, *transforms: Use, cache: Cache | None = None, **more: Any) -> ovforge.Pipeline:
+    scheduler = Use("diffusers", class_name="DDIMScheduler")
+    return ovforge.Pipeline(
+        "text-to-image", family.converted, transforms=transforms, device=F32, scheduler=scheduler, cache=cache, **more
+    )
+
+
+def test_switching_is_as_good_as_fusing_and_leaves_nothing(family: Families, lora: Lora, cache: Cache) -> None:
+    """Two adapters on: equal to fusing both. Off or unloaded: bit-equal to the model without. A hundred times over."""
+    first, second = lora("sd1", 0), lora("sd1", 1)
+    fused = ours(
+        family("sd1"), Use("lora", path=first, scale=0.7, name="a"), Use("lora", path=second, scale=-0.4, name="b"),
+        cache=cache,
+    )  # fmt: skip
+    wanted = pictures(fused)
+    plain = pictures(ours(family("sd1"), cache=cache))
+    pipe = ours(
+        family("sd1"), Use("lora", path=first, name="a", mode="runtime"),
+        Use("lora", path=second, name="b", mode="runtime", scale=0), cache=cache,
+    )  # fmt: skip
+    assert dict(pipe.adapters) == {"a": 1.0, "b": 0.0}
+    pipe.adapters.set({"a": 0.7, "b": -0.4})
+    on = pictures(pipe)
+    agree(on, wanted.images)
+    assert np.abs(on.latents - wanted.latents).max() < 1e-3 * np.abs(wanted.latents).max()
+    pipe.adapters.off()
+    assert np.array_equal(pictures(pipe).latents, plain.latents)
+    for weight in np.linspace(-1, 1, 100):
+        pipe.adapters.set({"a": weight, "b": weight})
+        pipe.adapters.off()
+    assert np.array_equal(pictures(pipe).latents, plain.latents)
+    pipe.adapters.set({"b": -0.4, "a": 0.7})
+    assert np.array_equal(pictures(pipe).latents, on.latents)
+    pipe.adapters.unload("a")
+    pipe.adapters.load("lora", path=str(first), name="again", scale=0.5)
+    pipe.adapters.unload()
+    assert np.array_equal(pictures(pipe).latents, plain.latents)
+
+
+def test_the_weights_are_left_alone(family: Families, lora: Lora) -> None:
+    bundle, before = family("sd1").bundle(), family("sd1").bundle()
+    LoraTransform(LoraOptions(path=lora("sd1", 1), mode="runtime", places="all")).apply(bundle)
+    ours_, theirs = (find_targets("unet", each.models["unet"]) for each in (bundle, before))
+    assert all(np.array_equal(ours_[path].weight(), theirs[path].weight()) for path in theirs)
+    places = bundle.adapters[lora("sd1", 1).stem]["unet"]
+    layers = [path for path, target in theirs.items() if target.kind != "norm"]
+    assert {f"lora/{path}.A" for path in layers} == {name for name in places if name.endswith(".A")}
+
+
+def test_an_adapter_for_other_layers_needs_places(family: Families, lora: Lora, cache: Cache) -> None:
+    few, more = lora("sd1", 0, text=False), lora("sd1", 1, text=False)
+    pipe = ours(family("sd1"), Use("lora", path=few, name="few", mode="runtime"), cache=cache)
+    with pytest.raises(ModelError, match=r'no place was made there .*places = "all"'):
+        pipe.adapters.load("lora", path=str(more), name="more")
+    assert dict(pipe.adapters) == {"few": 1.0}
+    ready = ours(family("sd1"), Use("lora", path=few, name="few", mode="runtime", places="all"), cache=cache)
+    ready.adapters.load("lora", path=str(more), name="more", scale=0.6)
+    wanted = ours(
+        family("sd1"), Use("lora", path=few, name="few"), Use("lora", path=more, name="more", scale=0.6), cache=cache
+    )
+    agree(pictures(ready), pictures(wanted).images)
+
+
+def test_two_of_one_name_are_refused(family: Families, lora: Lora) -> None:
+    use = Use("lora", path=lora("sd1"), mode="runtime")
+    with pytest.raises(ConfigError, match="two adapters are called"):
+        ours(family("sd1"), use, use)
+
+
+@pytest.mark.parametrize("mode", ["INT8_ASYM", "INT4_SYM"])
+def test_on_compressed_weights_auto_acts_beside_them(family: Families, lora: Lora, mode: str, tmp_path: Path) -> None:
+    """INT8 and INT4 stay as they are; the result is base + adapter, as if the opened weights had been changed."""
+    nncf = pytest.importorskip("nncf")
+    from ovforge.runtime import core
+
+    few = {} if "INT8" in mode else {"group_size": 8, "all_layers": True, "ratio": 1.0}
+    path = lora("sd1", 1)
+    results = {}
+    rng = np.random.default_rng(0)
+    inputs = {
+        "sample": rng.standard_normal((1, 4, 8, 8), np.float32),
+        "timestep": np.array([500]),
+        "encoder_hidden_states": rng.standard_normal((1, 77, 32), np.float32),
+    }
+    for how in ("auto", "fuse"):
+        bundle = family("sd1").bundle()
+        kind = getattr(nncf.CompressWeightsMode, mode)
+        bundle.models["unet"] = nncf.compress_weights(bundle.models["unet"], mode=kind, **few)
+        options = LoraOptions(path=path, scale=0.7, mode=how, roles=["unet"])
+        report = LoraTransform(options).apply(bundle)
+        assert ("stay as they are" if how == "auto" else "not quantized again") in report.notes[0]
+        # Dynamic quantization of activations, which the CPU does to INT4 and INT8, would hide the adapter's rounding.
+        hints = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        request = core().compile_model(bundle.models["unet"], "CPU", hints).create_infer_request()
+        adapter = running_adapter(options, bundle)
+        assert (adapter is not None) == (how == "auto")
+        values = adapter.values(0.7)["unet"] if adapter else {}
+        for state in request.query_state():
+            import openvino as ov
+
+            state.state = ov.Tensor(values[state.name])
+        results[how] = request.infer(inputs)["out_sample"].copy()
+    assert np.abs(results["auto"] - results["fuse"]).max() < 2e-3 * np.abs(results["fuse"]).max()
+
+
+def test_an_adapter_and_a_scheduler_make_few_steps(family: Families, lora: Lora, cache: Cache) -> None:
+    """LCM-LoRA's way: another sampling method, one adapter, no guidance; by config alone, as diffusers does it."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    path = lora("sd1", 1, text=False)
+    pipe = family("sd1").pipe()
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.load_lora_weights(path)
+    theirs = pipe(
+        PROMPT,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        width=16,
+        height=24,
+        generator=torch.Generator().manual_seed(5),
+    ).images
+    config = {
+        "task": "text-to-image",
+        "load": str(family("sd1").converted),
+        "transform": [{"use": "lora", "path": str(path)}],
+        "scheduler": "lcm",
+        "device": {"precision": "f32"},
+        "input": {"steps": 4, "guidance_scale": 1.0, "seed": 5, "width": 16, "height": 24, "prompt": PROMPT},
+    }
+    agree(ovforge.load(config, cache=cache)(), theirs)
+
+
+def test_generate_takes_an_adapter(family: Families, lora: Lora, tmp_path: Path) -> None:
+    """The article's command: -l FILE -a ALPHA."""
+    made = tmp_path / "made.png"
+    command = [
+        "generate", "-p", PROMPT, "-m", str(family("sd1").converted), "-l", str(lora("sd1", 0)), "-a", "0.5", "-s", "3",
+        "--precision", "f32", "--steps", "2", "-g", "2.0", "--width", "16", "--height", "24", "--scheduler", "ddim",
+        "-o", str(made), "-c", str(tmp_path / "cache"), "-q",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    from ovforge.results import read_provenance
+
+    adapter = read_provenance(made)["config"]["transform"][0]
+    assert (adapter["use"], adapter["scale"]) == ("lora", 0.5)
+
+
+def test_inspect_tells_what_fits(family: Families, lora: Lora, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(lora("sd1", 0))
+    tensors["lora_unet_nowhere.lora_up.weight"] = tensors["lora_unet_nowhere.lora_down.weight"] = np.eye(2, dtype="f")
+    tags = json.dumps({"10_cat": {"sks cat": 20, "sitting": 3}})
+    path = tmp_path / "shown.safetensors"
+    save_file(tensors, path, {"ss_tag_frequency": tags, "ss_base_model_version": "sd_v1", "ss_output_name": "Shown"})
+    runner = CliRunner()
+    arguments = ["lora", "inspect", str(path), "--model", str(family("sd1").converted)]
+    told = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    assert told["trigger_words"] == ["sks cat", "sitting"]
+    assert (told["title"], told["base_model"], told["cross_attention"]) == ("Shown", "sd_v1", 32)
+    assert told["roles"]["unet"]["ranks"] == {"2": 23, "3": 32, "4": 121} or sum(
+        told["roles"]["unet"]["ranks"].values()
+    )
+    assert told["model"]["unmatched"] == [{"key": "unet: nowhere", "why": "the model has no such layer"}]
+    assert len(told["model"]["matched"]) == len(open_adapter(path, "x").modules) - 1
+    share = told["model"]["touched"]["unet"]
+    assert 0 < share["numbers"] < share["of"]
+    shown = runner.invoke(app, [*arguments, "--keys"]).output
+    assert "nowhere" in shown
+    assert "trigger words: sks cat, sitting" in shown.lower()
+    wrong = runner.invoke(app, ["lora", "inspect", str(lora("xl")), "--model", str(family("sd1").converted)])
+    assert isinstance(wrong.exception, ModelError)
