@@ -12,7 +12,7 @@ from typing import BinaryIO
 from ovforge.errors import ConfigError, ModelError
 from ovforge.sources import FileSource, Source
 from ovforge_aes_loader.container import MAGIC, Container, listing_of, with_key
-from ovforge_aes_loader.keys import Key, Master, hkdf, known_keys
+from ovforge_aes_loader.keys import Key, Master, hkdf
 from ovforge_aes_loader.openssl import SALTED, OpensslFile, check_graph
 from ovforge_aes_loader.source import SUFFIX, Content, DecryptedSource, Sealer, open_file
 
@@ -173,22 +173,19 @@ def _is_plain(name: str, start: bytes, key: Key | None) -> bool:
 
 
 def _openssl_file(open_file: Callable[[], BinaryIO], size: int, where: str, name: str, key: Key | None) -> OpensslFile:
-    """Open with a key; without one, with the known passphrase that fits."""
-    candidates = [key] if key else [known for known in known_keys() if known.is_passphrase]
-    failed: ModelError | None = None
-    for candidate in candidates:
-        try:
-            content = OpensslFile(open_file, size, where, candidate)
-            content.check_form(name)
-        except ModelError as error:
-            failed = error
-        else:
-            return content
-    raise failed or ConfigError(
-        "it is encrypted with a passphrase by `openssl enc`, and none is given",
-        where=where,
-        hint='Set load.key = {env = "NAME", form = "passphrase"}, or the environment variable OVFORGE_PASSPHRASE.',
-    )
+    """Open by a key whose options name the cipher.
+
+    Nothing else may lead here: whoever can write the files could put unauthenticated ones in the place of containers.
+    """
+    if key is None or key.options.cipher is None:
+        raise ConfigError(
+            "`openssl enc` wrote it, without authentication, and it is opened only where load.key names its cipher",
+            where=where,
+            hint='Set load.key = {env = "NAME", form = "passphrase", cipher = "aes-256-cbc"}, or --cipher, if you trust the files.',
+        )
+    content = OpensslFile(open_file, size, where, key)
+    content.check_form(name)
+    return content
 
 
 def _check_graphs(source: Source, contents: Mapping[str, Content]) -> None:
