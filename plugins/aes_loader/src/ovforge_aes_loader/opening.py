@@ -181,7 +181,8 @@ def _openssl_file(open_file: Callable[[], BinaryIO], size: int, where: str, name
         raise ConfigError(
             "`openssl enc` wrote it, without authentication, and it is opened only where load.key names its cipher",
             where=where,
-            hint='Set load.key = {env = "NAME", form = "passphrase", cipher = "aes-256-cbc"}, or --cipher, if you trust the files.',
+            hint='If you trust the files: load.key = {env = "NAME", form = "passphrase", cipher = "aes-256-cbc"}, '
+            "or --cipher.",
         )
     content = OpensslFile(open_file, size, where, key)
     content.check_form(name)
