@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovforge.errors import InputError, PluginError
+from ovforge.errors import InputError
 
 __all__ = ["generate"]
 
@@ -89,6 +89,8 @@ def generate(
 
     if not output.parent.is_dir():
         raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    if image is None and (mask or strength is not None):
+        raise InputError("there is no picture to change", where="--mask, --strength", hint="Name it with --image.")
     weights, static = _type(type_)
     inputs: dict[str, Any] = {"prompt": prompt, "seed": seed, "count": count}
     optional = {
@@ -123,7 +125,6 @@ def generate(
     }
     if weights in ("FP32", "FP16"):
         config["load"] |= _weights(model, weights)
-    _offered(config)
     store: Any = Cache(cache) if cache else "default"
     with _logged(log), progress_bar(quiet) as show:
         pipe = ovforge.load(config, cache=store, progress=show)
@@ -180,29 +181,6 @@ def _adapters(files: list[Path], strengths: list[float]) -> list[dict[str, Any]]
 
 def _clip_skip(layers: int) -> dict[str, Any]:
     return {"use": "clip-skip", "layers": layers}
-
-
-_BRINGS = {
-    "lora": ("--lora", "ovforge-sd-lora"),
-    "nncf-weights": ("--type INT8", "ovforge-nncf"),
-}
-
-
-def _offered(config: dict[str, Any]) -> None:
-    """Refuse a flag whose plugin is not here, in the flag's own words."""
-    from ovforge.plugins import Plugins
-
-    plugins = Plugins()
-    for kind, key in (("transform", "transform"), ("quantizer", "quantize")):
-        here = {offer.extension.name for offer in plugins.all(kind)} if config[key] else set()
-        for use in config[key]:
-            if use["use"] not in here:
-                flag, distribution = _BRINGS[use["use"]]
-                raise PluginError(
-                    f"no plugin here offers the {kind} {use['use']!r}",
-                    where=flag,
-                    hint=f"Run: pip install {distribution}",
-                )
 
 
 def _previewing(show: Any, target: Path | None) -> Any:
