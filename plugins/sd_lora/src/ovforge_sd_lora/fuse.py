@@ -82,8 +82,6 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
 
 def _add_low_rank(target: Target, module: Module, strength: float) -> bool:
     """Add a plain LoRA to a plain weight, as most are; say whether it was one."""
-    from openvino import opset13 as ops
-
     ports = target.weight_inputs()
     constant = plain_constant(ports[0].get_source_output()) if ports else None
     if constant is None or module.kind != "LoRA" or module.dora or "mid" in module.keys:
@@ -94,7 +92,7 @@ def _add_low_rank(target: Target, module: Module, strength: float) -> bool:
     kind = constant.get_element_type().get_type_name()
     total, largest = add_product(constant, *((down.T, up.T) if target.transposed else (up, down)))
     _check_range(largest, kind, target.path)
-    _put(ports, ops.constant(total, shared_memory=True))
+    _put(ports, total)
     return True
 
 

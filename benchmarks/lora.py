@@ -1,0 +1,231 @@
+"""Adapters on a UNet of Stable Diffusion 1.5's size: fusing, compiling, switching, and what a branch costs a step.
+
+    python benchmarks/lora.py --work /tmp/lora-bench [--precision f32] [--side 64] [--rounds 3]
+
+The UNet has random weights, the adapter rank 16 on the 192 layers that kohya's scripts train. Each part runs in a process
+of its own, one at a time. Beside wall time, processor time is given, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+RANK = 16
+TRAINED = re.compile(r"attn\d\.to_|ff\.net|proj_in|proj_out")
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Return (wall seconds, processor seconds, result)."""
+    wall, processor = time.perf_counter(), time.process_time()
+    result = work()
+    return time.perf_counter() - wall, time.process_time() - processor, result
+
+
+def peak() -> float:
+    """Return the most memory that this process has held, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def prepare(work: Path) -> None:
+    """Make the UNet, its conversion and the adapter, where they are not there yet."""
+    if (work / "adapter.safetensors").exists():
+        return
+    import diffusers
+    import torch
+    from safetensors.numpy import save_file
+
+    from ovforge.bundle import ModelBundle
+    from ovforge.sources import FileSource
+    from ovforge_diffusers.loader import DiffusersLoader
+    from ovforge_diffusers.options import LoaderOptions
+    from ovforge_sd_lora.targets import find_targets
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )  # fmt: skip
+    unet.half().save_pretrained(work / "torch" / "unet")
+    del unet
+    source = FileSource(work / "torch" / "unet")
+    DiffusersLoader(LoaderOptions(weights="f16")).load(source).save(work / "openvino", replace=True)
+    bundle, rng, tensors = ModelBundle.open(FileSource(work / "openvino")), np.random.default_rng(0), {}
+    for path, target in find_targets("unet", bundle.models["unet"]).items():
+        if TRAINED.search(path):
+            out, inner, *kernel = target.shape
+            name = f"lora_unet_{path.replace('.', '_')}"
+            ones = [1] * len(kernel)
+            tensors[f"{name}.lora_down.weight"] = rng.standard_normal((RANK, inner, *kernel)).astype("f2") / 16
+            tensors[f"{name}.lora_up.weight"] = rng.standard_normal((out, RANK, *ones)).astype("f2") / 100
+            tensors[f"{name}.alpha"] = np.array(RANK / 2, "f2")
+    save_file(tensors, work / "adapter.safetensors")
+
+
+def bundle_of(work: Path) -> Any:
+    """Open the converted UNet, with its pages in memory."""
+    from ovforge.bundle import ModelBundle
+    from ovforge.sources import FileSource
+
+    (work / "openvino" / "unet" / "openvino_model.bin").read_bytes()
+    return ModelBundle.open(FileSource(work / "openvino"))
+
+
+def fixed(model: Any, side: int) -> Any:
+    """Return a copy for one picture with guidance, of latents `side` x `side`."""
+    copy = model.clone()
+    copy.reshape({"sample": [2, 4, side, side], "timestep": [1], "encoder_hidden_states": [2, 77, 768]})
+    return copy
+
+
+def compiled(model: Any, precision: str) -> Any:
+    """Compile for the CPU."""
+    from ovforge.runtime import core
+
+    hints = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
+    return core().compile_model(model, "CPU", hints)
+
+
+def fuse(arguments: argparse.Namespace) -> dict[str, float]:
+    """Load and fuse the adapter; then compile, as a change of weights makes necessary."""
+    from ovforge_sd_lora.options import LoraOptions
+    from ovforge_sd_lora.transform import LoraTransform
+
+    bundle = bundle_of(arguments.work)
+    model, before = bundle.models["unet"], peak()
+    options = LoraOptions(path=arguments.work / "adapter.safetensors", mode="fuse")
+    wall, processor, _ = timed(lambda: LoraTransform(options).apply(bundle))
+    held = peak() - before
+    compile_wall, compile_processor, _ = timed(lambda: compiled(fixed(model, arguments.side), arguments.precision))
+    return {
+        "fuse_s": wall, "fuse_processor_s": processor, "fuse_peak_gib": held,
+        "compile_s": compile_wall, "compile_processor_s": compile_processor,
+    }  # fmt: skip
+
+
+def diffusers_fuse(arguments: argparse.Namespace) -> dict[str, float]:
+    """Let diffusers load and fuse the same file, in float32 as its CPU pipelines are."""
+    import diffusers
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(arguments.work / "torch" / "unet", torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline(None, None, None, unet, None, None, None, requires_safety_checker=False)
+
+    def work() -> None:
+        pipe.load_lora_weights(arguments.work / "adapter.safetensors")
+        pipe.fuse_lora(components=["unet"])
+
+    wall, processor, _ = timed(work)
+    return {"diffusers_s": wall, "diffusers_processor_s": processor}
+
+
+def steps(arguments: argparse.Namespace) -> dict[str, float]:
+    """Take steps without a branch, with an empty one, and with the adapter in it, in turns; switch adapters."""
+    from ovforge.adapters import Adapters, Variables
+    from ovforge_sd_lora.options import LoraOptions
+    from ovforge_sd_lora.switch import running_adapter
+    from ovforge_sd_lora.transform import LoraTransform
+
+    bundle = bundle_of(arguments.work)
+    plain = compiled(fixed(bundle.models["unet"], arguments.side), arguments.precision)
+    options = LoraOptions(path=arguments.work / "adapter.safetensors", name="first", mode="runtime")
+    LoraTransform(options).apply(bundle)
+    model = compiled(fixed(bundle.models["unet"], arguments.side), arguments.precision)
+    variables = Variables()
+    adapters = Adapters(bundle.adapters, variables, lambda use: None)  # type: ignore[arg-type, return-value]
+    request, without = variables.given_to("unet", model).create_infer_request(), plain.create_infer_request()
+    load = timed(lambda: adapters.add(running_adapter(options, bundle)))[0]
+    second = LoraOptions(path=options.path, name="second", mode="runtime", scale=0.3)
+    swap = timed(lambda: adapters.add(running_adapter(second, bundle)))[0]
+    rng = np.random.default_rng(0)
+    inputs = {
+        "sample": rng.standard_normal((2, 4, arguments.side, arguments.side), np.float32),
+        "timestep": np.array([500]),
+        "encoder_hidden_states": rng.standard_normal((2, 77, 768), np.float32),
+    }
+    spans: dict[str, list[tuple[float, float]]] = {}
+
+    def take(name: str, which: Any) -> None:
+        spans.setdefault(name, []).append(timed(lambda: which.infer(inputs))[:2])
+
+    give: dict[str, list[float]] = {}
+
+    def switch(name: str, weights: dict[str, float]) -> None:
+        set_ = timed(lambda: adapters.set(weights))[0]
+        give.setdefault(name, []).append(set_ + timed(request._give)[0])
+
+    for _ in range(arguments.rounds + 1):
+        take("plain", without)
+        switch("off", {})
+        take("off", request)
+        switch("on", {"first": 1.0})
+        take("one", request)
+        switch("scale", {"first": 0.5})
+        switch("swap", {"second": 0.5})
+        switch("both", {"first": 0.5, "second": 0.5})
+        take("two", request)
+    told = {"load_s": load, "load_second_s": swap}
+    for name, found in spans.items():
+        told[f"step_{name}_s"] = min(wall for wall, _ in found[1:])
+        told[f"step_{name}_processor_s"] = min(processor for _, processor in found[1:])
+    return told | {f"switch_{name}_ms": 1000 * median(found[1:]) for name, found in give.items()}
+
+
+PARTS = {"fuse": fuse, "diffusers": diffusers_fuse, "steps": steps}
+
+
+def main() -> None:
+    """Run each part in its own process, and put the figures side by side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models, about 4 GB")
+    parser.add_argument("--precision", default="auto", choices=["auto", "f32", "bf16"])
+    parser.add_argument("--side", type=int, default=64, help="latents: 64 is 512 pixels")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        print(json.dumps(PARTS[arguments.part](arguments)))
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    prepare(arguments.work)
+    told: dict[str, float] = {}
+    for part in PARTS:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--part", part],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            print(f"{part}: {done.stderr[-400:]}", file=sys.stderr)
+            continue
+        told |= json.loads(done.stdout.splitlines()[-1])
+    for name, value in told.items():
+        print(f"{name:<26} {value:9.3f}")
+    ratios = {
+        "fuse / compile": ("fuse{}_s", "compile{}_s"),
+        "diffusers / fuse": ("diffusers{}_s", "fuse{}_s"),
+        "branch, one adapter / plain": ("step_one{}_s", "step_plain{}_s"),
+        "branch, off / plain": ("step_off{}_s", "step_plain{}_s"),
+    }
+    for label, (top, bottom) in ratios.items():
+        keys = [(top.format(kind), bottom.format(kind)) for kind in ("", "_processor")]
+        if all(a in told and b in told for a, b in keys):
+            wall, processor = (told[a] / told[b] for a, b in keys)
+            print(f"{label:<30} {wall:6.2f} (processor time {processor:.2f})")
+
+
+if __name__ == "__main__":
+    main()
