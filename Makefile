@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/ovforge run examples/unicorn.toml
 
 test: $(VENV)/.test lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
