@@ -556,3 +556,30 @@ def test_an_error_says_what_to_do(family: Families, lora: Lora, tmp_path: Path) 
         LoraTransform(LoraOptions(path=tmp_path / "x.safetensors")).apply(family("sd1").bundle())
     assert "nowhere" in str(error.value)
     assert "ovforge lora inspect" in str(error.value)
+
+
+def test_models_that_went_through_onnx(family: Families, lora: Lora) -> None:
+    """The article's models: a level for each module in the names, linear weights the other way round and nameless."""
+    from openvino import opset13 as ops
+
+    path = lora("sd1", 1, text=False)
+    bundle, exact = family("sd1").bundle(), family("sd1").bundle()
+    LoraTransform(LoraOptions(path=path)).apply(exact)
+    wanted = weights(exact)
+    for number, (name, target) in enumerate(find_targets("unet", bundle.models["unet"]).items()):
+        for node in target.nodes:
+            levels = re.sub(r"\.(?=[a-z])", "/", name)
+            if target.kind == "linear":
+                turned = ops.constant(np.ascontiguousarray(target.weight().T))
+                turned.set_friendly_name(f"onnx::MatMul_{number}")
+                made = ops.matmul(node.input_value(0), turned, False, False)
+                for user in list(node.output(0).get_target_inputs()):
+                    user.replace_source_output(made.output(0))
+                made.set_friendly_name(f"/{levels}/MatMul")
+            else:
+                node.set_friendly_name(f"/{levels}/{'Conv' if target.kind == 'conv' else 'Mul'}")
+    found = find_targets("unet", bundle.models["unet"])
+    assert any(target.transposed for target in found.values())
+    assert not LoraTransform(LoraOptions(path=path)).apply(bundle).skipped
+    for name, value in weights(bundle).items():
+        assert np.allclose(value, wanted[name], atol=1e-6), name

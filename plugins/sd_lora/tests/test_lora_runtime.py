@@ -209,3 +209,43 @@ def test_inspect_tells_what_fits(family: Families, lora: Lora, tmp_path: Path) -
     assert "trigger words: sks cat, sitting" in shown.lower()
     wrong = runner.invoke(app, ["lora", "inspect", str(lora("xl")), "--model", str(family("sd1").converted)])
     assert isinstance(wrong.exception, ModelError)
+
+
+def test_any_order_of_writing_is_one_plan(family: Families, lora: Lora, cache: Cache) -> None:
+    """What fuses comes before quantization, what is switched after it; the files' content is in the keys."""
+    pytest.importorskip("ovforge_nncf")
+    fused = {"use": "lora", "path": str(lora("sd1", 0, text=False)), "name": "fused", "mode": "fuse"}
+    beside = {"use": "lora", "path": str(lora("sd1", 1, text=False)), "name": "beside", "mode": "runtime"}
+    plans = []
+    for transforms in ([fused, beside], [beside, fused]):
+        config = {
+            "task": "text-to-image", "load": str(family("sd1").converted), "scheduler": "ddim", "transform": transforms,
+            "quantize": ["nncf-weights"],
+        }  # fmt: skip
+        planned = ovforge.plan(config, cache=cache).stages
+        plans.append([(stage.stage, stage.use) for stage in planned])
+    assert plans[0] == plans[1]
+    names = [stage for stage, _ in plans[0]]
+    steps = ["transform (fuse)", "quantizer (precision)", "transform (attach)"]
+    assert [name for name in names if name in steps] == steps
+    # Not smaller: OpenVINO 2026.4 does not compile compressed 1x1 convolutions of a single pixel.
+    pipe = ovforge.load({**config, "input": {"width": 32, "height": 32}}, cache=cache)
+    assert dict(pipe.adapters) == {"beside": 1.0}
+    assert pipe(PROMPT, steps=1, seed=1).provenance["adapters"] == {"beside": {"weight": 1.0}}
+
+
+def test_a_fixed_size_folds_around_a_branch(family: Families, lora: Lora, cache: Cache) -> None:
+    """The task's own transforms replace convolutions that adapters act on; the result is that of fusing."""
+    pytest.importorskip("torch")
+    path = lora("sd1", 1, text=False)
+    found = []
+    for mode in ("fuse", "runtime"):
+        pipe = ovforge.Pipeline(
+            "text-to-image", family("sd1").torch, load={"weights": "f32", "width": 16, "height": 24}, cache=cache,
+            transforms=[Use("lora", path=path, mode=mode, places="all")], device=F32, scheduler="ddim",
+            input={"width": 16, "height": 24},
+        )  # fmt: skip
+        folded = next(report for report in pipe.reports if any("up-sampling" in line for line in report.applied))
+        assert any(line.startswith("unet") for line in folded.applied)
+        found.append(pictures(pipe))
+    agree(found[1], found[0].images)

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.bundle import ModelBundle
+from ovforge.errors import ModelError
 from ovforge.stages import Skipped
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.matching import Match, Preflight, Scales, preflight
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.runtime import module_factors, strengths, variables_of
-from ovforge_sd_lora.targets import find_targets
+from ovforge_sd_lora.targets import Target, find_targets
 
 __all__ = ["RunningAdapter", "running_adapter"]
 
@@ -66,6 +67,7 @@ class RunningAdapter:
         self.skipped = skipped
         self._bundle, self._matches, self._scales = bundle, matches, scales
         self._factors: dict[int, tuple[Array, Array]] = {}
+        self._layers: dict[str, dict[str, Target]] = {}
         self._joined: dict[tuple[str, str], Array] = {}
 
     def values(self, weight: float) -> Mapping[str, Mapping[str, Array]]:
@@ -75,6 +77,7 @@ class RunningAdapter:
             strength = weight * self._scales.of(match.role, match.target.path)
             for variable, value in self._values(number, match, strength).items():
                 parts.setdefault(match.role, {}).setdefault(variable, []).append(value)
+        self._layers.clear()  # they hold the whole model
         return {
             role: {variable: self._join((role, variable), found) for variable, found in variables.items()}
             for role, variables in parts.items()
@@ -105,7 +108,15 @@ class RunningAdapter:
 
     def _weight(self, role: str, path: str) -> Array:
         """Return a layer's own weight, which DoRA measures its magnitudes by."""
-        return find_targets(role, self._bundle.models[role])[path].weight()
+        if role not in self._layers:
+            self._layers[role] = find_targets(role, self._bundle.models[role])
+        if path not in self._layers[role]:
+            raise ModelError(
+                f"{role} has no {path} any more, whose weight DoRA needs: a later transform has replaced it",
+                where=f"adapters: {self.name}",
+                hint='Set mode = "fuse".',
+            )
+        return self._layers[role][path].weight()
 
 
 def _variables(match: Match) -> list[str]:
