@@ -2,8 +2,8 @@
 
     python benchmarks/lora.py --work /tmp/lora-bench [--precision f32] [--side 64] [--rounds 3]
 
-The UNet has random weights, the adapter rank 16 on the 192 layers that kohya's scripts train. Each part runs in a process
-of its own, one at a time. Beside wall time, processor time is given, which other work on the machine disturbs less.
+The UNet has random weights, the adapter rank 16 on the 192 layers that kohya's scripts train. Each part runs in a
+process of its own, one at a time. Beside wall time, processor time is given, which other work disturbs less.
 """
 
 from __future__ import annotations
