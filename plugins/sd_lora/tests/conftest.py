@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from families import make_family
+from families import make_family, maker
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
 from ovforge.sources import FileSource
@@ -42,7 +42,7 @@ class Family:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """Return families by name: sd1, xl. Norms have weights, as trained models' do."""
+    """Return families by name: sd1, xl, and a small one. Norms have weights, as trained models' do."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     diffusers = pytest.importorskip("diffusers")
@@ -54,7 +54,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
             from ovforge_diffusers.loader import DiffusersLoader
             from ovforge_diffusers.options import LoaderOptions
 
-            folder = make_family(root / name, name)
+            if name == "small":
+                folder = maker().make_pipeline(root / name, time_cond_proj_dim=None)
+            else:
+                folder = make_family(root / name, name)
             torch.set_num_threads(1)
             torch.manual_seed(5)
             parts = [(diffusers.UNet2DConditionModel, "unet"), (transformers.CLIPTextModel, "text_encoder")]

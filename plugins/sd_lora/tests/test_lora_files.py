@@ -229,17 +229,27 @@ def test_the_kinds_are_those_of_lycoris() -> None:
         assert np.allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-5)
 
 
-paths = st.sampled_from(["down_blocks", "up_blocks"]).flatmap(
-    lambda side: st.builds(
-        "{}.{}.{}.{}.{}".format, st.just(side), st.integers(0, 3), st.sampled_from(["attentions", "resnets"]),
-        st.integers(0, 2), st.sampled_from(["proj_in", "transformer_blocks.0.attn1.to_out.0", "conv1", "norm1"]),
-    )
-)  # fmt: skip
+def architecture(levels: int, layers: int, attending: list[bool]) -> list[str]:
+    """Return the paths of some modules of a UNet with `layers` ResNets in each down block."""
+    found = ["conv_in", "conv_out", "time_embedding.linear_1", "mid_block.attentions.0.proj_in"]
+    found += [f"mid_block.resnets.{number}.conv1" for number in (0, 1)]
+    inside = ("proj_in", "transformer_blocks.0.attn1.to_out.0", "transformer_blocks.0.ff.net.0.proj")
+    for level in range(levels):
+        for side, count in (("down", layers), ("up", layers + 1)):
+            attends = attending[level if side == "down" else levels - 1 - level]
+            for number in range(count):
+                block = f"{side}_blocks.{level}"
+                found += [f"{block}.resnets.{number}.{part}" for part in ("conv1", "conv2", "time_emb_proj", "norm1")]
+                found += [f"{block}.attentions.{number}.{part}" for part in inside if attends]
+        if level + 1 < levels:
+            found += [f"down_blocks.{level}.downsamplers.0.conv", f"up_blocks.{level}.upsamplers.0.conv"]
+    return found
 
 
-@settings(max_examples=100, deadline=None)
-@given(found=st.lists(paths, min_size=1, max_size=30, unique=True))
-def test_every_path_is_found_under_all_its_names(found: list[str]) -> None:
+@settings(max_examples=25, deadline=None)
+@given(levels=st.integers(1, 4), layers=st.integers(1, 3), attending=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_every_path_is_found_under_all_its_names(levels: int, layers: int, attending: list[bool]) -> None:
+    found = architecture(levels, layers, attending)
     known = aliases(found)
     for path in found:
         assert known[flat(path)] == path
@@ -255,6 +265,7 @@ def test_every_path_is_found_under_all_its_names(found: list[str]) -> None:
             key = parse_key(prefix.format(written_) + ".lora_down.weight")
             assert key is not None
             assert (key.role, known[flat(key.module)], key.tensor) == ("unet", path, "down")
-    assert len({name for name in known if "put_blocks" in name}) == len(
-        [path for path in found if not path.startswith("mid")]
-    )
+    numbered = [name for name in known if "put_blocks" in name or "middle_block" in name]
+    blocks = [path for path in found if "_block" in path]
+    assert len(numbered) == len(blocks) + 1  # conv_in is input_blocks.0.0, too
+    assert sorted({known[name] for name in numbered}) == sorted([*blocks, "conv_in"])

@@ -272,13 +272,13 @@ def test_each_kind_of_lycoris(family: Families, tmp_path: Path, kind: str) -> No
         "encoder_hidden_states": rng.standard_normal((1, 77, 32), np.float32),
     }
     path = tmp_path / f"{kind}.safetensors"
-    unet = family("sd1").pipe().unet
+    unet = family("small").pipe().unet
     plain = forward(unet, inputs)
     lycoris_file(unet, path, ALGORITHMS[kind])
     wanted = forward(unet, inputs)
     assert np.abs(wanted - plain).mean() > 0.05 * plain.std()
     for mode in ("fuse", "runtime"):
-        bundle = family("sd1").bundle()
+        bundle = family("small").bundle()
         options = LoraOptions(path=path, mode=mode)
         assert not LoraTransform(options).apply(bundle).skipped
         got = run_beside(bundle, options, inputs)
@@ -308,15 +308,15 @@ def test_kinds_of_peft(family: Families, tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     torch.manual_seed(3)
-    unet = family("sd1").pipe().unet
+    unet = family("small").pipe().unet
     before = torch_weights(unet)
     config = getattr(peft, kind)(r=3, alpha=5, target_modules=["to_q", "to_v", "conv1"], init_weights=False)
     model = peft.get_peft_model(unet, config)
     model.save_pretrained(tmp_path)
     merged = torch_weights(model.merge_and_unload())
-    bundle = family("sd1").bundle()
+    bundle = family("small").bundle()
     assert not LoraTransform(LoraOptions(path=tmp_path)).apply(bundle).skipped
-    assert compare(weights(bundle), merged, before) > 40
+    assert compare(weights(bundle), merged, before) > 5
 
 
 @pytest.mark.parametrize("mode", ["INT8_ASYM", "INT8_SYM", "INT4_SYM", "INT4_ASYM", "NF4"])
@@ -515,7 +515,7 @@ def test_any_ranks_and_layers(family: Families, tmp_path_factory: pytest.TempPat
     """Random layers, ranks, alphas and kinds of one file: each weight is base + scale * alpha / rank * delta."""
     from safetensors.numpy import save_file
 
-    bundle = family("sd1").bundle()
+    bundle = family("small").bundle()
     targets = {p: t for p, t in find_targets("unet", bundle.models["unet"]).items() if t.kind != "norm"}
     chosen = data.draw(st.lists(st.sampled_from(sorted(targets)), min_size=1, max_size=6, unique=True))
     scale = data.draw(st.floats(-2, 2, width=32))
