@@ -79,7 +79,9 @@ def bundle_of(work: Path) -> Any:
     from ovforge.bundle import ModelBundle
     from ovforge.sources import FileSource
 
-    (work / "openvino" / "unet" / "openvino_model.bin").read_bytes()
+    with (work / "openvino" / "unet" / "openvino_model.bin").open("rb") as file:
+        while file.read(2**24):
+            pass
     return ModelBundle.open(FileSource(work / "openvino"))
 
 
@@ -99,7 +101,10 @@ def compiled(model: Any, precision: str) -> Any:
 
 
 def fuse(arguments: argparse.Namespace) -> dict[str, float]:
-    """Load and fuse the adapter; then compile, as a change of weights makes necessary."""
+    """Load and fuse the adapter; then compile, as a change of weights makes necessary.
+
+    The peak is of the changed weights, and of those that they were made of, which are mapped from the file.
+    """
     from ovforge_sd_lora.options import LoraOptions
     from ovforge_sd_lora.transform import LoraTransform
 
