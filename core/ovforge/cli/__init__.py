@@ -15,17 +15,25 @@ from ovforge.errors import OvforgeError, PluginError
 __all__ = ["app", "main"]
 
 
+_RUNS = "ovforge.runs"
+"""Set while a command is looked up to be run, not to be listed."""
+
+
 class _Group(TyperGroup):
     """The built-in commands, then those of plugins: listed from the catalogue, imported when called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *(name for name in _offered() if name not in self.commands)]
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta[_RUNS] = True
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if (command := super().get_command(ctx, cmd_name)) is not None:
             return command
         summary = _offered().get(cmd_name)
-        if summary is not None and (ctx.resilient_parsing or "--help" in sys.argv[1:2] or len(sys.argv) == 1):
+        if summary is not None and not ctx.meta.get(_RUNS):
             listed = typer.Typer(add_completion=False, rich_markup_mode=None)
             listed.command(cmd_name, help=summary)(lambda: None)
             return typer.main.get_command(listed)

@@ -95,9 +95,10 @@ def test_what_cannot_be_is_said(options: dict[str, Any], message: str) -> None:
 
 def test_what_is_compressed_already_is_said() -> None:
     twice = [Use("nncf-weights", roles=["text_encoder"])] * 2
+    options: dict[str, Any] = {"source": EMBEDDED, "quantize": twice, "optimize": False, "cache": None}
     with pytest.raises(OvforgeError, match="all are already"):
-        ovforge.Pipeline("text-to-image", source=EMBEDDED, quantize=twice, cache=None)
-    pipe = ovforge.Pipeline("text-to-image", source=EMBEDDED, quantize=twice, strict=False, cache=None)
+        ovforge.Pipeline("text-to-image", **options)
+    pipe = ovforge.Pipeline("text-to-image", strict=False, **options)
     assert [bool(report.skipped) for report in pipe.reports] == [False, True]
 
 
