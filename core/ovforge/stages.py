@@ -6,13 +6,14 @@ Nothing here imports openvino: the names of its types are for readers and type c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    import openvino as ov
     from numpy.typing import NDArray
     from PIL.Image import Image
 
@@ -73,10 +74,12 @@ class Skipped:
 class Report:
     """What a transform or a quantizer did.
 
-    `roles` names every model that was changed: what is not named here is taken to be untouched.
+    `roles` names every model that was changed: what is not named here is taken to be untouched. `layers` names, by
+    role, the operations that a quantizer lowered, so that some of them can be kept the next time.
     """
 
     roles: tuple[str, ...] = ()
+    layers: dict[str, list[str]] = field(default_factory=dict)
     applied: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     bytes_before: int | None = None
@@ -130,12 +133,24 @@ class Calibration(Protocol):
         """Return up to `count` recorded input sets of `role`, by input name."""
         ...
 
+    def score(self, models: Mapping[str, ov.Model]) -> float:
+        """Return how close the pipeline's results come to what they are now, with `models` in the place of its own.
+
+        Higher is better; by the config's [quality] metric, on inputs that calibration does not use.
+        """
+        ...
+
 
 class Quantizer(Protocol):
     """Lowers the precision of named roles."""
 
-    def quantize(self, bundle: ModelBundle, calibration: Calibration) -> Report:
-        """Change `bundle` in place and report."""
+    def quantize(
+        self, bundle: ModelBundle, calibration: Calibration, keep: Mapping[str, Collection[str]] = {}
+    ) -> Report:
+        """Change `bundle` in place and report.
+
+        `keep` names operations, by role, that stay in the precision that they have.
+        """
         ...
 
 

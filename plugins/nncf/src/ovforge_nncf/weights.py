@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -58,7 +58,9 @@ class WeightCompression:
     def __init__(self, options: WeightsOptions) -> None:
         self.options = options
 
-    def quantize(self, bundle: ModelBundle, calibration: Calibration) -> Report:
+    def quantize(
+        self, bundle: ModelBundle, calibration: Calibration, keep: Mapping[str, Collection[str]] = {}
+    ) -> Report:
         """Compress each role's weights. Raises ConfigError for a role that there is not; asks for no calibration."""
         report = Report(bytes_before=0, bytes_after=0)
         for role in self._roles(bundle):

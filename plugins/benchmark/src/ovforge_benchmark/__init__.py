@@ -1,0 +1,1 @@
+"""Measures models and pipelines, and compares runs. Listing it imports nothing heavy."""
