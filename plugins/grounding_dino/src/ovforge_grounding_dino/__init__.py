@@ -1,0 +1,1 @@
+"""GroundingDINO: detection by text. Listing it imports nothing heavy."""
