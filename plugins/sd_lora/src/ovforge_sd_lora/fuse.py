@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ovforge.errors import ModelError
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import Module
-from ovforge_sd_lora.sums import add_product
+from ovforge_sd_lora.sums import Room, add_product
 from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes, weight_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def magnitudes(module: Module) -> tuple[bool, Array]:
     return key == "dora_scale" and value.ndim > 1 and value.shape[0] == 1 and value.shape[1] != 1, value
 
 
-def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
+def fuse(target: Target, modules: Iterable[tuple[Module, float]], room: Room) -> str | None:
     """Change a layer's weight and bias by modules, each at its strength.
 
     Returns the type that a compressed weight had before it was stored as float16; None where it was none.
@@ -60,7 +60,7 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
     was = None
     pairs = list(modules)
     weights = [(module, strength) for module, strength in pairs if module.kind != "bias"]
-    while weights and _add_low_rank(target, *weights[0]):
+    while weights and _add_low_rank(target, *weights[0], room):
         weights = weights[1:]
     if weights:
         value = target.weight()
@@ -80,7 +80,7 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]]) -> str | None:
     return was
 
 
-def _add_low_rank(target: Target, module: Module, strength: float) -> bool:
+def _add_low_rank(target: Target, module: Module, strength: float, room: Room) -> bool:
     """Add a plain LoRA to a plain weight, as most are; say whether it was one."""
     ports = target.weight_inputs()
     constant = plain_constant(ports[0].get_source_output()) if ports else None
@@ -90,7 +90,7 @@ def _add_low_rank(target: Target, module: Module, strength: float) -> bool:
     up, down = (tensors[name].reshape(len(tensors[name]), -1) for name in ("up", "down"))
     up = up * np.float32(strength * module.factor)
     kind = constant.get_element_type().get_type_name()
-    total, largest = add_product(constant, *((down.T, up.T) if target.transposed else (up, down)))
+    total, largest = add_product(constant, *((down.T, up.T) if target.transposed else (up, down)), room)
     _check_range(largest, kind, target.path)
     _put(ports, total)
     return True

@@ -13,6 +13,7 @@ from ovforge_sd_lora.fuse import fuse
 from ovforge_sd_lora.matching import Match, Scales, preflight
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.runtime import attach
+from ovforge_sd_lora.sums import Room
 from ovforge_sd_lora.targets import find_targets, keep_targets
 
 __all__ = ["LoraTransform"]
@@ -77,11 +78,12 @@ class LoraTransform:
         for match in matches:
             layers.setdefault(match.target.path, []).append(match)
         opened: Counter[str] = Counter()
+        room = Room()
         for path, layer in layers.items():
             strength = self._options.scale * scales.of(role, path)
             if strength == 0:
                 continue
-            was = fuse(layer[0].target, [(match.module, strength) for match in layer])
+            was = fuse(layer[0].target, [(match.module, strength) for match in layer], room)
             if was:
                 opened[was] += 1
         report.roles = tuple(dict.fromkeys((*report.roles, role)))
