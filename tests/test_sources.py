@@ -129,7 +129,8 @@ class Task:
         result.provenance = {"y": self.bundle["model"](X)[0].tolist()}
         return result
 
-    def exercise(self, samples: int) -> None: ...
+    def examples(self, count: int) -> list[Any]:
+        return []
 
 
 class Converter:

@@ -14,6 +14,7 @@ __all__ = [
     "ModelError",
     "OvforgeError",
     "PluginError",
+    "QualityError",
     "did_you_mean",
 ]
 
@@ -60,6 +61,10 @@ class DeviceError(OvforgeError):
 
 class InputError(OvforgeError):
     """An input of a task (a prompt, a size, a picture) is out of its range."""
+
+
+class QualityError(OvforgeError):
+    """A quantized pipeline does not come as close to the unquantized one as the config's [quality] asks."""
 
 
 class CacheError(OvforgeError):

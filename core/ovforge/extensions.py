@@ -10,7 +10,7 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ovforge.errors import PluginError
 from ovforge.stages import Phase
@@ -31,6 +31,8 @@ __all__ = [
     "TaskExtension",
     "resolve",
 ]
+
+Need = Literal["nothing", "inputs", "score"]
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -117,9 +119,18 @@ class GraphTransformExtension(Extension):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerExtension(Extension):
-    """Lowers precision. `factory(options) -> Quantizer`; runs in Phase.PRECISION."""
+    """Lowers precision. `factory(options) -> Quantizer`; runs in Phase.PRECISION.
+
+    `needs` says what it asks its calibration for: "nothing", "inputs", or "score" (and inputs); it may be a function
+    of the options. What it says it does not need it does not get, and its results are not made again when that changes.
+    """
 
     kind: ClassVar[str] = "quantizer"
+    needs: Need | Callable[[Any], Need] = "score"
+
+    def needed(self, options: Any) -> Need:
+        """Return what it asks its calibration for, with these options."""
+        return self.needs(options) if callable(self.needs) else self.needs
 
 
 @dataclass(frozen=True, kw_only=True)

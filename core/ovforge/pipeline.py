@@ -12,10 +12,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel
@@ -25,9 +26,10 @@ from ovforge import memory
 from ovforge.adapters import Adapters, Controls
 from ovforge.bundle import Control, ModelBundle, path_of, write_json
 from ovforge.cache import Cache, Entry, digest_file, key_of
-from ovforge.calibration import TaskCalibration
+from ovforge.calibration import Recorder, TaskCalibration
 from ovforge.compiled import CompiledBundle, Shapes, compile_ingredients
 from ovforge.config import (
+    CalibrationTable,
     PipelineConfig,
     Use,
     apply_overrides,
@@ -37,10 +39,20 @@ from ovforge.config import (
     validate_options,
 )
 from ovforge.errors import ConfigError, ModelError, PluginError, did_you_mean
-from ovforge.extensions import GraphTransformExtension, LoaderExtension, SchedulerExtension, TaskExtension, resolve
+from ovforge.examples import Examples, check_apart, read_examples
+from ovforge.extensions import (
+    GraphTransformExtension,
+    LoaderExtension,
+    QuantizerExtension,
+    SchedulerExtension,
+    TaskExtension,
+    resolve,
+)
 from ovforge.plugins import Offer, Plugins
+from ovforge.quality import Judge, Outcome, Verdict, failed, outcome_of
 from ovforge.results import Result, Timings, read_provenance
 from ovforge.runtime import openvino_version
+from ovforge.search import fewest, noise_of_layers
 from ovforge.sources import PACKAGE, FileSource, Protection, Source, open_file, open_source, source_digest
 from ovforge.stages import (
     Adapter,
@@ -104,6 +116,20 @@ class Recipe:
     scheduler_options: BaseModel | None
     device: Offer
     device_options: BaseModel | None
+    calibration: Examples
+    held_out: Examples
+    """What quantized pipelines are judged by."""
+
+    @property
+    def quantizers(self) -> tuple[Step, ...]:
+        """The quantizers' steps; no other step lies between them."""
+        return tuple(step for step in self.steps if step.kind == "quantizer")
+
+    @property
+    def after(self) -> tuple[Step, ...]:
+        """The steps after the last quantizer."""
+        last = max((n for n, step in enumerate(self.steps) if step.kind == "quantizer"), default=-1)
+        return self.steps[last + 1 :]
 
     @property
     def task_extension(self) -> TaskExtension:
@@ -140,6 +166,7 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
     """Find every name and check every option, so that a mistake is known before any work starts."""
     task = plugins.find("task", config.task.use)
     _check_inputs(config, task)
+    calibration, held_out = _data(config, task, base)
     checked_task = _options(task, config.task.options, "task", base)
     device = plugins.find("device", config.device.use)
     device_options = _options(device, config.device.options, "device", base)
@@ -175,7 +202,27 @@ def make_recipe(config: PipelineConfig, base: Path, plugins: Plugins, cache: Cac
         scheduler_options=scheduler_options,
         device=device,
         device_options=device_options,
+        calibration=calibration,
+        held_out=held_out,
     )
+
+
+def _data(config: PipelineConfig, task: Offer, base: Path) -> tuple[Examples, Examples]:
+    """Return the inputs that calibrate and those that judge, read and checked before any work."""
+    assert isinstance(task.extension, TaskExtension)
+    for key in ("calibration", "quality"):
+        if getattr(config, key) is not None and not config.quantize:
+            raise ConfigError("it is of use to quantizers, and there is none", where=key, hint="Add [[quantize]].")
+    model, name = task.extension.inputs_model(), task.extension.name
+    ours = config.calibration or CalibrationTable()
+    calibration = read_examples(ours, model, base, key="calibration", task=name)
+    # Without a table of its own, what is judged by is called as what is calibrated with.
+    table = config.quality or CalibrationTable(options=ours.options, seed=ours.seed)
+    if config.quality is not None and not table.options:
+        table = table.model_copy(update={"options": ours.options})
+    held_out = read_examples(table, model, base, key="quality", task=name)
+    check_apart(calibration, held_out)
+    return calibration, held_out
 
 
 def _key(config: PipelineConfig, base: Path) -> dict[str, Any] | None:
@@ -385,32 +432,93 @@ class _EntrySource(FileSource):
         return str(self._entry.files[path]["sha256"])
 
 
-def step_ingredients(step: Step, identity: str, recipe: Recipe, memo: Any) -> dict[str, Any]:
-    """Return what a step's result depends on; a quantizer's on the task that calibrates it, too."""
+Kept = Mapping[str, Collection[str]]
+"""Role -> operations that quantizers leave as they are."""
+
+NONE_KEPT: Kept = MappingProxyType({})
+
+
+def step_ingredients(step: Step, identity: str, recipe: Recipe, memo: Any, keep: Kept = NONE_KEPT) -> dict[str, Any]:
+    """Return what a step's result depends on; a quantizer's on what calibrates it, too, where it asks for that."""
     ingredients = {**_versioned(step.offer, step.kind, step.options, memo), "input": identity}
     if recipe.protection:
         ingredients["encrypted"] = recipe.protection.identity
-    if step.kind == "quantizer":
-        ingredients["calibration"] = _versioned(recipe.task, "task", recipe.task_options, memo)
+    if isinstance(step.offer.extension, QuantizerExtension):
+        need = step.offer.extension.needed(step.options)
+        if need != "nothing":
+            ingredients["calibration"] = calibration_ingredients(recipe, memo)
+        if need == "score":
+            ingredients["quality"] = _judged_by(recipe, memo)
+    if keep:
+        ingredients["keep"] = {role: sorted(names) for role, names in sorted(keep.items())}
     return ingredients
 
 
+def calibration_ingredients(recipe: Recipe, memo: Any, table: CalibrationTable | None = None) -> dict[str, Any]:
+    """Return what recorded inputs depend on, besides the models."""
+    table = table or recipe.config.calibration or CalibrationTable()
+    return {
+        **_caller(recipe, memo),
+        "samples": table.samples,
+        "runs": table.runs,
+        **recipe.calibration.content(memo),
+    }
+
+
+def _caller(recipe: Recipe, memo: Any) -> dict[str, Any]:
+    """Return who calls models: task, scheduler, device."""
+    scheduler = recipe.scheduler
+    return {
+        "task": _versioned(recipe.task, "task", recipe.task_options, memo),
+        "scheduler": _versioned(scheduler, "scheduler", recipe.scheduler_options, memo) if scheduler else None,
+        "device": _versioned(recipe.device, "device", recipe.device_options, memo),
+    }
+
+
+def _judged_by(recipe: Recipe, memo: Any) -> dict[str, Any]:
+    """Return what a score depends on, besides the models."""
+    table = recipe.config.quality
+    told = {"metric": table.metric, "by": table.by, "samples": table.samples} if table else {}
+    after = [_versioned(step.offer, step.kind, step.options, memo) for step in recipe.after]
+    return {**_caller(recipe, memo), **told, **recipe.held_out.content(memo), "after": after}
+
+
+def quality_ingredients(recipe: Recipe, identity: str, memo: Any) -> dict[str, Any]:
+    """Return what the gate's outcome depends on: the unquantized models, all quantizers, and the whole table."""
+    table = recipe.config.quality
+    assert table is not None
+    return {
+        "stage": "quality",
+        "input": identity,
+        "quantize": [step_ingredients(step, "", recipe, memo) for step in recipe.quantizers],
+        "judge": _judged_by(recipe, memo),
+        "limit": table.limit,
+        "on_fail": table.on_fail,
+        "openvino": openvino_version(),
+    }
+
+
 def apply_step(
-    step: Step, bundle: ModelBundle, recipe: Recipe, cache: Cache | None, calibration: Calibration
+    step: Step,
+    bundle: ModelBundle,
+    recipe: Recipe,
+    cache: Cache | None,
+    calibration: Calibration,
+    keep: Kept = NONE_KEPT,
 ) -> Report:
     """Change the bundle by one step, or take the changed models from the cache."""
     strict = recipe.config.strict and not step.brought
     before, sealed = bundle.digest(), bundle.protection
     if cache is None or before is None or (sealed and not memory.AVAILABLE):
-        return _apply(step, bundle, strict, calibration)
-    ingredients = step_ingredients(step, before, recipe, cache.memo)
+        return _apply(step, bundle, strict, calibration, keep)
+    ingredients = step_ingredients(step, before, recipe, cache.memo, keep)
     key = key_of(ingredients)
 
     made: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
         changed = bundle.copy() if step.light else bundle
-        report = _apply(step, changed, strict, calibration)
+        report = _apply(step, changed, strict, calibration, keep)
         made.update({role: changed.models[role] for role in report.roles} if step.light else {})
         for role in () if step.light else report.roles:
             _write_role(changed, role, folder, key)
@@ -441,15 +549,59 @@ def _write_role(bundle: ModelBundle, role: str, folder: Path, key: str) -> None:
                 bundle.protection.write(folder, file, data, key)
 
 
-def _apply(step: Step, bundle: ModelBundle, strict: bool, calibration: Calibration) -> Report:
+def _apply(step: Step, bundle: ModelBundle, strict: bool, calibration: Calibration, keep: Kept = NONE_KEPT) -> Report:
     stage = step.offer.extension.create(step.options)
-    report: Report = stage.quantize(bundle, calibration) if step.kind == "quantizer" else stage.apply(bundle)
+    report: Report = (
+        _quantized(step, stage, bundle, calibration, keep) if step.kind == "quantizer" else stage.apply(bundle)
+    )
     _check_strict(step, report, strict)
     for role in report.roles:
         bundle.models[role] = bundle.models[role]  # changed in place, it cannot be made again by what made it before
         bundle.identity.pop(role, None)
         bundle.location.pop(role, None)
     return report
+
+
+def _quantized(step: Step, stage: Any, bundle: ModelBundle, calibration: Calibration, keep: Kept) -> Report:
+    """Quantize, and measure what that did."""
+    assert isinstance(step.offer.extension, QuantizerExtension)
+    before = bundle.copy()
+    limited = _Limited(calibration, step.offer.extension.needed(step.options), step.offer.extension.name)
+    start = time.perf_counter()
+    kept = {role: names for role, names in keep.items() if names}
+    report: Report = stage.quantize(bundle, limited, kept) if kept else stage.quantize(bundle, limited)
+    report.seconds = time.perf_counter() - start
+    for role in report.roles:
+        report.sizes[role] = (_constant_bytes(before.models[role]), _constant_bytes(bundle.models[role]))
+        before.models.release(role)
+    return report
+
+
+def _constant_bytes(model: Any) -> int:
+    return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
+
+
+class _Limited:
+    """A calibration that gives what a quantizer said that it needs: its results are cached by that."""
+
+    def __init__(self, calibration: Calibration, need: str, name: str) -> None:
+        self._calibration, self._need, self._name = calibration, need, name
+
+    def inputs(self, role: str, count: int) -> Sequence[Mapping[str, Any]]:
+        self._check(self._need != "nothing", "inputs")
+        return self._calibration.inputs(role, count)
+
+    def score(self, models: Mapping[str, Any]) -> float:
+        self._check(self._need == "score", "score")
+        return self._calibration.score(models)
+
+    def _check(self, said: bool, what: str) -> None:
+        if not said:
+            raise PluginError(
+                f"it asks for {what}, and its description says that it needs {self._need}",
+                where=self._name,
+                hint=f'Its author sets needs="{what}" in the QuantizerExtension.',
+            )
 
 
 def _check_strict(step: Step, report: Report, strict: bool) -> None:
@@ -483,7 +635,7 @@ def _take(entry: Entry, step: Step, bundle: ModelBundle, made: Mapping[str, Any]
     stored = sealed.open(entry.path, entry.key) if sealed else _EntrySource(entry)
     delta = json.loads(stored.read(_STAGE_FILE))
     said = delta["report"]
-    report = Report(**{**said, "roles": tuple(said["roles"]), "skipped": [Skipped(**skip) for skip in said["skipped"]]})
+    report = report_of(said)
     if step.light:
         change = _LightChange(step, bundle.copy(), made or {})
         for role in report.roles:
@@ -504,6 +656,16 @@ def _take(entry: Entry, step: Step, bundle: ModelBundle, made: Mapping[str, Any]
         name: Control(**{**control, "shape": tuple(control["shape"])}) for name, control in delta["controls"].items()
     }
     return report
+
+
+def report_of(said: Mapping[str, Any]) -> Report:
+    """Return a report from its JSON."""
+    typed = {
+        "roles": tuple(said["roles"]),
+        "skipped": [Skipped(**skip) for skip in said["skipped"]],
+        "sizes": {role: tuple(sizes) for role, sizes in said["sizes"].items()},
+    }
+    return Report(**{**said, **typed})
 
 
 class _LightChange:
@@ -532,6 +694,269 @@ def make_adapter(step: Step, bundle: ModelBundle) -> Adapter | None:
     return adapter
 
 
+def make_scheduler(recipe: Recipe, bundle: ModelBundle, plugins: Plugins) -> Scheduler:
+    """Return the scheduler of the config, or the one that the model names."""
+    model_config = bundle.scheduler_config()
+    offer, options = recipe.scheduler, recipe.scheduler_options
+    if offer is None:
+        offer = _scheduler_of(model_config, plugins)
+        options = _options(offer, {}, "scheduler", recipe.base)
+    scheduler: Scheduler = offer.extension.create(options, model_config)
+    return scheduler
+
+
+def _scheduler_of(model_config: Mapping[str, Any], plugins: Plugins) -> Offer:
+    """Return the scheduler that stands for the class which the model names."""
+    wanted = model_config.get("_class_name")
+    offers = plugins.all("scheduler")
+    for offer in offers:
+        if isinstance(offer.extension, SchedulerExtension) and wanted in offer.extension.implements:
+            return offer
+    names = ", ".join(sorted(offer.extension.name for offer in offers)) or "none"
+    raise PluginError(
+        f"the model names the scheduler {wanted!r}, and no plugin here has it",
+        where="scheduler",
+        hint=f'Set scheduler.use to one of: {names}; or use = "diffusers" with class_name = "{wanted}" '
+        "(pip install 'ovforge-diffusers[convert]').",
+    )
+
+
+# -- quantization ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What it takes to run a bundle on the way: to calibrate with, to judge by, and at the end."""
+
+    recipe: Recipe
+    device_plan: DevicePlan
+    roles: Sequence[str]
+    cache: Cache | None
+    plugins: Plugins
+    progress: Callable[[Progress], None] = ignore_progress
+
+    def compile(self, bundle: ModelBundle) -> CompiledBundle:
+        """Begin to compile a bundle's models."""
+        return CompiledBundle(bundle, self.device_plan, self.roles, self.cache)
+
+    def task(self, compiled: CompiledBundle, inputs: Mapping[str, Any] | None = None) -> Task:
+        """Return the task on compiled models; `inputs` hints at the calls to come, by default the config's."""
+        recipe = self.recipe
+        if inputs is not None:
+            recipe = replace(recipe, config=recipe.config.model_copy(update={"input": dict(inputs)}))
+        return make_task(recipe, compiled, lambda: make_scheduler(recipe, compiled.source, self.plugins))
+
+    def adapters(self, compiled: CompiledBundle, load: Callable[[Use], Adapter]) -> Adapters:
+        """Return the adapters of the config, ready to be switched."""
+        adapters = Adapters(compiled.source.adapters, compiled.variables, load)
+        for step in self.recipe.steps:
+            if (adapter := make_adapter(step, compiled.source)) is not None:
+                adapters.add(adapter)
+        return adapters
+
+    # -- on the way ------------------------------------------------------------------------------------------------
+
+    def prepare(self, bundle: ModelBundle) -> tuple[ModelBundle, list[Report], Outcome | None]:
+        """Take a loaded bundle through all steps; return it, a report for each step, and what the gate said."""
+        reports, outcome, steps = [], None, list(self.recipe.steps)
+        while steps:
+            if steps[0].kind == "quantizer":
+                bundle, quantized, outcome = self._quantize(bundle)
+                reports += quantized
+                steps = steps[len(quantized) :]
+            else:
+                reports.append(apply_step(steps.pop(0), bundle, self.recipe, self.cache, _NoCalibration()))
+        return bundle, reports, outcome
+
+    def _quantize(self, reference: ModelBundle) -> tuple[ModelBundle, list[Report], Outcome | None]:
+        """Apply the quantizers, and the gate to what they make of a bundle, which stays as it is."""
+        table, identity = self.recipe.config.quality, reference.digest()
+        judge = Judge(table, lambda: self._finished(reference), self._judged_task, self._held_out, self.progress)
+        calibration = self._calibration(reference, self.recipe.config.calibration, judge)
+        if table is None:
+            return *self._lowered(reference, calibration), None
+        stored = None
+        if self.cache is not None and identity is not None:
+            stored = quality_ingredients(self.recipe, identity, self.cache.memo)
+            if (entry := self.cache.get(stored)) is not None:
+                outcome = outcome_of(json.loads((entry.path / _STAGE_FILE).read_bytes()))
+                self._say(outcome)
+                return *self._lowered(reference, calibration, outcome.kept), outcome
+        bundle, reports = self._lowered(reference, calibration)
+        verdict = judge.judge(self._finished(bundle))
+        outcome = self._outcome(verdict, judge, reports)
+        if not outcome.passed and table.on_fail == "error":
+            raise failed(outcome, verdict, self._pictures)
+        if not outcome.passed and table.on_fail == "search":
+            outcome = self._search(reference, bundle, reports, calibration, judge, outcome, verdict)
+            bundle, reports = self._lowered(reference, calibration, outcome.kept)
+        self._say(outcome)
+        if stored is not None and self.cache is not None:
+            said = asdict(outcome)
+            self.cache.put(stored, lambda folder: write_json(folder / _STAGE_FILE, said), label=f"quality: {outcome}")
+        return bundle, reports, outcome
+
+    def _lowered(
+        self, reference: ModelBundle, calibration: Calibration, keep: Kept = NONE_KEPT
+    ) -> tuple[ModelBundle, list[Report]]:
+        bundle = reference.copy()
+        reports: list[Report] = []
+        for step in self.recipe.quantizers:
+            self.progress(Progress("quantize", len(reports), len(self.recipe.quantizers), step.offer.extension.name))
+            reports.append(apply_step(step, bundle, self.recipe, self.cache, calibration, keep))
+        self.progress(Progress("quantize", len(reports), len(reports)))
+        return bundle, reports
+
+    def _finished(self, bundle: ModelBundle) -> ModelBundle:
+        """Return what the later steps make of a bundle, which stays as it is."""
+        copy = bundle.copy()
+        for step in self.recipe.after:
+            apply_step(step, copy, self.recipe, self.cache, _NoCalibration())
+        return copy
+
+    def _calibration(self, reference: ModelBundle, table: CalibrationTable | None, judge: Judge) -> TaskCalibration:
+        table, recipe = table or CalibrationTable(), self.recipe
+        identity, ingredients = reference.digest(), None
+        if self.cache is not None and identity is not None:
+            made_of = calibration_ingredients(recipe, self.cache.memo, table)
+            sealed = {"encrypted": recipe.protection.identity} if recipe.protection else {}
+            ingredients = {
+                "stage": "calibration",
+                "input": identity,
+                **made_of,
+                **sealed,
+                "openvino": openvino_version(),
+            }
+        recorder = Recorder(
+            start=lambda: (self.compile(reference), lambda compiled: self.task(compiled, recipe.calibration.options)),
+            examples=recipe.calibration.take,
+            samples=table.samples,
+            runs=table.runs,
+            seed=table.seed,
+            spill=table.spill,
+            cache=self.cache,
+            ingredients=ingredients,
+            protection=recipe.protection,
+            progress=self.progress,
+        )
+
+        def score(models: Mapping[str, Any]) -> float:
+            changed = reference.copy()
+            for role, model in models.items():
+                changed.models[role] = model.clone()
+                changed.identity.pop(role, None)
+            return judge.score(self._finished(changed))
+
+        return TaskCalibration(recorder, score)
+
+    def _judged_task(self, bundle: ModelBundle) -> Task:
+        compiled = self.compile(bundle)
+        self.adapters(compiled, _no_adapter)
+        return self.task(compiled, self.recipe.held_out.options)
+
+    def _held_out(self, task: Task, count: int) -> Sequence[BaseModel]:
+        return self.recipe.held_out.take(task, count, self.recipe.calibration)
+
+    @property
+    def _pictures(self) -> Path:
+        assert self.recipe.config.quality is not None
+        return self.recipe.base / Path(self.recipe.config.quality.save).expanduser()
+
+    def _outcome(
+        self, verdict: Verdict, judge: Judge, reports: Sequence[Report], kept: Kept = NONE_KEPT, trials: int = 0
+    ) -> Outcome:
+        table = self.recipe.config.quality
+        assert table is not None
+        return Outcome(
+            judge.metric, table.by, table.limit, verdict.score(table.by), verdict.scores,
+            {role: sorted(names) for role, names in kept.items()},
+            sum(len(names) for report in reports for names in report.layers.values()), trials,
+        )  # fmt: skip
+
+    def _say(self, outcome: Outcome) -> None:
+        if not outcome.passed:
+            warnings.warn(f"quality: the quantized pipeline scores {outcome}", stacklevel=4)
+
+    # -- the search --------------------------------------------------------------------------------------------------
+
+    def _search(
+        self,
+        reference: ModelBundle,
+        lowered: ModelBundle,
+        reports: Sequence[Report],
+        calibration: TaskCalibration,
+        judge: Judge,
+        outcome: Outcome,
+        verdict: Verdict,
+    ) -> Outcome:
+        """Return the outcome with the fewest layers kept, the most sensitive first; or raise QualityError."""
+        ranked = self._ranked(reference, lowered, reports, judge)
+        if not ranked:
+            names = ", ".join(step.offer.extension.name for step in self.recipe.quantizers)
+            hint = f"{names} names no layers, so that none can be kept: take other options, or a lower limit."
+            raise failed(outcome, verdict, self._pictures, hint=hint)
+        tried: dict[int, tuple[Outcome, Verdict]] = {}
+
+        def passes(count: int) -> bool:
+            keep: dict[str, list[str]] = {}
+            for role, name in ranked[:count]:
+                keep.setdefault(role, []).append(name)
+            self.progress(Progress("search", len(tried), len(ranked).bit_length() + 1, f"{count} layers kept"))
+            bundle, made = reference.copy(), []
+            for step in self.recipe.quantizers:  # not stored: most trials are of no further use
+                made.append(_apply(step, bundle, False, calibration, keep))
+            found = judge.judge(self._finished(bundle))
+            tried[count] = (self._outcome(found, judge, made, keep, len(tried) + 1), found)
+            return tried[count][0].passed
+
+        least = fewest(len(ranked), passes)
+        self.progress(Progress("search", len(tried), len(tried)))
+        if least is None:
+            best, found = tried.get(len(ranked) - 1, (outcome, verdict))
+            more = f", with all of {len(ranked)} layers kept but the least sensitive one"
+            hint = "This quantization does not fit this model: take another, or a lower limit."
+            raise failed(best, found, self._pictures, more, hint)
+        return replace(tried[least][0], trials=len(tried))
+
+    def _ranked(
+        self, reference: ModelBundle, lowered: ModelBundle, reports: Sequence[Report], judge: Judge
+    ) -> list[tuple[str, str]]:
+        """Return (role, layer) of all that was lowered, the most sensitive first."""
+        layers: dict[str, list[str]] = {}
+        for report in reports:
+            for role, names in report.layers.items():
+                layers.setdefault(role, []).extend(name for name in names if name not in layers.get(role, []))
+        given = self.recipe.config.calibration or CalibrationTable()
+        few = given.model_copy(update={"samples": _SENSITIVITY_RECORDS, "runs": 2})
+        records = self._calibration(reference, few, judge) if any(layers.values()) else None
+        noise: dict[tuple[str, str], float] = {}
+        for role, names in layers.items():
+            assert records is not None
+            self.progress(Progress("sensitivity", len(noise), sum(map(len, layers.values())), role))
+            inputs = records.inputs(role, _SENSITIVITY_RECORDS)
+            found = noise_of_layers(reference.models[role], lowered.models[role], names, inputs)
+            noise |= {(role, name): found.get(name, 0.0) for name in names}
+        return sorted(noise, key=lambda layer: (-noise[layer], layer))
+
+
+_SENSITIVITY_RECORDS = 8
+"""Inputs of each role that sensitivity by layer is measured with: it only orders layers."""
+
+
+class _NoCalibration:
+    """What a transform's step is given: it asks for nothing."""
+
+    def inputs(self, role: str, count: int) -> Sequence[Mapping[str, Any]]:
+        raise AssertionError("only quantizers are calibrated")
+
+    def score(self, models: Mapping[str, Any]) -> float:
+        raise AssertionError("only quantizers are calibrated")
+
+
+def _no_adapter(use: Use) -> Adapter:
+    raise AssertionError("adapters are loaded into running pipelines")
+
+
 # -- the pipeline --------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +978,8 @@ class Pipeline:
         load: Mapping[str, Any] | None = None,
         transforms: Sequence[str | Use] = (),
         quantize: Sequence[str | Use] = (),
+        calibration: Mapping[str, Any] | None = None,
+        quality: Mapping[str, Any] | None = None,
         scheduler: str | Use | None = None,
         device: str | Use = "cpu",
         input: Mapping[str, Any] | None = None,
@@ -572,6 +999,8 @@ class Pipeline:
                     "load": {**(load or {}), **({"source": source} if source is not None else {})},
                     "transform": tuple(transforms),
                     "quantize": tuple(quantize),
+                    "calibration": calibration,
+                    "quality": quality,
                     "scheduler": scheduler,
                     "device": device,
                     "input": dict(input or {}),
@@ -591,18 +1020,13 @@ class Pipeline:
             extension = self.recipe.task_extension
             self.bundle.require(*extension.roles)
             self._roles = [role for role in (*extension.roles, *extension.optional_roles) if role in self.bundle.models]
-            calibration = TaskCalibration(lambda: (self._compile(), self._make_task))
-            self.reports = [
-                apply_step(step, self.bundle, self.recipe, self._cache, calibration) for step in self.recipe.steps
-            ]
+            self._workshop = Workshop(self.recipe, self.device_plan, self._roles, self._cache, self._plugins, progress)
+            self.bundle, self.reports, self.quality = self._workshop.prepare(self.bundle)
         self._compile_start = time.perf_counter()
-        self.compiled = self._compile()
+        self.compiled = self._workshop.compile(self.bundle)
         self.controls = Controls(self.bundle.controls, self.compiled.variables)
-        self.adapters = Adapters(self.bundle.adapters, self.compiled.variables, self._load_adapter)
-        for step in self.recipe.steps:
-            if (adapter := make_adapter(step, self.bundle)) is not None:
-                self.adapters.add(adapter)
-        self.task = self._make_task(self.compiled)
+        self.adapters = self._workshop.adapters(self.compiled, self._load_adapter)
+        self.task = self._workshop.task(self.compiled)
         self._at_start = len(self.compiled.wanted)
 
     def __call__(
@@ -638,12 +1062,6 @@ class Pipeline:
         _check_strict(step, Report(skipped=list(adapter.skipped)), self.config.strict)
         return adapter
 
-    def _compile(self) -> CompiledBundle:
-        return CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache)
-
-    def _make_task(self, compiled: CompiledBundle) -> Task:
-        return make_task(self.recipe, compiled, self._make_scheduler)
-
     def start_timings(self) -> Timings:
         """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation."""
         timings = Timings().merged(self.timings)
@@ -664,6 +1082,8 @@ class Pipeline:
         sources = [self.config.load.source, *self.config.load.parts.values()]
         has_paths = (
             any(input_files(step.options) for step in self.recipe.steps)
+            or bool(self.config.calibration and self.config.calibration.file)
+            or bool(self.config.quality and self.config.quality.file)
             or bool(self.adapters.loaded)
             or not all(source.startswith(PACKAGE) for source in sources)
         )
@@ -703,30 +1123,6 @@ class Pipeline:
         if adapters:
             self.adapters.set({name: entry["weight"] for name, entry in adapters.items()})
 
-    def _make_scheduler(self) -> Scheduler:
-        model_config = self.bundle.scheduler_config()
-        offer, options = self.recipe.scheduler, self.recipe.scheduler_options
-        if offer is None:
-            offer = self._scheduler_of(model_config)
-            options = _options(offer, {}, "scheduler", self.recipe.base)
-        scheduler: Scheduler = offer.extension.create(options, model_config)
-        return scheduler
-
-    def _scheduler_of(self, model_config: Mapping[str, Any]) -> Offer:
-        """Return the scheduler that stands for the class which the model names."""
-        wanted = model_config.get("_class_name")
-        offers = self._plugins.all("scheduler")
-        for offer in offers:
-            if isinstance(offer.extension, SchedulerExtension) and wanted in offer.extension.implements:
-                return offer
-        names = ", ".join(sorted(offer.extension.name for offer in offers)) or "none"
-        raise PluginError(
-            f"the model names the scheduler {wanted!r}, and no plugin here has it",
-            where="scheduler",
-            hint=f'Set scheduler.use to one of: {names}; or use = "diffusers" with class_name = "{wanted}" '
-            "(pip install 'ovforge-diffusers[convert]').",
-        )
-
 
 # -- entry points ---------------------------------------------------------------------------------------------------
 
@@ -752,6 +1148,8 @@ def read_pipeline(
         if isinstance(value.get("load"), Mapping) and "key" in value["load"]:
             # ovforge writes none; and a key may be the output of a command, which a picture must not choose.
             raise ConfigError("a picture may not say where a key is", where=str(path), hint="Do not run it.")
+        if isinstance(value.get("quality"), Mapping):  # nor may it choose where to write
+            value["quality"] = {name: part for name, part in value["quality"].items() if name != "save"}
         base = Path(provenance.get("base", ""))
         return PipelineConfig.of(
             apply_overrides(value, overrides), where=str(path)
@@ -836,13 +1234,20 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
             bundle = None
         else:
             put_part(bundle, role, part, origin.source.name)
+    gate: PlannedStage | None = None
+    kept = NONE_KEPT
     for step in recipe.steps:
         name = f"{step.kind} ({step.phase.name.lower()})"
+        if recipe.config.quality is not None and step == recipe.quantizers[0]:
+            gate, kept = _planned_gate(recipe, bundle, cache)
+        if gate is not None and step.kind != "quantizer":
+            yield gate
+            gate = None
         digest = bundle.digest() if bundle else None
         if bundle is None or digest is None:
             yield _stage(name, step.offer, "to do", "after the stage before it")
             continue
-        ingredients = step_ingredients(step, digest, recipe, cache.memo)
+        ingredients = step_ingredients(step, digest, recipe, cache.memo, kept if step.kind == "quantizer" else {})
         entry = cache.peek(ingredients)
         if entry is None:
             yield _stage(name, step.offer, "to do", cache.explain(ingredients).reason)
@@ -850,6 +1255,8 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
         else:
             _take(entry, step, bundle)
             yield _stage(name, step.offer, "cached", size=entry.size)
+    if gate is not None:
+        yield gate
     device = recipe.device.extension.create(recipe.device_options).plan()
     task = recipe.task_extension
     if bundle is None:
@@ -865,6 +1272,21 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
     if recipe.scheduler:
         yield _stage("scheduler", recipe.scheduler, "direct")
     yield _stage("task", recipe.task, "direct")
+
+
+def _planned_gate(recipe: Recipe, bundle: ModelBundle | None, cache: Cache) -> tuple[PlannedStage, Kept]:
+    """Return what the gate would do with unquantized models, and the layers that it keeps where that is known."""
+    table = recipe.config.quality
+    assert table is not None
+    planned = partial(PlannedStage, "quality", table.metric or "quality", "builtin", ovforge.__version__)
+    identity = bundle.digest() if bundle else None
+    if identity is None:
+        return planned("to do", "after the stage before it"), {}
+    ingredients = quality_ingredients(recipe, identity, cache.memo)
+    if (entry := cache.peek(ingredients)) is None:
+        return planned("to do", cache.explain(ingredients).reason), {}
+    outcome = outcome_of(json.loads((entry.path / _STAGE_FILE).read_bytes()))
+    return planned("cached", str(outcome), entry.size), outcome.kept
 
 
 def _planned_load(name: str, origin: Origin, cache: Cache) -> tuple[PlannedStage, ModelBundle | None]:

@@ -75,7 +75,8 @@ class Report:
     """What a transform or a quantizer did.
 
     `roles` names every model that was changed: what is not named here is taken to be untouched. `layers` names, by
-    role, the operations that a quantizer lowered, so that some of them can be kept the next time.
+    role, the operations that a quantizer lowered, so that some of them can be kept the next time. The core fills in
+    what it can measure itself: `sizes`, bytes of each role's constants before and after a quantizer, and `seconds`.
     """
 
     roles: tuple[str, ...] = ()
@@ -85,6 +86,8 @@ class Report:
     bytes_before: int | None = None
     bytes_after: int | None = None
     notes: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 class Loader(Protocol):
@@ -130,7 +133,10 @@ class Calibration(Protocol):
     """Recorded inputs of roles, for quantizers."""
 
     def inputs(self, role: str, count: int) -> Sequence[Mapping[str, NDArray[Any]]]:
-        """Return up to `count` recorded input sets of `role`, by input name."""
+        """Return up to `count` recorded input sets of `role`, by input name.
+
+        An even draw from all that the pipeline's runs gave that role; it may read records from disk one at a time.
+        """
         ...
 
     def score(self, models: Mapping[str, ov.Model]) -> float:
@@ -275,6 +281,13 @@ class Task(Protocol):
         """Run once. `inputs` is an instance of the extension's inputs model."""
         ...
 
-    def exercise(self, samples: int) -> None:
-        """Run `samples` times on representative inputs, for calibration and benchmarks."""
+    def examples(self, count: int) -> Sequence[Any]:
+        """Return representative inputs, instances of the inputs model, for calibration, quality and benchmarks.
+
+        They are the first `count` of one sequence that is always the same, all different and in no order, since the
+        core takes every second one to calibrate with and the others to judge by. Fewer where there are no more.
+
+        A task may also offer `compare(result, reference) -> float`: how close a result comes to another of the same
+        inputs, 1 where they are equal, less where they differ. Results without pictures need it for [quality].
+        """
         ...

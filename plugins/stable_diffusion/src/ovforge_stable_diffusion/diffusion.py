@@ -19,6 +19,7 @@ from ovforge.random import BatchGenerator
 from ovforge.results import ImagesResult, Timings
 from ovforge.stages import Progress, Sampling, TaskContext, ignore_progress
 from ovforge_stable_diffusion.controls import condition
+from ovforge_stable_diffusion.examples import edges
 from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_stable_diffusion.request import Request, make_request
@@ -26,11 +27,9 @@ from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncode
 from ovforge_stable_diffusion.unet import RESIDUALS, Denoiser, guidance_embedding, residual_shapes
 from ovforge_stable_diffusion.vae import Autoencoder
 
-__all__ = ["EXERCISES", "Diffusion", "Start"]
+__all__ = ["Diffusion", "Start"]
 
 Array = NDArray[np.float32]
-
-EXERCISES = ("a cat on a blue background", "a red car", "a house by the sea, oil painting", "a bowl of fruit, 8k")
 
 _log = logging.getLogger("ovforge.stable_diffusion")
 
@@ -121,9 +120,10 @@ class Diffusion:
                 latents=latents,
             )
 
-    def exercise(self, samples: int) -> None:
-        """Make `samples` pictures from built-in prompts, with seeds 0, 1, 2..."""
-        raise NotImplementedError
+    def _conditions(self, number: int) -> dict[str, Any]:
+        """Return what example `number` needs for the pipeline's ControlNets."""
+        nets = self.family.controlnets
+        return {"control": [{"image": edges(number, self.family.size)} for _ in nets]} if nets else {}
 
     # -- what subclasses say --------------------------------------------------------------------------------------
 

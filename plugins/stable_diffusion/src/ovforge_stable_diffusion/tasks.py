@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from ovforge.pictures import open_picture
 from ovforge.random import BatchGenerator
 from ovforge.results import Timings
 from ovforge.stages import Sampling
-from ovforge_stable_diffusion.diffusion import EXERCISES, Diffusion, Start
+from ovforge_stable_diffusion.diffusion import Diffusion, Start
+from ovforge_stable_diffusion.examples import drawing, hole, prompts
 from ovforge_stable_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
 from ovforge_stable_diffusion.latents import read_latents
 from ovforge_stable_diffusion.request import Request, resized
@@ -27,9 +29,9 @@ Array = NDArray[np.float32]
 class TextToImage(Diffusion):
     """From noise."""
 
-    def exercise(self, samples: int) -> None:
-        for number in range(samples):
-            self(TextToImageInputs(prompt=EXERCISES[number % len(EXERCISES)], seed=number))
+    def examples(self, count: int) -> Sequence[TextToImageInputs]:
+        """Return the shipped prompts, with the conditions that the pipeline's ControlNets need."""
+        return [TextToImageInputs(prompt=text, seed=n, **self._conditions(n)) for n, text in prompts(count)]
 
     def _begin(
         self, inputs: TextToImageInputs, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings
@@ -54,12 +56,13 @@ class ImageToImage(TextToImage):
 
     encodes = True
 
-    def exercise(self, samples: int) -> None:
+    def examples(self, count: int) -> Sequence[Any]:
+        """Return the shipped prompts with drawn pictures of the model's own size."""
         size = self.family.size
-        grey = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
-        for number in range(samples):
-            prompt = EXERCISES[number % len(EXERCISES)]
-            self(ImageToImageInputs(prompt=prompt, seed=number, image=[Image.fromarray(grey)]))
+        return [
+            ImageToImageInputs(prompt=text, seed=n, image=[drawing(n, size)], **self._conditions(n))
+            for n, text in prompts(count)
+        ]
 
     def _size_of(self, inputs: Any) -> tuple[int, int] | None:
         if inputs.image is None:
@@ -120,15 +123,13 @@ class Inpainting(TextToImage):
 
     encodes = True
 
-    def exercise(self, samples: int) -> None:
+    def examples(self, count: int) -> Sequence[Any]:
+        """Return the shipped prompts with drawn pictures and holes in them."""
         size = self.family.size
-        grey = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
-        mask = np.zeros((size, size), np.uint8)
-        mask[size // 4 : -size // 4, size // 4 : -size // 4] = 255
-        for number in range(samples):
-            prompt = EXERCISES[number % len(EXERCISES)]
-            image, hole = Image.fromarray(grey), Image.fromarray(mask)
-            self(InpaintingInputs(prompt=prompt, seed=number, image=image, mask=hole))
+        return [
+            InpaintingInputs(prompt=text, seed=n, image=drawing(n, size), mask=hole(n, size), **self._conditions(n))
+            for n, text in prompts(count)
+        ]
 
     def _size_of(self, inputs: Any) -> tuple[int, int]:
         size = open_picture(inputs.image, "image").size

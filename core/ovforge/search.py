@@ -1,0 +1,117 @@
+"""Which layers must keep their precision: sensitivity by layer, then bisection over how many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ovforge.errors import ModelError
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = ["fewest", "noise_of_layers"]
+
+_WEIGHTS = {"Constant", "Convert", "FakeQuantize", "FakeConvert", "Subtract", "Multiply", "Reshape", "Transpose"}
+"""What stands between a weight and the layer that uses it."""
+
+
+def fewest(count: int, passes: Callable[[int], bool]) -> int | None:
+    """Return the least n in 1...count - 1 for which `passes`, by bisection; None where count - 1 does not pass.
+
+    Takes for granted that more of what passes passes, too; what is returned was tried in any case.
+    """
+    if count < 2 or not passes(count - 1):
+        return None
+    fails, good = 0, count - 1
+    while good - fails > 1:
+        middle = (fails + good) // 2
+        if passes(middle):
+            good = middle
+        else:
+            fails = middle
+    return good
+
+
+def noise_of_layers(
+    original: ov.Model, lowered: ov.Model, names: Sequence[str], records: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return layer -> noise that its lower precision adds, as a ratio of powers: of noise to signal, 10^(-SQNR/10).
+
+    Both models run on the same inputs, as one model that returns two sums a layer, so that no more than one layer's
+    output is held. What a layer adds is its output's ratio less that of what it is given, which layers before it made.
+    """
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    from ovforge.runtime import core
+
+    ours, theirs = original.clone(), lowered.clone()
+    if ours.get_sinks() or theirs.get_sinks():
+        raise ModelError("a model with state cannot be searched", hint='Set on_fail = "error" or "warn".')
+    for port in theirs.inputs:
+        source = ours.input(port.any_name).get_node().output(0)
+        for target in port.get_node().output(0).get_target_inputs():
+            target.replace_source_output(source)
+    known = [{op.get_friendly_name(): op for op in model.get_ops()} for model in (ours, theirs)]
+    layers = {name: layer for name in names if (layer := _layer(name, known)) is not None}
+    watched = {port for layer in layers.values() for port in (layer, *_fed_by(layer, known))}
+    sums = []
+    order = sorted(watched)
+    for name in order:
+        signal, seen = (ops.convert(side[name].output(0), "f32") for side in known)
+        axes = ops.range(ops.constant(0), ops.convert(ops.squeeze(ops.shape_of(ops.shape_of(signal))), "i32"), 1, "i32")
+        noise = ops.subtract(seen, signal)
+        sums += [ops.reduce_sum(ops.multiply(part, part), axes) for part in (noise, signal)]
+    if not sums:
+        return {}
+    both = ov.Model([ops.result(one) for one in sums], ours.get_parameters(), "noise")
+    compiled = core().compile_model(both, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    total = np.zeros(len(sums))
+    for record in records:
+        results = compiled(dict(record))
+        total += [float(results[number]) for number in range(len(sums))]
+    ratio = {name: _ratio(*total[2 * number : 2 * number + 2]) for number, name in enumerate(order)}
+    return {
+        name: ratio[layer] - max((ratio[source] for source in _fed_by(layer, known)), default=0.0)
+        for name, layer in layers.items()
+    }
+
+
+def _ratio(noise: float, signal: float) -> float:
+    if not math.isfinite(noise):
+        return math.inf
+    return noise / signal if signal else float(noise > 0)
+
+
+def _layer(name: str, known: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the operation whose output tells of `name`: itself, or for a weight the one that uses it."""
+    op = known[0].get(name)
+    while op is not None and op.get_type_name() in _WEIGHTS and _is_constant(op):
+        users = [target.get_node() for target in op.output(0).get_target_inputs()]
+        op = users[0] if users else None
+    found = op.get_friendly_name() if op is not None else None
+    return found if found in known[1] else None
+
+
+def _is_constant(op: Any) -> bool:
+    """Say whether all that an operation is made from is constant."""
+    return all(_is_constant(op.input_value(n).get_node()) for n in range(op.get_input_size())) and (
+        op.get_type_name() != "Parameter"
+    )
+
+
+def _fed_by(layer: str, known: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the operations of one output whose values a layer takes, weights apart."""
+    op = known[0][layer]
+    sources = [op.input_value(n).get_node() for n in range(op.get_input_size())]
+    return [
+        name
+        for source in sources
+        if source.get_output_size() == 1
+        and source.get_type_name() != "Parameter"
+        and not _is_constant(source)
+        and (name := source.get_friendly_name()) in known[1]
+    ]
