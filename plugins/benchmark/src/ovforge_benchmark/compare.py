@@ -1,0 +1,191 @@
+"""`ovforge compare`: candidates take turns, each turn in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ovforge.errors import InputError
+from ovforge.pictures import open_picture
+from ovforge.stages import Progress, ignore_progress
+from ovforge_benchmark.candidates import Asked
+from ovforge_benchmark.machine import machine
+from ovforge_benchmark.noise import disturbances
+from ovforge_benchmark.process import in_process
+from ovforge_benchmark.schema import Candidate, Comparison
+from ovforge_benchmark.similarity import psnr, ssim
+from ovforge_benchmark.statistics import summary
+
+__all__ = ["compare"]
+
+_DEFAULT_SEED = 0
+
+
+@dataclass
+class _Measured:
+    """What is known of a candidate so far."""
+
+    asked: Asked
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)
+    peaks: list[int] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    noise: list[str] = field(default_factory=list)
+
+
+def compare(
+    asked: Sequence[Asked],
+    calls: Sequence[Mapping[str, Any]] = ({},),
+    *,
+    rounds: int = 3,
+    runs: int = 3,
+    cache: bool = True,
+    progress: Callable[[Progress], None] = ignore_progress,
+) -> tuple[Comparison, list[list[Image.Image]]]:
+    """Return the report, and for each candidate its picture of each call (none where a task makes no pictures).
+
+    First every candidate runs once, unmeasured: caches are filled, pictures made, models weighed. Then, `rounds` times,
+    each in turn has a new process that loads, makes every call once to warm up, and `runs` times to be measured.
+    An interruption ends the measurement, and the report says that it is not complete.
+    """
+    warnings = disturbances()
+    measured = [_Measured(one) for one in asked]
+    complete = True
+    total = len(asked) * (rounds + 1)
+    try:
+        _prepare(measured, [dict(call) for call in calls], cache, lambda n, who: progress(_turn(n, total, who)))
+        for number in range(rounds):
+            for position, one in enumerate(measured):
+                progress(_turn((number + 1) * len(asked) + position, total, one.asked.label))
+                if one.asked.kind != "picture":
+                    _measure(one, runs, cache)
+    except KeyboardInterrupt:
+        complete = False
+    report = Comparison(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        complete=complete,
+        machine=machine(_packages(measured)),
+        rounds=rounds,
+        runs=runs,
+        calls=[dict(call) for call in calls],
+        candidates=tuple(_candidate(one, measured[0]) for one in measured),
+        warnings=tuple(warnings),
+    )
+    return report, [one.pictures for one in measured]
+
+
+def _turn(done: int, total: int, who: str) -> Progress:
+    return Progress("compare", done, total, who)
+
+
+def _prepare(
+    measured: Sequence[_Measured], calls: list[dict[str, Any]], cache: bool, say: Callable[[int, str], None]
+) -> None:
+    """Run each once. Pipelines first: diffusers is given the inputs that the first of them ran with."""
+    inputs: list[dict[str, Any]] | None = None
+    order = sorted(measured, key=lambda one: one.asked.kind != "pipeline")
+    for number, one in enumerate(order):
+        say(number, one.asked.label)
+        if one.asked.kind == "picture":
+            one.pictures = [open_picture(Path(one.asked.what), "compare")] * len(calls)
+            continue
+        if one.asked.kind == "diffusers":
+            given = inputs or [{"seed": _DEFAULT_SEED}] * len(calls)
+            one.calls = [{**first, **call} for first, call in zip(given, calls, strict=True)]
+        else:
+            one.calls = calls
+        seed = inputs[0].get("seed") if inputs else None
+        with tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
+            job = _job(one, cache, warmup=0, runs=1, seed=seed, pictures=folder, sizes=True)
+            one.facts = in_process(job, one.asked.label)
+            one.pictures = [open_picture(Path(path), one.asked.label) for path in one.facts["pictures"]]
+        if one.asked.kind == "pipeline":
+            # A seed that was drawn is the same in all that follows.
+            one.calls = [
+                {**call, **({"seed": ran["seed"]} if "seed" in ran else {})}
+                for call, ran in zip(calls, one.facts["inputs"], strict=True)
+            ]
+            inputs = inputs or one.facts["inputs"]
+
+
+def _measure(one: _Measured, runs: int, cache: bool) -> None:
+    answer = in_process(_job(one, cache, warmup=1, runs=runs), one.asked.label)
+    for name, samples in answer["stages"].items():
+        one.stages.setdefault(name, []).extend(samples)
+    one.noise = max(one.noise, answer["noise"], key=len)
+    if answer["peak_memory"] is not None:
+        one.peaks.append(answer["peak_memory"])
+
+
+def _job(
+    one: _Measured,
+    cache: bool,
+    *,
+    warmup: int,
+    runs: int,
+    seed: int | None = None,
+    pictures: str | None = None,
+    sizes: bool = False,
+) -> dict[str, Any]:
+    asked = one.asked
+    return {
+        "kind": asked.kind, "config": asked.config, "overrides": asked.overrides, "dtype": asked.dtype,
+        "calls": one.calls, "warmup": warmup, "runs": runs, "seed": seed, "pictures": pictures, "sizes": sizes,
+        "cache": cache,
+    }  # fmt: skip
+
+
+def _unsteady(one: _Measured) -> list[str]:
+    """Say where runs differ much: their median is then not worth much."""
+    totals = one.stages.get("total", [])
+    if len(totals) < 3:
+        return []
+    middle = statistics.median(totals)
+    deviation = statistics.median(abs(total - middle) for total in totals) / middle
+    return [f"runs differ by {deviation:.0%} (median deviation): add --rounds"] if deviation > 0.1 else []
+
+
+def _packages(measured: Sequence[_Measured]) -> list[str]:
+    return ["torch", "diffusers", "transformers"] if any(one.asked.kind == "diffusers" for one in measured) else []
+
+
+def _candidate(one: _Measured, first: _Measured) -> Candidate:
+    likeness: dict[str, Any] = {}
+    if one is not first and one.pictures and first.pictures:
+        pairs = list(zip(first.pictures, one.pictures, strict=True))
+        for theirs, ours in pairs:
+            if theirs.size != ours.size:
+                raise InputError(
+                    f"its picture has {ours.size[0]}x{ours.size[1]} pixels, the first one's {theirs.size[0]}x"
+                    f"{theirs.size[1]}",
+                    where=one.asked.label,
+                    hint="Compare pictures of one size.",
+                )
+        noises = [psnr(*pair) for pair in pairs]
+        likeness = {
+            "ssim": [ssim(*pair) for pair in pairs],
+            "psnr": [None if math.isinf(value) else value for value in noises],
+        }
+    facts = one.facts
+    return Candidate(
+        label=one.asked.label,
+        what=one.asked.what,
+        kind=one.asked.kind,
+        precision=facts.get("precision", {}),
+        sizes=facts.get("sizes", {}),
+        peak_memory=one.peaks,
+        stages=one.stages,
+        statistics={name: summary(samples) for name, samples in one.stages.items()},
+        provenance=facts.get("provenance", {}),
+        warnings=tuple(dict.fromkeys([*facts.get("warnings", ()), *one.noise, *_unsteady(one)])),
+        **likeness,
+    )

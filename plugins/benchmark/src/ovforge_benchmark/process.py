@@ -1,0 +1,56 @@
+"""Measurements in a process of their own, so that one's memory and caches are not another's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ovforge.errors
+from ovforge.errors import ModelError, OvforgeError
+
+__all__ = ["answer", "in_process"]
+
+
+def in_process(job: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Have `ovforge_benchmark.worker` do a job; return its answer. Raises the OvforgeError that ended it.
+
+    `name` says in errors whose job it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="ovforge-") as scratch:
+        # An answer in a file: libraries write what they like to standard output.
+        target = Path(scratch) / "answer.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "ovforge_benchmark.worker", str(target)],
+            input=json.dumps(job, default=str),
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        answered: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    if "error" in answered:
+        error = answered["error"]
+        kind = getattr(ovforge.errors, error["kind"], OvforgeError)
+        where = f"{name}: {error['where']}" if error["where"] else name
+        raise kind(error["what"], where=where, hint=error["hint"])
+    if done.returncode or not answered:
+        said = done.stderr.strip().splitlines()
+        killed = done.returncode < 0
+        raise ModelError(
+            f"its process was ended by signal {-done.returncode}" if killed else f"its process failed: {said[-1:]}",
+            where=name,
+            hint="Signal 9 is mostly the system's when memory is used up." if killed else "\n  ".join(said[-8:]),
+        )
+    return answered
+
+
+def answer(target: Path, value: Mapping[str, Any] | OvforgeError) -> None:
+    """Write a worker's answer: what it measured, or the error that ended it."""
+    if isinstance(value, OvforgeError):
+        value = {"error": {"kind": type(value).__name__, "what": value.what, "where": value.where, "hint": value.hint}}
+    target.write_text(json.dumps(value, default=str))

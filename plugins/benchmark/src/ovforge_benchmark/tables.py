@@ -1,0 +1,103 @@
+"""Reports in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from ovforge_benchmark.schema import Candidate, Comparison, Machine
+
+__all__ = ["comparison_markdown", "duration", "machine_line", "markdown_table", "size"]
+
+_FIRST = ("load", "compile", "first call")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration with three digits, in the unit that suits it."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            value = seconds * factor
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
+    raise AssertionError
+
+
+def size(count: float) -> str:
+    """Return bytes in MB, or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column is text, the others to the right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])) + "\n"
+
+
+def machine_line(machine: Machine) -> str:
+    """Return the machine in one line."""
+    known = set(machine.instruction_sets)
+    sets = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile") if name in known]
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    memory = f", {size(machine.memory)}" if machine.memory else ""
+    return (
+        f"{machine.cpu}, {machine.cores} processors ({', '.join(sets) or 'no vector units known'}){memory}; {versions}"
+    )
+
+
+def comparison_markdown(report: Comparison, picture: str | None) -> str:
+    """Return the whole report; `picture` is the name of the grid beside it."""
+    shown = report.candidates
+    lines = ["# Comparison\n"]
+    if not report.complete:
+        lines.append("**Interrupted**: this is what was measured by then.\n")
+    if picture:
+        lines.append(f"![{', '.join(one.label for one in shown)}]({picture})\n")
+    lines.append(markdown_table(["", *(one.label for one in shown)], _rows(shown)))
+    lines.append(
+        f"Medians of {report.rounds} processes with {report.runs} runs of each call, warm-up apart, the candidates "
+        "taking turns; in brackets how many times faster than the first. Likeness is to the first one's pictures.\n"
+    )
+    lines.append(f"{machine_line(report.machine)}.\n")
+    said = [*report.warnings, *(f"{one.label}: {text}" for one in shown for text in one.warnings)]
+    lines += [f"- warning: {warning}" for warning in said]
+    return "\n".join(lines) + ("\n" if said else "")
+
+
+def _rows(shown: Sequence[Candidate]) -> Iterable[list[str]]:
+    names = list(dict.fromkeys(name for one in shown for name in one.statistics))
+    # A part stands below what it is a part of, though it ends first.
+    order = sorted((name for name in names if name not in (*_FIRST, "total")), key=lambda n: (_rank(n, names), n))
+    for name in ("total", *order, *_FIRST):
+        if name in names:
+            title = f"↳ {name.rpartition('.')[2]}" if "." in name else name
+            yield [title.replace("_", " "), *(_latency(one, name, shown) for one in shown)]
+    if any(one.sizes for one in shown):
+        yield ["models on disk", *(size(sum(one.sizes.values())) if one.sizes else "" for one in shown)]
+    if any(one.peak_memory for one in shown):
+        peaks = (statistics.median(one.peak_memory) if one.peak_memory else None for one in shown)
+        yield ["peak memory", *("" if peak is None else size(peak) for peak in peaks)]
+    if any(one.ssim for one in shown):
+        yield ["SSIM", *(f"{statistics.fmean(one.ssim):.4f}" if one.ssim else "" for one in shown)]
+        yield ["PSNR", *(_decibels(one) for one in shown)]
+    if any(one.precision for one in shown):
+        yield ["computed in", *(", ".join(sorted(set(one.precision.values()))) for one in shown)]
+
+
+def _rank(name: str, names: Sequence[str]) -> int:
+    head = name.partition(".")[0]
+    return next((place for place, other in enumerate(names) if other.partition(".")[0] == head), len(names))
+
+
+def _latency(one: Candidate, name: str, shown: Sequence[Candidate]) -> str:
+    mine, first = one.statistics.get(name), shown[0].statistics.get(name)
+    if mine is None:
+        return ""
+    ratio = first and mine is not first and mine.median and first.median / mine.median
+    return f"{duration(mine.median)}{f' ({ratio:.2f}x)' if ratio and name in ('total', 'denoise') else ''}"
+
+
+def _decibels(one: Candidate) -> str:
+    if not one.psnr:
+        return ""
+    finite = [value for value in one.psnr if value is not None]
+    return f"{min(finite):.1f} dB" if finite else "equal"

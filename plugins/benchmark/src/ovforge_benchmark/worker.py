@@ -1,0 +1,137 @@
+"""One process that measures one pipeline: `python -m ovforge_benchmark.worker ANSWER`, the job on standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ovforge
+from ovforge.errors import OvforgeError
+from ovforge.results import ImagesResult, Result
+from ovforge_benchmark.machine import peak_memory
+from ovforge_benchmark.noise import Watch
+from ovforge_benchmark.process import answer
+
+__all__ = ["main", "measure_pipeline"]
+
+
+def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the pipeline, warm up, run every call `runs` times; times are seconds, one a call.
+
+    The job: `config` (a path or a dict), `overrides`, `calls` (inputs of each), `warmup`, `runs`, `seed` (of calls that
+    have none), `pictures` (a folder to write them to, or None), `sizes` (whether to weigh the models), `cache`.
+    """
+    cache = "default" if job["cache"] else None
+    config = Path(job["config"]) if isinstance(job["config"], str) else job["config"]
+    pipe = ovforge.load(config, overrides=job["overrides"], cache=cache)
+    stages = {"load": [pipe.timings.total("load")]}
+    calls = [_with_seed(pipe, call, job["seed"]) for call in job["calls"]]
+    results: list[Result] = []
+    for number in range(job["warmup"]):
+        results = []
+        for call in calls:
+            seconds, result = _timed(pipe, call)
+            results.append(result)
+            if number == 0:
+                stages.setdefault("first call", []).append(seconds)
+    stages["compile"] = [pipe.start_timings().total("compile")]
+    with Watch() as watch:
+        for _ in range(job["runs"]):
+            results = []
+            for call in calls:
+                seconds, result = _timed(pipe, call)
+                results.append(result)
+                stages.setdefault("total", []).append(seconds)
+                for name in result.timings.spans:
+                    if name.partition(".")[0] not in ("load", "compile"):
+                        stages.setdefault(name, []).append(result.timings.total(name))
+    peak = peak_memory()
+    said = [warning for result in results for warning in result.warnings]
+    return {
+        "stages": stages,
+        "peak_memory": peak,
+        "precision": results[0].provenance.get("precision", {}) if results else {},
+        "provenance": pipe.provenance(),
+        "inputs": [result.provenance.get("inputs", {}) for result in results],
+        "pictures": _save(results, job["pictures"]),
+        "sizes": _sizes(pipe) if job["sizes"] else {},
+        "warnings": list(dict.fromkeys(said)),
+        "noise": watch.warnings(),
+    }
+
+
+def _timed(pipe: ovforge.Pipeline, call: Mapping[str, Any]) -> tuple[float, Result]:
+    start = time.perf_counter()
+    result = pipe(**call)
+    return time.perf_counter() - start, result
+
+
+def _with_seed(pipe: ovforge.Pipeline, call: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    """Give a call the common seed, where its task has seeds and nobody says which."""
+    known = pipe.recipe.task_extension.inputs_model().model_fields
+    if seed is None or "seed" not in known or "seed" in call or "seed" in pipe.config.input:
+        return dict(call)
+    return {**call, "seed": seed}
+
+
+def _save(results: list[Result], folder: str | None) -> list[str]:
+    """Write the first picture of each result; return their paths, or nothing where the task makes none."""
+    if folder is None or not all(isinstance(result, ImagesResult) and result.images for result in results):
+        return []
+    paths = []
+    for number, result in enumerate(results):
+        assert isinstance(result, ImagesResult)
+        path = Path(folder) / f"{number}.png"
+        result.images[0].save(path)
+        paths.append(str(path))
+    return paths
+
+
+def _sizes(pipe: ovforge.Pipeline) -> dict[str, int]:
+    """Return role -> bytes of its model files: as they lie there, or as they would once written."""
+    sizes = {}
+    for role in pipe.compiled:
+        xml = pipe.bundle.location.get(role)
+        if xml is not None and xml.exists():
+            sizes[role] = sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin")) if file.exists())
+        elif pipe.bundle.protection is None:
+            with tempfile.TemporaryDirectory(prefix="ovforge-") as scratch:
+                written = pipe.bundle.write_model(role, Path(scratch))
+                sizes[role] = sum(file.stat().st_size for file in written.parent.iterdir())
+                pipe.bundle.models.release(role)
+    return sizes
+
+
+def main() -> None:
+    """Do the job on standard input."""
+    target = Path(sys.argv[1])
+    job = json.load(sys.stdin)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            measured = _measure(job)
+        said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        measured["warnings"] = list(
+            dict.fromkeys([*measured["warnings"], *(said if job["kind"] == "pipeline" else ())])
+        )
+        answer(target, measured)
+    except OvforgeError as error:
+        answer(target, error)
+
+
+def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
+    if job["kind"] == "diffusers":
+        from ovforge_benchmark.peer import measure_diffusers
+
+        return measure_diffusers(job)
+    return measure_pipeline(job)
+
+
+if __name__ == "__main__":
+    main()
