@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
-from ovforge.memory import memory_folder
+from ovforge.memory import large_pages, memory_folder
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -50,6 +50,7 @@ def tensor_of(source: Source, path: str) -> ov.Tensor:
 
     tensor = ov.Tensor(ov.Type.u8, ov.Shape([source.files()[path]]))
     if tensor.byte_size:
+        large_pages(tensor.data.ctypes.data, tensor.byte_size)
         source.read_into(path, memoryview(tensor.data))
     return tensor
 
