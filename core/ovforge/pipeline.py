@@ -26,7 +26,6 @@ from ovforge import memory
 from ovforge.adapters import Adapters, Controls
 from ovforge.bundle import Control, ModelBundle, path_of, write_json
 from ovforge.cache import Cache, Entry, digest_file, key_of
-from ovforge.calibration import Recorder, TaskCalibration
 from ovforge.compiled import CompiledBundle, Shapes, compile_ingredients
 from ovforge.config import (
     CalibrationTable,
@@ -49,10 +48,10 @@ from ovforge.extensions import (
     resolve,
 )
 from ovforge.plugins import Offer, Plugins
-from ovforge.quality import Judge, Outcome, Verdict, failed, outcome_of
+from ovforge.quality import Outcome, outcome_of
+from ovforge.quantization import Quantization
 from ovforge.results import Result, Timings, read_provenance
 from ovforge.runtime import openvino_version
-from ovforge.search import fewest, noise_of_layers
 from ovforge.sources import PACKAGE, FileSource, Protection, Source, open_file, open_source, source_digest
 from ovforge.stages import (
     Adapter,
@@ -721,12 +720,19 @@ def _scheduler_of(model_config: Mapping[str, Any], plugins: Plugins) -> Offer:
     )
 
 
-# -- quantization ----------------------------------------------------------------------------------------------------
+def _roles_of(recipe: Recipe, bundle: ModelBundle) -> list[str]:
+    """Return the roles that the task uses. Raises ModelError where one is missing."""
+    extension = recipe.task_extension
+    bundle.require(*extension.roles)
+    return [role for role in (*extension.roles, *extension.optional_roles) if role in bundle.models]
+
+
+# -- bundle -> prepared bundle --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What it takes to run a bundle on the way: to calibrate with, to judge by, and at the end."""
+    """What it takes to change a bundle and to run one: on the way, to calibrate and to judge, and at the end."""
 
     recipe: Recipe
     device_plan: DevicePlan
@@ -734,6 +740,40 @@ class Workshop:
     cache: Cache | None
     plugins: Plugins
     progress: Callable[[Progress], None] = ignore_progress
+
+    def prepare(self, bundle: ModelBundle) -> tuple[ModelBundle, list[Report], Outcome | None]:
+        """Take a loaded bundle through all steps; return it, a report for each step, and what the gate said."""
+        recipe = self.recipe
+        before = recipe.steps[: len(recipe.steps) - len(recipe.after) - len(recipe.quantizers)]
+        reports = [apply_step(step, bundle, recipe, self.cache, _NoCalibration()) for step in before]
+        outcome = None
+        if recipe.quantizers:
+            bundle, quantized, outcome = Quantization(self, bundle).run()
+            reports += quantized
+        reports += [apply_step(step, bundle, recipe, self.cache, _NoCalibration()) for step in recipe.after]
+        return bundle, reports, outcome
+
+    def lower(
+        self, reference: ModelBundle, calibration: Calibration, keep: Kept = NONE_KEPT, *, trial: bool = False
+    ) -> tuple[ModelBundle, list[Report]]:
+        """Return what all quantizers make of a bundle, which stays as it is; a trial is not stored, nor strict."""
+        bundle = reference.copy()
+        reports: list[Report] = []
+        for step in self.recipe.quantizers:
+            self.progress(Progress("quantize", len(reports), len(self.recipe.quantizers), step.offer.extension.name))
+            if trial:
+                reports.append(_apply(step, bundle, False, calibration, keep))
+            else:
+                reports.append(apply_step(step, bundle, self.recipe, self.cache, calibration, keep))
+        self.progress(Progress("quantize", len(reports), len(reports)))
+        return bundle, reports
+
+    def finish(self, bundle: ModelBundle) -> ModelBundle:
+        """Return what the steps after the quantizers make of a bundle, which stays as it is."""
+        copy = bundle.copy()
+        for step in self.recipe.after:
+            apply_step(step, copy, self.recipe, self.cache, _NoCalibration())
+        return copy
 
     def compile(self, bundle: ModelBundle) -> CompiledBundle:
         """Begin to compile a bundle's models."""
@@ -754,193 +794,30 @@ class Workshop:
                 adapters.add(adapter)
         return adapters
 
-    # -- on the way ------------------------------------------------------------------------------------------------
+    def calibration_key(self, identity: str | None, table: CalibrationTable) -> dict[str, Any] | None:
+        """Return what inputs recorded of these models depend on, for the cache; None where nothing is stored."""
+        if self.cache is None or identity is None:
+            return None
+        sealed = {"encrypted": self.recipe.protection.identity} if self.recipe.protection else {}
+        made_of = calibration_ingredients(self.recipe, self.cache.memo, table)
+        return {"stage": "calibration", "input": identity, **made_of, **sealed, "openvino": openvino_version()}
 
-    def prepare(self, bundle: ModelBundle) -> tuple[ModelBundle, list[Report], Outcome | None]:
-        """Take a loaded bundle through all steps; return it, a report for each step, and what the gate said."""
-        reports, outcome, steps = [], None, list(self.recipe.steps)
-        while steps:
-            if steps[0].kind == "quantizer":
-                bundle, quantized, outcome = self._quantize(bundle)
-                reports += quantized
-                steps = steps[len(quantized) :]
-            else:
-                reports.append(apply_step(steps.pop(0), bundle, self.recipe, self.cache, _NoCalibration()))
-        return bundle, reports, outcome
+    def stored_outcome(self, identity: str | None) -> Outcome | None:
+        """Return what the gate said of the quantizers on these models, where that is known."""
+        if self.cache is None or identity is None:
+            return None
+        return _stored(self.cache.get(quality_ingredients(self.recipe, identity, self.cache.memo)))
 
-    def _quantize(self, reference: ModelBundle) -> tuple[ModelBundle, list[Report], Outcome | None]:
-        """Apply the quantizers, and the gate to what they make of a bundle, which stays as it is."""
-        table, identity = self.recipe.config.quality, reference.digest()
-        judge = Judge(table, lambda: self._finished(reference), self._judged_task, self._held_out, self.progress)
-        calibration = self._calibration(reference, self.recipe.config.calibration, judge)
-        if table is None:
-            return *self._lowered(reference, calibration), None
-        stored = None
+    def store_outcome(self, identity: str | None, outcome: Outcome) -> None:
+        """Remember what the gate said."""
         if self.cache is not None and identity is not None:
-            stored = quality_ingredients(self.recipe, identity, self.cache.memo)
-            if (entry := self.cache.get(stored)) is not None:
-                outcome = outcome_of(json.loads((entry.path / _STAGE_FILE).read_bytes()))
-                self._say(outcome)
-                return *self._lowered(reference, calibration, outcome.kept), outcome
-        bundle, reports = self._lowered(reference, calibration)
-        verdict = judge.judge(self._finished(bundle))
-        outcome = self._outcome(verdict, judge, reports)
-        if not outcome.passed and table.on_fail == "error":
-            raise failed(outcome, verdict, self._pictures)
-        if not outcome.passed and table.on_fail == "search":
-            outcome = self._search(reference, bundle, reports, calibration, judge, outcome, verdict)
-            bundle, reports = self._lowered(reference, calibration, outcome.kept)
-        self._say(outcome)
-        if stored is not None and self.cache is not None:
             said = asdict(outcome)
-            self.cache.put(stored, lambda folder: write_json(folder / _STAGE_FILE, said), label=f"quality: {outcome}")
-        return bundle, reports, outcome
-
-    def _lowered(
-        self, reference: ModelBundle, calibration: Calibration, keep: Kept = NONE_KEPT
-    ) -> tuple[ModelBundle, list[Report]]:
-        bundle = reference.copy()
-        reports: list[Report] = []
-        for step in self.recipe.quantizers:
-            self.progress(Progress("quantize", len(reports), len(self.recipe.quantizers), step.offer.extension.name))
-            reports.append(apply_step(step, bundle, self.recipe, self.cache, calibration, keep))
-        self.progress(Progress("quantize", len(reports), len(reports)))
-        return bundle, reports
-
-    def _finished(self, bundle: ModelBundle) -> ModelBundle:
-        """Return what the later steps make of a bundle, which stays as it is."""
-        copy = bundle.copy()
-        for step in self.recipe.after:
-            apply_step(step, copy, self.recipe, self.cache, _NoCalibration())
-        return copy
-
-    def _calibration(self, reference: ModelBundle, table: CalibrationTable | None, judge: Judge) -> TaskCalibration:
-        table, recipe = table or CalibrationTable(), self.recipe
-        identity, ingredients = reference.digest(), None
-        if self.cache is not None and identity is not None:
-            made_of = calibration_ingredients(recipe, self.cache.memo, table)
-            sealed = {"encrypted": recipe.protection.identity} if recipe.protection else {}
-            ingredients = {
-                "stage": "calibration",
-                "input": identity,
-                **made_of,
-                **sealed,
-                "openvino": openvino_version(),
-            }
-        recorder = Recorder(
-            start=lambda: (self.compile(reference), lambda compiled: self.task(compiled, recipe.calibration.options)),
-            examples=recipe.calibration.take,
-            samples=table.samples,
-            runs=table.runs,
-            seed=table.seed,
-            spill=table.spill,
-            cache=self.cache,
-            ingredients=ingredients,
-            protection=recipe.protection,
-            progress=self.progress,
-        )
-
-        def score(models: Mapping[str, Any]) -> float:
-            changed = reference.copy()
-            for role, model in models.items():
-                changed.models[role] = model.clone()
-                changed.identity.pop(role, None)
-            return judge.score(self._finished(changed))
-
-        return TaskCalibration(recorder, score)
-
-    def _judged_task(self, bundle: ModelBundle) -> Task:
-        compiled = self.compile(bundle)
-        self.adapters(compiled, _no_adapter)
-        return self.task(compiled, self.recipe.held_out.options)
-
-    def _held_out(self, task: Task, count: int) -> Sequence[BaseModel]:
-        return self.recipe.held_out.take(task, count, self.recipe.calibration)
-
-    @property
-    def _pictures(self) -> Path:
-        assert self.recipe.config.quality is not None
-        return self.recipe.base / Path(self.recipe.config.quality.save).expanduser()
-
-    def _outcome(
-        self, verdict: Verdict, judge: Judge, reports: Sequence[Report], kept: Kept = NONE_KEPT, trials: int = 0
-    ) -> Outcome:
-        table = self.recipe.config.quality
-        assert table is not None
-        return Outcome(
-            judge.metric, table.by, table.limit, verdict.score(table.by), verdict.scores,
-            {role: sorted(names) for role, names in kept.items()},
-            sum(len(names) for report in reports for names in report.layers.values()), trials,
-        )  # fmt: skip
-
-    def _say(self, outcome: Outcome) -> None:
-        if not outcome.passed:
-            warnings.warn(f"quality: the quantized pipeline scores {outcome}", stacklevel=4)
-
-    # -- the search --------------------------------------------------------------------------------------------------
-
-    def _search(
-        self,
-        reference: ModelBundle,
-        lowered: ModelBundle,
-        reports: Sequence[Report],
-        calibration: TaskCalibration,
-        judge: Judge,
-        outcome: Outcome,
-        verdict: Verdict,
-    ) -> Outcome:
-        """Return the outcome with the fewest layers kept, the most sensitive first; or raise QualityError."""
-        ranked = self._ranked(reference, lowered, reports, judge)
-        if not ranked:
-            names = ", ".join(step.offer.extension.name for step in self.recipe.quantizers)
-            hint = f"{names} names no layers, so that none can be kept: take other options, or a lower limit."
-            raise failed(outcome, verdict, self._pictures, hint=hint)
-        tried: dict[int, tuple[Outcome, Verdict]] = {}
-
-        def passes(count: int) -> bool:
-            keep: dict[str, list[str]] = {}
-            for role, name in ranked[:count]:
-                keep.setdefault(role, []).append(name)
-            self.progress(Progress("search", len(tried), len(ranked).bit_length() + 1, f"{count} layers kept"))
-            bundle, made = reference.copy(), []
-            for step in self.recipe.quantizers:  # not stored: most trials are of no further use
-                made.append(_apply(step, bundle, False, calibration, keep))
-            found = judge.judge(self._finished(bundle))
-            tried[count] = (self._outcome(found, judge, made, keep, len(tried) + 1), found)
-            return tried[count][0].passed
-
-        least = fewest(len(ranked), passes)
-        self.progress(Progress("search", len(tried), len(tried)))
-        if least is None:
-            best, found = tried.get(len(ranked) - 1, (outcome, verdict))
-            more = f", with all of {len(ranked)} layers kept but the least sensitive one"
-            hint = "This quantization does not fit this model: take another, or a lower limit."
-            raise failed(best, found, self._pictures, more, hint)
-        return replace(tried[least][0], trials=len(tried))
-
-    def _ranked(
-        self, reference: ModelBundle, lowered: ModelBundle, reports: Sequence[Report], judge: Judge
-    ) -> list[tuple[str, str]]:
-        """Return (role, layer) of all that was lowered, the most sensitive first."""
-        layers: dict[str, list[str]] = {}
-        for report in reports:
-            for role, names in report.layers.items():
-                layers.setdefault(role, []).extend(name for name in names if name not in layers.get(role, []))
-        given = self.recipe.config.calibration or CalibrationTable()
-        few = given.model_copy(update={"samples": _SENSITIVITY_RECORDS, "runs": 2})
-        records = self._calibration(reference, few, judge) if any(layers.values()) else None
-        noise: dict[tuple[str, str], float] = {}
-        for role, names in layers.items():
-            assert records is not None
-            self.progress(Progress("sensitivity", len(noise), sum(map(len, layers.values())), role))
-            inputs = records.inputs(role, _SENSITIVITY_RECORDS)
-            found = noise_of_layers(reference.models[role], lowered.models[role], names, inputs)
-            noise |= {(role, name): found.get(name, 0.0) for name in names}
-        return sorted(noise, key=lambda layer: (-noise[layer], layer))
+            key = quality_ingredients(self.recipe, identity, self.cache.memo)
+            self.cache.put(key, lambda folder: write_json(folder / _STAGE_FILE, said), label=f"quality: {outcome}")
 
 
-_SENSITIVITY_RECORDS = 8
-"""Inputs of each role that sensitivity by layer is measured with: it only orders layers."""
+def _stored(entry: Entry | None) -> Outcome | None:
+    return outcome_of(json.loads((entry.path / _STAGE_FILE).read_bytes())) if entry else None
 
 
 class _NoCalibration:
@@ -951,10 +828,6 @@ class _NoCalibration:
 
     def score(self, models: Mapping[str, Any]) -> float:
         raise AssertionError("only quantizers are calibrated")
-
-
-def _no_adapter(use: Use) -> Adapter:
-    raise AssertionError("adapters are loaded into running pipelines")
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------------
@@ -1017,9 +890,7 @@ class Pipeline:
             self.recipe = make_recipe(config, base or Path.cwd(), self._plugins, self._cache)
             self.device_plan: DevicePlan = self.recipe.device.extension.create(self.recipe.device_options).plan()
             self.bundle = open_bundle(self.recipe, self._cache, progress)
-            extension = self.recipe.task_extension
-            self.bundle.require(*extension.roles)
-            self._roles = [role for role in (*extension.roles, *extension.optional_roles) if role in self.bundle.models]
+            self._roles = _roles_of(self.recipe, self.bundle)
             self._workshop = Workshop(self.recipe, self.device_plan, self._roles, self._cache, self._plugins, progress)
             self.bundle, self.reports, self.quality = self._workshop.prepare(self.bundle)
         self._compile_start = time.perf_counter()
@@ -1213,6 +1084,80 @@ def plan(
         return Plan(tuple(_planned(recipe, store or Cache(Path(scratch)))), recipe.config.as_dict())
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A bundle after all steps, with what they did: all of a pipeline but its compiled models."""
+
+    bundle: ModelBundle
+    steps: Sequence[Step]
+    reports: Sequence[Report]
+    quality: Outcome | None = None
+
+    @property
+    def quantized(self) -> list[Report]:
+        """The quantizers' reports."""
+        pairs = zip(self.steps, self.reports, strict=True)
+        return [report for step, report in pairs if step.kind == "quantizer"]
+
+
+def prepare(
+    config: Mapping[str, Any],
+    *,
+    base: Path,
+    plugins: Plugins,
+    cache: Cache | str | None = "default",
+    progress: Callable[[Progress], None] = ignore_progress,
+) -> Prepared:
+    """Take a pipeline's models through all steps, and stop before it is compiled."""
+    store = _chosen(cache)
+    recipe = make_recipe(PipelineConfig.of(config), base, plugins, store)
+    device_plan: DevicePlan = recipe.device.extension.create(recipe.device_options).plan()
+    bundle = open_bundle(recipe, store, progress)
+    workshop = Workshop(recipe, device_plan, _roles_of(recipe, bundle), store, plugins, progress)
+    prepared, reports, outcome = workshop.prepare(bundle)
+    return Prepared(prepared, recipe.steps, reports, outcome)
+
+
+def prepare_alone(
+    config: Mapping[str, Any], base: Path, plugins: Plugins, progress: Callable[[Progress], None] = ignore_progress
+) -> Prepared:
+    """Quantize a model that no task here runs: by quantizers that need no data, without the cache."""
+    source = open_source(str(config["load"]), base=base, plugins=plugins)
+    loader = find_loader(source, None, plugins)
+    bundle = open_origin(Origin(source, loader, _options(loader, {}, "load", base)), None, progress)
+    bundle.protection = source.protection
+    uses = [use if isinstance(use, Use) else Use.model_validate(use) for use in config["quantize"]]
+    steps = [_step(plugins, "quantizer", use, f"quantize.{n}", base) for n, use in enumerate(uses)]
+    return Prepared(bundle, steps, [_apply(step, bundle, False, _NoTask()) for step in steps])
+
+
+def task_for(source: str, base: Path, plugins: Plugins, cache: Cache | str | None = "default") -> str | None:
+    """Return the first task that has all its roles in a model; None where none has."""
+    opened = open_source(source, base=base, plugins=plugins)
+    loader = find_loader(opened, None, plugins)
+    origin = Origin(opened, loader, _options(loader, {}, "load", base))
+    roles = set(open_origin(origin, _chosen(cache), ignore_progress).models)
+    for offer in plugins.all("task"):
+        if isinstance(offer.extension, TaskExtension) and roles.issuperset(offer.extension.roles):
+            return offer.extension.name
+    return None
+
+
+class _NoTask:
+    """What a quantizer is given where nothing can run its models."""
+
+    def inputs(self, role: str, count: int) -> Sequence[Mapping[str, Any]]:
+        raise ConfigError(
+            "it needs to see inputs of models, and no task here runs this one",
+            where="calibration",
+            hint="Name the task with --task, or take a quantizer that needs no data, as nncf-weights.",
+        )
+
+    def score(self, models: Mapping[str, Any]) -> float:
+        self.inputs("", 0)
+        raise AssertionError
+
+
 def _chosen(cache: Cache | str | None) -> Cache | None:
     """Return the cache that an argument means: "default" is the user's, None is none."""
     if isinstance(cache, str):
@@ -1263,9 +1208,7 @@ def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
         for role in task.roles:
             yield _stage(f"compile {role}", recipe.device, "to do", "after the stage before it")
     else:
-        bundle.require(*task.roles)
-        roles = [role for role in (*task.roles, *task.optional_roles) if role in bundle.models]
-        compiled = CompiledBundle(bundle, device, roles, cache, execute=False)
+        compiled = CompiledBundle(bundle, device, _roles_of(recipe, bundle), cache, execute=False)
         make_task(recipe, compiled, _no_scheduler)
         for role, shapes in compiled.wanted:
             yield _planned_compilation(role, shapes, bundle, device, recipe.device, cache)
@@ -1283,9 +1226,9 @@ def _planned_gate(recipe: Recipe, bundle: ModelBundle | None, cache: Cache) -> t
     if identity is None:
         return planned("to do", "after the stage before it"), {}
     ingredients = quality_ingredients(recipe, identity, cache.memo)
-    if (entry := cache.peek(ingredients)) is None:
+    entry = cache.peek(ingredients)
+    if entry is None or (outcome := _stored(entry)) is None:
         return planned("to do", cache.explain(ingredients).reason), {}
-    outcome = outcome_of(json.loads((entry.path / _STAGE_FILE).read_bytes()))
     return planned("cached", str(outcome), entry.size), outcome.kept
 
 

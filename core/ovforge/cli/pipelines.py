@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ovforge.results import Result
     from ovforge.stages import Progress
 
-__all__ = ["print_result", "progress_bar", "register"]
+__all__ = ["NoCache", "print_result", "progress_bar", "register"]
 
 Config = Annotated[Path, typer.Argument(help="A .toml or .json config, or a PNG that ovforge made.")]
 Set = Annotated[
@@ -56,7 +56,7 @@ def run(
         result = pipeline(progress=progress)
     files = result.save(target)
     if as_json:
-        print(json.dumps(_as_json(result, files), indent=2))
+        print(json.dumps(_as_json(result, files, pipeline), indent=2))
     elif not quiet:
         print_result(result, files, pipeline)
 
@@ -159,22 +159,31 @@ def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None]]:
     if silent:
         yield ignore_progress
         return
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Bar(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def show(moment: Progress) -> None:
             if moment.stage not in tasks:
-                tasks[moment.stage] = bar.add_task(moment.stage, total=moment.total)
+                tasks[moment.stage] = bar.add_task(moment.stage, total=moment.total, note="")
                 if not console.is_terminal:
                     console.print(f"{moment.stage}... {moment.note}".rstrip())
-            bar.update(tasks[moment.stage], completed=moment.done)
+            bar.update(tasks[moment.stage], completed=moment.done, total=moment.total, note=moment.note)
 
         yield show
 
 
 def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
+    """Print timings, what quantizers did, the precision that ran, and the files."""
     from rich.console import Console
+
+    from ovforge.cli.reports import print_quantized
 
     console = Console(highlight=False, soft_wrap=True)
     for warning in result.warnings:
@@ -185,6 +194,7 @@ def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
         times = f"  ({len(spans)} x {sum(spans) / len(spans):.3f} s)" if len(spans) > 1 else ""
         cached = "  from the cache" if name.startswith("compile.") and name[8:] in roles else ""
         console.print(f"{'  ' * depth}{title:<{24 - 2 * depth}}{sum(spans):9.3f} s{times}{cached}")
+    print_quantized(pipeline.recipe.steps, pipeline.reports, pipeline.quality)
     precision = ", ".join(sorted(set(result.provenance.get("precision", {}).values())))
     device = result.provenance.get("device", {})
     console.print(f"{device.get('full_name', '')} ({device.get('name', '')}), computed in {precision}")
@@ -192,12 +202,15 @@ def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
         console.print(f"[bold]{file}[/]")
 
 
-def _as_json(result: Result, files: list[Path]) -> dict[str, Any]:
+def _as_json(result: Result, files: list[Path], pipeline: Pipeline) -> dict[str, Any]:
+    from ovforge.cli.reports import quantized_as_json
+
     return {
         "files": [str(file) for file in files],
         "timings": result.timings.spans,
         "warnings": result.warnings,
         "provenance": result.provenance,
+        **quantized_as_json(pipeline.recipe.steps, pipeline.reports, pipeline.quality),
     }
 
 

@@ -1,0 +1,62 @@
+"""What quantizers did, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ovforge.pipeline import Step
+    from ovforge.quality import Outcome
+    from ovforge.stages import Report
+
+__all__ = ["print_quantized", "quantized_as_json"]
+
+
+def print_quantized(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> None:
+    """Print a table of each quantizer's roles, what was left alone and why, and what the gate said."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    for step, report in _quantized(steps, reports):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in (step.offer.extension.name, "layers", "before", "after", ""):
+            table.add_column(title, justify="left" if title == step.offer.extension.name else "right", no_wrap=True)
+        for role in report.roles:
+            before, after = report.sizes.get(role, (0, 0))
+            layers = str(len(report.layers[role])) if role in report.layers else "?"
+            part = f"{after / before:.0%}" if before else ""
+            table.add_row(role, layers, f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", part)
+        if report.roles:
+            console.print(table)
+        else:
+            console.print(f"[bold]{step.offer.extension.name}[/]: nothing was changed")
+        for line in (*report.applied, *report.notes):
+            console.print(f"  {escape(line)}")
+        for skip in report.skipped:
+            console.print(f"  [yellow]ignored[/] {escape(skip.item)}: {escape(skip.reason)}")
+        if report.seconds is not None:
+            console.print(f"  took {report.seconds:.1f} s")
+    if outcome is not None:
+        colour = "green" if outcome.passed else "red"
+        console.print(f"quality: [{colour}]{outcome}[/]")
+        for role, names in outcome.kept.items():
+            console.print(f"  kept in {role}: {escape(', '.join(names))}")
+
+
+def quantized_as_json(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> dict[str, Any]:
+    """Return the same for programs."""
+    return {
+        "quantize": [
+            {"use": step.offer.extension.name, **asdict(report)} for step, report in _quantized(steps, reports)
+        ],
+        "quality": {**asdict(outcome), "passed": outcome.passed} if outcome else None,
+    }
+
+
+def _quantized(steps: Sequence[Step], reports: Sequence[Report]) -> list[tuple[Step, Report]]:
+    pairs = zip(steps, reports, strict=True)
+    return [(step, report) for step, report in pairs if step.kind == "quantizer"]
