@@ -79,7 +79,7 @@ def test_the_plugin_keeps_the_contract() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "int8_sym", "ratio": 0.5}, "ratio is for modes of 4 bits"),
+        ({"mode": "int8_sym", "ratio": 0.5}, "ratio is for modes below 8 bits"),
         ({"group_size_fallback": "ignore"}, "group_size_fallback is for modes"),
         ({"mode": "int4_sym", "group_size": 0}, "group_size is -1"),
         ({"mode": "int9"}, "mode"),

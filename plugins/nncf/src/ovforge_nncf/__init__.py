@@ -1,4 +1,4 @@
-"""NNCF's compression of weights. Listing it imports no nncf."""
+"""NNCF's quantizers. Listing them imports no nncf."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ __all__ = ["ovforge_quantizers"]
 
 @hookimpl
 def ovforge_quantizers() -> Iterator[QuantizerExtension]:
-    """Yield the compression of weights."""
+    """Yield NNCF's ways to quantize."""
     yield QuantizerExtension(
         name="nncf-weights",
-        summary="Weights in 8 or 4 bits; activations stay as they are",
-        config="ovforge_nncf.weights:WeightsOptions",
+        summary="Weights in 8 bits or fewer; activations stay as they are",
+        config="ovforge_nncf.weights_options:WeightsOptions",
         factory="ovforge_nncf.weights:WeightCompression",
+        needs=lambda options: options.needs,
+    )
+    yield QuantizerExtension(
+        name="nncf-ptq",
+        summary="Weights and activations in INT8 or FP8, with ranges from recorded inputs",
+        config="ovforge_nncf.ptq_options:PtqOptions",
+        factory="ovforge_nncf.ptq:PostTrainingQuantization",
+        needs="inputs",
     )

@@ -1,0 +1,109 @@
+"""Weights and activations in 8 bits, by nncf.quantize on recorded inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from ovforge.bundle import ModelBundle
+from ovforge.errors import ConfigError, ModelError
+from ovforge.stages import Calibration, Report, Skipped
+from ovforge_nncf.graph import constant_bytes, counted, float_bytes, is_quantized, lowered
+from ovforge_nncf.ptq_options import PtqBase, PtqOptions
+from ovforge_nncf.running import (
+    check_memory,
+    chosen_roles,
+    dataset,
+    has_fast_int8,
+    in_plain_words,
+    models_of,
+    speed_note,
+)
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = ["PostTrainingQuantization", "check_models", "describe", "foreseen_memory"]
+
+
+class PostTrainingQuantization:
+    """Puts quantizers where the device's kernels take integers, with ranges found in recorded inputs."""
+
+    def __init__(self, options: PtqOptions) -> None:
+        self.options = options
+
+    def quantize(
+        self, bundle: ModelBundle, calibration: Calibration, keep: Mapping[str, Collection[str]] = {}
+    ) -> Report:
+        """Quantize each role. Raises ConfigError for options that do not fit, ModelError for models that do not."""
+        import nncf
+
+        options, where = self.options, f"quantize ({self.options.NAME})"
+        roles = chosen_roles(options.roles, bundle, where, stepped=True)
+        models = models_of(roles, bundle, options.ignored_scope, keep, where)
+        check_models(models, options, where)
+        report = Report(bytes_before=0, bytes_after=0)
+        for role, model in models.items():
+            data, count = dataset(calibration, role, options.subset_size, where)
+            scope = options.ignored_scope.to_nncf(model, keep.get(role, ()))
+            arguments = {**options.arguments(), "advanced_parameters": options.advanced_parameters()}
+            with in_plain_words(where, role):
+                quantized = nncf.quantize(model, data, ignored_scope=scope, **arguments)
+            describe(report, role, model, quantized, options, keep.get(role, ()))
+            report.notes.append(f"{role}: {count} records")
+            bundle.models[role] = quantized
+        if report.roles and options.arguments()["mode"] is None:
+            report.notes.append(speed_note(has_fast_int8()))
+        return report
+
+
+def check_models(models: Mapping[str, ov.Model], options: PtqBase, where: str) -> None:
+    """Raise for models that are quantized already, that the options do not fit, or that memory does not suffice for."""
+    for role, model in models.items():
+        if done := is_quantized(model):
+            raise ModelError(
+                f"it is quantized already: {done}",
+                where=f"{where}, role {role}",
+                hint="Start from the model in floating point; nncf-hybrid compresses and quantizes in one stage.",
+            )
+        if refused := options.check_model(model):
+            raise ConfigError(refused, where=f"{where}, role {role}")
+        check_memory(foreseen_memory(model), where, role)
+
+
+def foreseen_memory(model: ov.Model) -> int:
+    """Return the bytes that quantizing takes at least: the weights as float32, twice, in the compiler and in NNCF."""
+    return 2 * float_bytes(model)
+
+
+def describe(
+    report: Report, role: str, before: ov.Model, after: ov.Model, options: PtqBase, keep: Collection[str]
+) -> None:
+    """Write into `report` what was quantized, what was left, and why."""
+    found = lowered(after)
+    if not found:
+        report.skipped.append(Skipped(role, "it has nothing that could be quantized"))
+        return
+    report.roles += (role,)
+    report.layers[role] = [op.name for op in found]
+    report.applied.append(f"{role}: {counted(found)}")
+    report.bytes_before = (report.bytes_before or 0) + constant_bytes(before)
+    report.bytes_after = (report.bytes_after or 0) + constant_bytes(after)
+    done = {op.name for op in found}
+    why: dict[str, Counter[str]] = {}
+    for op in before.get_ops():
+        name, kind = op.get_friendly_name(), op.get_type_name()
+        if kind in ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData") and name not in done:
+            if name in keep:
+                reason = "kept for quality"
+            elif options.ignored_scope.matches(name, kind):
+                reason = "in ignored_scope"
+            elif options.ignored_scope.subgraphs:
+                reason = "in ignored_scope.subgraphs, or left by NNCF"
+            else:
+                reason = "left by NNCF: no kernel of the device takes them as integers, or model_type keeps them"
+            why.setdefault(reason, Counter())[kind] += 1
+    for reason, kinds in why.items():
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        report.notes.append(f"{role}: as they were: {counts} ({reason})")
