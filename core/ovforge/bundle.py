@@ -210,17 +210,19 @@ class ModelBundle:
 
     def write_into(self, folder: Path) -> None:
         """Write every part into an existing folder."""
-        if self.index:
-            write_json(folder / "model_index.json", self.index)
-        for role, config in self.configs.items():
-            write_json(folder / role / "config.json", config)
-        for path, data in self.assets.items():
+        for path, data in self.small_files().items():
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         for role in self.models:
             self.write_model(role, folder)
             self.models.release(role)
+
+    def small_files(self) -> dict[str, bytes]:
+        """Return path -> content of every file but the models: the index, configs and assets."""
+        files = {"model_index.json": _json_bytes(self.index)} if self.index else {}
+        files |= {f"{role}/config.json": _json_bytes(config) for role, config in self.configs.items()}
+        return files | self.assets
 
     def write_model(self, role: str, folder: Path) -> Path:
         """Write one role's IR below `folder`, its weights' types as they are; return the .xml."""
@@ -288,7 +290,11 @@ def read_model(source: Source, path: str) -> ov.Model:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object with sorted keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(_json_bytes(value))
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _json_object(source: Source, path: str) -> dict[str, Any]:

@@ -83,11 +83,13 @@ class Extension:
 class LoaderExtension(Extension):
     """Opens a kind of source. `factory(options) -> Loader`.
 
-    `converts` says that loading is dear (a conversion), so that its result goes into the cache.
+    `converts` says that loading is dear (a conversion), so that its result goes into the cache. `in_memory` promises
+    that a conversion leaves no part of the source in a file, so that encrypted sources may be converted.
     """
 
     kind: ClassVar[str] = "loader"
     converts: bool = False
+    in_memory: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,10 @@ class MemoryFolder:
         link.symlink_to(f"/proc/{os.getpid()}/fd/{handle}")
         return link
 
+    def write(self, path: str, data: bytes) -> None:
+        """Make a file of bytes."""
+        self.place(path).write_bytes(data)
+
     def put(self, source: Source, path: str) -> None:
         """Copy a source's file, straight into the memory that is read from."""
         self.place(path)

@@ -372,26 +372,43 @@ def open_origin(origin: Origin, cache: Cache | None, progress: Callable[[Progres
         return bundle
 
     _check_plain(origin)
-    if cache is None or not loader.converts:
+    sealed = origin.source.protection
+    if cache is None or not loader.converts or (sealed and not memory.AVAILABLE):
         return make()
-    entry, _ = cache.get_or_make(
-        load_ingredients(origin, cache),
-        lambda folder: make().write_into(folder),
-        label=f"{loader.name} {origin.source.name}",
-    )
-    return _bundle_of(entry)
+    ingredients = load_ingredients(origin, cache)
+    key = key_of(ingredients)
+
+    def write(folder: Path) -> None:
+        bundle = make()
+        bundle.protection = sealed
+        _write_bundle(bundle, folder, key)
+
+    entry, _ = cache.get_or_make(ingredients, write, label=f"{loader.name} {origin.source.name}")
+    return _bundle_of(entry, sealed)
 
 
 def _check_plain(origin: Origin) -> None:
-    """Refuse to convert what is encrypted: other frameworks read files, and lay some out while they do."""
-    if origin.source.protection and isinstance(origin.loader.extension, LoaderExtension):
-        name = origin.loader.extension.name
-        if origin.loader.extension.converts:
-            raise ModelError(
-                f"the loader {name!r} converts, and would leave parts of an encrypted model in plain files",
-                where=origin.source.name,
-                hint="Convert first (ovforge convert), then encrypt the result (ovforge encrypt).",
-            )
+    """Refuse to convert what is encrypted where a loader lays some of it out in files while it converts."""
+    loader = origin.loader.extension
+    if origin.source.protection and isinstance(loader, LoaderExtension) and loader.converts and not loader.in_memory:
+        raise ModelError(
+            f"the loader {loader.name!r} converts, and would leave parts of an encrypted model in plain files",
+            where=origin.source.name,
+            hint="Convert first (ovforge convert), then encrypt the result (ovforge encrypt).",
+        )
+
+
+def _write_bundle(bundle: ModelBundle, folder: Path, key: str) -> None:
+    """Write a whole bundle for the cache, one model at a time; encrypted where the bundle is."""
+    sealed = bundle.protection
+    if sealed is None:
+        bundle.write_into(folder)
+        return
+    for path, data in bundle.small_files().items():
+        sealed.write(folder, path, data, key)
+    for role in bundle.models:
+        _write_role(bundle, role, folder, key)
+        bundle.models.release(role)
 
 
 def put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> None:
@@ -412,9 +429,9 @@ def put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> No
         bundle.location[role] = part.location[found]
 
 
-def _bundle_of(entry: Entry) -> ModelBundle:
-    """Open an entry that holds a whole bundle; its manifest already knows every file's digest."""
-    return ModelBundle.open(_EntrySource(entry))
+def _bundle_of(entry: Entry, sealed: Protection | None) -> ModelBundle:
+    """Open an entry that holds a whole bundle; the manifest of a plain one already knows every file's digest."""
+    return ModelBundle.open(sealed.open(entry.path, entry.key) if sealed else _EntrySource(entry))
 
 
 class _EntrySource(FileSource):
@@ -1245,7 +1262,7 @@ def _planned_load(name: str, origin: Origin, cache: Cache) -> tuple[PlannedStage
     entry = cache.peek(ingredients)
     if entry is None:
         return _stage(name, origin.loader, "to do", cache.explain(ingredients).reason, size), None
-    return _stage(name, origin.loader, "cached", size=entry.size), _bundle_of(entry)
+    return _stage(name, origin.loader, "cached", size=entry.size), _bundle_of(entry, origin.source.protection)
 
 
 def _no_scheduler() -> Scheduler:

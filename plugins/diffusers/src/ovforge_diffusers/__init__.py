@@ -19,6 +19,7 @@ def ovforge_loaders() -> Iterator[LoaderExtension]:
         config="ovforge_diffusers.options:LoaderOptions",
         factory="ovforge_diffusers.loader:DiffusersLoader",
         converts=True,
+        in_memory=True,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
-from ovforge.sources import FileSource, Source
+from ovforge.sources import Source, open_file
 from ovforge_diffusers import infer
 from ovforge_diffusers.families import Family, identify
 from ovforge_diffusers.folder import Folder
@@ -45,6 +45,7 @@ class Checkpoint:
 
     def __init__(self, source: Source, options: LoaderOptions) -> None:
         self.name = source.name
+        self.protected = source.protection is not None
         self._source = source
         self._options = options
         self._path = checkpoint_file(source) or ""
@@ -63,7 +64,7 @@ class Checkpoint:
                 "it has no averaged weights (model_ema)", where=source.name, hint="Leave out the option ema."
             )
         self.alone = len(self._parts) == 1
-        self._folder = Folder(FileSource(options.config), None) if options.config else None
+        self._folder = Folder(open_file(options.config), None) if options.config else None
         try:
             self._family = self._identify()
             self._configs = {component: self._config(component) for component in self._parts}
@@ -215,7 +216,7 @@ class Checkpoint:
     def _places(self, component: str) -> list[tuple[Source, str]]:
         """Return where a tokenizer may lie: the option's folder; or in the source, with what is beside it."""
         if given := self._options.tokenizer:
-            source = FileSource(given)
+            source = open_file(given)
             return [(source, component), (source, "tokenizer"), (source, ".")]
         return [(self._source, component), (self._source, "tokenizer")]
 

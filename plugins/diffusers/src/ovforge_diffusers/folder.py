@@ -38,6 +38,7 @@ class Folder:
 
     def __init__(self, source: Source, variant: str | None) -> None:
         self.name = source.name
+        self.protected = source.protection is not None
         self._source = source
         self._variant = variant
         self.index: dict[str, Any] = {}
