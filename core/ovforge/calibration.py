@@ -292,13 +292,16 @@ class Recorder:
         compiled, make_task = self.start()
         lock = threading.Lock()
 
-        def offer(role: str, make: Callable[[], Record]) -> None:
-            with lock:
-                reservoir.offer(role, make)
+        def wrap(role: str) -> Callable[[ov.CompiledModel], _Recorded]:
+            def offer(make: Callable[[], Record]) -> None:
+                with lock:
+                    reservoir.offer(role, make)
+
+            return lambda model: _Recorded(model, _names(compiled.source.models[role], model), offer)
 
         for role in compiled:
             if not role.startswith(("tokenizer", "detokenizer")):  # they take text, and nobody quantizes them
-                compiled.wrap(role, lambda model, role=role: _Recorded(model, role, offer))  # type: ignore[misc]
+                compiled.wrap(role, wrap(role))
         task = make_task(compiled)
         first, began = reservoir.runs, time.perf_counter()
         total = self._runs(reservoir) if reservoir.runs else self.runs or 1
@@ -366,14 +369,23 @@ class TaskCalibration:
         return self._score(models)
 
 
+Offer = Callable[[Callable[[], Record]], None]
+
+
+def _names(model: ov.Model, compiled: ov.CompiledModel) -> list[str]:
+    """Return the names of a compiled model's inputs in the model that quantizers get: compiling may add others."""
+    known = {name for port in model.inputs for name in port.names}
+    return [min(port.names & known) for port in compiled.inputs]
+
+
 class _Recorded:
     """A compiled model whose requests tell what they are given; all else is the model's own."""
 
-    def __init__(self, model: ov.CompiledModel, role: str, offer: Callable[[str, Callable[[], Record]], None]) -> None:
-        self._model, self._role, self._offer = model, role, offer
+    def __init__(self, model: ov.CompiledModel, names: Sequence[str], offer: Offer) -> None:
+        self._model, self._names, self._offer = model, names, offer
 
     def create_infer_request(self) -> _RecordedRequest:
-        return _RecordedRequest(self._model.create_infer_request(), self._role, self._offer)
+        return _RecordedRequest(self._model.create_infer_request(), self._names, self._offer)
 
     def __call__(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
         return self.create_infer_request().infer(inputs, *arguments, **options)
@@ -383,25 +395,22 @@ class _Recorded:
 
 
 class _RecordedRequest:
-    def __init__(self, request: ov.InferRequest, role: str, offer: Callable[[str, Callable[[], Record]], None]) -> None:
-        self._request, self._role, self._offer = request, role, offer
+    def __init__(self, request: ov.InferRequest, names: Sequence[str], offer: Offer) -> None:
+        self._request, self._names, self._offer = request, names, offer
 
     def infer(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
         results = self._request.infer(inputs, *arguments, **options)
-        self._record()
+        self._offer(self._record)
         return results
 
     def wait(self) -> None:
         self._request.wait()
-        self._record()
+        self._offer(self._record)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._request, name)
 
-    def _record(self) -> None:
+    def _record(self) -> Record:
         # After the run: its inputs are set by then, however the caller sets them, and a run leaves them as they are.
-        request = self._request
-        self._offer(
-            self._role,
-            lambda: {port.any_name: request.get_tensor(port).data.copy() for port in request.model_inputs},
-        )
+        ports = self._request.model_inputs
+        return {name: self._request.get_tensor(port).data.copy() for name, port in zip(self._names, ports, strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     import openvino as ov
 
 __all__ = ["fewest", "noise_of_layers"]
-
-_WEIGHTS = {"Constant", "Convert", "FakeQuantize", "FakeConvert", "Subtract", "Multiply", "Reshape", "Transpose"}
-"""What stands between a weight and the layer that uses it."""
 
 
 def fewest(count: int, passes: Callable[[int], bool]) -> int | None:
@@ -56,15 +53,16 @@ def noise_of_layers(
         for target in port.get_node().output(0).get_target_inputs():
             target.replace_source_output(source)
     known = [{op.get_friendly_name(): op for op in model.get_ops()} for model in (ours, theirs)]
-    layers = {name: layer for name in names if (layer := _layer(name, known)) is not None}
-    watched = {port for layer in layers.values() for port in (layer, *_fed_by(layer, known))}
+    fixed = _constants(ours)
+    layers = {name: layer for name in names if (layer := _layer(name, known, fixed)) is not None}
+    fed_by = {layer: _fed_by(layer, known, fixed) for layer in layers.values()}
+    watched = {*fed_by, *(source for sources in fed_by.values() for source in sources)}
     sums = []
     order = sorted(watched)
     for name in order:
-        signal, seen = (ops.convert(side[name].output(0), "f32") for side in known)
-        axes = ops.range(ops.constant(0), ops.convert(ops.squeeze(ops.shape_of(ops.shape_of(signal))), "i32"), 1, "i32")
+        signal, seen = (ops.reshape(ops.convert(side[name].output(0), "f32"), [-1], False) for side in known)
         noise = ops.subtract(seen, signal)
-        sums += [ops.reduce_sum(ops.multiply(part, part), axes) for part in (noise, signal)]
+        sums += [ops.reduce_sum(ops.multiply(part, part), [0]) for part in (noise, signal)]
     if not sums:
         return {}
     both = ov.Model([ops.result(one) for one in sums], ours.get_parameters(), "noise")
@@ -75,7 +73,7 @@ def noise_of_layers(
         total += [float(results[number]) for number in range(len(sums))]
     ratio = {name: _ratio(*total[2 * number : 2 * number + 2]) for number, name in enumerate(order)}
     return {
-        name: ratio[layer] - max((ratio[source] for source in _fed_by(layer, known)), default=0.0)
+        name: ratio[layer] - max((ratio[source] for source in fed_by[layer]), default=0.0)
         for name, layer in layers.items()
     }
 
@@ -86,24 +84,27 @@ def _ratio(noise: float, signal: float) -> float:
     return noise / signal if signal else float(noise > 0)
 
 
-def _layer(name: str, known: Sequence[Mapping[str, Any]]) -> str | None:
+def _layer(name: str, known: Sequence[Mapping[str, Any]], fixed: Collection[str]) -> str | None:
     """Return the operation whose output tells of `name`: itself, or for a weight the one that uses it."""
     op = known[0].get(name)
-    while op is not None and op.get_type_name() in _WEIGHTS and _is_constant(op):
+    while op is not None and op.get_friendly_name() in fixed:
         users = [target.get_node() for target in op.output(0).get_target_inputs()]
         op = users[0] if users else None
     found = op.get_friendly_name() if op is not None else None
     return found if found in known[1] else None
 
 
-def _is_constant(op: Any) -> bool:
-    """Say whether all that an operation is made from is constant."""
-    return all(_is_constant(op.input_value(n).get_node()) for n in range(op.get_input_size())) and (
-        op.get_type_name() != "Parameter"
-    )
+def _constants(model: ov.Model) -> set[str]:
+    """Return the operations that depend on no input: weights, and what is computed of them."""
+    fixed: set[str] = set()
+    for op in model.get_ordered_ops():
+        sources = [op.input_value(n).get_node().get_friendly_name() for n in range(op.get_input_size())]
+        if op.get_type_name() == "Constant" or (sources and fixed.issuperset(sources)):
+            fixed.add(op.get_friendly_name())
+    return fixed
 
 
-def _fed_by(layer: str, known: Sequence[Mapping[str, Any]]) -> list[str]:
+def _fed_by(layer: str, known: Sequence[Mapping[str, Any]], fixed: Collection[str]) -> list[str]:
     """Return the operations of one output whose values a layer takes, weights apart."""
     op = known[0][layer]
     sources = [op.input_value(n).get_node() for n in range(op.get_input_size())]
@@ -112,6 +113,6 @@ def _fed_by(layer: str, known: Sequence[Mapping[str, Any]]) -> list[str]:
         for source in sources
         if source.get_output_size() == 1
         and source.get_type_name() != "Parameter"
-        and not _is_constant(source)
-        and (name := source.get_friendly_name()) in known[1]
+        and (name := source.get_friendly_name()) not in fixed
+        and name in known[1]
     ]
