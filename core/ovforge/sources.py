@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from ovforge.cache import DigestMemo
     from ovforge.plugins import Plugins
 
-__all__ = ["PACKAGE", "FileSource", "Opener", "Protection", "Source", "open_file", "open_source", "package_path"]
+__all__ = [
+    "PACKAGE",
+    "Describes",
+    "FileSource",
+    "Opener",
+    "Protection",
+    "Source",
+    "describe_protection",
+    "open_file",
+    "open_source",
+    "package_path",
+]
 
 PACKAGE = "package:"
 """Prefix of sources that lie inside an installed Python package."""
@@ -79,6 +90,14 @@ class Opener(Protocol):
 
     def open(self, source: Source) -> Source:
         """Return the plain source behind it. Raises ModelError or ConfigError where that cannot be."""
+        ...
+
+
+class Describes(Protocol):
+    """What an Opener may also be able to do; `ovforge inspect` shows it."""
+
+    def describe(self, source: Source) -> Sequence[Mapping[str, Any]]:
+        """Return what each file of `source` says of how it is protected, JSON-able, without a key and unchecked."""
         ...
 
 
@@ -178,6 +197,20 @@ def package_path(text: str) -> Path:
             f"the Python package {package!r} is not installed", where=text, hint="Install the plugin that ships it."
         )
     return Path(found.submodule_search_locations[0]) / inside
+
+
+def describe_protection(text: str, base: Path, plugins: Plugins | None = None) -> Sequence[Mapping[str, Any]]:
+    """Return what the files of a source say of how they are protected; nothing where they are plain. Needs no key."""
+    from ovforge.config import validate_options
+    from ovforge.plugins import Plugins
+
+    source = FileSource(package_path(text) if text.startswith(PACKAGE) else base / Path(text).expanduser(), text)
+    for offer in (plugins or Plugins()).all("source"):
+        opener = offer.extension.create(validate_options(offer.extension.options_model(), {}, where="load.key"))
+        if opener.can_open(source) and hasattr(opener, "describe"):
+            describes: Describes = opener
+            return describes.describe(source)
+    return ()
 
 
 def open_file(path: Path, memo: DigestMemo | None = None, plugins: Plugins | None = None) -> Source:

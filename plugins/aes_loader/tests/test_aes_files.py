@@ -40,7 +40,7 @@ def opened(path: Path, key: Key) -> ModelBundle:
 
 def test_contract(ir: Path, tmp_path: Path, key: Key) -> None:
     offers = testing.check_plugin(ovforge_aes_loader)
-    assert [offer.name for offer in offers] == ["aes", "encrypt", "decrypt", "inspect", "rekey"]
+    assert [offer.name for offer in offers] == ["aes", "encrypt", "decrypt", "rekey"]
     files.encrypt(ir.parent, tmp_path / "enc", key)
     options = {"function": key.options.function}
     source = testing.check_source(ovforge_aes_loader, "aes", tmp_path / "enc", ir.parent, options)

@@ -23,11 +23,10 @@ def ovforge_sources() -> Iterator[SourceExtension]:
 
 @hookimpl
 def ovforge_commands() -> Iterator[CommandExtension]:
-    """Yield encrypt, decrypt, inspect and rekey."""
+    """Yield encrypt, decrypt and rekey."""
     for name, summary in (
         ("encrypt", "Encrypt a model, a folder or any file"),
         ("decrypt", "Write an encrypted model as plain files"),
-        ("inspect", "Show how a model is encrypted and which key it wants; needs no key"),
         ("rekey", "Encrypt a model under another key, in its place"),
     ):
         yield CommandExtension(name=name, summary=summary, factory=f"ovforge_aes_loader.commands:{name}")

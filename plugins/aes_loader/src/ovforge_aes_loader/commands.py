@@ -1,8 +1,7 @@
-"""ovforge encrypt, decrypt, inspect, rekey."""
+"""ovforge encrypt, decrypt, rekey."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from ovforge.errors import ConfigError, InputError
 from ovforge_aes_loader.keys import KEY_SIZE, Key, default_keys
 from ovforge_aes_loader.options import CIPHERS, KeyOptions, place_of
 
-__all__ = ["decrypt", "encrypt", "inspect", "rekey"]
+__all__ = ["decrypt", "encrypt", "rekey"]
 
 _PLACE = (
     "Where the key is: env:NAME, file:PATH, fd:3, command:'pass show NAME' or keyring:SERVICE/USER. "
@@ -79,31 +78,6 @@ def decrypt(
     options = _openssl(cipher, iv, iterations, digest)
     chosen = _key(key, passphrase, **options) if key or passphrase or cipher or iv else None
     _say(files.decrypt(source, output, chosen, replace=force))
-
-
-def inspect(
-    source: Source,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """Show how a model is encrypted and which key it wants; needs no key, and checks nothing."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ovforge_aes_loader import files
-
-    said = files.inspect(source)
-    if as_json:
-        print(json.dumps(said, indent=2))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("file", "form", "bytes", "key", "model", "passphrase"):
-        table.add_column(title, justify="right" if title == "bytes" else "left", no_wrap=title != "form")
-    for file in said:
-        cost = file.get("scrypt")
-        scrypt = f"scrypt n={cost['n']} r={cost['r']} p={cost['p']}" if cost else ""
-        size = f"{file['bytes']}" if "bytes" in file else ""
-        table.add_row(file["file"], file["form"], size, file.get("key", ""), file.get("model", ""), scrypt)
-    Console(highlight=False, width=max(Console().width, 160)).print(table)
 
 
 def rekey(

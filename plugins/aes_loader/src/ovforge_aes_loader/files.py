@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from ovforge.errors import ModelError
 from ovforge.files import atomic_folder, sync_folder
-from ovforge.sources import FileSource
+from ovforge.sources import FileSource, Source
 from ovforge_aes_loader.container import (
     CHUNK,
     HEADER_LIMIT,
@@ -31,7 +31,7 @@ from ovforge_aes_loader.opening import open_encrypted, plain_name
 from ovforge_aes_loader.openssl import SALTED, write_openssl
 from ovforge_aes_loader.source import SUFFIX, DecryptedSource
 
-__all__ = ["decrypt", "encrypt", "encrypt_openssl", "inspect", "rekey"]
+__all__ = ["decrypt", "describe", "encrypt", "encrypt_openssl", "rekey"]
 
 _PIECE = 2**20
 
@@ -124,15 +124,13 @@ def rekey(source: Path, old: Key | None, new: Key, *, scrypt: Scrypt | None = No
     return _write_all(sources, source, write, lambda name: name + SUFFIX, replace=True, beside=beside)
 
 
-def inspect(source: Path) -> list[dict[str, Any]]:
+def describe(source: Source) -> list[dict[str, Any]]:
     """Return what each file says of itself, without a key and therefore unchecked: form, name, size, key id, cost."""
-    files = FileSource(source)
     said = []
-    for path, size in files.files().items():
-        with (files.root / path).open("rb") as file:
-            start = file.read(HEADER_LIMIT)
+    for path, size in source.files().items():
+        start = source.read(path, HEADER_LIMIT)
         if start.startswith(MAGIC):
-            header = parse_header(start, size, f"{source}: {path}")
+            header = parse_header(start, size, f"{source.name}: {path}")
             said.append(
                 {
                     "file": path,

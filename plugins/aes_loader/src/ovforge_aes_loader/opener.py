@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ovforge.sources import Source
 from ovforge_aes_loader.keys import Key, remember
 from ovforge_aes_loader.options import KeyOptions
@@ -31,3 +33,9 @@ class AesOpener:
         from ovforge_aes_loader.opening import open_encrypted
 
         return open_encrypted(source, self.key)
+
+    def describe(self, source: Source) -> list[dict[str, Any]]:
+        """Return what each file says of itself, without a key and unchecked."""
+        from ovforge_aes_loader.files import describe
+
+        return describe(source)

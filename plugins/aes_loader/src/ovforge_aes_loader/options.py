@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from ovforge.errors import ConfigError
@@ -46,6 +47,12 @@ class KeyOptions(BaseModel):
     )
     iterations: int = Field(10_000, ge=1, le=10_000_000, description="OpenSSL's salted form: -iter.")
     digest: Literal["sha1", "sha256", "sha384", "sha512"] = Field("sha256", description="OpenSSL's salted form: -md.")
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _in_words(cls, value: Any) -> Any:
+        """A command in one text is split as a shell would."""
+        return tuple(shlex.split(value)) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_place(self) -> KeyOptions:
@@ -93,11 +100,8 @@ def place_of(text: str, **options: Any) -> KeyOptions:
             hint="Write env:NAME, file:PATH, fd:3, command:'pass show NAME' or keyring:SERVICE/USER. "
             "A key itself never stands on a command line, where every process can read it.",
         )
-    import shlex
-
     from ovforge.config import validate_options
 
-    value: Any = tuple(shlex.split(place)) if kind == "command" else place
-    checked = validate_options(KeyOptions, {kind: value, **options}, where="--key", secret=True)
+    checked = validate_options(KeyOptions, {kind: place, **options}, where="--key", secret=True)
     assert isinstance(checked, KeyOptions)
     return checked
