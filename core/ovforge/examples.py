@@ -22,7 +22,7 @@ from ovforge.pictures import digest_picture
 if TYPE_CHECKING:
     from ovforge.stages import Task
 
-__all__ = ["Examples", "check_apart", "read_examples"]
+__all__ = ["Examples", "check_apart", "content_of", "read_examples"]
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -176,6 +176,11 @@ def _object(line: str, where: str) -> dict[str, Any]:
 def _is_picture(model: type[BaseModel], field: str) -> bool:
     described: dict[str, Any] = model.model_json_schema()["properties"][field]
     return any(each.get("format") == "path" for each in (described, *described.get("anyOf", ())))
+
+
+def content_of(inputs: BaseModel) -> str:
+    """Return what a call's inputs hold, pictures and files by their digests."""
+    return json.dumps(_content(inputs, None), sort_keys=True)
 
 
 def _first(inputs: BaseModel) -> str:

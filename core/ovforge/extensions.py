@@ -25,6 +25,7 @@ __all__ = [
     "Extension",
     "GraphTransformExtension",
     "LoaderExtension",
+    "Need",
     "QuantizerExtension",
     "SchedulerExtension",
     "SourceExtension",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Need = Literal["nothing", "inputs", "score"]
+"""What a quantizer asks its calibration for."""
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 

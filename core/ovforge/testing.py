@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 __all__ = [
+    "FixedCalibration",
     "check_device",
     "check_loader",
     "check_plugin",
@@ -178,10 +179,78 @@ def check_quantizer(
     make_bundle: Callable[[], ModelBundle],
     calibration: Any,
 ) -> Report:
-    """Check a quantizer in the same way, with recorded inputs."""
-    return _check_change(
-        module, "quantizer", name, options, make_bundle, lambda stage, bundle: stage.quantize(bundle, calibration)
+    """Check a quantizer in the same way, with recorded inputs; `FixedCalibration` holds some.
+
+    It asks for no more than its description says that it needs, and keeps the layers that it is told to keep.
+    """
+    from ovforge.extensions import QuantizerExtension
+
+    described = extension(module, "quantizer", name)
+    assert isinstance(described, QuantizerExtension)
+    model = described.options_model()
+    need = described.needed(validate_options(model, options, where=name))
+    watched = _Watched(calibration)
+    report = _check_change(
+        module, "quantizer", name, options, make_bundle, lambda stage, bundle: stage.quantize(bundle, watched)
     )
+    allowed = {"nothing": set(), "inputs": {"inputs"}, "score": {"inputs", "score"}}[need]
+    assert watched.asked <= allowed, f"{name} asks for {watched.asked}, and says needs={need!r}: the cache relies on it"
+    for role, names in report.layers.items():
+        assert role in report.roles, f"{name} lowered layers of {role}, which it does not name as changed"
+        known = {op.get_friendly_name() for op in make_bundle().models[role].get_ops()}
+        assert set(names) <= known, f"{name} names layers that {role} does not have: {sorted(set(names) - known)}"
+        if len(names) > 1:
+            _check_keep(module, name, options, make_bundle(), calibration, role, names)
+    return report
+
+
+def _check_keep(
+    module: types.ModuleType,
+    name: str,
+    options: Mapping[str, Any],
+    bundle: ModelBundle,
+    calibration: Any,
+    role: str,
+    layers: Sequence[str],
+) -> None:
+    report = _create(module, "quantizer", name, options).quantize(bundle, calibration, {role: [layers[0]]})
+    assert layers[0] not in report.layers.get(role, ()), f"{name} lowers {layers[0]}, which it was told to keep"
+    assert report.layers.get(role), f"{name} lowers nothing more, where one layer of {len(layers)} is to be kept"
+
+
+class FixedCalibration:
+    """A stages.Calibration of given records by role, and of a function that scores models (by default, always 1)."""
+
+    def __init__(
+        self,
+        records: Mapping[str, Sequence[Mapping[str, Any]]],
+        score: Callable[[Mapping[str, ov.Model]], float] = lambda models: 1.0,
+    ) -> None:
+        self._records, self._score = records, score
+
+    def inputs(self, role: str, count: int) -> Sequence[Mapping[str, Any]]:
+        """Return the first `count` records of `role`."""
+        return self._records[role][:count]
+
+    def score(self, models: Mapping[str, ov.Model]) -> float:
+        """Return what the function says."""
+        return self._score(models)
+
+
+class _Watched:
+    """A calibration that knows what it was asked for."""
+
+    def __init__(self, calibration: Any) -> None:
+        self._calibration = calibration
+        self.asked: set[str] = set()
+
+    def inputs(self, role: str, count: int) -> Any:
+        self.asked.add("inputs")
+        return self._calibration.inputs(role, count)
+
+    def score(self, models: Any) -> Any:
+        self.asked.add("score")
+        return self._calibration.score(models)
 
 
 def check_scheduler(
@@ -235,14 +304,33 @@ def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any]
     core().compile_model(small_model(), plan.device, dict(plan.properties))
 
 
-def check_task(module: types.ModuleType, name: str) -> None:
-    """Check a task's description: inputs are a strict pydantic model, roles are named."""
+def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
+    """Check a task's description: inputs are a strict pydantic model, roles are named.
+
+    And its examples, where a running `task` is given: they are inputs, always the same, and different ones.
+    """
     from ovforge.extensions import TaskExtension
 
-    task = extension(module, "task", name)
-    assert isinstance(task, TaskExtension)
-    assert task.inputs_model().model_config.get("extra") == "forbid", f'the inputs of {name} must have extra="forbid"'
-    assert task.roles, f"{name} names no role"
+    described = extension(module, "task", name)
+    assert isinstance(described, TaskExtension)
+    assert described.inputs_model().model_config.get("extra") == "forbid", (
+        f'the inputs of {name} must have extra="forbid"'
+    )
+    assert described.roles, f"{name} names no role"
+    if task is None:
+        return
+    from ovforge.examples import content_of
+
+    model = described.inputs_model()
+    examples = list(task.examples(8))
+    assert all(isinstance(inputs, model) for inputs in examples), f"examples of {name} are no {model.__name__}"
+    written = [content_of(inputs) for inputs in examples]
+    assert len(set(written)) == len(written), (
+        f"{name} gives the same example twice: it would be calibrated and judged by"
+    )
+    fewer = [content_of(inputs) for inputs in task.examples(4)]
+    same = fewer == written[:4]
+    assert same, f"examples of {name} change from call to call: calibration would use what quality judges by"
 
 
 def _check_change(
