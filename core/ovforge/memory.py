@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from ovforge.errors import ModelError
 if TYPE_CHECKING:
     from ovforge.sources import Source
 
-__all__ = ["AVAILABLE", "MemoryFolder", "large_pages", "memory_folder"]
+__all__ = ["AVAILABLE", "MemoryFolder", "large_pages", "memory_folder", "temporary_files"]
 
 AVAILABLE = hasattr(os, "memfd_create")
 
@@ -60,10 +61,6 @@ class MemoryFolder:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(f"/proc/{os.getpid()}/fd/{handle}")
         return link
-
-    def write(self, path: str, data: bytes) -> None:
-        """Make a file of bytes."""
-        self.place(path).write_bytes(data)
 
     def put(self, source: Source, path: str) -> None:
         """Copy a source's file, straight into the memory that is read from."""
@@ -106,3 +103,25 @@ def memory_folder(purpose: str) -> Iterator[MemoryFolder]:
     finally:
         folder.close()
         shutil.rmtree(root, ignore_errors=True)
+
+
+_temporary = threading.RLock()
+
+
+@contextlib.contextmanager
+def temporary_files(purpose: str) -> Iterator[None]:
+    """Let Python's temporary files lie in memory, for libraries that write what they were given there.
+
+    One thread at a time. Raises ModelError, which names `purpose`, where the system has no file system in memory.
+    """
+    if not os.access(_SHARED_MEMORY, os.W_OK):
+        raise ModelError(
+            f"{purpose} writes temporary files, and {_SHARED_MEMORY}, which keeps them in memory, is not there",
+            hint="Run it on Linux, or convert the model to OpenVINO IR before it is encrypted.",
+        )
+    with _temporary, tempfile.TemporaryDirectory(prefix="ovforge-", dir=_SHARED_MEMORY) as folder:
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before

@@ -72,9 +72,9 @@ def run_script(
 class Marks:
     """Pieces of plain files, to be found in whatever is written: 24 bytes of each 512, which are not too uniform."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, *folders: Path) -> None:
         self.marks: set[bytes] = set()
-        for path in folder.rglob("*"):
+        for path in (path for folder in folders for path in folder.rglob("*")):
             if path.is_file():
                 data = path.read_bytes()
                 pieces = (data[p : p + 24] for p in range(0, len(data) - 24, 512))
@@ -137,6 +137,27 @@ def test_nothing_plain_is_left_and_python_writes_nowhere_else(
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not here")
 def test_no_plain_byte_is_written_while_it_runs(encrypted: Path, marks: Marks, tmp_path: Path) -> None:
     """Everything that any thread, of Python or of the runtime, gives to the kernel to write."""
+    run_traced(encrypted, marks, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not here")
+def test_no_plain_byte_is_written_while_it_converts(tmp_path: Path) -> None:
+    """A diffusers folder: neither torch's weights nor what they are converted to, and the tokenizer's files."""
+    torch = Path(__file__).parents[2] / "lcm" / "tests" / "data" / "embedded-diffusers"
+    files.encrypt(torch, tmp_path / "encrypted", Key(KeyOptions(function=lambda: SECRET)))
+    for name in ("plain", "hidden"):
+        (tmp_path / name).mkdir()
+    run_script(torch, tmp_path / "plain", key=None)
+    [converted] = (tmp_path / "plain" / "cache").rglob("model_index.json")
+    (converted.parent / "entry.json").unlink()  # the cache's own, with options, which are no secret
+    run_traced(tmp_path / "encrypted", Marks(torch, converted.parent), tmp_path / "hidden")
+    assert {path.name for path in (tmp_path / "hidden" / "cache").rglob("*")} >= {"tokenizer_config.json.ovenc"}
+    pictures = [np.asarray(Image.open(tmp_path / name / "picture.png")) for name in ("plain", "hidden")]
+    np.testing.assert_array_equal(*pictures)
+
+
+def run_traced(source: Path, marks: Marks, tmp_path: Path) -> None:
+    """Run the program under strace, and look at what it writes; whatever lies below `tmp_path` then, too."""
     trace = tmp_path / "trace"
     calls = "write,pwrite64,writev,pwritev,pwritev2,sendto,sendmsg,mmap,copy_file_range,sendfile,splice"
     before = ["strace", "-f", "-y", "-xx", "-s", "262144", "-e", f"trace={calls}", "-o", trace]
@@ -144,7 +165,7 @@ def test_no_plain_byte_is_written_while_it_runs(encrypted: Path, marks: Marks, t
         subprocess.run(["strace", "-o", "/dev/null", "true"], check=True, capture_output=True)
     except subprocess.CalledProcessError:
         pytest.skip("this system does not let strace watch programs")
-    run_script(encrypted, tmp_path, before=before)
+    run_script(source, tmp_path, before=before)
     sealed = 0
     with trace.open("rb") as lines:
         for line in lines:
@@ -163,6 +184,8 @@ def test_no_plain_byte_is_written_while_it_runs(encrypted: Path, marks: Marks, t
                 assert marks.found_in(data) is None, target
                 sealed += data.startswith(b"\x89OVENC") and target.startswith(os.fsencode(tmp_path / "cache"))
     assert sealed > 5, "strace saw none of the containers that were written"
+    trace.unlink()
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and marks.found_in(path.read_bytes())] == []
 
 
 def unescaped(text: bytes) -> bytes:
@@ -170,8 +193,8 @@ def unescaped(text: bytes) -> bytes:
 
 
 def is_memory(target: bytes) -> bool:
-    """Say whether a file is anonymous memory, which lies on no disk."""
-    return unescaped(target).startswith(b"/memfd:")
+    """Say whether a file lies in memory: it is anonymous, or in the file system that is there."""
+    return unescaped(target).startswith((b"/memfd:", b"/dev/shm/"))
 
 
 def cli(*arguments: object, code: int = 0, **environment: str) -> str:

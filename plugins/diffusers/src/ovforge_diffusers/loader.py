@@ -7,13 +7,13 @@ import inspect
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError
-from ovforge.memory import memory_folder
+from ovforge.memory import temporary_files
 from ovforge.sources import Source
 from ovforge.stages import Match
 from ovforge_diffusers.checkpoint import Checkpoint
@@ -219,12 +219,15 @@ class Conversion:
     def _tokenizer(self, component: str, files: dict[str, bytes]) -> tuple[ov.Model, ov.Model]:
         """Convert a tokenizer: it pads and cuts to its model_max_length, as diffusers' pipelines ask of it.
 
-        transformers reads tokenizers from files alone, so that these few are laid out in a private folder; in memory
-        where the source is encrypted.
+        transformers reads tokenizers from files alone, so that these few are laid out in a private folder, and
+        openvino_tokenizers writes them once more; in memory where the source is encrypted.
         """
         transformers = need("transformers", PURPOSE)
         tokenizers = need("openvino_tokenizers", PURPOSE)
-        with self._laid_out({PurePosixPath(path).name: data for path, data in files.items()}) as folder:
+        place = temporary_files("converting a tokenizer") if self.parts.protected else contextlib.nullcontext()
+        with place, tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
+            for path, data in files.items():
+                (Path(folder) / PurePosixPath(path).name).write_bytes(data)
             try:
                 with quiet():
                     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -241,17 +244,3 @@ class Conversion:
         for role, model in zip((component, f"de{component}"), models, strict=True):
             settle_names(role, model)
         return models[0], models[1]
-
-    @contextlib.contextmanager
-    def _laid_out(self, files: Mapping[str, bytes]) -> Iterator[Path]:
-        """Give a folder that holds some files."""
-        if self.parts.protected:
-            with memory_folder("converting a tokenizer") as memory:
-                for name, data in files.items():
-                    memory.write(name, data)
-                yield memory.root
-            return
-        with tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
-            for name, data in files.items():
-                (Path(folder) / name).write_bytes(data)
-            yield Path(folder)
