@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ovforge.errors import InputError
+from ovforge.metrics import psnr, ssim
 from ovforge.pictures import open_picture
 from ovforge.stages import Progress, ignore_progress
 from ovforge_benchmark.candidates import Asked
@@ -21,7 +22,6 @@ from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import disturbances
 from ovforge_benchmark.process import in_process
 from ovforge_benchmark.schema import Candidate, Comparison
-from ovforge_benchmark.similarity import psnr, ssim
 from ovforge_benchmark.statistics import summary
 
 __all__ = ["compare"]
@@ -170,11 +170,8 @@ def _candidate(one: _Measured, first: _Measured) -> Candidate:
                     where=one.asked.label,
                     hint="Compare pictures of one size.",
                 )
-        noises = [psnr(*pair) for pair in pairs]
-        likeness = {
-            "ssim": [ssim(*pair) for pair in pairs],
-            "psnr": [None if math.isinf(value) else value for value in noises],
-        }
+        pixels = [(np.asarray(theirs.convert("RGB")), np.asarray(ours.convert("RGB"))) for theirs, ours in pairs]
+        likeness = {"ssim": [ssim(*pair) for pair in pixels], "psnr": [psnr(*pair) for pair in pixels]}
     facts = one.facts
     return Candidate(
         label=one.asked.label,

@@ -64,7 +64,7 @@ class Candidate(Record):
     stages: dict[str, list[float]] = Field(default_factory=dict, description="Stage -> its sum in each call.")
     statistics: dict[str, Statistics] = Field(default_factory=dict)
     ssim: list[float] | None = Field(None, description="Likeness of each picture to the first candidate's.")
-    psnr: list[float | None] | None = Field(None, description="Decibels; None where the pictures are equal.")
+    psnr: list[float] | None = Field(None, description="Decibels, 100 for equal pictures.")
     provenance: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from ovforge.metrics import MAX_PSNR
 from ovforge_benchmark.schema import Candidate, Comparison, Machine
 
 __all__ = ["comparison_markdown", "duration", "machine_line", "markdown_table", "size"]
@@ -99,5 +100,4 @@ def _latency(one: Candidate, name: str, shown: Sequence[Candidate]) -> str:
 def _decibels(one: Candidate) -> str:
     if not one.psnr:
         return ""
-    finite = [value for value in one.psnr if value is not None]
-    return f"{min(finite):.1f} dB" if finite else "equal"
+    return "equal" if min(one.psnr) >= MAX_PSNR else f"{min(one.psnr):.1f} dB"
