@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["LOW", "Lowered", "constant_bytes", "counted", "float_bytes", "is_quantized", "lowered"]
+__all__ = ["CONVOLUTIONS", "LOW", "Lowered", "constant_bytes", "counted", "float_bytes", "is_quantized", "lowered"]
+
+CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 
 LOW = {
     "i8": "INT8", "u8": "INT8", "i4": "INT4", "u4": "INT4", "u3": "INT3", "u6": "INT6", "i2": "INT2", "u2": "INT2",
@@ -129,8 +131,9 @@ def _users(weight: Any, constant: set[str]) -> Iterator[tuple[Any, bool, str | N
             if key in seen:
                 continue
             seen.add(key)
-            if kind == "Gather" and target.get_index() == 1 and name in constant:
-                waiting.append((user, True, label))  # the constant holds numbers of entries in a codebook
+            if kind == "Gather" and name in constant:
+                if target.get_index() == 1:  # numbers of entries in a codebook, which is input 0
+                    waiting.append((user, True, label))
             elif kind in _DECOMPRESSION and name in constant:
                 if kind in _FAKE:
                     label = _fake(user) if target.get_index() == 0 else None  # its other inputs are ranges

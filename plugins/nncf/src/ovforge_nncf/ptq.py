@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError
 from ovforge.stages import Calibration, Report, Skipped
-from ovforge_nncf.graph import constant_bytes, counted, float_bytes, is_quantized, lowered
+from ovforge_nncf.graph import CONVOLUTIONS, constant_bytes, counted, float_bytes, is_quantized, lowered
 from ovforge_nncf.ptq_options import PtqBase, PtqOptions
 from ovforge_nncf.running import (
     check_memory,
@@ -94,7 +94,7 @@ def describe(
     why: dict[str, Counter[str]] = {}
     for op in before.get_ops():
         name, kind = op.get_friendly_name(), op.get_type_name()
-        if kind in ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData") and name not in done:
+        if kind in ("MatMul", *CONVOLUTIONS) and name not in done:
             if name in keep:
                 reason = "kept for quality"
             elif options.ignored_scope.matches(name, kind):

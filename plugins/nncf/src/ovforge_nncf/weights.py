@@ -10,7 +10,7 @@ from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError
 from ovforge.runtime import core
 from ovforge.stages import Calibration, Report, Skipped
-from ovforge_nncf.graph import constant_bytes, counted, float_bytes, lowered
+from ovforge_nncf.graph import CONVOLUTIONS, constant_bytes, counted, float_bytes, lowered
 from ovforge_nncf.running import check_memory, chosen_roles, dataset, in_plain_words, models_of, quiet
 from ovforge_nncf.weights_options import WeightsOptions
 
@@ -38,19 +38,38 @@ class WeightCompression:
         for role, model in models_of(roles, bundle, options.ignored_scope, keep, where).items():
             if options.uses_data:
                 check_memory(2 * float_bytes(model), where, role)
-            before = {op.name: op for op in lowered(model)}
+            own = {op.get_friendly_name() for op in model.get_ops()}
+            before = set(lowered(model))
+            self._check_groups(role, model, keep.get(role, ()), where)
             compressed = self._compressed(role, model, calibration, keep.get(role, ()), where)
-            found = [op for op in lowered(compressed) if op != before.get(op.name)]
+            new = [op for op in lowered(compressed) if op not in before]
+            found = [op for op in new if op.name in own]
             if not found:
                 report.skipped.append(Skipped(role, "it has no weights that could be compressed, or all are already"))
                 continue
             report.roles += (role,)
             report.layers[role] = [op.name for op in found]
             report.applied.append(f"{role}: {counted(found)}")
+            if options.lora_correction:
+                report.notes.append(f"{role}: {(len(new) - len(found)) // 2} low-rank branches of 8-bit weights")
             report.bytes_before = (report.bytes_before or 0) + constant_bytes(model)
             report.bytes_after = (report.bytes_after or 0) + constant_bytes(compressed)
             bundle.models[role] = compressed
         return report
+
+    def _check_groups(self, role: str, model: ov.Model, keep: Collection[str], where: str) -> None:
+        """Raise ConfigError where groups of floats would be a convolution's backup: NNCF has them for matrices alone."""
+        options = self.options
+        if not options.groups_backup:
+            return
+        for op in model.get_ops():
+            name, kind = op.get_friendly_name(), op.get_type_name()
+            if kind in CONVOLUTIONS and name not in keep and not options.ignored_scope.matches(name, kind):
+                raise ConfigError(
+                    f"{options.mode} gives convolutions groups of 8-bit floats, which NNCF has for matrices alone",
+                    where=f"{where}, role {role}",
+                    hint="Set backup_mode = 'int8_asym' or 'none', or ignored_scope = {types = ['Convolution']}.",
+                )
 
     def _compressed(
         self, role: str, model: ov.Model, calibration: Calibration, keep: Collection[str], where: str

@@ -133,6 +133,12 @@ class WeightsOptions(BaseModel):
         return self.mode.startswith("int8")
 
     @property
+    def groups_backup(self) -> bool:
+        """Whether what is not in `mode` gets groups of 8-bit floats."""
+        own = {"mxfp4": "mxfp8_e4m3", "mxfp8_e4m3": "mxfp8_e4m3", "fp4": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3"}
+        return (self.backup_mode or own.get(self.mode)) in ("fp8_e4m3", "mxfp8_e4m3") and self.group_size != -1
+
+    @property
     def uses_data(self) -> bool:
         """Whether recorded inputs are asked for."""
         if self.data is not None:
@@ -148,7 +154,14 @@ class WeightsOptions(BaseModel):
 
     @model_validator(mode="after")
     def _below_eight(self) -> Self:
-        lower = ("ratio", "group_size", "group_size_fallback", "all_layers", "backup_mode", "sensitivity_metric")
+        lower: tuple[str, ...] = (
+            "ratio",
+            "group_size",
+            "group_size_fallback",
+            "all_layers",
+            "backup_mode",
+            "sensitivity_metric",
+        )
         lower += ("awq", *_FROM_DATA, "data")
         for name in lower if self.is_int8 else ():
             if getattr(self, name) not in (None, False, type(self).model_fields[name].default):

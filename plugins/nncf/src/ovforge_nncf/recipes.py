@@ -1,0 +1,62 @@
+"""Recipes: the options of a quantizer with other defaults, under a name of their own.
+
+Each option can still be set; what a recipe says of itself is what is in its class.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ovforge_nncf.hybrid import HybridOptions
+from ovforge_nncf.ptq_options import Preset, PtqOptions
+from ovforge_nncf.weights_options import Mode, WeightsOptions
+
+__all__ = ["DetectorInt8", "LcmInt8", "SdInt8Hybrid", "WeightsInt4", "WeightsInt8"]
+
+
+class LcmInt8(PtqOptions):
+    """Latent consistency models, as OpenVINO's article on LCM and NNCF quantizes them, with its three tricks."""
+
+    NAME: ClassVar[str] = "lcm-int8"
+
+    roles: tuple[str, ...] = Field(("unet",), description="The UNet alone: it takes nearly all of the time.")
+    model_type: Literal["transformer"] | None = Field("transformer", description="Keeps sensitive parts, smooths.")
+    preset: Preset | None = Field("mixed", description="Activations of SiLU and others lie unevenly around zero.")
+    bias_correction: Literal["fast", "accurate", "off"] = Field("off", description="Fast correction draws artifacts.")
+
+
+class SdInt8Hybrid(HybridOptions):
+    """Stable Diffusion at many steps: convolutions in INT8, weights of attention in INT8."""
+
+    NAME: ClassVar[str] = "sd-int8-hybrid"
+
+    roles: tuple[str, ...] = Field(("unet",), description="The UNet alone: it takes nearly all of the time.")
+    bias_correction: Literal["fast", "accurate", "off"] = Field("off", description="Fast correction draws artifacts.")
+
+
+class WeightsInt8(WeightsOptions):
+    """Half the size of float16, pictures that one cannot tell from the others; no data."""
+
+    NAME: ClassVar[str] = "weights-int8"
+
+
+class WeightsInt4(WeightsOptions):
+    """A quarter of the size of float16 for matrices; no data."""
+
+    NAME: ClassVar[str] = "weights-int4"
+
+    mode: Mode = Field("int4_sym", description="Type of the weights; embeddings and convolutions keep 8 bits.")
+    group_size: int | None = Field(64, ge=-1, description="Weights that share a scale; -1: all of an output channel.")
+    group_size_fallback: Literal["error", "ignore", "adjust"] = Field(
+        "adjust", description="Where group_size does not divide a row: smaller groups, as low as 32."
+    )
+
+
+class DetectorInt8(PtqOptions):
+    """Detectors: all models, activations asymmetric, since SiLU and others lie unevenly around zero."""
+
+    NAME: ClassVar[str] = "detector-int8"
+
+    preset: Preset | None = Field("mixed", description="Activations of SiLU and others lie unevenly around zero.")
