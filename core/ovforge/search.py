@@ -36,8 +36,8 @@ def noise_of_layers(
 ) -> dict[str, float]:
     """Return layer -> noise that its lower precision adds, as a ratio of powers: of noise to signal, 10^(-SQNR/10).
 
-    Both models run on the same inputs, as one model that returns two sums a layer, so that no more than one layer's
-    output is held. What a layer adds is its output's ratio less that of what it is given, which layers before it made.
+    Both models run as one, in which each layer of the second takes what that layer of the first takes, so that noise
+    of layers before it does not count. It returns two sums a layer: no more than one layer's output is held.
     """
     import numpy as np
     import openvino as ov
@@ -48,17 +48,16 @@ def noise_of_layers(
     ours, theirs = original.clone(), lowered.clone()
     if ours.get_sinks() or theirs.get_sinks():
         raise ModelError("a model with state cannot be searched", hint='Set on_fail = "error" or "warn".')
-    for port in theirs.inputs:
-        source = ours.input(port.any_name).get_node().output(0)
-        for target in port.get_node().output(0).get_target_inputs():
-            target.replace_source_output(source)
     known = [{op.get_friendly_name(): op for op in model.get_ops()} for model in (ours, theirs)]
     fixed = _constants(ours)
     layers = {name: layer for name in names if (layer := _layer(name, known, fixed)) is not None}
-    fed_by = {layer: _fed_by(layer, known, fixed) for layer in layers.values()}
-    watched = {*fed_by, *(source for sources in fed_by.values() for source in sources)}
+    for port in theirs.inputs:
+        _feed(port.get_node().output(0), ours.input(port.any_name).get_node().output(0))
+    for name, number in {source for layer in layers.values() for source in _fed_by(known[0][layer], fixed)}:
+        if name in known[1]:
+            _feed(known[1][name].output(number), known[0][name].output(number))
+    order = sorted(set(layers.values()))
     sums = []
-    order = sorted(watched)
     for name in order:
         signal, seen = (ops.reshape(ops.convert(side[name].output(0), "f32"), [-1], False) for side in known)
         noise = ops.subtract(seen, signal)
@@ -72,10 +71,13 @@ def noise_of_layers(
         results = compiled(dict(record))
         total += [float(results[number]) for number in range(len(sums))]
     ratio = {name: _ratio(*total[2 * number : 2 * number + 2]) for number, name in enumerate(order)}
-    return {
-        name: ratio[layer] - max((ratio[source] for source in fed_by[layer]), default=0.0)
-        for name, layer in layers.items()
-    }
+    return {name: ratio[layer] for name, layer in layers.items()}
+
+
+def _feed(port: Any, source: Any) -> None:
+    """Give all that takes `port` what `source` holds."""
+    for target in port.get_target_inputs():
+        target.replace_source_output(source)
 
 
 def _ratio(noise: float, signal: float) -> float:
@@ -104,15 +106,11 @@ def _constants(model: ov.Model) -> set[str]:
     return fixed
 
 
-def _fed_by(layer: str, known: Sequence[Mapping[str, Any]], fixed: Collection[str]) -> list[str]:
-    """Return the operations of one output whose values a layer takes, weights apart."""
-    op = known[0][layer]
-    sources = [op.input_value(n).get_node() for n in range(op.get_input_size())]
+def _fed_by(op: Any, fixed: Collection[str]) -> list[tuple[str, int]]:
+    """Return (name, output) of the operations whose values a layer takes, weights and parameters apart."""
+    sources = [op.input_value(n) for n in range(op.get_input_size())]
     return [
-        name
+        (source.get_node().get_friendly_name(), source.get_index())
         for source in sources
-        if source.get_output_size() == 1
-        and source.get_type_name() != "Parameter"
-        and (name := source.get_friendly_name()) not in fixed
-        and name in known[1]
+        if source.get_node().get_type_name() != "Parameter" and source.get_node().get_friendly_name() not in fixed
     ]
