@@ -19,7 +19,7 @@ import ovforge_nncf
 from ovforge import Use, testing
 from ovforge.bundle import ModelBundle
 from ovforge.config import validate_options
-from ovforge.errors import ConfigError, InputError, ModelError, OvforgeError
+from ovforge.errors import Cancelled, ConfigError, ModelError
 from ovforge.stages import Report
 from ovforge_nncf import running
 from ovforge_nncf.graph import lowered
@@ -396,7 +396,7 @@ def test_a_limit_that_cannot_be_reached_leaves_the_model() -> None:
 def test_what_the_pipeline_raises_is_passed_on() -> None:
     made = bundle()
     described = testing.extension(ovforge_nncf, "quantizer", "nncf-accuracy")
-    stopped = ovforge.errors.Cancelled()
+    stopped = Cancelled()
 
     class Stopping(Recorded):
         def score(self, models: Mapping[str, ov.Model]) -> float:
@@ -405,7 +405,7 @@ def test_what_the_pipeline_raises_is_passed_on() -> None:
 
     calibration = Stopping()
     options = described.options_model()()  # type: ignore[misc]
-    with pytest.raises(ovforge.errors.Cancelled) as raised:
+    with pytest.raises(Cancelled) as raised:
         described.create(options).quantize(made, calibration)
     assert raised.value is stopped
     assert calibration.scored == 1
@@ -420,3 +420,132 @@ def test_what_is_to_be_kept_stays(name: str) -> None:
     assert {"conv_out", "down"} <= set(report.layers["unet"])
     if name != "nncf-weights":
         assert "unet: as they were: 1 Convolution, 1 MatMul (kept for quality)" in report.notes
+
+
+def test_what_is_quantized_already_is_refused() -> None:
+    for first, said in (("nncf-ptq", "in INT8"), ("weights-int8", "in INT8 weights")):
+        made = bundle()
+        quantize(first, {}, made)
+        for name in ("nncf-ptq", "nncf-hybrid", "nncf-accuracy"):
+            with pytest.raises(ModelError, match="it is quantized already") as raised:
+                quantize(name, {}, made)
+            assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("nncf-ptq", {"smooth_quant": {}}, "smooth_quant is for model_type = 'transformer'"),
+        ("nncf-ptq", {"smooth_quant": {"matmul": -0.5}, "model_type": "transformer"}, "-1 for off"),
+        ("nncf-ptq", {"mode": "fp8_e4m3", "preset": "mixed"}, "preset = 'mixed' is for integers"),
+        ("nncf-ptq", {"mode": "fp8_e5m2", "target_device": "gpu"}, "is for target_device = 'any' or 'cpu'"),
+        ("nncf-ptq", {"mode": "fp8_e5m2", "overflow_fix": "enable"}, "overflow_fix is for integers"),
+        ("nncf-ptq", {"mode": "fp8_e5m2", "advanced": {"quantize_outputs": True}}, "quantize_outputs is for integers"),
+        ("nncf-ptq", {"mode": "fp8_e5m2", "advanced": {"weights": {"num_bits": 8}}}, "advanced.weights is for integers"),
+        ("nncf-ptq", {"advanced": {"weights": {"fp8": "f8e4m3"}}}, "advanced.weights.fp8 is for mode"),
+        ("nncf-ptq", {"advanced": {"activations": {"num_bits": 4}}}, "is for target_device = 'npu'"),
+        ("nncf-ptq", {"advanced": {"bias_threshold": 2}, "bias_correction": "off"}, "bias_threshold is nothing"),
+        ("nncf-ptq", {"activations_range": {"max": {"aggregator": "histogram"}}}, "activations_range"),
+        ("nncf-ptq", {"ignored_scope": {"patterns": ["("]}}, "no regular expression"),
+        ("nncf-ptq", {"ignored_scope": {"names": ["conv_inn"]}}, "Did you mean 'conv_in'"),
+        ("nncf-ptq", {"ignored_scope": {"types": ["Matmul"]}}, "Did you mean 'MatMul'"),
+        ("nncf-ptq", {"ignored_scope": {"patterns": ["attention"]}}, "no name of an operation"),
+        ("nncf-ptq", {"ignored_scope": {"subgraphs": [{"inputs": ["up"], "outputs": ["dawn"]}]}}, "'down'"),
+        ("nncf-ptq", {"roles": ["unnet"]}, "Did you mean 'unet'"),
+        ("nncf-ptq", {"subset_size": 0}, "subset_size"),
+        ("nncf-accuracy", {"mode": "fp8_e4m3"}, "unknown key `mode`"),
+        ("nncf-hybrid", {"ratio": 0.5}, "ratio is for modes below 8 bits"),
+        ("nncf-hybrid", {"weights_mode": "codebook"}, "is for nncf-weights alone"),
+        ("nncf-weights", {"mode": "int8_sym", "gptq": True}, "gptq is for modes below 8 bits"),
+        ("nncf-weights", {"mode": "mxfp4", "group_size": 64}, "group_size is 32"),
+        ("nncf-weights", {"mode": "nvfp4", "group_size_fallback": "adjust"}, "whose groups have 16 weights"),
+        ("nncf-weights", {"mode": "mxfp4"}, "groups of 8-bit floats"),
+        ("nncf-weights", {"mode": "fp4", "awq": True}, "awq is for integers, nf4 and codebooks"),
+        ("nncf-weights", {"mode": "nf4", "gptq": True, "lora_correction": True}, "do not go together"),
+        ("nncf-weights", {"mode": "nf4", "gptq": True, "data": False}, "gptq needs data"),
+        ("nncf-weights", {"mode": "adaptive_codebook", "data": False}, "needs data"),
+        ("nncf-weights", {"mode": "nf4", "compression_format": "fake_quantize"}, "training in PyTorch"),
+        ("nncf-weights", {"mode": "codebook"}, "codebook goes with mode"),
+        ("nncf-weights", {"mode": "codebook", "codebook": [1, 0]}, "must rise"),
+        ("nncf-weights", {"mode": "nf4", "advanced": {"awq": {"alpha_min": 0.5, "alpha_max": 0.1}}}, "alpha_max"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        quantize(name, options)
+    assert message in f"{raised.value} {raised.value.hint}"
+
+
+def test_no_data_and_too_little_memory_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = testing.extension(ovforge_nncf, "quantizer", "nncf-ptq")
+    quantizer = described.create(validate_options(described.options_model(), {}, where="test"))
+
+    class Empty(Recorded):
+        def inputs(self, role: str, count: int) -> list[dict[str, Any]]:
+            return []
+
+    with pytest.raises(ModelError, match="no inputs of 'unet' were recorded"):
+        quantizer.quantize(bundle(), Empty())
+    monkeypatch.setattr(running, "available_memory", lambda: 1000)
+    with pytest.raises(ModelError, match="GiB of memory") as raised:
+        quantizer.quantize(bundle(), Recorded())
+    assert "subset_size" in str(raised.value.hint)
+
+
+def test_what_nncf_raises_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the middle of the work, at each quantizer: our error, and the bundle as it was."""
+    for name in ("nncf-ptq", "nncf-hybrid", "nncf-accuracy", "nncf-weights"):
+        made = bundle()
+        before = made.models["unet"]
+
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise RuntimeError("std::bad_alloc")
+
+        changing = "compress_weights" if name == "nncf-weights" else "quantize"
+        changing = "quantize_with_accuracy_control" if name == "nncf-accuracy" else changing
+        with monkeypatch.context() as patched:
+            patched.setattr(nncf, changing, fail)
+            with pytest.raises(ModelError, match="memory ran out"):
+                quantize(name, {}, made)
+        assert made.models["unet"] is before
+        same(before, network())
+
+
+def test_recipes_are_their_base_with_other_defaults() -> None:
+    same(
+        quantize("lcm-int8", {})[0],
+        quantize("nncf-ptq", {"model_type": "transformer", "preset": "mixed", "bias_correction": "off"})[0],
+    )
+    same(quantize("sd-int8-hybrid", {})[0], quantize("nncf-hybrid", {"bias_correction": "off"})[0])
+    same(quantize("weights-int8", {})[0], quantize("nncf-weights", {})[0])
+    four = {"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"}
+    same(quantize("weights-int4", {})[0], quantize("nncf-weights", four)[0])
+    same(quantize("detector-int8", {})[0], quantize("nncf-ptq", {"preset": "mixed"})[0])
+    for name in ("lcm-int8", "sd-int8-hybrid", "weights-int8", "weights-int4", "detector-int8"):
+        model = testing.extension(ovforge_nncf, "quantizer", name).options_model()
+        assert model is not None
+        assert all(info.description for info in model.model_fields.values())
+
+
+def test_contracts_hold() -> None:
+    testing.check_plugin(ovforge_nncf)
+    for name in ("nncf-ptq", "nncf-hybrid"):
+        testing.check_quantizer(ovforge_nncf, name, {"subset_size": 2}, bundle, Recorded())
+
+
+def test_the_embedded_lcm_draws_the_same_in_int8() -> None:
+    """The recipe in a config, calibrated by the pipeline itself: half the bytes, pictures close to those of float32."""
+    options: dict[str, Any] = {"source": EMBEDDED, "cache": None, "device": Use("cpu", precision="f32")}
+    plain = ovforge.Pipeline("text-to-image", **options)
+    small = ovforge.Pipeline(
+        "text-to-image", quantize=[Use("lcm-int8", subset_size=6)], calibration={"samples": 6, "runs": 2}, **options
+    )
+    report = next(report for report in small.reports if report.sizes)
+    before, after = report.sizes["unet"]
+    assert after < 0.53 * before
+    assert report.roles == ("unet",)
+    expected, found = (
+        np.asarray(pipe("a beautiful pink unicorn, 8k", seed=1234567, steps=4).images[0], np.float32)
+        for pipe in (plain, small)
+    )
+    assert 0 < np.abs(expected - found).mean() < 12

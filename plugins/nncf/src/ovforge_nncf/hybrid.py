@@ -27,8 +27,8 @@ __all__ = ["Hybrid", "HybridOptions"]
 
 COMPUTING = {
     "MatMul", "ScaledDotProductAttention", "BatchNormInference", "Add", "Subtract", "Multiply", "Divide", "Maximum",
-    "Minimum", "AvgPool", "AdaptiveAvgPool", "ReduceMean", "MVN", "NormalizeL2", "Interpolate", "Power", "FloorMod", "Less",
-    "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalNot", "LogicalAnd", "LogicalOr", "LogicalXor",
+    "Minimum", "AvgPool", "AdaptiveAvgPool", "ReduceMean", "MVN", "NormalizeL2", "Interpolate", "Power", "FloorMod",
+    "Less", "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalNot", "LogicalAnd", "LogicalOr", "LogicalXor",
     "SquaredDifference", "LSTMSequence", "GRUSequence", "GroupNormalization",
 }  # fmt: skip
 """What NNCF puts quantizers before, besides convolutions."""

@@ -58,7 +58,7 @@ class WeightCompression:
         return report
 
     def _check_groups(self, role: str, model: ov.Model, keep: Collection[str], where: str) -> None:
-        """Raise ConfigError where groups of floats would be a convolution's backup: NNCF has them for matrices alone."""
+        """Raise ConfigError where groups of floats would be a convolution's backup: NNCF has them for matrices."""
         options = self.options
         if not options.groups_backup:
             return
