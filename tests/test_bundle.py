@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from ovforge import testing
+from ovforge import files, testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
 from ovforge.bundle import ModelBundle, path_of, role_of
 from ovforge.errors import ModelError
@@ -100,10 +100,21 @@ def test_saving_over_a_folder_keeps_the_old_one_until_the_new_is_whole(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-made is left"
 
 
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_folder_takes_the_place_of_another(swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once where the system can swap, else by two renames, of which a failed second one undoes the first."""
+    if not swaps:
+        monkeypatch.setattr(files, "_swap", lambda *_: False)
+    for text in ("old", "new"):
+        with files.atomic_folder(tmp_path / "it", replace=True) as folder:
+            (folder / text).write_text(text)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["it", "it/new"]
+
+
 def test_a_process_killed_while_saving_leaves_no_folder(tmp_path: Path) -> None:
     code = """
 import sys, time, pathlib
-from ovforge import testing
+from ovforge import files, testing
 bundle = testing.small_bundle()
 def slow():
     pathlib.Path(sys.argv[2]).touch(); time.sleep(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["atomic_folder", "atomic_write", "sync_file", "sync_folder"]
+
+
+_HERE, _RENAME_EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2(2)."""
 
 
 def _read_umask() -> int:
@@ -69,7 +74,23 @@ def _exchange(temporary: Path, path: Path) -> None:
     """Put `temporary` in the place of `path`; what was there is removed only afterwards."""
     if not path.exists():
         temporary.rename(path)
-        return
+    elif _swap(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        _exchange_in_two(temporary, path)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two paths change places at once, with no moment between; say whether the system can (Linux)."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0)
+
+
+def _exchange_in_two(temporary: Path, path: Path) -> None:
+    """Do it where the system cannot swap: killed in between, the process leaves the old folder in a `.old` beside."""
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     path.rename(old / path.name)
     try:

@@ -189,6 +189,7 @@ def test_a_damaged_file_is_not_decrypted_in_part(tmp_path: Path, key: Key) -> No
     assert (tmp_path / "old").read_text() == "old" and list(tmp_path.rglob(".*")) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are swapped at once on Linux alone")
 @pytest.mark.parametrize("what", ["encrypt", "rekey"])
 def test_a_process_killed_leaves_the_old_files(what: str, tmp_path: Path) -> None:
     """Killed at ten moments; what is there is always one whole model, the old one until the new one is."""
@@ -220,9 +221,6 @@ def test_a_process_killed_leaves_the_old_files(what: str, tmp_path: Path) -> Non
         process.stdout.close()
         left = [path for path in tmp_path.iterdir() if path.name.startswith(".enc.")]
         killed_at_work += any(path.suffix == ".tmp" for path in left)
-        if not target.exists():  # killed between the two renames: the old folder waits beside it
-            [aside] = [path / "enc" for path in left if path.suffix == ".old" and (path / "enc").exists()]
-            aside.rename(target)
         files.decrypt(target, tmp_path / "check", old, replace=True)
         for path in source.iterdir():
             assert (tmp_path / "check" / path.name).read_bytes() == path.read_bytes()
