@@ -1,1 +1,22 @@
 """GroundingDINO: detection by text. Listing it imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ovforge import hookimpl
+from ovforge.extensions import LoaderExtension
+
+__all__ = ["ovforge_loaders"]
+
+
+@hookimpl
+def ovforge_loaders() -> Iterator[LoaderExtension]:
+    """Yield the converting loader; the task is `detect`, of ovforge-detection."""
+    yield LoaderExtension(
+        name="grounding-dino",
+        summary="Convert GroundingDINO, or MM-GroundingDINO: a transformers folder, or the original checkpoints",
+        config="ovforge_grounding_dino.options:LoaderOptions",
+        factory="ovforge_grounding_dino.loader:GroundingDinoLoader",
+        converts=True,
+    )
