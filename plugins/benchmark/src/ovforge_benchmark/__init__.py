@@ -12,7 +12,17 @@ __all__ = ["ovforge_commands"]
 
 @hookimpl
 def ovforge_commands() -> Iterator[CommandExtension]:
-    """Yield compare."""
+    """Yield benchmark, bench-diff and compare."""
+    yield CommandExtension(
+        name="benchmark",
+        summary="Measure a model or a whole pipeline, with benchmark_app's flags and more",
+        factory="ovforge_benchmark.bench:benchmark",
+    )
+    yield CommandExtension(
+        name="bench-diff",
+        summary="Compare two reports, and fail where something became slower",
+        factory="ovforge_benchmark.bench:bench_diff",
+    )
     yield CommandExtension(
         name="compare",
         summary="Run pipelines side by side: pictures, latency, memory, size, likeness",

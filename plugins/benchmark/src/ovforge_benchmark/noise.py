@@ -33,11 +33,13 @@ class Watch:
     """Watches the system while a `with` block runs, and says afterwards what disturbed it.
 
     `others` is the part of all processors that other processes took, or None where the system does not tell;
-    processes that the block started and waited for are its own.
+    processes that the block started and waited for are its own. `energy` is what the processor packages used, in
+    joules, where the system lets this user read it (RAPL).
     """
 
     def __enter__(self) -> Watch:
         self.others: float | None = None
+        self.energy: float | None = None
         self._before = _counters()
         return self
 
@@ -45,6 +47,9 @@ class Watch:
         before, after = self._before, _counters()
         self._change = {name: after[name] - before[name] for name in after if name in before}
         wall = self._change["wall"]
+        self.energy = self._change.get("energy")
+        if self.energy is not None and self.energy < 0:  # the counter began anew
+            self.energy = None
         if "busy" in self._change and wall > 0:
             capacity = wall * (os.cpu_count() or 1)
             # The system counts in ticks of 10 ms, which a short block does not reach.
@@ -87,7 +92,17 @@ def _counters() -> dict[str, float]:
     clocks = [text_of(path) for path in _CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
     if known := [int(clock) for clock in clocks if clock]:
         found["clock"] = math.log(sum(known) / len(known))
+    joules = [
+        text_of(path / "energy_uj") for path in Path("/sys/class/powercap").glob("*rapl:[0-9]*") if _package(path)
+    ]
+    if joules and all(joules):
+        found["energy"] = sum(int(joule or 0) for joule in joules) / 1e6
     return found
+
+
+def _package(zone: Path) -> bool:
+    """Say whether a power zone is a whole processor package, not a part of one."""
+    return (text_of(zone / "name") or "").startswith("package")
 
 
 def _hardware_chooses() -> bool:

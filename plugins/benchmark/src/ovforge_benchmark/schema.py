@@ -8,11 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "VERSION",
+    "Benchmark",
     "Candidate",
     "Comparison",
+    "Group",
+    "Histogram",
+    "InputFacts",
     "Machine",
+    "Moment",
+    "Operator",
     "Record",
     "Statistics",
+    "Versus",
 ]
 
 VERSION = 1
@@ -81,4 +88,99 @@ class Comparison(Record):
     runs: int
     calls: list[dict[str, Any]] = Field(description="Inputs of each row of pictures that the command named.")
     candidates: tuple[Candidate, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class InputFacts(Record):
+    """One input of a model, and what it was given."""
+
+    name: str
+    type: str
+    shape: str
+    layout: str = ""
+    filled_with: str = Field(description='"random numbers", or the files.')
+
+
+class Group(Record):
+    """Shapes that were fed together, and the latency with them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    latency: Statistics | None = None
+
+
+class Histogram(Record):
+    """How often latencies fell between two edges; edges are seconds, evenly apart, the last bin is open above."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+class Moment(Record):
+    """A slice of the measured time: when it began (seconds), inferences that ended in it, and their median latency."""
+
+    start: float
+    count: int
+    median: float | None
+
+
+class Operator(Record):
+    """Time of one layer, in seconds a run, over all that a role was run for; only layers that ran."""
+
+    role: str
+    name: str
+    type: str
+    kernel: str = Field(description="Which of the device's implementations ran, and in what type.")
+    seconds: float
+    cpu_seconds: float
+    share: float = Field(description="Of its role's layers.")
+
+
+class Benchmark(Record):
+    """A report of `ovforge benchmark`. All times are seconds, all sizes bytes."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["benchmark"] = "benchmark"
+    created: str = Field(description="UTC, ISO 8601.")
+    complete: bool = Field(True, description="False where it was interrupted: it holds what was measured by then.")
+    what: str = Field(description="The model or pipeline, as it was asked for.")
+    subject: Literal["model", "pipeline"]
+    machine: Machine
+    asked: dict[str, Any] = Field(default_factory=dict, description="Flags and settings, as given.")
+    ran: dict[str, Any] = Field(default_factory=dict, description="What the device says that it really did.")
+    precision: dict[str, str] = Field(default_factory=dict, description="Role -> what it was computed in.")
+    inputs: tuple[InputFacts, ...] = ()
+    start: dict[str, float] = Field(default_factory=dict, description="read, reshape, compile, first...: once each.")
+    iterations: int = 0
+    duration: float = 0.0
+    throughput: float | None = Field(None, description="Frames (inferences times batch) or calls a second.")
+    latency: Statistics | None = Field(None, description="Of an inference, or of a call of the pipeline.")
+    percentile: dict[str, float] = Field(default_factory=dict, description="The percentile that was asked for.")
+    groups: tuple[Group, ...] = ()
+    stages: dict[str, Statistics] = Field(default_factory=dict, description="Pipelines: each run of each part.")
+    shares: dict[str, float] = Field(default_factory=dict, description="Pipelines: part of a call's time.")
+    histogram: Histogram | None = None
+    timeline: tuple[Moment, ...] = ()
+    operators: tuple[Operator, ...] = ()
+    peak_memory: int | None = None
+    energy: float | None = Field(None, description="Joules of the processor packages while it was measured.")
+    warnings: tuple[str, ...] = ()
+
+
+class Versus(Record):
+    """A report of `ovforge benchmark A --against B`: how many times as long A takes as B."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["versus"] = "versus"
+    created: str = Field(description="UTC, ISO 8601.")
+    complete: bool = True
+    machine: Machine
+    labels: tuple[str, str]
+    precision: tuple[dict[str, str], dict[str, str]]
+    seconds: tuple[Statistics, Statistics] | None = Field(description="An inference or call of each, by block.")
+    pairs: int
+    ratio: float = Field(description="Of A's time to B's: above 1, B is faster.")
+    low: float = Field(description="Lower end of the 95 % interval.")
+    high: float | None = Field(description="Upper end; None where too little was measured to tell.")
+    within: float
+    narrow: bool = Field(description="Whether the interval is as narrow as was asked.")
     warnings: tuple[str, ...] = ()

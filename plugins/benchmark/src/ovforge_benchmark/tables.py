@@ -6,9 +6,18 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from ovforge.metrics import MAX_PSNR
-from ovforge_benchmark.schema import Candidate, Comparison, Machine
+from ovforge_benchmark.diff import Change
+from ovforge_benchmark.schema import Candidate, Comparison, Machine, Versus
 
-__all__ = ["comparison_markdown", "duration", "machine_line", "markdown_table", "size"]
+__all__ = [
+    "changes_markdown",
+    "comparison_markdown",
+    "duration",
+    "machine_line",
+    "markdown_table",
+    "size",
+    "versus_markdown",
+]
 
 _FIRST = ("load", "compile", "first call")
 
@@ -101,3 +110,48 @@ def _decibels(one: Candidate) -> str:
     if not one.psnr:
         return ""
     return "equal" if min(one.psnr) >= MAX_PSNR else f"{min(one.psnr):.1f} dB"
+
+
+def versus_markdown(report: Versus) -> str:
+    """Return the ratio of two, with its interval, in words and as a table."""
+    first, second = report.labels
+    if report.seconds is None or report.high is None:
+        said = "Too little was measured to tell which one is faster."
+    elif report.low > 1:
+        said = f"{second} is {report.ratio:.3f} times as fast as {first}."
+    elif report.high < 1:
+        said = f"{first} is {1 / report.ratio:.3f} times as fast as {second}."
+    else:
+        said = "No difference can be told from chance."
+    lines = [f"# {first} against {second}\n", f"{said}\n"]
+    if report.seconds is not None:
+        rows = [
+            [
+                label,
+                *(duration(value) for value in (one.min, one.mean, one.median, one.max)),
+                ", ".join(sorted(set(p.values()))),
+            ]
+            for label, one, p in zip(report.labels, report.seconds, report.precision, strict=True)
+        ]
+        lines.append(markdown_table(["", "min", "mean", "median", "max", "computed in"], rows))
+        high = "?" if report.high is None else f"{report.high:.4f}"
+        lines.append(
+            f"Ratio of times {report.ratio:.4f}, 95 % interval {report.low:.4f} to {high}, {report.pairs} pairs.\n"
+        )
+    lines.append(f"{machine_line(report.machine)}.\n")
+    lines += [f"- warning: {warning}" for warning in report.warnings]
+    return "\n".join(lines)
+
+
+def changes_markdown(found: Sequence[Change], threshold: float) -> str:
+    """Return old and new figures, those beyond the threshold marked."""
+    rows = []
+    for one in found:
+        mark = "**worse**" if one.factor > 1 + threshold else "better" if one.factor < 1 / (1 + threshold) else ""
+        old, new = (_figure(value, one.unit) for value in (one.old, one.new))
+        rows.append([one.name, old, new, f"{one.new / one.old - 1:+.1%}", mark])
+    return markdown_table(["", "old", "new", "change", ""], rows)
+
+
+def _figure(value: float, unit: str) -> str:
+    return duration(value) if unit == "s" else size(value) if unit == "bytes" else f"{value:.2f} {unit}"

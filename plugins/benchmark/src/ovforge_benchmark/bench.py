@@ -1,0 +1,155 @@
+"""ovforge benchmark, bench-diff."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovforge.errors import InputError
+
+__all__ = ["bench_diff", "benchmark"]
+
+SLOWER = 3
+"""Exit code of bench-diff where something became slower than the threshold allows."""
+
+benchmark = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+# The flags are benchmark_app's, with one dash and many letters: argparse reads them as that program does.
+@benchmark.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    help="Measure a model or a whole pipeline, with benchmark_app's flags and more.",
+)
+def _benchmark(context: typer.Context) -> None:
+    from ovforge_benchmark.flags import parser
+
+    reader = parser()
+    given = reader.check(context.args)
+    flags = vars(given)
+    _name_model(flags)
+    tell = _teller(flags)
+    if flags["against"]:
+        words = shlex.split(flags["against"])
+        start = copy.deepcopy(given)
+        start.model = start.path_to_model = start.against = None
+        second = vars(reader.check(words, start))
+        _name_model(second)
+        _print_versus(flags, second, tell)
+        return
+    _check_output(flags)
+    if flags["tune"]:
+        from ovforge_benchmark.tune import tune
+
+        found = tune(flags, tell)
+        _say(flags, found.model_dump_json(indent=2), found.markdown())
+        return
+    _print_report(flags, tell)
+
+
+def _name_model(flags: dict[str, Any]) -> None:
+    if flags["model"] and flags["path_to_model"]:
+        raise typer.BadParameter(f"two models: {flags['model']} and -m {flags['path_to_model']}")
+    flags["model"] = flags["model"] or flags["path_to_model"]
+    if not flags["model"]:
+        raise typer.BadParameter("Name a model or a pipeline: ovforge benchmark model.xml")
+
+
+def _check_output(flags: Mapping[str, Any]) -> None:
+    """Refuse folders that are not there, before anything is measured."""
+    for name in ("output", "dump_config", "exec_graph_path"):
+        if flags[name] and not Path(flags[name]).absolute().parent.is_dir():
+            raise InputError("no such folder", where=str(Path(flags[name]).parent), hint="Make it, or name another.")
+    if flags["report_type"] and not Path(flags["report_folder"]).is_dir():
+        raise InputError("no such folder", where=f"-report_folder {flags['report_folder']}", hint="Make it first.")
+
+
+def _print_report(flags: Mapping[str, Any], tell: Any) -> None:
+    from ovforge_benchmark.reports import benchmark_markdown, write_report
+    from ovforge_benchmark.whole import is_pipeline, run_pipeline
+
+    if is_pipeline(flags["model"]):
+        report = run_pipeline(flags, tell)
+    else:
+        from ovforge_benchmark.model import run_model
+
+        report = run_model(flags, tell)
+    if flags["output"]:
+        write_report(Path(flags["output"]), report)
+    shown = report if flags["perf_counts"] or flags["perf_counts_sort"] else report.model_copy(update={"operators": ()})
+    _say(flags, report.model_dump_json(indent=2), benchmark_markdown(shown, flags["perf_counts_sort"] or "sort"))
+    if not report.complete:
+        raise KeyboardInterrupt
+
+
+def _print_versus(flags: Mapping[str, Any], second: Mapping[str, Any], tell: Any) -> None:
+    from ovforge.files import atomic_write
+    from ovforge_benchmark.against import run_against
+    from ovforge_benchmark.tables import versus_markdown
+
+    _check_output(flags)
+    report = run_against(flags, second, tell)
+    text = versus_markdown(report)
+    if flags["output"]:
+        base = Path(flags["output"])
+        atomic_write(base.with_suffix(".json"), (report.model_dump_json(indent=2) + "\n").encode())
+        atomic_write(base.with_suffix(".md"), text.encode())
+    _say(flags, report.model_dump_json(indent=2), text)
+    if not report.complete:
+        raise KeyboardInterrupt
+
+
+def _say(flags: Mapping[str, Any], as_json: str, text: str) -> None:
+    if flags["json_lines"]:
+        print(json.dumps({"event": "report", "report": json.loads(as_json)}), flush=True)
+    elif flags["json"]:
+        print(as_json)
+    elif not flags["quiet"]:
+        print(text)
+
+
+def _teller(flags: Mapping[str, Any]) -> Callable[[str, dict[str, Any]], None]:
+    """Return what tells of progress: JSON lines on standard output, or one changing line where a person looks."""
+    if flags["json_lines"]:
+        return lambda event, facts: print(json.dumps({"event": event, **facts}), flush=True)
+    if flags["quiet"] or flags["json"] or not sys.stderr.isatty():
+        return lambda event, facts: None
+
+    def show(event: str, facts: dict[str, Any]) -> None:
+        said = ", ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}"
+                         for key, value in facts.items())  # fmt: skip
+        print(f"\r\x1b[K{said}", end="" if event != "step" else "\r", file=sys.stderr, flush=True)
+
+    return show
+
+
+def bench_diff(
+    old: Annotated[Path, typer.Argument(help="A JSON report of ovforge benchmark or compare.")],
+    new: Annotated[Path, typer.Argument(help="A newer one of the same.")],
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0.0, help="How much worse a figure may be: 0.05 is 5 %.")
+    ] = 0.05,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Compare two reports. Exit codes: 0 nothing is worse than the threshold allows, 3 something is."""
+    from dataclasses import asdict
+
+    from ovforge_benchmark.diff import changes, read_report
+    from ovforge_benchmark.tables import changes_markdown
+
+    found, warnings = changes(read_report(old), read_report(new))
+    worse = [change for change in found if change.factor > 1 + threshold]
+    if as_json:
+        print(json.dumps({"changes": [asdict(one) for one in found], "worse": [one.name for one in worse],
+                          "warnings": warnings, "threshold": threshold}, indent=2))  # fmt: skip
+    else:
+        print(changes_markdown(found, threshold))
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    raise typer.Exit(SLOWER if worse else 0)

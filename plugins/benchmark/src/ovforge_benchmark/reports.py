@@ -1,0 +1,160 @@
+"""A benchmark as Markdown, CSV and the files that -report_type asks for; all written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovforge.files import atomic_write
+from ovforge_benchmark.operators import by_type
+from ovforge_benchmark.schema import Benchmark, Operator, Statistics
+from ovforge_benchmark.tables import duration, machine_line, markdown_table, size
+
+__all__ = ["benchmark_markdown", "csv_text", "operator_table", "write_counters", "write_report"]
+
+_MOST_LAYERS = 20
+
+
+def write_report(output: Path, report: Benchmark) -> list[Path]:
+    """Write REPORT.json, .csv, .md and .html; return them."""
+    from ovforge_benchmark.html import benchmark_html
+
+    files = {
+        ".json": report.model_dump_json(indent=2) + "\n",
+        ".csv": csv_text(report),
+        ".md": benchmark_markdown(report),
+        ".html": benchmark_html(report),
+    }
+    base = output.with_suffix("") if output.suffix in files else output
+    written = []
+    for suffix, text in files.items():
+        path = base.with_name(base.name + suffix)
+        atomic_write(path, text.encode())
+        written.append(path)
+    return written
+
+
+def benchmark_markdown(report: Benchmark, layers: str = "sort") -> str:
+    """Return the whole report. `layers` is -pcsort's order."""
+    lines = [f"# {report.what}\n"]
+    if not report.complete:
+        lines.append("**Interrupted**: this is what was measured by then.\n")
+    rows = [[name, *_cells(one)] for name, one in _all(report)]
+    if rows:
+        head = ["", "runs", "min", "mean", "median", "p90", "p99", "max"]
+        if report.shares:
+            head.insert(1, "share")
+            for row in rows:
+                row.insert(1, f"{report.shares[row[0]]:.1%}" if row[0] in report.shares else "")
+        shown = [[_title(row[0]), *row[1:]] for row in rows]
+        lines.append(markdown_table(head, shown))
+    facts = [["throughput", f"{report.throughput:.2f} a second"]] if report.throughput else []
+    facts += [[f"percentile {name}", duration(value)] for name, value in report.percentile.items() if name != "50"]
+    facts += [[name.replace("_", " "), duration(value)] for name, value in report.start.items()]
+    facts += [["peak memory", size(report.peak_memory)]] if report.peak_memory else []
+    facts += [["energy", f"{report.energy:.1f} J, {report.energy / report.iterations:.3f} J each"]] if (
+        report.energy is not None and report.iterations
+    ) else []  # fmt: skip
+    computed = ", ".join(sorted(set(report.precision.values())))
+    facts += [["computed in", computed]] if computed else []
+    facts += [[name, str(report.ran[key])] for name, key in _RAN if key in report.ran]
+    lines.append(markdown_table(["", ""], facts))
+    if report.inputs:
+        inputs = [[one.name, one.type, one.shape, one.layout, one.filled_with] for one in report.inputs]
+        lines.append(markdown_table(["input", "type", "shape", "layout", "filled with"], inputs))
+    if report.operators:
+        lines.append("Time by type of layer, then by layer:\n")
+        lines.append(operator_table(report.operators, layers))
+    lines.append(f"{machine_line(report.machine)}.\n")
+    lines += [f"- warning: {warning}" for warning in report.warnings]
+    return "\n".join(lines) + ("\n" if report.warnings else "")
+
+
+_RAN = (
+    ("device", "FULL_DEVICE_NAME"), ("api", "api"), ("hint", "PERFORMANCE_HINT"), ("requests", "requests"),
+    ("streams", "NUM_STREAMS"), ("threads", "INFERENCE_NUM_THREADS"),
+)  # fmt: skip
+
+
+def _all(report: Benchmark) -> Iterable[tuple[str, Statistics]]:
+    """Yield every set of statistics: parts of a pipeline below what they are a part of."""
+    if report.latency:
+        yield ("call" if report.subject == "pipeline" else "latency"), report.latency
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in report.stages))
+    for name in sorted(report.stages, key=lambda one: (tops.index(one.partition(".")[0]), one)):
+        yield name, report.stages[name]
+    for group in report.groups:
+        if group.latency:
+            yield ", ".join(f"{name}{list(shape)}" for name, shape in group.shapes.items()), group.latency
+
+
+def _title(name: str) -> str:
+    return f"↳ {name.rpartition('.')[2]}" if "." in name and "[" not in name else name
+
+
+def _cells(one: Statistics) -> list[str]:
+    values = (one.min, one.mean, one.median, one.p90, one.p99, one.max)
+    return [str(one.count), *(duration(value) for value in values)]
+
+
+def operator_table(found: Sequence[Operator], order: str = "sort") -> str:
+    """Return time by type and by layer, with the part of the whole; `order` is -pcsort's."""
+    total = sum(one.seconds for one in found) or 1.0
+    types = [
+        [role, kind, str(count), duration(seconds), f"{seconds / total:.1%}"]
+        for role, kind, count, seconds in by_type(found)
+    ]
+    layers = list(found) if order == "no_sort" else sorted(found, key=lambda one: -one.seconds)
+    more = len(layers) - _MOST_LAYERS if order != "no_sort" else 0
+    shown = layers[:_MOST_LAYERS] if more > 0 else layers
+    rows = [
+        [one.role, one.type, one.name, one.kernel, duration(one.seconds), f"{one.seconds / total:.1%}"] for one in shown
+    ]
+    text = markdown_table(["role", "type", "layers", "time", "share"], types)
+    text += "\n" + markdown_table(["role", "type", "layer", "kernel", "time", "share"], rows)
+    return text + (f"\nand {more} shorter ones.\n" if more > 0 else "")
+
+
+def csv_text(report: Benchmark) -> str:
+    """Return one row of statistics a line, in seconds."""
+    head = list(Statistics.model_fields)
+    rows = [[name, *(getattr(one, field) for field in head)] for name, one in _all(report)]
+    rows += [[f"start {name}", 1, *[value] * 2, 0.0, *[value] * 5] for name, value in report.start.items()]
+    return _csv(["name", *head], rows)
+
+
+def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def write_counters(flags: Mapping[str, Any], report: Benchmark, each: Sequence[Sequence[Operator]]) -> None:
+    """Write what -report_type asks for, into -report_folder: benchmark_report, and layers beside it."""
+    folder, as_json = Path(flags["report_folder"]), flags["json_stats"]
+
+    def write(name: str, value: Any, text: str) -> None:
+        data = json.dumps(value, indent=2) + "\n" if as_json else text
+        atomic_write(folder / f"{name}.{'json' if as_json else 'csv'}", data.encode())
+
+    facts: dict[str, Any] = {
+        "model": report.what, "iterations": report.iterations, "duration (s)": report.duration,
+        "throughput (FPS)": report.throughput, **{f"{name} (s)": value for name, value in report.start.items()},
+        **({f"latency {name} (s)": getattr(report.latency, name) for name in Statistics.model_fields if name != "count"}
+           if report.latency else {}),
+        **{f"percentile {name} (s)": value for name, value in report.percentile.items()},
+        **{f"ran {name}": value for name, value in report.ran.items()},
+    }  # fmt: skip
+    write("benchmark_report", report.model_dump(mode="json"), _csv(["name", "value"], facts.items()))
+    lists = {"average_counters": [report.operators], "detailed_counters": each}.get(flags["report_type"], [])
+    if lists:
+        head = ["request", *Operator.model_fields]
+        rows = [[n, *one.model_dump().values()] for n, layers in enumerate(lists) for one in layers]
+        value = [[one.model_dump() for one in layers] for layers in lists]
+        write(f"benchmark_{flags['report_type']}_report", value, _csv(head, rows))
