@@ -510,6 +510,7 @@ def quality_ingredients(recipe: Recipe, identity: str, memo: Any) -> dict[str, A
         "judge": _judged_by(recipe, memo),
         "limit": table.limit,
         "on_fail": table.on_fail,
+        **({"encrypted": recipe.protection.identity} if recipe.protection else {}),
         "openvino": openvino_version(),
     }
 
@@ -823,18 +824,30 @@ class Workshop:
         """Return what the gate said of the quantizers on these models, where that is known."""
         if self.cache is None or identity is None:
             return None
-        return _stored(self.cache.get(quality_ingredients(self.recipe, identity, self.cache.memo)))
+        return _stored(
+            self.cache.get(quality_ingredients(self.recipe, identity, self.cache.memo)), self.recipe.protection
+        )
 
     def store_outcome(self, identity: str | None, outcome: Outcome) -> None:
         """Remember what the gate said."""
         if self.cache is not None and identity is not None:
-            said = asdict(outcome)
-            key = quality_ingredients(self.recipe, identity, self.cache.memo)
-            self.cache.put(key, lambda folder: write_json(folder / _STAGE_FILE, said), label=f"quality: {outcome}")
+            ingredients = quality_ingredients(self.recipe, identity, self.cache.memo)
+            sealed, said, key = self.recipe.protection, asdict(outcome), key_of(ingredients)
+
+            def write(folder: Path) -> None:
+                if sealed is None:
+                    write_json(folder / _STAGE_FILE, said)
+                else:
+                    sealed.write(folder, _STAGE_FILE, json.dumps(said).encode(), key)
+
+            self.cache.put(ingredients, write, label=f"quality: {outcome}")
 
 
-def _stored(entry: Entry | None) -> Outcome | None:
-    return outcome_of(json.loads((entry.path / _STAGE_FILE).read_bytes())) if entry else None
+def _stored(entry: Entry | None, sealed: Protection | None) -> Outcome | None:
+    if entry is None:
+        return None
+    stored = sealed.open(entry.path, entry.key) if sealed else _EntrySource(entry)
+    return outcome_of(json.loads(stored.read(_STAGE_FILE)))
 
 
 class _NoCalibration:
@@ -1244,7 +1257,7 @@ def _planned_gate(recipe: Recipe, bundle: ModelBundle | None, cache: Cache) -> t
         return planned("to do", "after the stage before it"), {}
     ingredients = quality_ingredients(recipe, identity, cache.memo)
     entry = cache.peek(ingredients)
-    if entry is None or (outcome := _stored(entry)) is None:
+    if entry is None or (outcome := _stored(entry, recipe.protection)) is None:
         return planned("to do", cache.explain(ingredients).reason), {}
     return planned("cached", str(outcome), entry.size), outcome.kept
 

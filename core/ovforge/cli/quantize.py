@@ -72,7 +72,10 @@ def quantize(
     if target.exists() and not force:
         raise InputError("is there already", where=str(target), hint="Name another folder, or add --force.")
     with progress_bar(as_json) as progress:
-        prepared = _prepare(config, base, plugins, no_cache, progress)
+        if "task" in config or Path(source).suffix.lower() in _CONFIGS:
+            prepared = _prepare(config, base, plugins, no_cache, progress)
+        else:
+            prepared = _prepare_model(config, base, plugins, no_cache, progress)
     _write(prepared, target, force)
     _print(prepared, target, as_json)
 
@@ -131,21 +134,25 @@ def _name(source: str) -> str:
 
 
 def _prepare(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
-    from ovforge.pipeline import prepare, prepare_alone, task_for
+    from ovforge.pipeline import prepare
 
-    cache = None if no_cache else "default"
-    if "task" not in config:
-        found = task_for(config["load"], base, plugins, cache)
-        if found is None:
-            for key in ("calibration", "quality"):
-                if key in config:
-                    raise PluginError(
-                        "no task here runs this model", where=f"--{key}" if key == "calibration" else key,
-                        hint="Name the task with --task, or install the plugin that has it.",
-                    )  # fmt: skip
-            return prepare_alone(config, base, plugins, progress)
-        config = {**config, "task": found}
-    return prepare(config, base=base, plugins=plugins, cache=cache, progress=progress)
+    return prepare(config, base=base, plugins=plugins, cache=None if no_cache else "default", progress=progress)
+
+
+def _prepare_model(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
+    """Quantize a model by itself: with the first task that runs it, or without one where no data is asked for."""
+    from ovforge.pipeline import prepare_alone, task_for
+
+    found = task_for(config["load"], base, plugins, None if no_cache else "default")
+    if found is not None:
+        return _prepare({**config, "task": found}, base, plugins, no_cache, progress)
+    for key in ("calibration", "quality"):
+        if key in config:
+            raise PluginError(
+                "no task here runs this model", where=f"--{key}" if key == "calibration" else key,
+                hint="Name the task with --task, or install the plugin that has it.",
+            )  # fmt: skip
+    return prepare_alone(config, base, plugins, progress)
 
 
 def _write(prepared: Prepared, target: Path, force: bool) -> None:
