@@ -9,14 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 
+import ovforge
 from families import make_family, maker
+from ovforge import Use
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
+from ovforge.runtime import core
 from ovforge.sources import FileSource
+from ovforge_sd_lora.targets import find_targets, weight_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+F32 = Use("cpu", precision="f32")
+PROMPT = "a beautiful pink unicorn, 8k"
+SIZE = {"width": 16, "height": 24}
+
+
+def compress(model: ov.Model, mode: str) -> ov.Model:
+    """Compress a model's weights; those of 4 bits in groups of 8."""
+    nncf = pytest.importorskip("nncf")
+    few = {} if "INT8" in mode else {"group_size": 8, "all_layers": True, "ratio": 1.0}
+    return nncf.compress_weights(model, mode=getattr(nncf.CompressWeightsMode, mode), **few)
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,15 @@ class Family:
 
     def bundle(self) -> ModelBundle:
         return ModelBundle.open(FileSource(self.converted))
+
+    def compressed(self, mode: str) -> ModelBundle:
+        """Return a bundle whose UNet nncf has compressed, once for each mode."""
+        bundle = self.bundle()
+        kept = self.converted.with_name(f"{self.converted.name}-{mode}.xml")
+        if not kept.exists():
+            ov.save_model(compress(bundle.models["unet"], mode), kept, compress_to_fp16=False)
+        bundle.models["unet"] = core().read_model(kept)
+        return bundle
 
     def pipe(self) -> Any:
         """Return diffusers' pipeline."""
@@ -56,6 +81,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
 
             if name == "small":
                 folder = maker().make_pipeline(root / name, time_cond_proj_dim=None)
+                maker().write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
+                diffusers.DDIMScheduler(
+                    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                    set_alpha_to_one=False, steps_offset=1,
+                ).save_pretrained(folder / "scheduler")  # fmt: skip
             else:
                 folder = make_family(root / name, name)
             torch.set_num_threads(1)
@@ -133,3 +163,32 @@ def torch_weights(unet: Any) -> dict[str, np.ndarray[Any, Any]]:
         for name, value in unet.state_dict().items()
         if "lora_" not in name
     }
+
+
+def weights(bundle: Any, role: str = "unet") -> dict[str, Any]:
+    """Return the weights and biases of a model, by torch's names."""
+    found = {}
+    for path, target in find_targets(role, bundle.models[role]).items():
+        found[f"{path}.weight"] = target.weight()
+        if ports := target.bias_inputs():
+            found[f"{path}.bias"] = weight_of(ports[0].get_source_output()).reshape(-1)
+    return found
+
+
+def pictures(pipe: Any, seed: int = 3) -> Any:
+    return pipe(PROMPT, steps=3, guidance_scale=2.0, seed=seed, **SIZE)
+
+
+def their_pictures(pipe: Any, seed: int = 3) -> Any:
+    torch = pytest.importorskip("torch")
+    made = pipe(
+        PROMPT, num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(seed), **SIZE
+    )
+    return made.images
+
+
+def ours(family: Family, cache: Cache | None, *transforms: Use, **more: Any) -> ovforge.Pipeline:
+    scheduler = Use("diffusers", class_name="DDIMScheduler")
+    return ovforge.Pipeline(
+        "text-to-image", family.converted, transforms=transforms, device=F32, scheduler=scheduler, cache=cache, **more
+    )

@@ -12,38 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ovforge
 import ovforge_sd_lora
-from families import agree
 from ovforge import Use, testing
 from ovforge.cache import Cache
 from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.options import LoraOptions
-from ovforge_sd_lora.switch import running_adapter
-from ovforge_sd_lora.targets import find_targets
+from ovforge_sd_lora.targets import find_targets, stored_nodes
 from ovforge_sd_lora.transform import LoraTransform
 
-from .conftest import Family, torch_weights
+from .conftest import Family, compress, ours, pictures, torch_weights, weights
 
 Families = Callable[[str], Family]
 Lora = Callable[..., Path]
-
-F32 = Use("cpu", precision="f32")
-PROMPT = "a beautiful pink unicorn, 8k"
-SIZE = {"width": 16, "height": 24}
-
-
-def weights(bundle: Any, role: str = "unet") -> dict[str, Any]:
-    """Return the weights and biases of a model, by torch's names."""
-    found = {}
-    for path, target in find_targets(role, bundle.models[role]).items():
-        found[f"{path}.weight"] = target.weight()
-        if ports := target.bias_inputs():
-            from ovforge_sd_lora.targets import weight_of
-
-            found[f"{path}.bias"] = weight_of(ports[0].get_source_output()).reshape(-1)
-    return found
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], before: Mapping[str, Any]) -> int:
@@ -57,25 +38,6 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], before: Mapping[
         elif name.endswith(("weight", "bias")):  # a bias of zeros is left out
             assert not wanted.any() or "embedding" in name, name
     return changed
-
-
-def pictures(pipe: Any, seed: int = 3) -> Any:
-    return pipe(PROMPT, steps=3, guidance_scale=2.0, seed=seed, **SIZE)
-
-
-def their_pictures(pipe: Any, seed: int = 3) -> Any:
-    torch = pytest.importorskip("torch")
-    made = pipe(
-        PROMPT, num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(seed), **SIZE
-    )
-    return made.images
-
-
-def ours(family: Family, cache: Cache | None, *transforms: Use, **more: Any) -> ovforge.Pipeline:
-    scheduler = Use("diffusers", class_name="DDIMScheduler")
-    return ovforge.Pipeline(
-        "text-to-image", family.converted, transforms=transforms, device=F32, scheduler=scheduler, cache=cache, **more
-    )
 
 
 @pytest.mark.parametrize("name", ["sd1", "xl"])
@@ -96,23 +58,6 @@ def test_weights_are_those_of_diffusers(family: Families, lora: Lora, name: str,
         theirs = strip(torch_weights(getattr(pipe, role)))
         changed += compare(weights(bundle, role), theirs, strip(before[role]))
     assert changed == len({(m.role, m.name) for m in open_adapter(path, "x").modules})
-
-
-@pytest.mark.parametrize("name", ["sd1", "xl"])
-def test_pictures_are_those_of_diffusers_alone_and_in_pairs(
-    family: Families, lora: Lora, cache: Cache, name: str
-) -> None:
-    first, second = lora(name, 0, text=name == "sd1"), lora(name, 1)
-    pipe = family(name).pipe()
-    plain = their_pictures(pipe)
-    pipe.load_lora_weights(first, adapter_name="first")
-    pipe.load_lora_weights(second, adapter_name="second")
-    for scales in ({"first": 0.7}, {"first": 0.7, "second": -0.4}):
-        pipe.set_adapters(list(scales), list(scales.values()))
-        theirs = their_pictures(pipe)
-        assert np.abs(np.asarray(theirs[0], int) - np.asarray(plain[0], int)).mean() > 1
-        used = [Use("lora", path={"first": first, "second": second}[n], scale=s) for n, s in scales.items()]
-        agree(pictures(ours(family(name), cache, *used)), theirs)
 
 
 KOHYA = {
@@ -218,118 +163,14 @@ def test_sgm_names_are_read_as_diffusers_reads_them(family: Families, lora: Lora
     assert compare(weights(bundle), torch_weights(pipe.unet), before) > 100
 
 
-kept: list[Any] = []
-
-ALGORITHMS = {
-    "locon-tucker": {"algo": "lora", "use_tucker": True, "linear_alpha": 2, "conv_alpha": 1},
-    "loha": {"algo": "loha"},
-    "loha-tucker": {"algo": "loha", "use_tucker": True},
-    "lokr": {"algo": "lokr", "factor": 2},
-    "lokr-tucker": {"algo": "lokr", "use_tucker": True, "factor": 4, "decompose_both": True},
-    "lokr-full": {"algo": "lokr", "full_matrix": True},
-    "full-norms": {"algo": "full", "train_norm": True},
-    "dora-outputs": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
-    "dora-inputs": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
-    "doha": {"algo": "loha", "dora_wd": True},
-    "dokr": {"algo": "lokr", "dora_wd": True, "factor": 4},
-}
+MODES = ["INT8_ASYM", "INT8_SYM", "INT4_SYM", "INT4_ASYM", "NF4"]
 
 
-def lycoris_file(unet: Any, target: Path, options: Mapping[str, Any]) -> None:
-    """Let LyCORIS put a random adapter beside the layers of `unet`, and write it."""
-    torch = pytest.importorskip("torch")
-    lycoris = pytest.importorskip("lycoris")
-    torch.manual_seed(2)
-    lycoris.LycorisNetwork.apply_preset(
-        {"target_module": ["Transformer2DModel", "ResnetBlock2D", "Downsample2D"], "enable_conv": True}
-    )
-    network = lycoris.create_lycoris(
-        unet, 1.0, **{"linear_dim": 3, "linear_alpha": 1.5, "conv_dim": 2, "conv_alpha": 1, **options}
-    )
-    network.apply_to()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            strength = 0.05 if "norm" in name or options["algo"] == "full" else 0.3
-            parameter.add_(strength * torch.randn_like(parameter) * (0.1 if "dora" in name else 1))
-    network.save_weights(str(target), torch.float32, {})
-    kept.append(network)  # its hooks work as long as it lives
-
-
-def forward(unet: Any, inputs: Mapping[str, Any]) -> Any:
-    """Run torch's UNet."""
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return unet(*(torch.from_numpy(value) for value in inputs.values()), return_dict=False)[0].numpy()
-
-
-@pytest.mark.parametrize("kind", ALGORITHMS)
-def test_each_kind_of_lycoris(family: Families, tmp_path: Path, kind: str) -> None:
-    """LyCORIS runs beside torch's UNet, as in training; we fuse its file, and run it beside ours."""
-    rng = np.random.default_rng(0)
-    inputs = {
-        "sample": rng.standard_normal((1, 4, 8, 16), np.float32),
-        "timestep": np.array([500]),
-        "encoder_hidden_states": rng.standard_normal((1, 77, 32), np.float32),
-    }
-    path = tmp_path / f"{kind}.safetensors"
-    unet = family("small").pipe().unet
-    plain = forward(unet, inputs)
-    lycoris_file(unet, path, ALGORITHMS[kind])
-    wanted = forward(unet, inputs)
-    assert np.abs(wanted - plain).mean() > 0.05 * plain.std()
-    for mode in ("fuse", "runtime"):
-        bundle = family("small").bundle()
-        options = LoraOptions(path=path, mode=mode)
-        assert not LoraTransform(options).apply(bundle).skipped
-        got = run_beside(bundle, options, inputs)
-        assert np.abs(got - wanted).max() <= 2e-4 * np.abs(wanted).max(), mode
-
-
-def run_beside(bundle: Any, options: LoraOptions, inputs: Mapping[str, Any]) -> Any:
-    """Compile and run a UNet with what the adapter puts into its variables."""
-    import openvino as ov
-
-    from ovforge.runtime import core
-
-    compiled = core().compile_model(bundle.models["unet"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    request = compiled.create_infer_request()
-    adapter = running_adapter(options, bundle)
-    values = adapter.values(options.scale)["unet"] if adapter else {}
-    states = {state.name: state for state in request.query_state()}
-    assert set(states) == set(values)
-    for name, value in values.items():
-        states[name].state = ov.Tensor(value)
-    return request.infer(dict(inputs))["out_sample"].copy()
-
-
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
-def test_kinds_of_peft(family: Families, tmp_path: Path, kind: str) -> None:
-    """A PEFT folder, whose alpha stands in adapter_config.json alone."""
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(3)
-    unet = family("small").pipe().unet
-    before = torch_weights(unet)
-    config = getattr(peft, kind)(r=3, alpha=5, target_modules=["to_q", "to_v", "conv1"], init_weights=False)
-    model = peft.get_peft_model(unet, config)
-    model.save_pretrained(tmp_path)
-    merged = torch_weights(model.merge_and_unload())
-    bundle = family("small").bundle()
-    assert not LoraTransform(LoraOptions(path=tmp_path)).apply(bundle).skipped
-    assert compare(weights(bundle), merged, before) > 5
-
-
-@pytest.mark.parametrize("mode", ["INT8_ASYM", "INT8_SYM", "INT4_SYM", "INT4_ASYM", "NF4"])
+@pytest.mark.parametrize("mode", MODES)
 def test_compressed_weights_are_opened_and_not_quantized_again(family: Families, lora: Lora, mode: str) -> None:
-    nncf = pytest.importorskip("nncf")
-    path = lora("sd1", 1)
-    bundle, before = family("sd1").bundle(), family("sd1").bundle()
-    few = {} if "INT8" in mode else {"group_size": 8, "all_layers": True, "ratio": 1.0}
-    for each in (bundle, before):
-        each.models["unet"] = nncf.compress_weights(
-            each.models["unet"], mode=getattr(nncf.CompressWeightsMode, mode), **few
-        )
-    stored, plain = weights(before), weights(family("sd1").bundle())
+    path, small = lora("small", 1), family("small")
+    bundle = small.compressed(mode)
+    stored, plain = weights(bundle), weights(small.bundle())
     report = LoraTransform(LoraOptions(path=path, scale=0.7, mode="fuse", roles=["unet"])).apply(bundle)
     assert "not quantized again" in " ".join(report.notes)
     after, adapter = weights(bundle), open_adapter(path, "x")
@@ -342,6 +183,59 @@ def test_compressed_weights_are_opened_and_not_quantized_again(family: Families,
             wanted = stored[name] + np.float32(0.7) * module.delta().reshape(value.shape)
             assert np.abs(value - wanted).max() <= np.abs(wanted).max() * 2**-11 * 1.01
             assert not np.array_equal(stored[name], plain[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_asked_to_weights_are_quantized_again_as_nncf_does(family: Families, lora: Lora, mode: str) -> None:
+    """What is stored then is, number by number, what nncf makes of the float model that base + adapter is."""
+    from openvino import opset13 as ops
+
+    path, small = lora("small", 1), family("small")
+    bundle, fused = small.compressed(mode), small.bundle()
+    options = LoraOptions(path=path, scale=0.7, roles=["unet"], compressed="requantize")
+    before, size = find_targets("unet", bundle.models["unet"]), len(list(bundle.models["unet"].get_ops()))
+    values = {name: target.weight() for name, target in before.items() if target.kind != "norm"}
+    modules = {module.name: module for module in open_adapter(path, "x").modules if module.role == "unet"}
+    for name, target in find_targets("unet", fused.models["unet"]).items():
+        if target.kind != "norm":
+            added = np.float32(0.7) * modules[name].delta().reshape(target.shape) if name in modules else 0
+            target.weight_inputs()[0].replace_source_output(ops.constant(values[name] + added).output(0))
+    wanted = find_targets("unet", compress(fused.models["unet"], mode))
+    report = LoraTransform(options).apply(bundle)
+    assert "as asked: that rounds by" in " ".join(report.notes)
+    assert not bundle.adapters
+    assert len(list(bundle.models["unet"].get_ops())) == size
+    for name, target in find_targets("unet", bundle.models["unet"]).items():
+        if name in modules:
+            assert stored(target) == stored(wanted[name]), name
+        elif target.kind != "norm":
+            assert np.array_equal(target.weight(), values[name])
+
+
+def stored(target: Any) -> dict[str, tuple[str, Any, bytes]]:
+    """Return what is stored of a weight: part -> type, shape, bytes."""
+    found = stored_nodes(target.weight_inputs()[0].get_source_output().get_node())
+    kept = [node for node in found if node.get_type_name() == "Constant"]
+    return {
+        node.get_friendly_name().rpartition("/")[2] if "/" in node.get_friendly_name() else "numbers": (
+            node.get_element_type().get_type_name(), list(node.get_output_shape(0)), node.data.tobytes()
+        )
+        for node in kept if node.get_element_type().get_type_name() != "i64"  # shapes
+    }  # fmt: skip
+
+
+def test_what_cannot_be_quantized_again_is_said(family: Families, lora: Lora) -> None:
+    from openvino import opset13 as ops
+
+    path = lora("small", 1, text=False)
+    bundle = family("small").bundle()
+    target = find_targets("unet", bundle.models["unet"])["mid_block.resnets.0.conv1"]
+    low = ops.convert(ops.constant(np.zeros(target.shape, np.int8)), "f32")
+    target.weight_inputs()[0].replace_source_output(ops.add(low, ops.constant(np.float32(1))).output(0))
+    with pytest.raises(ModelError, match=r'resnets.0.conv1: .* with Add, not a product .*\n.*compressed = "float16"'):
+        LoraTransform(LoraOptions(path=path, compressed="requantize")).apply(bundle)
+    with pytest.raises(ValueError, match='mode is "runtime"'):
+        LoraOptions(path=path, compressed="requantize", mode="runtime")
 
 
 def test_weights_keep_their_type(family: Families, lora: Lora) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from ovforge import Use
 from ovforge.cache import Cache
 from ovforge.cli import app
 from ovforge.errors import ConfigError, ModelError
+from ovforge.runtime import core
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.switch import running_adapter
@@ -106,13 +108,9 @@ def test_two_of_one_name_are_refused(family: Families, lora: Lora) -> None:
 
 
 @pytest.mark.parametrize("mode", ["INT8_ASYM", "INT4_SYM"])
-def test_on_compressed_weights_auto_acts_beside_them(family: Families, lora: Lora, mode: str, tmp_path: Path) -> None:
+def test_on_compressed_weights_auto_acts_beside_them(family: Families, lora: Lora, mode: str) -> None:
     """INT8 and INT4 stay as they are; the result is base + adapter, as if the opened weights had been changed."""
-    nncf = pytest.importorskip("nncf")
-    from ovforge.runtime import core
-
-    few = {} if "INT8" in mode else {"group_size": 8, "all_layers": True, "ratio": 1.0}
-    path = lora("sd1", 1)
+    path = lora("small", 1)
     results = {}
     rng = np.random.default_rng(0)
     inputs = {
@@ -121,9 +119,7 @@ def test_on_compressed_weights_auto_acts_beside_them(family: Families, lora: Lor
         "encoder_hidden_states": rng.standard_normal((1, 77, 32), np.float32),
     }
     for how in ("auto", "fuse"):
-        bundle = family("sd1").bundle()
-        kind = getattr(nncf.CompressWeightsMode, mode)
-        bundle.models["unet"] = nncf.compress_weights(bundle.models["unet"], mode=kind, **few)
+        bundle = family("small").compressed(mode)
         options = LoraOptions(path=path, scale=0.7, mode=how, roles=["unet"])
         report = LoraTransform(options).apply(bundle)
         assert ("stay as they are" if how == "auto" else "not quantized again") in report.notes[0]
@@ -134,8 +130,6 @@ def test_on_compressed_weights_auto_acts_beside_them(family: Families, lora: Lor
         assert (adapter is not None) == (how == "auto")
         values = adapter.values(0.7)["unet"] if adapter else {}
         for state in request.query_state():
-            import openvino as ov
-
             state.state = ov.Tensor(values[state.name])
         results[how] = request.infer(inputs)["out_sample"].copy()
     assert np.abs(results["auto"] - results["fuse"]).max() < 2e-3 * np.abs(results["fuse"]).max()
@@ -237,11 +231,11 @@ def test_any_order_of_writing_is_one_plan(family: Families, lora: Lora, cache: C
 def test_a_fixed_size_folds_around_a_branch(family: Families, lora: Lora, cache: Cache) -> None:
     """The task's own transforms replace convolutions that adapters act on; the result is that of fusing."""
     pytest.importorskip("torch")
-    path = lora("sd1", 1, text=False)
+    path = lora("small", 1, text=False)
     found = []
     for mode in ("fuse", "runtime"):
         pipe = ovforge.Pipeline(
-            "text-to-image", family("sd1").torch, load={"weights": "f32", "width": 16, "height": 24}, cache=cache,
+            "text-to-image", family("small").torch, load={"weights": "f32", "width": 16, "height": 24}, cache=cache,
             transforms=[Use("lora", path=path, mode=mode, places="all")], device=F32, scheduler="ddim",
             input={"width": 16, "height": 24},
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +12,30 @@ from numpy.typing import NDArray
 from ovforge.errors import ModelError
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import Module
+from ovforge_sd_lora.requantize import requantize
 from ovforge_sd_lora.sums import Room, add_product
 from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes, weight_of
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["after", "difference", "fuse"]
+__all__ = ["Opened", "after", "difference", "fuse"]
 
 Array = NDArray[np.float32]
 
 _LARGEST = {"f16": 65504.0, "bf16": 3.38e38, "f32": 3.4e38}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A compressed weight that was changed: the type that it had; where it was quantized again, what that rounded.
+
+    `rounded` and `changed` are sums of squares: stored minus wanted, and wanted minus what it was.
+    """
+
+    kind: str
+    rounded: float = 0.0
+    changed: float = 0.0
 
 
 def changed_weight(weight: Array, module: Module, strength: float) -> Array:
@@ -51,33 +65,48 @@ def magnitudes(module: Module) -> tuple[bool, Array]:
     return key == "dora_scale" and value.ndim > 1 and value.shape[0] == 1 and value.shape[1] != 1, value
 
 
-def fuse(target: Target, modules: Iterable[tuple[Module, float]], room: Room) -> str | None:
+def fuse(target: Target, modules: Iterable[tuple[Module, float]], room: Room, again: bool = False) -> Opened | None:
     """Change a layer's weight and bias by modules, each at its strength.
 
-    Returns the type that a compressed weight had before it was stored as float16; None where it was none.
+    Returns what was a compressed weight, which is now float16, or with `again` compressed as before; else None.
     Raises ModelError where the result does not fit the weight's type.
     """
-    was = None
+    opened = None
     pairs = list(modules)
     weights = [(module, strength) for module, strength in pairs if module.kind != "bias"]
     while weights and _add_low_rank(target, *weights[0], room):
         weights = weights[1:]
     if weights:
-        value = target.weight()
-        for module, strength in weights:
-            value = changed_weight(value, module, strength)
-        ports = target.weight_inputs()
-        if target.compressed:
-            was = _stored_type(ports[0].get_source_output())
-        if ports:
-            _store(ports, value.T if target.transposed else value, target.path)
-        else:
-            for node in target.nodes:
-                after(node, "Multiply", value)
+        opened = _change(target, weights, again)
     for module, strength in pairs:
         if module.kind == "bias":
             _add_bias(target, np.float32(strength) * module.delta().reshape(-1))
-    return was
+    return opened
+
+
+def _change(target: Target, weights: Sequence[tuple[Module, float]], again: bool) -> Opened | None:
+    before = value = target.weight()
+    for module, strength in weights:
+        value = changed_weight(value, module, strength)
+    ports = target.weight_inputs()
+    if not ports:
+        for node in target.nodes:
+            after(node, "Multiply", value)
+        return None
+    stored = value.T if target.transposed else value
+    if not target.compressed:
+        _store(ports, stored, target.path)
+        return None
+    kind = _stored_type(ports[0].get_source_output())
+    if not again:
+        _store(ports, stored, target.path)
+        return Opened(kind)
+    requantize(ports, stored, target.path)
+    return Opened(kind, _squares(target.weight() - value), _squares(value - before))
+
+
+def _squares(value: Array) -> float:
+    return float(np.square(value, dtype=np.float64).sum())
 
 
 def _add_low_rank(target: Target, module: Module, strength: float, room: Room) -> bool:

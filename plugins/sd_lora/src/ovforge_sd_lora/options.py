@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ovforge.config import InputFile
 
@@ -34,6 +34,11 @@ class LoraOptions(BaseModel):
         description="fuse: into the weights. runtime: beside them, to be switched while running. "
         "auto: fuse, and runtime where weights are compressed.",
     )
+    compressed: Literal["float16", "requantize"] = Field(
+        "float16",
+        description="What fused weights become that were compressed. requantize: compressed again, in the same type "
+        "and groups; then auto fuses them, too.",
+    )
     places: Literal["own", "all"] = Field(
         "own", description="In runtime mode: where adapters may act later. all: wherever one can; it costs time a step."
     )
@@ -45,6 +50,12 @@ class LoraOptions(BaseModel):
             if not abs(scale) <= _LARGEST:
                 raise ValueError(f"{name}: {scale} is not between -{_LARGEST:g} and {_LARGEST:g}")
         return scales
+
+    @model_validator(mode="after")
+    def _fuses(self) -> LoraOptions:
+        if self.compressed == "requantize" and self.mode == "runtime":
+            raise ValueError('compressed = "requantize" is for fused weights, and mode is "runtime"')
+        return self
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError
 from ovforge.stages import Report
 from ovforge_sd_lora.adapter import open_adapter
-from ovforge_sd_lora.fuse import fuse
+from ovforge_sd_lora.fuse import Opened, fuse
 from ovforge_sd_lora.matching import Match, Scales, preflight
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.runtime import attach
@@ -50,7 +51,8 @@ class LoraTransform:
     def _beside(self, match: Match) -> bool:
         """Say whether a module acts beside the weight rather than in it."""
         if self._options.mode == "auto":
-            return match.module.kind != "bias" and match.target.compressed
+            fused = self._options.compressed == "requantize"
+            return not fused and match.module.kind != "bias" and match.target.compressed
         return self._options.mode == "runtime"
 
     def _attach(self, role: str, matches: Sequence[Match], bundle: ModelBundle, report: Report) -> None:
@@ -77,21 +79,27 @@ class LoraTransform:
         layers: dict[str, list[Match]] = {}
         for match in matches:
             layers.setdefault(match.target.path, []).append(match)
-        opened: Counter[str] = Counter()
-        room = Room()
+        opened: dict[str, list[Opened]] = {}
+        room, again = Room(), self._options.compressed == "requantize"
         for path, layer in layers.items():
             strength = self._options.scale * scales.of(role, path)
             if strength == 0:
                 continue
-            was = fuse(layer[0].target, [(match.module, strength) for match in layer], room)
+            was = fuse(layer[0].target, [(match.module, strength) for match in layer], room, again)
             if was:
-                opened[was] += 1
+                opened.setdefault(was.kind, []).append(was)
         report.roles = tuple(dict.fromkeys((*report.roles, role)))
         report.applied.append(f"{role}: fused: {describe(matches)}")
-        for kind, count in opened.items():
-            report.notes.append(
-                f"{role}: {count} layers stored as f16, which were {kind}: they are not quantized again"
-            )
+        report.notes += [f"{role}: {len(each)} layers {_said(kind, each, again)}" for kind, each in opened.items()]
+
+
+def _said(kind: str, opened: Sequence[Opened], again: bool) -> str:
+    """Return what became of compressed weights, in words."""
+    if not again:
+        return f"stored as f16, which were {kind}: they are not quantized again"
+    changed, rounded = (math.sqrt(sum(getattr(each, name) for each in opened)) for name in ("changed", "rounded"))
+    share = f": that rounds by {rounded / changed:.0%} of what the adapter changes" if changed else ""
+    return f"quantized again to {kind}, as asked{share}"
 
 
 def describe(matches: Sequence[Match]) -> str:
