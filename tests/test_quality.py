@@ -30,7 +30,7 @@ from ovforge.plugins import Plugins
 from ovforge.registry import Registry
 from ovforge.results import ImagesResult, Result
 from ovforge.search import fewest, noise_of_layers
-from ovforge.stages import Phase, Report
+from ovforge.stages import Phase, Progress, Report
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
@@ -415,6 +415,26 @@ def test_a_search_keeps_the_layers_that_matter(config: dict[str, Any], cache: Ca
     result = again(number=3)
     plain = load({**config, "quality": None}, cache, quantize=[])(number=3)
     assert ssim(*(np.asarray(r.images[0]) for r in (result, plain))) > 0.95  # type: ignore[attr-defined]
+
+
+def test_an_interrupted_search_goes_on(config: dict[str, Any], cache: Cache) -> None:
+    table = {**config["quality"], "on_fail": "search"}
+
+    def stop(moment: Progress) -> None:
+        if (moment.stage, moment.done) == ("search", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ovforge.load({**config, "quality": table}, plugins=plugins(), cache=cache, progress=stop)
+    assert sum(entry.stage == "quality trial" for entry in cache.entries()) == 2
+    assert not any(entry.stage == "quality" for entry in cache.entries())
+    before = len(SEEN)
+    resumed = load(config, cache, quality=table)
+    took = len(SEEN) - before
+    SEEN.clear()
+    whole = load(config, None, quality=table)
+    assert resumed.quality == whole.quality
+    assert len(SEEN) - took == 2 * 4 + 2, "two trials of four pictures, and two runs to record, are not made again"
 
 
 def test_a_search_that_finds_nothing_says_so(config: dict[str, Any], tmp_path: Path) -> None:

@@ -499,17 +499,21 @@ def _judged_by(recipe: Recipe, memo: Any) -> dict[str, Any]:
     return {**_caller(recipe, memo), **told, **recipe.held_out.content(memo), "after": after}
 
 
-def quality_ingredients(recipe: Recipe, identity: str, memo: Any) -> dict[str, Any]:
-    """Return what the gate's outcome depends on: the unquantized models, all quantizers, and the whole table."""
+def quality_ingredients(recipe: Recipe, identity: str, memo: Any, trial: Kept | None = None) -> dict[str, Any]:
+    """Return what the gate's outcome depends on: the unquantized models, all quantizers, and the whole table.
+
+    A trial's depends on the layers that it keeps, and on no limit.
+    """
     table = recipe.config.quality
     assert table is not None
+    asked: dict[str, Any] = {"stage": "quality", "limit": table.limit, "on_fail": table.on_fail}
+    if trial is not None:
+        asked = {"stage": "quality trial", "keep": {role: sorted(names) for role, names in trial.items()}}
     return {
-        "stage": "quality",
+        **asked,
         "input": identity,
         "quantize": [step_ingredients(step, "", recipe, memo) for step in recipe.quantizers],
         "judge": _judged_by(recipe, memo),
-        "limit": table.limit,
-        "on_fail": table.on_fail,
         **({"encrypted": recipe.protection.identity} if recipe.protection else {}),
         "openvino": openvino_version(),
     }
@@ -820,18 +824,18 @@ class Workshop:
         made_of = calibration_ingredients(self.recipe, self.cache.memo, table)
         return {"stage": "calibration", "input": identity, **made_of, **sealed, "openvino": openvino_version()}
 
-    def stored_outcome(self, identity: str | None) -> Outcome | None:
-        """Return what the gate said of the quantizers on these models, where that is known."""
+    def stored_outcome(self, identity: str | None, trial: Kept | None = None) -> Outcome | None:
+        """Return what the gate said of the quantizers on these models, or of a trial that keeps layers, where known."""
         if self.cache is None or identity is None:
             return None
         return _stored(
-            self.cache.get(quality_ingredients(self.recipe, identity, self.cache.memo)), self.recipe.protection
+            self.cache.get(quality_ingredients(self.recipe, identity, self.cache.memo, trial)), self.recipe.protection
         )
 
-    def store_outcome(self, identity: str | None, outcome: Outcome) -> None:
-        """Remember what the gate said."""
+    def store_outcome(self, identity: str | None, outcome: Outcome, trial: Kept | None = None) -> None:
+        """Remember what the gate said, in the end or of a trial: a search that is interrupted goes on."""
         if self.cache is not None and identity is not None:
-            ingredients = quality_ingredients(self.recipe, identity, self.cache.memo)
+            ingredients = quality_ingredients(self.recipe, identity, self.cache.memo, trial)
             sealed, said, key = self.recipe.protection, asdict(outcome), key_of(ingredients)
 
             def write(folder: Path) -> None:
@@ -840,7 +844,7 @@ class Workshop:
                 else:
                     sealed.write(folder, _STAGE_FILE, json.dumps(said).encode(), key)
 
-            self.cache.put(ingredients, write, label=f"quality: {outcome}")
+            self.cache.put(ingredients, write, label=f"quality: {outcome}" if trial is None else "trial of a search")
 
 
 def _stored(entry: Entry | None, sealed: Protection | None) -> Outcome | None:

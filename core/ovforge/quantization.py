@@ -105,7 +105,6 @@ class Quantization:
         verdict: Verdict,
         reports: Sequence[Report],
         kept: Mapping[str, Collection[str]] | None = None,
-        trials: int = 0,
     ) -> Outcome:
         assert self._table is not None
         return Outcome(
@@ -116,7 +115,6 @@ class Quantization:
             scores=verdict.scores,
             kept={role: sorted(names) for role, names in (kept or {}).items()},
             lowered=sum(len(names) for report in reports for names in report.layers.values()),
-            trials=trials,
         )
 
     # -- the search --------------------------------------------------------------------------------------------------
@@ -128,26 +126,40 @@ class Quantization:
             names = ", ".join(step.offer.extension.name for step in self._recipe.quantizers)
             hint = f"{names} names no layers, so that none can be kept: take other options, or a lower limit."
             raise failed(outcome, verdict, self._pictures, hint=hint)
-        tried: dict[int, tuple[Outcome, Verdict]] = {}
+        tried: dict[int, Outcome] = {}
+        identity = self._reference.digest()
 
-        def passes(count: int) -> bool:
+        def keep_first(count: int) -> dict[str, list[str]]:
             keep: dict[str, list[str]] = {}
             for role, name in ranked[:count]:
                 keep.setdefault(role, []).append(name)
+            return keep
+
+        def passes(count: int) -> bool:
+            keep = keep_first(count)
             most = (len(ranked) - 1).bit_length() + 1
             self._workshop.progress(Progress("search", len(tried), most, f"{count} of {len(ranked)} layers kept"))
-            bundle, made = self._workshop.lower(self._reference, self._calibration, keep, trial=True)
-            found = self._judge.judge(self._workshop.finish(bundle))
-            tried[count] = (self._outcome(found, made, keep, len(tried) + 1), found)
-            return tried[count][0].passed
+            known = self._workshop.stored_outcome(identity, keep)
+            if known is None:
+                known = self._outcome(*self._tried(keep), keep)
+                self._workshop.store_outcome(identity, known, keep)
+            tried[count] = replace(known, limit=outcome.limit)
+            return tried[count].passed
 
         least = fewest(len(ranked), passes)
         self._workshop.progress(Progress("search", len(tried), len(tried)))
         if least is None:
-            best, found = tried.get(len(ranked) - 1, (outcome, verdict))
+            kept = keep_first(len(ranked) - 1)
+            found, made = self._tried(kept)
             hint = "This quantization does not fit this model: take another, or a lower limit."
-            raise failed(best, found, self._pictures, ", with every layer kept but the least sensitive one", hint)
-        return replace(tried[least][0], trials=len(tried))
+            more = ", with every layer kept but the least sensitive one"
+            raise failed(self._outcome(found, made, kept), found, self._pictures, more, hint)
+        return replace(tried[least], trials=len(tried))
+
+    def _tried(self, keep: Mapping[str, Collection[str]]) -> tuple[Verdict, list[Report]]:
+        """Quantize all but what is to be kept, and judge that."""
+        bundle, reports = self._workshop.lower(self._reference, self._calibration, keep, trial=True)
+        return self._judge.judge(self._workshop.finish(bundle)), reports
 
     def _ranked(self, lowered: ModelBundle, reports: Sequence[Report]) -> list[tuple[str, str]]:
         """Return (role, layer) of all that was lowered, the most sensitive first."""
