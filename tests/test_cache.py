@@ -17,8 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ovforge import testing
+from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache, CacheWarning, DigestMemo, digest_file, key_of, parse_size
+from ovforge.compiled import compile_model
 from ovforge.errors import CacheError, ConfigError
+from ovforge.sources import FileSource
+from ovforge.stages import DevicePlan
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
@@ -251,6 +256,8 @@ def test_a_lock_in_use_and_the_work_under_it_survive_pruning_from_elsewhere(cach
 CROWD = """
 import random, sys, time, warnings
 from pathlib import Path
+from ovforge import testing
+from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache, CacheWarning
 warnings.simplefilter("error", CacheWarning)
 cache, draw, end = Cache(Path(sys.argv[1]), max_bytes=300), random.Random(int(sys.argv[2])), time.monotonic() + 1.5
@@ -301,6 +308,25 @@ def test_a_full_disk_is_said_and_loses_nothing(cache: Cache) -> None:
     assert [entry.label for entry in cache.entries()] == ["kept"]
     assert list((cache.root / "work").iterdir()) == []
     cache.put({"a": 1}, writing(b"x" * 200_000), label="large")
+
+
+def test_a_full_disk_stores_no_compiled_model(cache: Cache, tmp_path: Path) -> None:
+    """The runtime writes on where the disk is full, and says nothing."""
+    plan = DevicePlan("CPU", {}, "CPU", "f32", True)
+    testing.small_bundle().save(tmp_path / "model")
+    bundle = ModelBundle.open(FileSource(tmp_path / "model"))
+    role = next(iter(bundle.models))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.warns(UserWarning, match=f"compiled {role} was not stored: .*disk is full"):
+            made = compile_model(bundle, role, plan, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert made.model is not None and list(cache.entries()) == []
+    assert [compile_model(bundle, role, plan, cache).cached for _ in range(2)] == [False, True]
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ovforge.adapters import Variables
 from ovforge.cache import key_of
@@ -19,6 +20,7 @@ from ovforge.runtime import core, enable_tokenizers, openvino_version
 
 if TYPE_CHECKING:
     import openvino as ov
+    from typing_extensions import Buffer
 
     from ovforge.bundle import ModelBundle
     from ovforge.cache import Cache, Entry
@@ -240,11 +242,40 @@ def _reshaped(model: ov.Model, role: str, shapes: Shapes) -> ov.Model:
 
 def _export(model: ov.CompiledModel, folder: Path, sealed: Protection | None, key: str) -> None:
     """Write a compiled model, encrypted whole: the runtime's own cache encryption leaves weights plain."""
-    data = model.export_model().getbuffer()
-    if sealed is None:
-        (folder / _BLOB).write_bytes(data)
-    else:
-        sealed.write(folder, _BLOB, data, key)
+    if sealed is not None:
+        sealed.write(folder, _BLOB, model.export_model().getbuffer(), key)
+        return
+    with (folder / _BLOB).open("wb") as file:
+        into = _Into(file)
+        model.export_model(into)
+        if into.failed is not None:
+            raise into.failed
+
+
+class _Into(io.BytesIO):
+    """Hands on what is written to it, since the runtime writes to a BytesIO alone: the model is not held twice.
+
+    The runtime goes on after an error, which is therefore kept in `failed`.
+    """
+
+    failed: OSError | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _import(entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
