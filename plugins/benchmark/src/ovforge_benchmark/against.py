@@ -126,7 +126,7 @@ def _pipeline_side(flags: Mapping[str, Any]) -> _Side:
         return (time.perf_counter() - start) / calls if elapsed else 0.0
 
     pipe(**fixed)
-    return _Side(flags["model"], run, pipe.provenance()["precision"])
+    return _Side(flags["label"], run, pipe.provenance()["precision"])
 
 
 def _model_side(flags: Mapping[str, Any]) -> _Side:
@@ -155,7 +155,7 @@ def _model_side(flags: Mapping[str, Any]) -> _Side:
             return _each(run_async(queue, given, limits, quiet))
 
     precision = {"model": str(prepared.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())}
-    return _Side(flags["model"], run, precision)
+    return _Side(flags["label"], run, precision)
 
 
 def _each(measured: Any) -> float:

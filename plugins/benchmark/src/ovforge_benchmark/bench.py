@@ -41,6 +41,10 @@ def _benchmark(context: typer.Context) -> None:
         start.model = start.path_to_model = start.against = None
         second = vars(reader.check(words, start))
         _name_model(second)
+        flags["label"] = flags["model"] if flags["model"] != second["model"] else f"A, {flags['model']}"
+        second["label"] = (
+            flags["against"] if flags["model"] != second["model"] else f"B, {' '.join(words[1:]) or 'same'}"
+        )
         _print_versus(flags, second, tell)
         return
     _check_output(flags)

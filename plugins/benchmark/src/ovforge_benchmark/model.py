@@ -261,11 +261,11 @@ def measure(prepared: Prepared, tell: Tell, before: Sequence[str] = ()) -> Bench
     facts["precision"] = {"model": str(facts["ran"].get("INFERENCE_PRECISION_HINT", "unknown"))}
     if flags["number_iterations"] == 0:
         return Benchmark(**facts, inputs=_input_facts(prepared), warnings=tuple(prepared.remarks))
-    requests, run = _loop(prepared)
-    facts["ran"] |= {"requests": len(requests)}
+    loop = _loop(prepared)
+    facts["ran"] |= {"requests": len(loop.requests)}
     if not flags["no_warmup"]:
-        facts["start"]["first"] = _warm_up(prepared, requests)
-    limits = _limits(flags, len(requests), len(prepared.feeds))
+        facts["start"]["first"] = _warm_up(prepared, loop)
+    limits = _limits(flags, len(loop.requests), len(prepared.feeds))
     batch = _batches(prepared)
 
     def told(count: int, seconds: float) -> None:
@@ -274,12 +274,20 @@ def measure(prepared: Prepared, tell: Tell, before: Sequence[str] = ()) -> Bench
 
     tell("step", {"step": "measure"})
     with Watch() as watch:
-        measured = run(limits, told)
-    return _report(prepared, facts, measured, batch, requests, watch, before)
+        measured = loop.run(limits, told)
+    return _report(prepared, facts, measured, batch, loop.requests, watch, before)
 
 
-def _loop(prepared: Prepared) -> tuple[list[Any], Callable[[Limits, Any], Measured]]:
-    """Return the requests, their inputs set, and the loop over them."""
+@dataclass(frozen=True)
+class _Loop:
+    """Requests whose inputs are set, how to run them, and how to run them before: `warm_up` returns seconds."""
+
+    requests: Sequence[Any]
+    run: Callable[[Limits, Any], Measured]
+    warm_up: Callable[[], float]
+
+
+def _loop(prepared: Prepared) -> _Loop:
     flags, feeds = prepared.flags, prepared.feeds
     closed = all(one.shape.is_static for one in prepared.inputs)
     single = len({tuple(tuple(tensor.shape) for tensor in feed.values()) for feed in feeds}) == 1
@@ -292,23 +300,37 @@ def _loop(prepared: Prepared) -> tuple[list[Any], Callable[[Limits, Any], Measur
     if once and not single:
         raise InputError("the data changes its shape, so it is set in the loop", where="-inference_only")
     if prepared.api == "sync":
-        request = prepared.compiled.create_infer_request()
-        request.set_tensors(feeds[0])
-        return [request], lambda limits, tell: run_sync(request, None if once else feeds, limits, tell)
+        alone = prepared.compiled.create_infer_request()
+        alone.set_tensors(feeds[0])
+
+        def infer() -> float:
+            alone.infer(share_outputs=True, decode_strings=False)
+            return float(alone.latency) / 1000
+
+        return _Loop([alone], lambda limits, tell: run_sync(alone, None if once else feeds, limits, tell), infer)
     queue = ov.AsyncInferQueue(prepared.compiled, flags["number_infer_requests"] or 0)
     requests = [queue[number] for number in range(len(queue))]
     for number, request in enumerate(requests):
         request.set_tensors(feeds[number % len(feeds)])
-    return requests, lambda limits, tell: run_async(queue, None if once else feeds, limits, tell)
+
+    def warm_up() -> float:
+        """Run one alone, then all: a request of a queue may be started by the queue only."""
+        number = queue.get_idle_request_id()
+        queue.start_async()
+        queue.wait_all()
+        first = float(requests[number].latency)
+        for _ in requests:
+            queue.start_async()
+        queue.wait_all()
+        return first / 1000
+
+    return _Loop(requests, lambda limits, tell: run_async(queue, None if once else feeds, limits, tell), warm_up)
 
 
-def _warm_up(prepared: Prepared, requests: Sequence[Any]) -> float:
+def _warm_up(prepared: Prepared, loop: _Loop) -> float:
     """Run every request once, so that all of them have their memory; return the first one's latency in seconds."""
     try:
-        requests[0].infer(share_outputs=True, decode_strings=False)
-        first = requests[0].latency / 1000
-        for request in requests[1:]:
-            request.infer(share_outputs=True, decode_strings=False)
+        return loop.warm_up()
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
         shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in prepared.feeds[0].items())
@@ -317,7 +339,6 @@ def _warm_up(prepared: Prepared, requests: Sequence[Any]) -> float:
             where=prepared.name,
             hint="Give data that it can take: -data_shape, -shape, or files with -i.",
         ) from error
-    return float(first)
 
 
 def _limits(flags: Mapping[str, Any], requests: int, feeds: int) -> Limits:
