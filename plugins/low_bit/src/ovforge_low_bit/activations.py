@@ -42,9 +42,10 @@ def observed(
     # The accuracy mode keeps activations in float32, where the CPU would otherwise round them to 8 bits for some
     # layers.
     hints = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
-    compiled = core().compile_model(copy, "CPU", hints)
+    # A request of its own copies its inputs: calling the compiled model would share the records' memory with it.
+    request = core().compile_model(copy, "CPU", hints).create_infer_request()
     for record in records:
-        results = compiled(dict(record))
+        results = request.infer(dict(record))
         yield [np.asarray(results[index], np.float32) for index in range(first, len(copy.outputs))]
 
 

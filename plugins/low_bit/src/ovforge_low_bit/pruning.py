@@ -28,7 +28,7 @@ from ovforge_low_bit.stage import change_weights, each_layer, recorded
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["Wanda", "scores", "smallest", "two_of_four"]
+__all__ = ["Wanda", "scores", "smallest", "two_of_four", "zero"]
 
 Array = NDArray[np.float32]
 _HALF = 0.5
@@ -53,7 +53,7 @@ class Wanda:
             for layer, squares in each_layer(sums):
                 pruned = self._pruned(layer, squares)
                 total, zeros = total + pruned.size, zeros + int(pruned.sum())
-                _zero(layer, pruned)
+                zero(layer, pruned)
             kind = "2 of 4" if options.pattern == "2:4" else "a share of each row"
             report.notes.append(f"{role}: {zeros} of {total} weights are 0; they are stored like the others")
             return f"pruned, {kind}"
@@ -96,7 +96,7 @@ def two_of_four(score: Array) -> NDArray[np.bool_]:
     return smallest(score.reshape(-1, 4), _HALF).reshape(score.shape)
 
 
-def _zero(layer: Layer, pruned: NDArray[np.bool_]) -> None:
+def zero(layer: Layer, pruned: NDArray[np.bool_]) -> None:
     """Give the layer a copy of its weights with zeros; all types of real numbers are 0 where their bits are."""
     import openvino as ov
     from openvino import opset13 as ops
@@ -106,4 +106,6 @@ def _zero(layer: Layer, pruned: NDArray[np.bool_]) -> None:
     tensor = ov.Tensor(constant.get_element_type(), ov.Shape(list(layer.shape)))
     tensor.data[:] = constant.data
     tensor.data.view(f"u{constant.get_element_type().size}")[mask] = 0
-    layer.set_weights(ops.constant(tensor).output(0))
+    pruned_constant = ops.constant(tensor).output(0)
+    for reader in list(constant.output(0).get_target_inputs()):  # a conversion to float32 stays as it is
+        reader.replace_source_output(pruned_constant)
