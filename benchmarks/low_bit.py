@@ -209,36 +209,36 @@ def nncfs(bits: int, group: int, samples: int, **options: Any) -> Change:
     return change
 
 
-def of_products(samples: int) -> Iterator[tuple[str, Change]]:
+def of_products(samples: int, iterations: int) -> Iterator[tuple[str, Change]]:
     """Yield variants on the weights of MatMul alone, a scale a row: what nncf's methods work on."""
     same: dict[str, Any] = {"types": ["MatMul"], "group_size": -1}
     for bits in (4, 3):
         grid = {**same, "bits": bits, "symmetric": True}
         yield f"{bits} bits, to the nearest", ours("auto-round", **grid, iterations=0)
-        yield f"{bits} bits, AutoRound", ours("auto-round", **grid, samples=samples)
+        yield f"{bits} bits, AutoRound", ours("auto-round", **grid, samples=samples, iterations=iterations)
         yield f"{bits} bits, LoRC rank 8", ours("lorc", **grid)
         yield f"{bits} bits, PowerQuant", ours("power-quant", **same, bits=bits)
-        nupes = {"search": "layer", "iterations": 200, "samples": samples}
+        nupes = {"search": "layer", "iterations": iterations, "samples": samples}
         yield f"{bits} bits, NUPES", ours("power-quant", **same, bits=bits, **nupes)
         yield f"{bits} bits, NNCF to the nearest", nncfs(bits, -1, samples)
         yield f"{bits} bits, NNCF AWQ", nncfs(bits, -1, samples, awq=True)
         yield f"{bits} bits, NNCF GPTQ", nncfs(bits, -1, samples, gptq=True)
 
 
-def of_all(samples: int) -> Iterator[tuple[str, Change]]:
+def of_all(samples: int, iterations: int) -> Iterator[tuple[str, Change]]:
     """Yield variants on all weights, convolutions too, in groups of up to 64."""
     for bits in (4, 3):
         yield f"{bits} bits, to the nearest", ours("auto-round", bits=bits, iterations=0)
-        yield f"{bits} bits, AutoRound", ours("auto-round", bits=bits, samples=samples)
+        yield f"{bits} bits, AutoRound", ours("auto-round", bits=bits, samples=samples, iterations=iterations)
         yield f"{bits} bits, LoRC rank 8", ours("lorc", bits=bits)
         yield f"{bits} bits, LoRC rank 32", ours("lorc", bits=bits, rank=32)
         yield f"{bits} bits, PowerQuant", ours("power-quant", bits=bits)
-        nupes = {"search": "layer", "iterations": 200, "samples": samples}
+        nupes = {"search": "layer", "iterations": iterations, "samples": samples}
         yield f"{bits} bits, NUPES", ours("power-quant", bits=bits, **nupes)
     yield "3 bits, packed, to the nearest", ours("auto-round", bits=3, iterations=0, packed=True)
 
 
-def of_pruning(samples: int) -> Iterator[tuple[str, Change]]:
+def of_pruning(samples: int, _: int) -> Iterator[tuple[str, Change]]:
     """Yield shares of weights that become 0; by weights alone is Wanda on inputs of one size."""
     for share in (0.2, 0.3, 0.5):
         yield f"{share:.0%} by weights alone", by_weights(share)
@@ -260,7 +260,7 @@ def by_weights(share: float) -> Change:
     return change
 
 
-def of_softmax(samples: int) -> Iterator[tuple[str, Change]]:
+def of_softmax(samples: int, _: int) -> Iterator[tuple[str, Change]]:
     """Yield activations in 8 bits by nncf, softmax outputs among them, without and with correction."""
     for name, options in (("8 bits", None), *((f"8 bits, corrected by {by}", by) for by in ("tensor", "head"))):
         yield f"{name}, activations by NNCF", activations(samples, options)
@@ -328,7 +328,7 @@ def softmax_alone(samples: int, by: str | None) -> Change:
     return change
 
 
-PARTS: dict[str, Callable[[int], Iterator[tuple[str, Change]]]] = {
+PARTS: dict[str, Callable[[int, int], Iterator[tuple[str, Change]]]] = {
     "products": of_products, "all": of_all, "pruning": of_pruning, "softmax": of_softmax,
 }  # fmt: skip
 
@@ -434,6 +434,7 @@ def main() -> None:
     parser.add_argument("--part", choices=[*PARTS, "runtime"], action="append", help="default: every part")
     parser.add_argument("--pictures", type=int, default=len(HELD_OUT))
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound and NUPES")
     parser.add_argument("--alone", metavar="FILE.xml", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
@@ -451,7 +452,7 @@ def main() -> None:
     results = {}
     for part in (part for part in parts if part != "runtime"):
         rows = [bench.measure("unchanged, float16", lambda *_: None)]
-        for name, change in PARTS[part](arguments.samples):
+        for name, change in PARTS[part](arguments.samples, arguments.iterations):
             try:
                 rows.append(bench.measure(name, change))
             except Exception as error:  # a peer's refusal is a result; the others are still wanted

@@ -63,8 +63,8 @@ class Powers:
         top = 2 ** (self.bits - 1) - 1
         codes = constant_of(laid((self.codes + top).astype(np.uint8), transposed), "u4")
         table = store(table_of(self.exponent, self.bits).astype(kind))
-        # Gather takes no indices of 4 bits: they become bytes first.
-        weights = ops.gather(table, ops.convert(codes, "u8"), store(np.array(0, np.int64)))
+        # With indices of 32 bits the CPU makes float32 of it when it compiles; with others it keeps the indices, too.
+        weights = ops.gather(table, ops.convert(codes, "i32"), store(np.array(0, np.int64)))
         return shaped(ops.multiply(weights, store(laid(self.scale.astype(kind), transposed))), shape)
 
 
