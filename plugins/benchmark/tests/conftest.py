@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,10 +9,8 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = os.environ.get("OVFORGE_CACHE_DIR")
-    os.environ["OVFORGE_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["OVFORGE_CACHE_DIR"]
-    else:
-        os.environ["OVFORGE_CACHE_DIR"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OVFORGE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        # Tiny tensors: torch's threads would only wait for each other, and long where others use the processors.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield

@@ -41,7 +41,7 @@ def test_diffusers_and_ours_are_measured_and_alike(tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app,
         [
-            *("compare", f"PyTorch=diffusers:{TORCH}", f"FP32={F32}", f"INT8={EXAMPLES / 'compare-int8-weights.toml'}"),
+            *("compare", f"PyTorch=diffusers:{TORCH}", f"FP32={F32}"),
             *(
                 "-p",
                 "a beautiful pink unicorn, 8k",
@@ -59,10 +59,11 @@ def test_diffusers_and_ours_are_measured_and_alike(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     said = Comparison.model_validate_json(report.with_suffix(".json").read_text())
-    torch, ours, int8 = said.candidates
+    torch, ours = said.candidates
     assert ours.ssim and min(ours.ssim) > 0.999 and len(ours.ssim) == 2, "the same picture as diffusers makes"
-    assert int8.ssim and 0.9 < min(int8.ssim) < 1
-    assert sum(int8.sizes.values()) < 0.6 * sum(ours.sizes.values())
+    unet = ROOT / "plugins/lcm/src/ovforge_lcm/model/unet"
+    assert ours.sizes["unet"] == sum(file.stat().st_size for file in unet.glob("openvino_model.*"))
+    assert torch.sizes["unet"] == sum(file.stat().st_size for file in (TORCH / "unet").iterdir())
     assert torch.precision["unet"] == ours.precision["unet"] == "f32"
     for one in said.candidates:
         assert {"total", "text_encoder", "denoise", "denoise.unet", "denoise.scheduler", "vae_decoder"} <= set(
@@ -72,9 +73,9 @@ def test_diffusers_and_ours_are_measured_and_alike(tmp_path: Path) -> None:
         assert one.statistics["total"].min >= one.statistics["denoise"].min >= one.statistics["denoise.unet"].min
     assert torch.peak_memory[0] > ours.peak_memory[0], "torch is in its process and not in ours"
     with Image.open(report.with_suffix(".png")) as sheet:
-        assert sheet.width > 3 * 256 and sheet.height > 2 * 256
+        assert sheet.width > 2 * 256 and sheet.height > 2 * 256
     text = report.with_suffix(".md").read_text()
-    assert text in done.stdout and "![PyTorch, FP32, INT8](report.png)" in text
+    assert text in done.stdout and "![PyTorch, FP32](report.png)" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
 
 

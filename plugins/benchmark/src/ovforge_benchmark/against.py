@@ -132,7 +132,7 @@ def _pipeline_side(flags: Mapping[str, Any]) -> _Side:
 def _model_side(flags: Mapping[str, Any]) -> _Side:
     import openvino as ov
 
-    from ovforge_benchmark.model import prepare
+    from ovforge_benchmark.prepare import prepare
 
     prepared = prepare({**flags, "number_iterations": None})
     limits, quiet = Limits(1, _BLOCK), lambda *_: None

@@ -13,8 +13,9 @@ from pydantic import Field
 from ovforge.errors import DeviceError, InputError
 from ovforge.runtime import core
 from ovforge_benchmark.machine import cores, machine
-from ovforge_benchmark.model import measure, prepare
+from ovforge_benchmark.model import measure
 from ovforge_benchmark.noise import disturbances
+from ovforge_benchmark.prepare import prepare
 from ovforge_benchmark.schema import Machine, Record, Statistics
 from ovforge_benchmark.tables import duration, markdown_table
 
