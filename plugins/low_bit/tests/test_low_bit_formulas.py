@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_formula(symmetric: bool, bits: int) -> None:
     loss = torch.square(x @ (s * (q - z) - w).reshape(6, -1).T).sum(0)
     loss.sum().backward()
 
-    errors, slopes = gradients(grouped, gram, shift, alpha, beta, bits, symmetric)
+    errors, slopes = gradients(grouped, ranges(grouped), gram, shift, alpha, beta, bits, symmetric)
     np.testing.assert_allclose(errors, loss.detach().numpy(), rtol=1e-3)
     wanted = [v.grad.numpy(), a.grad.numpy(), *([] if symmetric else [b.grad.numpy()])]
     for ours, theirs in zip(slopes, wanted, strict=False):

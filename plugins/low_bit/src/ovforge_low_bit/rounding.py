@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["AutoRound", "descend", "gradients", "signed_descent", "storage"]
 
 Array = NDArray[np.float32]
+Ends = tuple[Array, Array]
+"""The least and the greatest weight of each group, (outputs, groups, 1)."""
 Evaluate = Callable[[Sequence[Array]], tuple[Array, list[Array]]]
 """Parameters -> (error of each row, gradients)."""
 
@@ -97,14 +99,15 @@ def signed_descent(
 ) -> Integers:
     """Return `matrix` (outputs, width) in integers, for inputs X with X^T X = `gram` (width, width)."""
     weights = divided(matrix, group_size)
+    ends = ranges(weights)
     ones = np.ones((*weights.shape[:2], 1), np.float32)
     start = [np.zeros_like(weights), ones, ones]
     bounds = [(-0.5, 0.5), (0.0, 1.0) if tune_range else (1.0, 1.0), (0.0, 1.0) if tune_range else (1.0, 1.0)]
     shift, alpha, beta = descend(
-        lambda now: gradients(weights, gram, now[0], now[1], now[2], bits, symmetric),
+        lambda now: gradients(weights, ends, gram, now[0], now[1], now[2], bits, symmetric),
         start, bounds, iterations, learning_rate or 1 / iterations,
     )  # fmt: skip
-    codes, scale, zero, _ = _rounded(weights, shift, alpha, beta, bits, symmetric)
+    codes, scale, zero, _ = _rounded(weights, ends, shift, alpha, beta, bits, symmetric)
     return whole(codes, scale, zero, bits, symmetric)
 
 
@@ -131,40 +134,42 @@ def descend(
 
 
 def gradients(
-    weights: Array, gram: Array, shift: Array, alpha: Array, beta: Array, bits: int, symmetric: bool
+    weights: Array, ends: Ends, gram: Array, shift: Array, alpha: Array, beta: Array, bits: int, symmetric: bool
 ) -> tuple[Array, list[Array]]:
     """Return the error of each row, (outputs,), and its gradients by V, alpha and beta, of their shapes.
 
     `weights` and V are (outputs, groups, size), alpha and beta (outputs, groups, 1). A symmetric grid has one end to
     its range, which alpha shrinks.
     """
-    codes, scale, zero, inside = _rounded(weights, shift, alpha, beta, bits, symmetric)
-    error = (codes - zero) * scale - weights
+    codes, scale, zero, inside = _rounded(weights, ends, shift, alpha, beta, bits, symmetric)
+    steps = codes - zero
+    error = steps * scale - weights
     flat = error.reshape(len(error), -1)
     product = flat @ gram
     slope = np.float32(2) * product.reshape(error.shape)
     by_shift = slope * scale * inside
-    by_scale = (slope * (codes - zero - inside * (weights / scale))).sum(-1, keepdims=True)
-    least, greatest = ranges(weights)
+    # d W'/d s is q - z where q is clipped, and less W / s where it is not: the error, in steps, with V's part in it.
+    by_scale = (slope * np.where(inside, error / scale, steps)).sum(-1, keepdims=True)
+    least, greatest = ends
     errors = np.einsum("ij,ij->i", product, flat)
     if symmetric:
         largest = np.where(-least * beta >= greatest * alpha, least, greatest)
         by_end = by_scale * -largest / np.float32(2 ** (bits - 1))
         return errors, [by_shift, by_end, by_end]
-    steps = np.float32(2**bits - 1)
+    most = np.float32(2**bits - 1)
     by_zero = -(slope * scale * ~inside).sum(-1, keepdims=True)
     # z = round(-least beta / s), straight through the rounding: both ends move s, and s moves z.
     by_scale = by_scale + by_zero * least * beta / scale**2
-    by_alpha = by_scale * greatest / steps
-    by_beta = by_scale * -least / steps - by_zero * least / scale
+    by_alpha = by_scale * greatest / most
+    by_beta = by_scale * -least / most - by_zero * least / scale
     return errors, [by_shift, by_alpha, by_beta]
 
 
 def _rounded(
-    weights: Array, shift: Array, alpha: Array, beta: Array, bits: int, symmetric: bool
+    weights: Array, ends: Ends, shift: Array, alpha: Array, beta: Array, bits: int, symmetric: bool
 ) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
     """Return integers, scale, zero point (all as float32), and which integers were not clipped."""
-    least, greatest = ranges(weights)
+    least, greatest = ends
     scale, zero = grid(least * beta, greatest * alpha, bits, symmetric)
     low, high = limits(bits, symmetric)
     raw = np.round(weights / scale + zero + shift)
