@@ -355,9 +355,11 @@ def test_hybrid_is_nncfs_two_steps(activations: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"restore": "only_activations", "drop_type": "relative"}])
 def test_accuracy_control_is_nncfs_own(options: dict[str, Any]) -> None:
-    plain, _ = quantize("nncf-ptq", {"preset": "mixed"})
+    few = {"types": ["Add", "MVN"], "patterns": ["to_", "mix"]}
+    base: dict[str, Any] = {"preset": "mixed", "ignored_scope": few, "bias_correction": "off"}
+    plain, _ = quantize("nncf-ptq", base)
     limit = 0.6 * (1 - closeness(plain))
-    ours, report = quantize("nncf-accuracy", {"max_drop": limit, "preset": "mixed", **options})
+    ours, report = quantize("nncf-accuracy", {"max_drop": limit, **base, **options})
 
     def validate(model: ov.CompiledModel, items: Any) -> tuple[float, list[float]]:
         list(items)
@@ -374,6 +376,8 @@ def test_accuracy_control_is_nncfs_own(options: dict[str, Any]) -> None:
         max_drop=limit,
         drop_type=nncf.DropType(options.get("drop_type", "absolute")),
         preset=nncf.QuantizationPreset.MIXED,
+        ignored_scope=nncf.IgnoredScope(**few),
+        advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
             num_ranking_workers=1, restore_mode=advanced.RestoreMode(options.get("restore", "activations_and_weights"))
         ),
@@ -384,10 +388,36 @@ def test_accuracy_control_is_nncfs_own(options: dict[str, Any]) -> None:
     assert len(lowered(ours)) <= len(lowered(plain))
 
 
+def test_later_roles_get_what_is_left() -> None:
+    """Two roles, one limit: the second's trials run beside the first's result, and may lose what that one left."""
+    made = bundle()
+    made.models["controlnet"] = network()
+    seen: list[tuple[str, ...]] = []
+    base: dict[str, Any] = {"ignored_scope": {"types": ["Add", "MVN"], "patterns": ["to_", "mix", "up"]}}
+
+    class Both(Recorded):
+        def score(self, models: Mapping[str, ov.Model]) -> float:
+            seen.append(tuple(models))
+            return float(np.mean([closeness(model) for model in models.values()])) - 0.1 * (len(models) - 1)
+
+    described = testing.extension(ovforge_nncf, "quantizer", "nncf-accuracy")
+    checked = validate_options(
+        described.options_model(), {"max_drop": 0.05, "max_num_iterations": 1, **base}, where="test"
+    )
+    report = described.create(checked).quantize(made, Both())
+    assert report.roles == ("unet",)
+    assert report.skipped[0].item == "controlnet"
+    assert "below the limit" in report.skipped[0].reason
+    assert seen[0] == ("unet",)
+    assert seen[-1] == ("unet", "controlnet")
+    assert not lowered(made.models["controlnet"])
+
+
 def test_a_limit_that_cannot_be_reached_leaves_the_model() -> None:
     made = bundle()
     before = made.models["unet"]
-    _, report = quantize("nncf-accuracy", {"max_drop": 0.0, "max_num_iterations": 1}, made)
+    few: dict[str, Any] = {"ignored_scope": {"types": ["Add", "MVN"], "patterns": ["to_", "mix"]}}
+    _, report = quantize("nncf-accuracy", {"max_drop": 0.0, "max_num_iterations": 1, **few}, made)
     assert made.models["unet"] is before
     assert "below the limit" in report.skipped[0].reason
     assert not lowered(before)
@@ -489,7 +519,7 @@ def test_no_data_and_too_little_memory_are_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(running, "available_memory", lambda: 1000)
     with pytest.raises(ModelError, match="GiB of memory") as raised:
         quantizer.quantize(bundle(), Recorded())
-    assert "subset_size" in str(raised.value.hint)
+    assert "nncf-hybrid" in str(raised.value.hint)
 
 
 def test_what_nncf_raises_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +550,7 @@ def test_recipes_are_their_base_with_other_defaults() -> None:
     same(quantize("weights-int8", {})[0], quantize("nncf-weights", {})[0])
     four = {"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"}
     same(quantize("weights-int4", {})[0], quantize("nncf-weights", four)[0])
-    same(quantize("detector-int8", {})[0], quantize("nncf-ptq", {"preset": "mixed"})[0])
+    same(quantize("detector-int8", {"roles": ["unet"]})[0], quantize("nncf-ptq", {"preset": "mixed"})[0])
     for name in ("lcm-int8", "sd-int8-hybrid", "weights-int8", "weights-int4", "detector-int8"):
         model = testing.extension(ovforge_nncf, "quantizer", name).options_model()
         assert model is not None
@@ -549,3 +579,18 @@ def test_the_embedded_lcm_draws_the_same_in_int8() -> None:
         for pipe in (plain, small)
     )
     assert 0 < np.abs(expected - found).mean() < 12
+
+
+def test_accuracy_control_scores_the_pipeline_itself() -> None:
+    pipe = ovforge.Pipeline(
+        "text-to-image",
+        source=EMBEDDED,
+        cache=None,
+        device=Use("cpu", precision="f32"),
+        quantize=[Use("nncf-accuracy", roles=["vae_decoder"], max_drop=0.5, subset_size=1, bias_correction="off")],
+        calibration={"samples": 1, "runs": 1},
+        quality={"max_drop": 0.9, "samples": 1},
+    )
+    report = next(report for report in pipe.reports if report.sizes)
+    assert report.roles == ("vae_decoder",)
+    assert any(note.startswith("vae_decoder: score 0.") and "from 1, limit 0.5" in note for note in report.notes)

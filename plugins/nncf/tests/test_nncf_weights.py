@@ -31,6 +31,8 @@ def model(width: int = 96) -> ov.Model:
     picture = ops.reshape(flat, ops.constant(np.array([-1, 8, 4, 4])), False)
     kernel = ops.convert(ops.constant(rng.normal(size=(16, 8, 3, 3)).astype(np.float16)), "f32")
     out = ops.convolution(picture, kernel, [1, 1], [1, 1], [1, 1], [1, 1])
+    flat.set_friendly_name("matrix")
+    out.set_friendly_name("convolution")
     made = ov.Model([out], [x], "two")
     made.inputs[0].get_tensor().set_names({"x"})
     made.outputs[0].get_tensor().set_names({"y"})

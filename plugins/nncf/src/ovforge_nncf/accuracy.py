@@ -7,6 +7,7 @@ role's place in the pipeline, which runs on inputs that calibration has not seen
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -135,7 +136,7 @@ class Scores:
     """NNCF's validation function: scores of models in the pipeline, each model in a row once."""
 
     def __init__(self, score: Callable[[ov.Model], float]) -> None:
-        self._score = score
+        self._score, self._stdout = score, sys.stdout
         self._last: tuple[ov.Model, float] | None = None
         self.first = 0.0
         """Of the model before quantization."""
@@ -148,7 +149,8 @@ class Scores:
     def of(self, model: ov.Model) -> float:
         """Return a model's score."""
         if self._last is None or self._last[0] is not model:
-            self._last = model, float(self._score(model))
+            with contextlib.redirect_stdout(self._stdout):  # the pipeline may show progress, NNCF is kept quiet
+                self._last = model, float(self._score(model))
             self.first = self._last[1] if self.taken == 0 else self.first
             self.taken += 1
             self.lowered = self.lowered or {op.name for op in lowered(model)}

@@ -28,8 +28,8 @@ __all__ = ["Hybrid", "HybridOptions"]
 COMPUTING = {
     "MatMul", "ScaledDotProductAttention", "BatchNormInference", "Add", "Subtract", "Multiply", "Divide", "Maximum",
     "Minimum", "AvgPool", "AdaptiveAvgPool", "ReduceMean", "MVN", "NormalizeL2", "Interpolate", "Power", "FloorMod",
-    "Less", "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalNot", "LogicalAnd", "LogicalOr", "LogicalXor",
-    "SquaredDifference", "LSTMSequence", "GRUSequence", "GroupNormalization",
+    "Less", "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalNot", "LogicalAnd", "LogicalOr",
+    "LogicalXor", "SquaredDifference", "LSTMSequence", "GRUSequence", "GroupNormalization",
 }  # fmt: skip
 """What NNCF puts quantizers before, besides convolutions."""
 
@@ -38,6 +38,7 @@ class HybridOptions(PtqBase):
     """Options of `nncf-hybrid`: those of `nncf-ptq` for convolutions, and what weights of the rest become."""
 
     NAME: ClassVar[str] = "nncf-hybrid"
+    MEMORY: ClassVar[float] = 3.0
 
     weights_mode: Mode = Field("int8_sym", description="Type of the weights of matrix products and embeddings.")
     ratio: float | None = Field(None, gt=0, le=1, description="Below 8 bits: part of these weights; default: 1.")

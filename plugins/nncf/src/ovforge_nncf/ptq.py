@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PostTrainingQuantization", "check_models", "describe", "foreseen_memory"]
 
+FP8_NOTE = "OpenVINO's CPU plugin rounds to FP8 and computes in floats: here FP8 is smaller, and not faster"
+
 
 class PostTrainingQuantization:
     """Puts quantizers where the device's kernels take integers, with ranges found in recorded inputs."""
@@ -53,8 +55,8 @@ class PostTrainingQuantization:
             describe(report, role, model, quantized, options, keep.get(role, ()))
             report.notes.append(f"{role}: {count} records")
             bundle.models[role] = quantized
-        if report.roles and options.arguments()["mode"] is None:
-            report.notes.append(speed_note(has_fast_int8()))
+        if report.roles:
+            report.notes.append(speed_note(has_fast_int8()) if options.mode == "int8" else FP8_NOTE)
         return report
 
 
@@ -69,12 +71,16 @@ def check_models(models: Mapping[str, ov.Model], options: PtqBase, where: str) -
             )
         if refused := options.check_model(model):
             raise ConfigError(refused, where=f"{where}, role {role}")
-        check_memory(foreseen_memory(model), where, role)
+        check_memory(foreseen_memory(model, options), where, role)
 
 
-def foreseen_memory(model: ov.Model) -> int:
-    """Return the bytes that quantizing takes at least: the weights as float32, twice, in the compiler and in NNCF."""
-    return 2 * float_bytes(model)
+def foreseen_memory(model: ov.Model, options: PtqBase) -> int:
+    """Return the bytes that quantizing takes: a multiple of the weights as float32, which was measured on UNets.
+
+    They are in memory as NNCF's smoothed copies, as the compiler's constants, and packed for the kernels; the rest is
+    activations. Records and the file's own weights, which the system can drop, come on top.
+    """
+    return int(options.MEMORY * float_bytes(model))
 
 
 def describe(

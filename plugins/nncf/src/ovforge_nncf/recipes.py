@@ -55,8 +55,12 @@ class WeightsInt4(WeightsOptions):
 
 
 class DetectorInt8(PtqOptions):
-    """Detectors: all models, activations asymmetric, since SiLU and others lie unevenly around zero."""
+    """Detectors: activations asymmetric, since SiLU and others lie unevenly around zero.
+
+    Those that are transformers gain from model_type = "transformer".
+    """
 
     NAME: ClassVar[str] = "detector-int8"
 
+    roles: tuple[str, ...] = Field(("detector",), description="The detector, without its text encoder.")
     preset: Preset | None = Field("mixed", description="Activations of SiLU and others lie unevenly around zero.")

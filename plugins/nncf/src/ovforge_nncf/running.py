@@ -123,7 +123,10 @@ def in_plain_words(where: str, role: str) -> Iterator[None]:
         raise ModelError(f"nncf cannot quantize it: {_line(error)}", where=place) from error
 
 
-_SAVING = "Lower subset_size, set [calibration] spill = true, quantize one role at a time, or use nncf-weights."
+_SAVING = (
+    "End other programs, or take nncf-hybrid, which needs a quarter less, or nncf-weights, which needs little without "
+    "data. Records take little; a lower subset_size, or [calibration] spill = true, makes it less."
+)
 
 
 def _line(error: BaseException) -> str:
