@@ -61,6 +61,8 @@ def make_model(kind: str = "GroundingDino", **options: Any) -> Any:
     zeros = (*strong, "sampling_offsets", "attention_weights", "bbox_embed", "query_position")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name == "model.decoder.layer_norm.weight":
+                parameter *= 0.1  # scores that are not all 0 or 1
             if any(part in name for part in zeros):
                 parameter += torch.randn(parameter.shape) * (0.3 if any(part in name for part in strong) else 0.05)
     return model
@@ -74,4 +76,34 @@ def make_folder(folder: Path, kind: str = "GroundingDino", **options: Any) -> An
     model.save_pretrained(folder)
     write_tokenizer(folder)
     transformers.GroundingDinoImageProcessor(size={"shortest_edge": 256, "longest_edge": 400}).save_pretrained(folder)
+    return model
+
+
+def make_detr(folder: Path, kind: str = "RTDetr") -> Any:
+    """Write a folder with a detector of COCO's classes; return the torch model."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    resnet = transformers.RTDetrResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    small: dict[str, Any] = {
+        "encoder_hidden_dim": 32, "encoder_in_channels": [32, 48, 64], "encoder_ffn_dim": 64, "d_model": 32,
+        "decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 64, "num_queries": 40, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_denoising": 0,
+    }  # fmt: skip
+    labels = {n: ["person", "bicycle", "car", "motorcycle", "airplane"][n] for n in range(5)}
+    config = getattr(transformers, f"{kind}Config")(
+        backbone_config=resnet, id2label=labels, label2id={v: k for k, v in labels.items()}, **small
+    )
+    model = getattr(transformers, f"{kind}ForObjectDetection")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(
+                part in name for part in ("offsets", "attention_weights", "bbox_embed", "class_embed", "score_head")
+            ):
+                parameter += torch.randn(parameter.shape) * 0.1
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    transformers.RTDetrImageProcessorPil(size={"height": 192, "width": 256}).save_pretrained(folder)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,7 @@ class _Conversion:
     def __init__(self, parts: _Folder | _Checkpoint, options: LoaderOptions) -> None:
         self.parts, self.options = parts, options
         self.kind = KINDS[parts.config["model_type"]]
+        self._lock = threading.Lock()  # roles are asked for side by side, and are parts of one module
 
     def bundle(self) -> ModelBundle:
         """Return the bundle, its roles to be converted when they are asked for."""
@@ -246,6 +248,10 @@ class _Conversion:
         return pretrained(self.kind, self.parts.config, self.parts.weights(), self.parts.name)
 
     def _convert(self, role: str) -> ov.Model:
+        with self._lock:
+            return self._traced(role)
+
+    def _traced(self, role: str) -> ov.Model:
         from ovforge_grounding_dino import graph
 
         module, width = self._module, self._module.config.d_model

@@ -1,0 +1,131 @@
+"""`ovforge detect`: a detector in one command, with the flags of the article that it comes from.
+
+Source: "Enable OpenVINO Optimization for GroundingDINO" (blog.openvino.ai, 2023).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ovforge.errors import InputError
+
+__all__ = ["detect"]
+
+
+def detect(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or a folder of them.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A folder, file or package:NAME/PATH with a detector.")],
+    text: Annotated[
+        str | None,
+        typer.Option("--text", "-t", help='What to find: "Horse. Clouds."; or which of the model\'s classes.'),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="An annotated picture, .json (COCO), .csv, or a folder for all.")
+    ] = Path("detections.png"),
+    device: Annotated[str, typer.Option("--device", "-d", help="CPU, GPU, NPU or AUTO.")] = "CPU",
+    precision: Annotated[
+        str, typer.Option("--precision", help="What the device computes in: auto, f32, bf16 or f16.")
+    ] = "auto",
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Score that boxes need; by default the model's own.")
+    ] = None,
+    text_threshold: Annotated[
+        float, typer.Option("--text-threshold", help="Score that words need to be named with a box.")
+    ] = 0.25,
+    nms: Annotated[float | None, typer.Option("--nms", help="Overlap above which the lower score goes.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="HEIGHTxWIDTH", help="Compile for this size, which runs faster.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Pictures of one size that run at once.")] = 1,
+    proc: Annotated[
+        Path | None, typer.Option("--model-proc", help="A ready model's description, in Intel's model-proc format.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="An original checkpoint's: bert-base-uncased, or its vocab.txt.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="torch", help="Run PyTorch, too, and draw both side by side.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Find things in pictures and folders, by text or by classes."""
+    import ovforge
+    from ovforge.cache import Cache
+    from ovforge.cli.pipelines import print_result, progress_bar
+
+    if not output.parent.is_dir():
+        raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    if compare not in (None, "torch"):
+        raise InputError(f"{compare!r} is nothing to compare with", where="--compare", hint="Give torch.")
+    paths = [str(path.resolve()) for path in images]
+    inputs: dict[str, Any] = {
+        "image": paths[0] if len(paths) == 1 else paths, "text": text, "threshold": threshold,
+        "text_threshold": text_threshold, "nms": nms,
+    }  # fmt: skip
+    config = {
+        "task": {"use": "detect", "batch": batch, **({"size": _size(size)} if size else {})},
+        "load": {
+            "source": model,
+            **({"use": "model-proc", "proc": str(proc.resolve())} if proc else {}),
+            **({"tokenizer": str(tokenizer.resolve())} if tokenizer else {}),
+        },
+        "device": {"use": device.lower(), **({"precision": precision} if precision != "auto" else {})},
+        "input": {name: value for name, value in inputs.items() if value is not None},
+    }
+    store: Any = Cache(cache) if cache else "default"
+    with progress_bar(quiet) as show:
+        pipe = ovforge.load(config, cache=store, progress=show)
+        result = pipe(progress=show)
+        files = _compared(pipe, result, model, output) if compare else result.save(output)
+    if not quiet:
+        print_result(result, files, pipe)
+        _print_found(result)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise InputError(f"{text!r} is no HEIGHTxWIDTH", where="--size", hint="For example 800x1216.")
+    return int(height), int(width)
+
+
+def _compared(pipe: Any, result: Any, model: str, output: Path) -> list[Path]:
+    """Run torch on the same inputs; write both side by side, and say how they differ."""
+    from PIL import Image
+
+    from ovforge.config import checked
+    from ovforge.files import atomic_write
+    from ovforge.stages import ignore_progress
+    from ovforge_detection.compare import differences, on_torch, side_by_side
+
+    suffix: Literal[".png"] | str = output.suffix.lower()
+    Image.init()
+    if suffix not in Image.EXTENSION:
+        raise InputError("only a picture shows both", where="--output", hint="Name a .png or .jpg file.")
+    task = on_torch(pipe.task, model)
+    inputs = checked(pipe.recipe.task_extension.inputs_model(), pipe.config.input, where="input", base=pipe.recipe.base)
+    theirs = task(inputs, ignore_progress)
+    result.timings.add("torch", theirs.timings.total("detector"))
+    written = []
+    for n, each in enumerate(result.detections):
+        buffer = io.BytesIO()
+        side_by_side(["PyTorch", "OpenVINO"], [theirs, result], n).save(buffer, Image.EXTENSION[suffix])
+        file = output.with_stem(f"{output.stem}-{n + 1}") if len(result.detections) > 1 else output
+        atomic_write(file, buffer.getvalue())
+        written.append(file)
+        result.warnings.append(f"{each.picture}: {differences(each, theirs.detections[n])}")
+    return written
+
+
+def _print_found(result: Any) -> None:
+    """Print how many of each label there are in each picture."""
+    from collections import Counter
+
+    for each in result.detections:
+        counted = ", ".join(f"{count} {label}" for label, count in Counter(each.labels).items())
+        print(f"{each.picture}: {counted or 'nothing found'}")

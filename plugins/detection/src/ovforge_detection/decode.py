@@ -1,0 +1,128 @@
+"""Outputs of detectors into boxes, scores and classes: those that read text, and those with classes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.errors import ModelError
+from ovforge_detection.phrases import Passage
+from ovforge_detection.prepare import Prepared
+
+__all__ = ["Found", "corners", "decode_classes", "decode_text", "join", "overlap", "sigmoid", "suppress"]
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Boxes (n, 4) in pixels of the picture, scores and classes (n,); words and token spans (n, 2) where there are."""
+
+    boxes: Floats
+    scores: Floats
+    classes: NDArray[np.int64]
+    words: Sequence[str] = ()
+    spans: NDArray[np.int64] | None = None
+
+    def take(self, which: NDArray[np.int64]) -> Found:
+        """Return these of them."""
+        return Found(
+            self.boxes[which], self.scores[which], self.classes[which], [self.words[n] for n in which if self.words],
+            None if self.spans is None else self.spans[which],
+        )  # fmt: skip
+
+
+def join(parts: Sequence[Found]) -> Found:
+    """Return several passes over one picture as one."""
+    spans = [part.spans for part in parts if part.spans is not None]
+    return Found(
+        np.concatenate([part.boxes for part in parts]), np.concatenate([part.scores for part in parts]),
+        np.concatenate([part.classes for part in parts]), [word for part in parts for word in part.words],
+        np.concatenate(spans) if spans else None,
+    )  # fmt: skip
+
+
+def decode_text(
+    logits: Floats, boxes: Floats, passage: Passage, picture: Prepared, threshold: float, text_threshold: float
+) -> Found:
+    """Return the queries whose best token scores above `threshold`. `logits` (queries, tokens), `boxes` (queries, 4).
+
+    A box's class is the phrase of its best token, its words are those of the phrase's tokens above `text_threshold`.
+    """
+    check_finite(logits, boxes)
+    scores = sigmoid(logits)
+    best = scores.max(axis=1)
+    kept = np.flatnonzero(best > threshold)
+    scores, inside = scores[kept], passage.phrases >= 0
+    owned = np.where(inside, scores, -1)
+    classes = passage.phrases[owned.argmax(axis=1)]
+    spans, words = np.zeros((len(kept), 2), np.int64), []
+    for row, (score, number) in enumerate(zip(scores, classes, strict=True)):
+        named = np.flatnonzero((passage.phrases == number) & (score > text_threshold))
+        spans[row] = (named[0], named[-1] + 1) if len(named) else (0, 0)
+        words.append(" ".join(passage.tokens[int(token)] for token in named).replace(" ##", ""))
+    return Found(_restored(boxes[kept], picture, relative_to_picture=True), best[kept], classes, words, spans)
+
+
+def decode_classes(
+    logits: Floats, boxes: Floats, picture: Prepared, threshold: float, wanted: NDArray[np.bool_] | None
+) -> Found:
+    """Return the classes above `threshold` of each query, as many at the most as there are queries; not those unwanted.
+
+    `logits` (queries, classes), `boxes` (queries, 4). Source: transformers' post-processing of RT-DETR.
+    """
+    check_finite(logits, boxes)
+    scores = sigmoid(logits).ravel()
+    best = np.argsort(-scores, kind="stable")[: len(logits)]
+    best = best[scores[best] > threshold]
+    queries, classes = np.divmod(best, logits.shape[1])
+    found = Found(_restored(boxes[queries], picture, relative_to_picture=False), scores[best], classes.astype(np.int64))
+    return found if wanted is None else found.take(np.flatnonzero(wanted[found.classes]))
+
+
+def check_finite(*outputs: Floats) -> None:
+    """Raise ModelError where a model gave NaN or infinity."""
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ModelError("gave numbers that are not finite", where="detector", hint="Set device.precision = 'f32'.")
+
+
+def _restored(boxes: Floats, picture: Prepared, *, relative_to_picture: bool) -> Floats:
+    """Return relative centres and sizes as corners in pixels of the picture."""
+    height, width = picture.content if relative_to_picture else picture.canvas
+    return picture.restored(corners(boxes) * np.array([width, height] * 2, np.float32))
+
+
+def corners(boxes: Floats) -> Floats:
+    """Return (n, 4) centre, width, height as left, top, right, bottom."""
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def sigmoid(values: Floats) -> Floats:
+    """Return 1 / (1 + exp(-x)), without overflow."""
+    return np.exp(-np.logaddexp(0, -values)).astype(np.float32)
+
+
+def overlap(one: Floats, others: Floats) -> Floats:
+    """Return the intersection over union of a box (4,) with others (n, 4)."""
+    low, high = np.maximum(one[:2], others[:, :2]), np.minimum(one[2:], others[:, 2:])
+    both = np.prod(np.clip(high - low, 0, None), axis=1)
+    areas = np.prod(np.clip(others[:, 2:] - others[:, :2], 0, None), axis=1)
+    union = np.prod(np.clip(one[2:] - one[:2], 0, None)) + areas - both
+    shares: Floats = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    return shares
+
+
+def suppress(found: Found, most: float) -> Found:
+    """Return what is left where, of two boxes of a class that overlap by more than `most`, the lower score goes."""
+    left = np.argsort(-found.scores, kind="stable")
+    kept: list[int] = []
+    while len(left):
+        first, left = left[0], left[1:]
+        kept.append(int(first))
+        same = found.classes[left] == found.classes[first]
+        left = left[~(same & (overlap(found.boxes[first], found.boxes[left]) > most))]
+    return found.take(np.array(kept, np.int64))

@@ -1,0 +1,286 @@
+"""The task `detect`: pictures through a detector, one after the other or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ovforge.detections import DetectInputs, Detections, DetectionsResult, DetectorSpec
+from ovforge.errors import InputError, did_you_mean
+from ovforge.pictures import open_picture, picture_name
+from ovforge.results import Timings
+from ovforge.stages import Progress, TaskContext
+from ovforge_detection.decode import Found, decode_classes, decode_text, join, overlap, suppress
+from ovforge_detection.examples import examples
+from ovforge_detection.outputs import decode_described
+from ovforge_detection.phrases import Passage, TextReader, normalized
+from ovforge_detection.prepare import Prepared, prepare
+
+__all__ = ["Detect", "DetectOptions"]
+
+STEP = 32
+"""Texts of a fixed length have a multiple of so many tokens."""
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+Outputs = dict[str, NDArray[Any]]
+
+
+class DetectOptions(BaseModel):
+    """How the task runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: tuple[int, int] | None = Field(
+        None,
+        description="Height and width of the input, for models that take any: pictures are scaled into it and filled "
+        "up, which runs faster. By default each is scaled as the model was trained.",
+    )
+    batch: int = Field(1, ge=1, le=256, description="Pictures of one size that run at once.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A picture on its way: its place in the result, and itself as the detector takes it."""
+
+    place: int
+    name: str
+    prepared: Prepared
+
+
+class Detect:
+    """Runs any detector whose model says, by a DetectorSpec, how it is used."""
+
+    def __init__(self, options: DetectOptions, context: TaskContext) -> None:
+        self._options, self._bundle = options, context.bundle
+        self.spec = DetectorSpec.of(context.bundle.configs.get("detector", {}))
+        self._requests: dict[str, ov.InferRequest] = {}
+        self._reader: TextReader | None = None
+        if self.spec.kind == "classes" or (self.spec.kind == "described" and self.spec.height):
+            context.bundle.start("detector", self._shapes(1))
+        elif options.size is None:
+            context.bundle.start("detector")
+
+    def __call__(self, inputs: DetectInputs, progress: Callable[[Progress], None]) -> DetectionsResult:
+        """Find things in every picture. Raises InputError for one that cannot be read; in a folder it is passed over.
+
+        Raises InputError for an empty text, a text where the model knows classes, and classes that it does not know.
+        """
+        timings, said = Timings(), list[str]()
+        names, passages, wanted = self._looked_for(inputs, timings, said)
+        paths, whole = _pictures(inputs.image)
+        found: dict[int, Detections] = {}
+        progress(Progress("detect", 0, len(paths)))
+        for jobs in self._batches(paths, whole, timings, said):
+            for job, each in zip(jobs, self._run(jobs, passages, wanted, inputs, timings), strict=True):
+                found[job.place] = _sorted(each, job, names, inputs)
+            progress(Progress("detect", max(job.place for job in jobs) + 1, len(paths), jobs[-1].name))
+        if not found:
+            raise InputError("none of its pictures can be read", where=str(inputs.image), hint="; ".join(said))
+        return DetectionsResult(
+            timings=timings,
+            warnings=said,
+            provenance={"inputs": _as_inputs(inputs)},
+            detections=[found[place] for place in sorted(found)],
+            pictures=[paths[place] for place in sorted(found)],
+        )
+
+    def examples(self, count: int) -> Sequence[DetectInputs]:
+        """Return drawn scenes, with a text that names what is drawn where the model reads one."""
+        return examples(count, text=self.spec.kind == "text")
+
+    def compare(self, result: DetectionsResult, reference: DetectionsResult) -> float:
+        """Return how well boxes match: twice the summed overlap (IoU) of those of one class, over the number of boxes.
+
+        1 where all are equal, and where there is none on either side.
+        """
+        matched, count = 0.0, 0
+        for ours, theirs in zip(result.detections, reference.detections, strict=True):
+            count += len(ours) + len(theirs)
+            free = np.ones(len(theirs), bool)
+            for box, label in zip(ours.boxes, ours.labels, strict=True):
+                able = free & (np.array(theirs.labels, dtype=object) == label)
+                shared = np.where(able, overlap(box, theirs.boxes), 0)
+                if len(shared) and shared.max() >= 0.5:
+                    free[shared.argmax()] = False
+                    matched += float(shared.max())
+        return 2 * matched / count if count else 1.0
+
+    # -- what to look for -----------------------------------------------------------------------------------------
+
+    def _looked_for(
+        self, inputs: DetectInputs, timings: Timings, said: list[str]
+    ) -> tuple[Sequence[str], Sequence[Passage], NDArray[np.bool_] | None]:
+        """Return the names of classes, passages of the text, and which classes of the model's own are wanted."""
+        if self.spec.kind == "text":
+            if inputs.text is None:
+                raise InputError("say what to look for", where="text", hint='For example "horse. clouds."')
+            phrases, changes = normalized(inputs.text)
+            passages = self._text_reader().read(phrases, timings)
+            said += changes
+            if len(passages) > 1:
+                said.append(
+                    f"the text is longer than {self.spec.max_tokens} tokens, and is read in {len(passages)} parts"
+                )
+            return phrases, passages, None
+        if inputs.text is None:
+            return self.spec.labels, (), None
+        phrases, _ = normalized(inputs.text)
+        known = {label.lower(): number for number, label in enumerate(self.spec.labels)}
+        for phrase in phrases:
+            if phrase not in known:
+                raise InputError(
+                    f"the model knows no {phrase!r}.{did_you_mean(phrase, known)}",
+                    where="text",
+                    hint=f"It has {len(known)} classes of its own: {', '.join(list(self.spec.labels)[:8])}, ... "
+                    "A GroundingDINO finds anything.",
+                )
+        wanted = np.zeros(len(self.spec.labels), bool)
+        wanted[[known[phrase] for phrase in phrases]] = True
+        return self.spec.labels, (), wanted
+
+    def _text_reader(self) -> TextReader:
+        if self._reader is None:
+            bundle = self._bundle
+            self._reader = TextReader(bundle["tokenizer"], bundle["text_encoder"], bundle.assets, self.spec)
+        return self._reader
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    def _batches(self, paths: Sequence[Any], whole: bool, timings: Timings, said: list[str]) -> Iterator[list[_Job]]:
+        """Yield pictures as they are read, those of one size together, up to the number that runs at once."""
+        waiting: dict[tuple[int, int], list[_Job]] = {}
+        for place, path in enumerate(paths):
+            with timings.span("pictures"):
+                try:
+                    image = open_picture(path, "image")
+                except InputError as error:
+                    if not whole:
+                        raise
+                    said.append(f"passed over: {error.what}")
+                    continue
+                job = _Job(place, picture_name(path), prepare(image, self.spec, self._options.size))
+            jobs = waiting.setdefault(job.prepared.canvas, [])
+            jobs.append(job)
+            if len(jobs) == self._options.batch:
+                yield waiting.pop(job.prepared.canvas)
+        yield from waiting.values()
+
+    def _run(
+        self,
+        jobs: Sequence[_Job],
+        passages: Sequence[Passage],
+        wanted: NDArray[np.bool_] | None,
+        inputs: DetectInputs,
+        timings: Timings,
+    ) -> list[Found]:
+        """Return what is found in each of the pictures, which have one size."""
+        threshold = self.spec.threshold if inputs.threshold is None else inputs.threshold
+        pixels = np.stack([job.prepared.pixels for job in jobs])
+        if self.spec.kind == "text":
+            parts: list[list[Found]] = [[] for _ in jobs]
+            for passage in passages:
+                outputs = self._infer_text(pixels, np.stack([job.prepared.mask for job in jobs]), passage, timings)
+                for n, job in enumerate(jobs):
+                    logits, boxes = outputs["logits"][n, :, : len(passage.tokens)], outputs["boxes"][n]
+                    parts[n].append(decode_text(logits, boxes, passage, job.prepared, threshold, inputs.text_threshold))
+            return [join(each) for each in parts]
+        if self.spec.kind == "classes":
+            outputs = self._infer({"pixel_values": pixels}, self._shapes(len(jobs)), timings)
+            return [
+                decode_classes(outputs["logits"][n], outputs["boxes"][n], job.prepared, threshold, wanted)
+                for n, job in enumerate(jobs)
+            ]
+        return [self._described(job, threshold, wanted, timings) for job in jobs]
+
+    def _described(self, job: _Job, threshold: float, wanted: NDArray[np.bool_] | None, timings: Timings) -> Found:
+        pixels = job.prepared.pixels[None]
+        given = pixels if self.spec.layout == "NCHW" else pixels.transpose(0, 2, 3, 1)
+        outputs = self._infer({self.spec.input: np.ascontiguousarray(given)}, self._shapes(1), timings)
+        found = decode_described(outputs, self.spec, job.prepared, threshold)
+        return found if wanted is None else found.take(np.flatnonzero(wanted[found.classes]))
+
+    def _infer_text(
+        self, pixels: NDArray[np.float32], mask: NDArray[np.float32], passage: Passage, timings: Timings
+    ) -> Outputs:
+        count, shapes = len(pixels), None
+        if self._options.size:
+            passage = passage.padded(-len(passage.tokens) // STEP * -STEP)
+            tokens = len(passage.tokens)
+            shapes = {
+                "pixel_values": pixels.shape, "pixel_mask": mask.shape,
+                "text_features": (count, tokens, passage.features.shape[2]), "text_mask": (count, tokens),
+                "text_self_mask": (count, tokens, tokens), "text_position_ids": (count, tokens),
+            }  # fmt: skip
+        text = {
+            "text_features": passage.features, "text_mask": passage.mask, "text_self_mask": passage.self_mask,
+            "text_position_ids": passage.positions,
+        }  # fmt: skip
+        repeated = {name: np.repeat(value, count, axis=0) for name, value in text.items()}
+        return self._infer({"pixel_values": pixels, "pixel_mask": mask, **repeated}, shapes, timings)
+
+    def _infer(self, given: Outputs, shapes: dict[str, Any] | None, timings: Timings) -> Outputs:
+        """Return the detector's outputs by name, copied."""
+        key = str(shapes)
+        if key not in self._requests:
+            self._requests[key] = self._bundle.get("detector", shapes).create_infer_request()
+        request = self._requests[key]
+        with timings.span("detector"):
+            request.infer(given)
+        return {
+            name: np.array(request.get_tensor(port).data, np.float32)
+            for port in request.model_outputs
+            for name in port.names
+        }
+
+    def _shapes(self, count: int) -> dict[str, Any] | None:
+        """Return the shapes of a detector of one size."""
+        if not (self.spec.height and self.spec.width):
+            return None
+        sides = (3, self.spec.height, self.spec.width)
+        if self.spec.layout == "NHWC":
+            sides = (self.spec.height, self.spec.width, 3)
+        return {self.spec.input: (count, *sides)}
+
+
+def _pictures(given: Any) -> tuple[list[Any], bool]:
+    """Return pictures, those of a folder in order of their names, and whether it was a folder."""
+    each = list(given) if isinstance(given, list | tuple) else [given]
+    if not each:
+        raise InputError("there is no picture", where="image")
+    if len(each) == 1 and isinstance(each[0], Path) and each[0].is_dir():
+        paths: list[Any] = sorted(path for path in each[0].iterdir() if path.suffix.lower() in _SUFFIXES)
+        if not paths:
+            raise InputError(
+                f"{each[0]}: no picture is in the folder",
+                where="image",
+                hint=f"It looks for {', '.join(sorted(_SUFFIXES))}.",
+            )
+        return paths, True
+    for path in each:
+        if isinstance(path, Path) and path.is_dir():
+            raise InputError(f"{path} is a folder among pictures", where="image", hint="Give one folder alone.")
+    return each, False
+
+
+def _sorted(found: Found, job: _Job, names: Sequence[str], inputs: DetectInputs) -> Detections:
+    """Return the best ones, after the suppression that was asked for."""
+    kept = suppress(found, inputs.nms) if inputs.nms is not None else found
+    kept = kept.take(np.argsort(-kept.scores, kind="stable")[: inputs.limit])
+    height, width = job.prepared.size
+    known = list(names)
+    known += [f"class {number}" for number in range(len(known), int(kept.classes.max(initial=-1)) + 1)]
+    return Detections(job.name, (width, height), kept.boxes, kept.scores, kept.classes, known, kept.words, kept.spans)
+
+
+def _as_inputs(inputs: DetectInputs) -> dict[str, Any]:
+    """Return inputs as JSON, pictures by path or digest."""
+    given = inputs.image if isinstance(inputs.image, list) else [inputs.image]
+    names = [picture_name(each) for each in given]
+    return {**inputs.model_dump(exclude={"image"}), "image": names if isinstance(inputs.image, list) else names[0]}
