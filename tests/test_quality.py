@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -31,6 +32,7 @@ from ovforge.registry import Registry
 from ovforge.results import ImagesResult, Result
 from ovforge.search import fewest, noise_of_layers
 from ovforge.stages import Phase, Progress, Report
+from test_sources import Protection
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
@@ -477,6 +479,25 @@ def test_quantizers_may_ask_for_the_score(config: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")
         pipe = load(config, quality={**config["quality"], "on_fail": "warn"})
     assert pipe.quality is not None and asked[2] == pytest.approx(pipe.quality.score)
+
+
+def test_outcomes_on_encrypted_models_are_not_plain(
+    config: dict[str, Any], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They name layers, which tell of the model."""
+    from ovforge import pipeline
+
+    real = pipeline.make_recipe
+
+    def sealed(*arguments: Any, **more: Any) -> Any:
+        return dataclasses.replace(real(*arguments, **more), protection=Protection())
+
+    monkeypatch.setattr(pipeline, "make_recipe", sealed)
+    first, again = (load(config, cache, quality={**config["quality"], "on_fail": "search"}) for _ in range(2))
+    assert first.quality is not None and first.quality.kept == {"model": ["layer1", "layer4"]}
+    assert again.quality == first.quality
+    for entry in cache.entries():
+        assert not any(b"layer4" in file.read_bytes() for file in entry.path.rglob("*") if file.is_file()), entry.label
 
 
 def test_outcomes_are_json(config: dict[str, Any], cache: Cache) -> None:

@@ -466,8 +466,14 @@ def step_ingredients(step: Step, identity: str, recipe: Recipe, memo: Any, keep:
         if need == "score":
             ingredients["quality"] = _judged_by(recipe, memo)
     if keep:
-        ingredients["keep"] = {role: sorted(names) for role, names in sorted(keep.items())}
+        ingredients["keep"] = _kept(recipe, keep)
     return ingredients
+
+
+def _kept(recipe: Recipe, keep: Kept) -> Any:
+    """Return the layers that are kept, for the cache's keys, which are plain: of encrypted models not by name."""
+    named = {role: sorted(names) for role, names in sorted(keep.items())}
+    return key_of(named) if recipe.protection else named
 
 
 def calibration_ingredients(recipe: Recipe, memo: Any, table: CalibrationTable | None = None) -> dict[str, Any]:
@@ -508,7 +514,7 @@ def quality_ingredients(recipe: Recipe, identity: str, memo: Any, trial: Kept | 
     assert table is not None
     asked: dict[str, Any] = {"stage": "quality", "limit": table.limit, "on_fail": table.on_fail}
     if trial is not None:
-        asked = {"stage": "quality trial", "keep": {role: sorted(names) for role, names in trial.items()}}
+        asked = {"stage": "quality trial", "keep": _kept(recipe, trial)}
     return {
         **asked,
         "input": identity,
@@ -684,7 +690,7 @@ def report_of(said: Mapping[str, Any]) -> Report:
     typed = {
         "roles": tuple(said["roles"]),
         "skipped": [Skipped(**skip) for skip in said["skipped"]],
-        "sizes": {role: tuple(sizes) for role, sizes in said["sizes"].items()},
+        "sizes": {role: tuple(sizes) for role, sizes in said.get("sizes", {}).items()},  # none in older entries
     }
     return Report(**{**said, **typed})
 
