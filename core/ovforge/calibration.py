@@ -153,6 +153,8 @@ class Reservoir:
     def __init__(self, capacity: int, seed: int, store: Store, state: Mapping[str, Any] | None = None) -> None:
         self.capacity, self.seed, self.store = capacity, seed, store
         self.runs: int = state["runs"] if state else 0
+        self.total: int | None = state["total"] if state else None
+        """Runs that there shall be, once that is known."""
         self.seen: dict[str, int] = dict(state["seen"]) if state else {}
         self.kept: dict[str, list[int]] = {role: list(kept) for role, kept in state["kept"].items()} if state else {}
         self._pending: dict[str, dict[int, Record]] = {}
@@ -191,7 +193,7 @@ class Reservoir:
 
     def state(self) -> dict[str, Any]:
         """Return, JSON-able, what goes with the store."""
-        return {"runs": self.runs, "seen": self.seen, "kept": self.kept}
+        return {"runs": self.runs, "total": self.total, "seen": self.seen, "kept": self.kept}
 
     def records(self, role: str) -> Records:
         """Return what is kept of a role."""
@@ -304,27 +306,24 @@ class Recorder:
                 compiled.wrap(role, wrap(role))
         task = make_task(compiled)
         first, began = reservoir.runs, time.perf_counter()
-        total = self._runs(reservoir) if reservoir.runs else self.runs or 1
-        inputs = self.examples(task, total)
-        while reservoir.runs < min(total, len(inputs)):
+        reservoir.total = reservoir.total or self.runs
+        inputs = self.examples(task, reservoir.total or 1)
+        while reservoir.runs < (total := min(reservoir.total or 1, len(inputs))):
             done = reservoir.runs
             left = (time.perf_counter() - began) / (done - first) * (total - done) if done > first else None
-            note = "" if left is None else f"{left:.0f} s left"
-            self.progress(Progress("calibration", done, total, note))
+            self.progress(Progress("calibration", done, total, "" if left is None else f"{left:.0f} s left"))
             task(inputs[done], ignore_progress)
             reservoir.commit()
-            if reservoir.runs == 1 and self.runs is None:
-                total = self._runs(reservoir)
-                inputs = self.examples(task, total)
+            if reservoir.total is None:
+                reservoir.total = self._enough(reservoir)
+                inputs = self.examples(task, reservoir.total)
         self.progress(Progress("calibration", total, total))
         return reservoir
 
-    def _runs(self, reservoir: Reservoir) -> int:
-        """Return how many runs give as many records as are kept of the role that runs most often."""
-        if self.runs is not None:
-            return self.runs
-        each = max((seen / reservoir.runs for seen in reservoir.seen.values()), default=0)
-        return max(LEAST_RUNS, math.ceil(self.samples / each) if each else 1)
+    def _enough(self, reservoir: Reservoir) -> int:
+        """Return how many runs give as many records as are kept of the role that runs most often, after the first."""
+        most = max(reservoir.seen.values(), default=0)
+        return max(LEAST_RUNS, math.ceil(self.samples / most) if most else 1)
 
 
 class _Temporary(FolderStore):
