@@ -5,8 +5,8 @@
     python benchmarks/quantization.py --peak FOLDER [--samples 4]
 
 Without --model it takes the embedded model. Pictures are made in float32 of prompts that calibration has not seen, and
-compared with those of the unquantized pipeline. `--tricks` leaves out one after the other of the three choices that
-make the recipe lcm-int8. `--peak` quantizes one UNet in this process and tells the memory that this took; it draws
+compared with those of the unquantized pipeline. `--tricks` takes back, one at a time, the choices
+that make the recipe lcm-int8. `--peak` quantizes one UNet in this process and tells the memory that this took; it draws
 nothing.
 """
 
@@ -43,12 +43,13 @@ VARIANTS: Mapping[str, Use | None] = {
 TRICKS: Mapping[str, Use | None] = {
     "none": None,
     "lcm-int8": Use("lcm-int8"),
-    "no model_type": Use("nncf-ptq", preset="mixed", bias_correction="off"),
-    "preset performance": Use("nncf-ptq", model_type="transformer", preset="performance", bias_correction="off"),
-    "fast bias correction": Use("nncf-ptq", model_type="transformer", preset="mixed", bias_correction="fast"),
-    "no smoothing": Use("lcm-int8", smooth_quant={"matmul": -1}),
-    "none of the three": Use("nncf-ptq", preset="performance"),
+    "without model_type": Use("nncf-ptq", preset="mixed", bias_correction="off"),
+    "preset performance": Use("lcm-int8", preset="performance"),
+    "fast bias correction": Use("lcm-int8", bias_correction="fast"),
+    "with smoothing": Use("lcm-int8", smooth_quant={}),
+    "NNCF's own defaults": Use("nncf-ptq"),
 }
+"""lcm-int8, and each of its choices taken back alone."""
 
 
 def pipelines(arguments: argparse.Namespace, variants: Mapping[str, Use | None]) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from ovforge.bundle import ModelBundle
 from ovforge.config import validate_options
 from ovforge.errors import Cancelled, ConfigError, ModelError
 from ovforge.stages import Report
-from ovforge_nncf import running
+from ovforge_nncf import running, weights
 from ovforge_nncf.graph import lowered
 
 EMBEDDED = "package:ovforge_lcm/model"
@@ -138,8 +138,8 @@ def same(ours: ov.Model, theirs: ov.Model) -> None:
     for model in (ours, theirs):
         ordered = model.get_ordered_ops()
         shapes = [(op.get_type_name(), str([port.get_partial_shape() for port in op.outputs()])) for op in ordered]
-        weights = [op.get_tensor_view().data.tobytes() for op in ordered if op.get_type_name() == "Constant"]
-        graphs.append((sorted(shapes), sorted(weights)))
+        contents = [op.get_tensor_view().data.tobytes() for op in ordered if op.get_type_name() == "Constant"]
+        graphs.append((sorted(shapes), sorted(contents)))
     assert graphs[0] == graphs[1]
     for record in records(3, seed=3):
         assert np.array_equal(testing.run(ours, record)["out"], testing.run(theirs, record)["out"])
@@ -541,10 +541,42 @@ def test_what_nncf_raises_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> N
         same(before, network())
 
 
+def test_what_the_runtime_cannot_do_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {weights.ability(mode) for mode in ("int8_sym", "int4_sym", "nf4", "codebook")} <= {"compressed", "unpacked"}
+    monkeypatch.setattr(weights, "ability", lambda mode: "unpacked")
+    _, report = quantize("nncf-weights", {"mode": "int8_sym"})
+    assert "not in memory nor faster" in report.notes[0]
+    monkeypatch.setattr(weights, "ability", lambda mode: "no such type")
+    for name in ("nncf-weights", "nncf-hybrid"):
+        made = bundle()
+        with pytest.raises(ConfigError, match="cannot run int8_sym weights: no such type"):
+            quantize(name, {}, made)
+        assert not lowered(made.models["unet"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast", "note"),
+    [
+        ("flags : fpu avx2 avx512f", False, "not faster"),
+        ("flags : fpu avx2 avx512_vnni", True, "faster than floats"),
+        ("flags : amx_tile amx_int8", True, "faster than floats"),
+        ("model name : something", None, "only where the CPU has VNNI or AMX"),
+    ],
+)
+def test_what_int8_brings_here_is_said(
+    flags: str, fast: bool | None, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(running.Path, "read_text", lambda *arguments, **options: flags)
+        assert running.has_fast_int8() is fast
+    assert note in running.speed_note(fast)
+
+
 def test_recipes_are_their_base_with_other_defaults() -> None:
+    article = {"model_type": "transformer", "preset": "mixed", "bias_correction": "off"}
     same(
         quantize("lcm-int8", {})[0],
-        quantize("nncf-ptq", {"model_type": "transformer", "preset": "mixed", "bias_correction": "off"})[0],
+        quantize("nncf-ptq", {**article, "smooth_quant": {"matmul": -1}})[0],
     )
     same(quantize("sd-int8-hybrid", {})[0], quantize("nncf-hybrid", {"bias_correction": "off"})[0])
     same(quantize("weights-int8", {})[0], quantize("nncf-weights", {})[0])
