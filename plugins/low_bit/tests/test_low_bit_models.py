@@ -458,7 +458,7 @@ def test_pictures_are_made_with_it() -> None:
         Use("auto-round", roles=["unet"], types=["MatMul"], samples=2, iterations=1),
         Use("power-quant", roles=["text_encoder"]),
     ]
-    pipe = ovforge.Pipeline("text-to-image", quantize=steps, **options)
+    pipe = ovforge.Pipeline("text-to-image", quantize=steps, calibration={"samples": 4, "runs": 1}, **options)
     assert [[*report.layers] for report in pipe.reports if report.layers] == [["unet"], ["text_encoder"]]
     ours = pipe(prompt, seed=7).images[0]
     assert 0 < np.abs(np.asarray(ours, "f4") - np.asarray(plain, "f4")).mean() < 25

@@ -107,6 +107,11 @@ class AutoRoundOptions(IntegerOptions, _Calibrated):
     )
     tune_range: bool = Field(True, description="Also shrink the range of each group by descent (the paper's α and β).")
 
+    @property
+    def learns(self) -> bool:
+        """Whether recorded inputs are needed."""
+        return self.iterations > 0
+
 
 class LorcOptions(IntegerOptions):
     """Low-rank compensation."""
@@ -126,6 +131,11 @@ class PowerQuantOptions(_Grouped, _Calibrated):
     iterations: int = Field(
         0, ge=0, le=10000, description="Steps of learned rounding on top of it, with data; 0: round to the nearest."
     )
+
+    @property
+    def learns(self) -> bool:
+        """Whether recorded inputs are needed."""
+        return self.search == "layer" or self.iterations > 0
 
     @model_validator(mode="after")
     def _searched(self) -> PowerQuantOptions:

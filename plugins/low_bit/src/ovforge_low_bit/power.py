@@ -84,7 +84,7 @@ class PowerQuant:
             exponent = options.exponent
             if exponent is None and options.search == "model":
                 exponent = self._of_model(layers)
-            if options.search == "layer" or options.iterations:
+            if options.learns:
                 used = self._with_data(
                     model, layers, exponent, recorded(calibration, role, options.samples, "power-quant")
                 )

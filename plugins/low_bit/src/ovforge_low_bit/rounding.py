@@ -55,7 +55,7 @@ class AutoRound:
         options = self.options
 
         def change(role: str, model: ov.Model, layers: Sequence[Layer], report: Report) -> str:
-            if options.iterations:
+            if options.learns:
                 self._learned(model, layers, recorded(calibration, role, options.samples, "auto-round"))
             else:
                 for layer in layers:
