@@ -79,12 +79,14 @@ def extended(words: Mapping[str, int]) -> Callable[[str], list[int]]:
     return reader(model)
 
 
-WORDS = {"<cat-toy>": 1, "zork": 3, "style|x": 2, "(a+b)*": 1, "<naïve>": 2, "<cat-toy>2": 1}
+WORDS = {"<cat-toy>": 1, "zork": 3, "style|x": 2, "(a+b)*": 1, "<naïve>": 2, "<cat-toy>2": 1, "my  cat": 1, "old dog": 2,
+         "a\u200bb": 1}  # fmt: skip
 PROMPTS = [
     "", " ", "a photo", "<cat-toy>", "A <CAT-TOY> backpack", "a<cat-toy>backpack", "the <cat-toy>, zork; zork.",
     "zork_1 zork_2 zork_12 zork_3", "unzorked", "<cat-toy>2 <cat-toy>22", "'s<cat-toy>'s", '"zork" (a+b)*(a+b)*',
     "style|x style |x Style|X", "<naïve> <nai\u0308ve>", "<cat-to<cat-toy>y>", "zork\n\tzork", "a\u00a0zork",
     "<cat-toy", "zor k", "🦄zork🦄", "zork " * 40, "x " * 74 + "zork", "x " * 72 + "zork zork", "zork</w>",
+    "see my cat, my\n\tcat's", "MY CATs mycat my", "an old dog", "an OLD  dog", "xa\u200bby a\u200bb",
 ]  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def both() -> tuple[Callable[[str], list[int]], Callable[[str], list[int]]]:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_numbers_are_those_of_diffusers(prompt: str, both: Any) -> None:
     ours, wanted = both
-    if any(name in prompt for name in ("zork_1", "CAT-TOY", "Style", "\u0308")):
+    if any(name in prompt for name in ("zork_1", "CAT-TOY", "Style", "\u0308", "OLD")):
         # diffusers rewrites the letters as they stand in the prompt: words of several vectors that are written
         # otherwise than when they were learned lose all but one of them, and zork_1 is taken for zork.
         tokenizer, _ = theirs(WORDS)
@@ -125,7 +127,7 @@ def test_tokenizers_as_others_convert_them(options: dict[str, Any]) -> None:
         assert ours(prompt) == wanted(prompt)
 
 
-names = st.text(st.sampled_from("abz<>-_|.*+?^$\\(){}[]#'é1"), min_size=1, max_size=8)
+names = st.text(st.sampled_from("abz<>-_|.*+?^$\\(){}[]#'é1 "), min_size=1, max_size=8).map(str.strip).filter(bool)
 pieces = st.sampled_from(["a ", "cat", ", ", " ", "<", ">", "'s", "1", "É", "unicorn ", "🦄"])
 
 
@@ -149,8 +151,8 @@ def test_any_words_in_any_prompt(data: st.DataObject) -> None:
 def test_prompts_without_words_are_read_as_before(prompt: str, both: Any, plain: Callable[[str], list[int]]) -> None:
     """Whatever the tokenizer makes of other text, it still does."""
     for word in WORDS:
-        prompt = prompt.lower().replace(word, "")
-    assume(not any(word in normalized(prompt) for word in WORDS))
+        prompt = normalized(prompt).replace(normalized(word), "")
+    assume(not any(normalized(word) in normalized(prompt) for word in WORDS))
     assert both[0](prompt) == plain(prompt)
 
 

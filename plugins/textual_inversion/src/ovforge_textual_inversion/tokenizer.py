@@ -48,8 +48,8 @@ def parts_of(word: str, vectors: int) -> list[str]:
 
 
 def normalized(word: str) -> str:
-    """Return a word as CLIP's normalization leaves it."""
-    return unicodedata.normalize("NFC", word).lower()
+    """Return a word as CLIP's normalization leaves it: blanks, of whatever kind and number, are one space."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", word)).lower()
 
 
 class TokenizerGraph:

@@ -210,13 +210,13 @@ def _left_over(learned: Sequence[Learned], roles: Sequence[str]) -> list[Skipped
 def _check_words(words: Sequence[str], vectors: Sequence[int]) -> None:
     """Raise ConfigError for words that cannot be, or that would be taken for each other."""
     for word in words:
-        odd = next((c for c in word if c.isspace() or unicodedata.category(c)[0] == "C"), None)
-        if odd is not None or not 0 < len(word) <= WORD_LIMIT:
-            why = f"has a {unicodedata.name(odd, repr(odd)).lower()} in it" if odd else f"has {len(word)} characters"
+        odd = next((c for c in word if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()), None)
+        if odd is not None or word != word.strip() or not 0 < len(word) <= WORD_LIMIT:
+            why = f"has {len(word)} characters" if word == word.strip() else "begins or ends with a blank"
             raise ConfigError(
-                f"the word {word[:WORD_LIMIT]!r} {why}",
+                f"the word {word[:WORD_LIMIT]!r} {f'has the control character {odd!r} in it' if odd else why}",
                 where="token",
-                hint="Prompts are read word by word: name it without blanks, in up to 128 characters, token = ...",
+                hint="Prompts may lose that: name it otherwise, in up to 128 characters, token = ...",
             )
     taken: dict[str, str] = {}
     for number, word in enumerate(words):
