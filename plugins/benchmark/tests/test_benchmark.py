@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import random
 import signal
 import statistics
@@ -166,6 +167,16 @@ def test_reshaped_read_from_a_blob_and_compiled_only(models: Path, tmp_path: Pat
     assert report(folder, "--role", "text_encoder", "-data_shape", "[1,7]", "-niter", 1).inputs[0].name == "input_ids"
 
 
+def test_an_encrypted_model_is_measured_with_its_key(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("ovforge_aes_loader")
+    monkeypatch.setenv("THE_KEY", os.urandom(32).hex())  # a process remembers the keys that it has seen
+    sealed = tmp_path / "sealed"
+    assert ran("encrypt", models / "table.xml", "-o", sealed, "-k", "env:THE_KEY").exit_code == 0
+    with pytest.raises(OvforgeError, match="key"):
+        ran("benchmark", sealed / "table.xml.ovenc", "-niter", 1)
+    assert report(sealed / "table.xml.ovenc", "--key", "env:THE_KEY", "-niter", 1).inputs[0].name == "ids"
+
+
 def test_inputs_come_from_files_and_numbers_stay_in_the_table(models: Path, tmp_path: Path) -> None:
     def feeds(model: str, *paths: object, shape: str | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:
         graph = ov.Core().read_model(models / model)
@@ -236,6 +247,11 @@ def test_wrong_usage_ends_with_2_and_names_the_flag(models: Path) -> None:
     ):
         done = ran("benchmark", models / "image.xml", *arguments)
         assert done.exit_code == 2 and said in done.output
+
+
+def test_devices_that_combine_others(models: Path) -> None:
+    for device, more in (("HETERO:CPU", ()), ("MULTI:CPU", ("-hint", "none", "-nstreams", "CPU:1")), ("AUTO:CPU", ())):
+        assert report(models / "table.xml", "-d", device, *more, "-niter", 2).iterations >= 2
 
 
 # -- pipelines, and two of a kind -------------------------------------------------------------------------------------

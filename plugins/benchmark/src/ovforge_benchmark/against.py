@@ -14,6 +14,7 @@ from ovforge_benchmark.loop import Limits, run_async, run_sync
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import Watch, disturbances
 from ovforge_benchmark.schema import Versus
+from ovforge_benchmark.settings import ran
 from ovforge_benchmark.statistics import summary
 
 __all__ = ["interval", "run_against"]
@@ -154,7 +155,7 @@ def _model_side(flags: Mapping[str, Any]) -> _Side:
         def run() -> float:
             return _each(run_async(queue, given, limits, quiet))
 
-    precision = {"model": str(prepared.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())}
+    precision = {"model": str(ran(prepared.compiled).get("INFERENCE_PRECISION_HINT", "unknown"))}
     return _Side(flags["label"], run, precision)
 
 

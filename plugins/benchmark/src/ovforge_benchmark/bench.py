@@ -33,6 +33,11 @@ def _benchmark(context: typer.Context) -> None:
     reader = parser()
     given = reader.check(context.args)
     flags = vars(given)
+    if flags["schema"]:
+        from ovforge_benchmark.schema import report_schema
+
+        print(json.dumps(report_schema(), indent=2))
+        return
     _name_model(flags)
     tell = _teller(flags)
     if flags["against"]:

@@ -127,22 +127,24 @@ def _files(text: str) -> list[Path]:
 def _from_files(one: Input, files: Sequence[Path]) -> list[NDArray[Any]]:
     """Return arrays, one a group: pictures are stacked to batches, others are taken as they are."""
     if all(path.suffix.lower() in _PICTURES for path in files):
-        if not one.shapes and one.shape.rank.is_static:
-            one.shapes = [_picture_shape(one, files[0])]
-        whole = []
-        taking = itertools.cycle(files)
-        for shape in one.shapes:
-            batch = one.batch(shape) or 1
-            arrays = [_picture(one, shape, next(taking)) for _ in range(batch)]
-            whole.append(np.stack(arrays) if one.layout.has_name("N") else arrays[0])
-        more = (len(files) + sum(len(a) if one.layout.has_name("N") else 1 for a in whole) - 1) // max(len(whole), 1)
-        for _ in range(min(more, 64) - len(whole)) if len(one.shapes) == 1 else ():
-            arrays = [_picture(one, one.shapes[0], next(taking)) for _ in range(one.batch(one.shapes[0]) or 1)]
-            whole.append(np.stack(arrays) if one.layout.has_name("N") else arrays[0])
-        return whole
+        return _pictures(one, files)
     arrays = [_array(one, path) for path in files]
     one.shapes = one.shapes or [tuple(array.shape) for array in arrays]
     return arrays
+
+
+def _pictures(one: Input, files: Sequence[Path]) -> list[NDArray[Any]]:
+    """Return batches: one a shape, or as many as all files fill where there is one shape."""
+    if not one.shapes and one.shape.rank.is_static:
+        one.shapes = [_picture_shape(one, files[0])]
+    shapes = list(one.shapes)
+    if len(shapes) == 1:
+        shapes *= -(-len(files) // (one.batch(shapes[0]) or 1))
+    taking, made = itertools.cycle(files), []
+    for shape in shapes:
+        arrays = [_picture(one, shape, next(taking)) for _ in range(one.batch(shape) or 1)]
+        made.append(np.stack(arrays) if one.layout.has_name("N") else arrays[0])
+    return made
 
 
 def _picture_shape(one: Input, file: Path) -> tuple[int, ...]:

@@ -141,6 +141,7 @@ def parser() -> _Parser:
     add("--within", type=float, default=0.02, metavar="PART", help="How narrow the ratio's interval shall be: 0.02.")
     add("--tune", action="store_true", help="Search streams, threads, requests, hints and precisions within -t.")
     add("-o", "--output", metavar="REPORT", help="Write REPORT.json, .csv, .md and .html.")
+    add("--schema", action="store_true", help="Print the JSON Schema of all reports, and do nothing else.")
     add("-q", "--quiet", action="store_true", help="Print nothing but errors.")
     add("--json", action="store_true", help="Print the report as JSON.")
     add("--json-lines", action="store_true", help="Print a JSON object a line while it runs, the report last.")

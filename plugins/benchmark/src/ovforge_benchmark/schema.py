@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 __all__ = [
     "VERSION",
@@ -20,6 +20,7 @@ __all__ = [
     "Record",
     "Statistics",
     "Versus",
+    "report_schema",
 ]
 
 VERSION = 1
@@ -184,3 +185,15 @@ class Versus(Record):
     within: float
     narrow: bool = Field(description="Whether the interval is as narrow as was asked.")
     warnings: tuple[str, ...] = ()
+
+
+def report_schema() -> dict[str, Any]:
+    """Return the JSON Schema of every report; `kind` tells which one it is."""
+    from ovforge_benchmark.tune import Tuning
+
+    schema = TypeAdapter(Benchmark | Comparison | Versus | Tuning).json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Reports of ovforge-benchmark",
+        **schema,
+    }
