@@ -72,24 +72,24 @@ def test_an_encrypted_model_says_what_protects_it_and_with_the_key_what_is_in_it
 ) -> None:
     pytest.importorskip("ovforge_aes_loader")
     secret = os.urandom(32).hex()  # a process remembers the keys that it has seen
-    monkeypatch.setenv("THE_KEY", secret)
+    monkeypatch.setenv("INSPECT_KEY", secret)
     source = ROOT / "plugins/lcm/src/ovforge_lcm/model/vae_decoder"
     sealed = tmp_path / "sealed"
-    encrypt = ["encrypt", str(source), "-o", str(sealed), "-k", "env:THE_KEY"]
+    encrypt = ["encrypt", str(source), "-o", str(sealed), "-k", "env:INSPECT_KEY"]
     assert CliRunner().invoke(app, encrypt).exit_code == 0
     closed = said(sealed)
     assert closed["models"] is None and "key" in closed["closed"]
     assert {file["file"] for file in closed["protection"]} >= {"openvino_model.xml.ovenc", "openvino_model.bin.ovenc"}
-    opened = said(sealed, "--key", "env:THE_KEY")
+    opened = said(sealed, "--key", "env:INSPECT_KEY")
     assert opened["models"] and opened["protection"] == closed["protection"]
     assert list(opened["models"].values()) == list(said(source)["models"].values())
-    monkeypatch.setenv("OTHER", os.urandom(32).hex())
+    monkeypatch.setenv("INSPECT_OTHER", os.urandom(32).hex())
     with pytest.raises((ConfigError, ModelError), match="another"):
-        said(sealed, "-k", "env:OTHER")
+        said(sealed, "-k", "env:INSPECT_OTHER")
     with pytest.raises(ConfigError, match="names no place"):
         said(sealed, "-k", secret)
     with pytest.raises(ConfigError, match="nothing is encrypted"):
-        said(source, "-k", "env:THE_KEY")
+        said(source, "-k", "env:INSPECT_KEY")
     assert secret not in json.dumps(opened)
 
 

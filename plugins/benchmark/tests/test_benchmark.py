@@ -169,12 +169,12 @@ def test_reshaped_read_from_a_blob_and_compiled_only(models: Path, tmp_path: Pat
 
 def test_an_encrypted_model_is_measured_with_its_key(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("ovforge_aes_loader")
-    monkeypatch.setenv("THE_KEY", os.urandom(32).hex())  # a process remembers the keys that it has seen
+    monkeypatch.setenv("BENCH_KEY", os.urandom(32).hex())  # a process remembers the keys that it has seen
     sealed = tmp_path / "sealed"
-    assert ran("encrypt", models / "table.xml", "-o", sealed, "-k", "env:THE_KEY").exit_code == 0
+    assert ran("encrypt", models / "table.xml", "-o", sealed, "-k", "env:BENCH_KEY").exit_code == 0
     with pytest.raises(OvforgeError, match="key"):
         ran("benchmark", sealed / "table.xml.ovenc", "-niter", 1)
-    assert report(sealed / "table.xml.ovenc", "--key", "env:THE_KEY", "-niter", 1).inputs[0].name == "ids"
+    assert report(sealed / "table.xml.ovenc", "--key", "env:BENCH_KEY", "-niter", 1).inputs[0].name == "ids"
 
 
 def test_inputs_come_from_files_and_numbers_stay_in_the_table(models: Path, tmp_path: Path) -> None:
