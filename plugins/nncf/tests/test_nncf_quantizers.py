@@ -86,7 +86,8 @@ def records(count: int = 6, seed: int = 1) -> list[dict[str, Any]]:
 class Recorded:
     """A calibration of fixed records, whose score really runs the models."""
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: float | None = None) -> None:
+        self.fixed = fixed
         self.scored = 0
 
     def inputs(self, role: str, count: int) -> list[dict[str, Any]]:
@@ -94,8 +95,7 @@ class Recorded:
 
     def score(self, models: Mapping[str, ov.Model]) -> float:
         self.scored += 1
-        (model,) = models.values()
-        return closeness(model)
+        return closeness(*models.values()) if self.fixed is None else self.fixed
 
 
 def closeness(model: ov.Model) -> float:
@@ -119,12 +119,16 @@ def bundle() -> ModelBundle:
 
 
 def quantize(
-    name: str, options: dict[str, Any], made: ModelBundle | None = None, keep: Mapping[str, list[str]] = {}
+    name: str,
+    options: dict[str, Any],
+    made: ModelBundle | None = None,
+    keep: Mapping[str, list[str]] = {},
+    score: float | None = None,
 ) -> tuple[ov.Model, Report]:
     described = testing.extension(ovforge_nncf, "quantizer", name)
     checked = validate_options(described.options_model(), options, where=name)
     made = made or bundle()
-    report: Report = described.create(checked).quantize(made, Recorded(), keep)
+    report: Report = described.create(checked).quantize(made, Recorded(score), keep)
     return made.models["unet"], report
 
 
@@ -523,22 +527,37 @@ def test_no_data_and_too_little_memory_are_said(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_nncf_raises_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in the middle of the work, at each quantizer: our error, and the bundle as it was."""
-    for name in ("nncf-ptq", "nncf-hybrid", "nncf-accuracy", "nncf-weights"):
-        made = bundle()
-        before = made.models["unet"]
+    """A fault, or an interruption, when the first of two roles is done: our error, and the bundle as it was."""
+    faults = (
+        (RuntimeError("std::bad_alloc"), ModelError, "memory ran out"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    )
+    options: dict[str, Any] = {"roles": ["unet", "controlnet"], "subset_size": 1}
+    for name, changing in (
+        ("nncf-ptq", "quantize"),
+        ("nncf-hybrid", "quantize"),
+        ("nncf-weights", "compress_weights"),
+        ("nncf-accuracy", "quantize_with_accuracy_control"),
+    ):
+        for fault, raised, message in faults if name != "nncf-accuracy" else faults[:1]:
+            made = bundle()
+            made.models["controlnet"] = network()
+            before = dict(made.models)
+            calls: list[str] = []
+            real = getattr(nncf, changing)
 
-        def fail(*arguments: Any, **options: Any) -> Any:
-            raise RuntimeError("std::bad_alloc")
+            def fail(*arguments: Any, **given: Any) -> Any:
+                calls.append(name)  # noqa: B023
+                if len(calls) == 2:  # noqa: B023
+                    raise fault  # noqa: B023
+                return real(*arguments, **given)  # noqa: B023
 
-        changing = "compress_weights" if name == "nncf-weights" else "quantize"
-        changing = "quantize_with_accuracy_control" if name == "nncf-accuracy" else changing
-        with monkeypatch.context() as patched:
-            patched.setattr(nncf, changing, fail)
-            with pytest.raises(ModelError, match="memory ran out"):
-                quantize(name, {}, made)
-        assert made.models["unet"] is before
-        same(before, network())
+            with monkeypatch.context() as patched:
+                patched.setattr(nncf, changing, fail)
+                with pytest.raises(raised, match=message):
+                    quantize(name, options | ({"max_drop": 1.0} if name == "nncf-accuracy" else {}), made, score=0.5)
+            assert all(made.models[role] is model for role, model in before.items())
+            same(before["unet"], network())
 
 
 def test_what_the_runtime_cannot_do_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

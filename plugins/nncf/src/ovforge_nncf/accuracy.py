@@ -78,7 +78,8 @@ class AccuracyControl:
             report.notes.append(f"{role}: {said}, limit {limit:.4g}, {count} records, {scores.taken} trials")
             if back := sorted(scores.lowered - {op.name for op in lowered(quantized)}):
                 report.notes.append(f"{role}: given back for the score: {', '.join(back)}")
-            bundle.models[role] = done[role] = quantized
+            done[role] = quantized
+        bundle.models.update(done)  # all or none
         if report.roles:
             report.notes.append(speed_note(has_fast_int8()))
         return report

@@ -84,7 +84,7 @@ class Hybrid:
         roles = chosen_roles(options.roles, bundle, where, stepped=True)
         models = models_of(roles, bundle, options.ignored_scope, keep, where)
         check_models(models, options, where)
-        report = Report(bytes_before=0, bytes_after=0)
+        report, done = Report(bytes_before=0, bytes_after=0), dict[str, Any]()
         if note := runs_here(options.weights, where):
             report.notes.append(note)
         for role, model in models.items():
@@ -93,7 +93,8 @@ class Hybrid:
             both = self._both(role, model, data, kept, where)
             describe(report, role, model, both, options, kept)
             report.notes.append(f"{role}: {count} records")
-            bundle.models[role] = both
+            done[role] = both
+        bundle.models.update(done)  # all or none
         if report.roles:
             report.notes.append(speed_note(has_fast_int8()))
         return report

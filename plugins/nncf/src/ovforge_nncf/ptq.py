@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError
@@ -45,7 +45,7 @@ class PostTrainingQuantization:
         roles = chosen_roles(options.roles, bundle, where, stepped=True)
         models = models_of(roles, bundle, options.ignored_scope, keep, where)
         check_models(models, options, where)
-        report = Report(bytes_before=0, bytes_after=0)
+        report, done = Report(bytes_before=0, bytes_after=0), dict[str, Any]()
         for role, model in models.items():
             data, count = dataset(calibration, role, options.subset_size, where)
             scope = options.ignored_scope.to_nncf(model, keep.get(role, ()))
@@ -54,7 +54,8 @@ class PostTrainingQuantization:
                 quantized = nncf.quantize(model, data, ignored_scope=scope, **arguments)
             describe(report, role, model, quantized, options, keep.get(role, ()))
             report.notes.append(f"{role}: {count} records")
-            bundle.models[role] = quantized
+            done[role] = quantized
+        bundle.models.update(done)  # all or none
         if report.roles:
             report.notes.append(speed_note(has_fast_int8()) if options.mode == "int8" else FP8_NOTE)
         return report

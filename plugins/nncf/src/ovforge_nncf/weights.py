@@ -32,18 +32,19 @@ class WeightCompression:
         """Compress each role's weights. Raises ConfigError for a role that there is not, or a mode that cannot run."""
         options, where = self.options, f"quantize ({self.options.NAME})"
         roles = chosen_roles(options.roles, bundle, where, stepped=False)
-        report = Report(bytes_before=0, bytes_after=0)
+        report, done = Report(bytes_before=0, bytes_after=0), dict[str, Any]()
         if note := runs_here(options, where):
             report.notes.append(note)
-        for role, model in models_of(roles, bundle, options.ignored_scope, keep, where).items():
+        models = models_of(roles, bundle, options.ignored_scope, keep, where)
+        for role, model in models.items():
+            self._check_groups(role, model, keep.get(role, ()), where)
             if options.uses_data:
                 check_memory(2 * float_bytes(model), where, role)
+        for role, model in models.items():
             own = {op.get_friendly_name() for op in model.get_ops()}
             before = set(lowered(model))
-            self._check_groups(role, model, keep.get(role, ()), where)
             compressed = self._compressed(role, model, calibration, keep.get(role, ()), where)
-            new = [op for op in lowered(compressed) if op not in before]
-            found = [op for op in new if op.name in own]
+            found = [op for op in lowered(compressed) if op.name in own and op not in before]
             if not found:
                 report.skipped.append(Skipped(role, "it has no weights that could be compressed, or all are already"))
                 continue
@@ -51,10 +52,13 @@ class WeightCompression:
             report.layers[role] = [op.name for op in found]
             report.applied.append(f"{role}: {counted(found)}")
             if options.lora_correction:
-                report.notes.append(f"{role}: {(len(new) - len(found)) // 2} low-rank branches of 8-bit weights")
+                new = [op for op in compressed.get_ops() if op.get_friendly_name() not in own]
+                branches = sum(op.get_type_name() == "MatMul" for op in new) // 2  # each has two matrices
+                report.notes.append(f"{role}: {branches} low-rank branches")
             report.bytes_before = (report.bytes_before or 0) + constant_bytes(model)
             report.bytes_after = (report.bytes_after or 0) + constant_bytes(compressed)
-            bundle.models[role] = compressed
+            done[role] = compressed
+        bundle.models.update(done)  # all or none
         return report
 
     def _check_groups(self, role: str, model: ov.Model, keep: Collection[str], where: str) -> None:
