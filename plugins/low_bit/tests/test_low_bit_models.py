@@ -261,6 +261,26 @@ def test_learned_rounding_lowers_the_error_of_the_whole_model() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
+def test_layers_too_wide_to_learn_are_rounded_to_the_nearest() -> None:
+    for name, options, plain in (
+        ("auto-round", {"iterations": 20}, lambda w: nearest(w, 4, False, 64).matrix()),
+        ("power-quant", {"iterations": 20, "exponent": 0.7}, lambda w: nearest_powers(w, 0.7, 4, 64).matrix()),
+    ):
+        changed = bundle()
+        report = quantize(name, changed, samples=2, max_width=1, **options)  # type: ignore[arg-type]
+        assert report.notes == ["unet: 3 operations have over 1 inputs, and are not learned"]
+        x = weights(5, 64, seed=9)
+        wanted = run(rebuilt(plain), x)
+        assert np.abs(run(changed.models["unet"], x) - wanted).max() < 1e-5 * np.abs(wanted).max()
+        changed = bundle()
+        report = quantize(name, changed, samples=2, max_width=64, **options)  # type: ignore[arg-type]
+        assert report.notes == ["unet: 1 operations have over 64 inputs, and are not learned"]
+        assert np.abs(run(changed.models["unet"], x) - wanted).max() > 1e-3 * np.abs(wanted).max()
+    changed = bundle()
+    report = quantize("power-quant", changed, samples=2, max_width=64, search="layer")
+    assert report.layers == {"unet": ["first", "second", "third"]}
+
+
 # -- pruning ------------------------------------------------------------------------------------------------------------
 
 

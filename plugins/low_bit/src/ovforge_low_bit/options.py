@@ -98,7 +98,16 @@ class _Calibrated(BaseModel):
     memory: int = Field(1024, ge=1, description="Memory for statistics of inputs that are held at a time, MiB.")
 
 
-class AutoRoundOptions(IntegerOptions, _Calibrated):
+class _Learned(_Calibrated):
+    max_width: int = Field(
+        5120,
+        ge=1,
+        description="Layers of more inputs (of a convolution: channels times places) are rounded to the nearest, since"
+        " learning takes outputs x inputs^2 a step.",
+    )
+
+
+class AutoRoundOptions(IntegerOptions, _Learned):
     """Rounding to the nearest, or by signed gradient descent."""
 
     iterations: int = Field(200, ge=0, le=10000, description="Steps of descent; 0: round to the nearest, without data.")
@@ -120,7 +129,7 @@ class LorcOptions(IntegerOptions):
     factors: Literal["f16", "i8"] = Field("i8", description="Type of the branch's two matrices.")
 
 
-class PowerQuantOptions(_Grouped, _Calibrated):
+class PowerQuantOptions(_Grouped, _Learned):
     """A codebook of powers."""
 
     bits: Literal[3, 4] = Field(4, description="Bits of a weight; 3 are stored in 4.")

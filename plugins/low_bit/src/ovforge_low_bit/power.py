@@ -30,7 +30,7 @@ from ovforge_low_bit.integers import constant_of, divided, laid, scale_type, sha
 from ovforge_low_bit.layers import Layer, store
 from ovforge_low_bit.options import PowerQuantOptions
 from ovforge_low_bit.rounding import descend
-from ovforge_low_bit.stage import change_weights, each_layer, recorded
+from ovforge_low_bit.stage import change_weights, each_layer, parted, recorded
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -83,24 +83,24 @@ class PowerQuant:
         def change(role: str, model: ov.Model, layers: Sequence[Layer], report: Report) -> str:
             exponent = options.exponent
             if exponent is None and options.search == "model":
-                exponent = self._of_model(layers)
+                exponent = self._least(layers)
+            used: list[float] = []
+            others = list(layers)
             if options.learns:
-                used = self._with_data(
-                    model, layers, exponent, recorded(calibration, role, options.samples, "power-quant")
-                )
-            else:
-                assert exponent is not None  # given, or searched for above
-                used = [exponent]
-                for layer in layers:
-                    self._set(layer, nearest_powers(layer.matrix(), exponent, options.bits, options.group_size))
-            span = f"{min(used):.3f}" if len(used) == 1 else f"{min(used):.3f} to {max(used):.3f}"
+                narrow, others = parted(layers, options.max_width, role, report)
+                records = recorded(calibration, role, options.samples, "power-quant")
+                used += self._with_data(model, narrow, exponent, records)
+            for layer in others:
+                used.append(self._least([layer]) if exponent is None else exponent)
+                self._set(layer, nearest_powers(layer.matrix(), used[-1], options.bits, options.group_size))
+            span = f"{min(used):.3f}" if min(used) == max(used) else f"{min(used):.3f} to {max(used):.3f}"
             held = " (held in 4)" if options.bits == 3 else ""
             return f"in {options.bits} bits{held}, codebook of powers, exponent {span}"
 
         return change_weights(bundle, options, keep, "power-quant", change)
 
-    def _of_model(self, layers: Sequence[Layer]) -> float:
-        """Return the one exponent of the least sum of errors."""
+    def _least(self, layers: Sequence[Layer]) -> float:
+        """Return the one exponent of the least sum of these layers' errors."""
         options = self.options
 
         def error(exponent: float) -> float:
@@ -135,7 +135,7 @@ class PowerQuant:
             else:
                 powers = nearest_powers(matrix, own, options.bits, options.group_size)
             self._set(layer, powers)
-        return used if exponent is None else [exponent]
+        return used
 
     def _set(self, layer: Layer, powers: Powers) -> None:
         layer.set_weights(powers.output(layer.shape, layer.is_transposed))

@@ -28,7 +28,7 @@ from ovforge_low_bit.activations import statistics
 from ovforge_low_bit.integers import Integers, divided, grid, limits, nearest, ranges, whole
 from ovforge_low_bit.layers import Layer
 from ovforge_low_bit.options import AutoRoundOptions, IntegerOptions
-from ovforge_low_bit.stage import change_weights, each_layer, recorded
+from ovforge_low_bit.stage import change_weights, each_layer, parted, recorded
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -56,10 +56,12 @@ class AutoRound:
 
         def change(role: str, model: ov.Model, layers: Sequence[Layer], report: Report) -> str:
             if options.learns:
-                self._learned(model, layers, recorded(calibration, role, options.samples, "auto-round"))
+                narrow, others = parted(layers, options.max_width, role, report)
+                self._learned(model, narrow, recorded(calibration, role, options.samples, "auto-round"))
             else:
-                for layer in layers:
-                    self._set(layer, nearest(layer.matrix(), options.bits, options.symmetric, options.group_size))
+                others = list(layers)
+            for layer in others:
+                self._set(layer, nearest(layer.matrix(), options.bits, options.symmetric, options.group_size))
             how = f"by signed descent, {options.iterations} steps" if options.iterations else "to the nearest"
             return f"in {storage(options)}, rounded {how}"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ovforge_low_bit.options import ScopeOptions
 
-__all__ = ["Change", "change_weights", "each_layer", "recorded"]
+__all__ = ["Change", "change_weights", "each_layer", "parted", "recorded"]
 
 Change = Callable[[str, "ov.Model", Sequence[Layer], Report], str]
 """(role, model, layers, report) -> what was done to their weights, for people: "in 4 bits"."""
@@ -69,6 +69,14 @@ def recorded(calibration: Calibration, role: str, count: int, quantizer: str) ->
     if not records:
         raise ModelError("no inputs were recorded, and this method needs some", where=f"quantize ({quantizer}), {role}")
     return records
+
+
+def parted(layers: Sequence[Layer], max_width: int, role: str, report: Report) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers to learn, and those that are too wide for it, which the report's notes tell of."""
+    wide = [layer for layer in layers if layer.width > max_width]
+    if wide:
+        report.notes.append(f"{role}: {len(wide)} operations have over {max_width} inputs, and are not learned")
+    return [layer for layer in layers if layer.width <= max_width], wide
 
 
 def each_layer(
