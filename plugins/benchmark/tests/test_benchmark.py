@@ -226,6 +226,9 @@ def test_inputs_come_from_files_and_numbers_stay_in_the_table(models: Path, tmp_
         (["two.xml", "-i", "a:wrong.npy"], InputError, "holds float64"),
         (["two.xml", "-data_shape", "[2,4]", "-i", "short.bin"], InputError, "3 bytes"),
         (["broken.xml"], ModelError, "cannot be read"),
+        (["image.xml", "-s", "input.steps=4"], InputError, "only for pipelines"),
+        (["image.xml", "--tune", "-hint", "latency"], InputError, "tries settings itself"),
+        (["image.xml", "--against", "open.xml", "-pc"], InputError, "measures two in turn"),
     ],
 )
 def test_mistakes(arguments: list[str], error: type[Exception], message: str, models: Path, monkeypatch: Any) -> None:
@@ -310,10 +313,11 @@ def test_two_against_each_other_and_the_difference_of_reports(models: Path, tmp_
         ran("bench-diff", old, new)
 
 
-def test_tuning_tries_settings_and_gives_lines_for_a_config(models: Path) -> None:
+def test_tuning_tries_settings_and_gives_lines_for_a_config(models: Path, tmp_path: Path) -> None:
     tried = list(settings_to_try("CPU"))
     assert len({json.dumps(one, sort_keys=True) for one in tried}) == len(tried)
-    done = ran("benchmark", models / "table.xml", "--tune", "-t", 3)
+    done = ran("benchmark", models / "table.xml", "--tune", "-t", 3, "-o", tmp_path / "tuned")
+    assert len(json.loads((tmp_path / "tuned.json").read_text())["trials"]) >= 2
     assert done.exit_code == 0 and "Best latency" in done.stdout and "[device]\nprecision = " in done.stdout
     assert done.stdout.count("| -infer_precision") >= 2
 

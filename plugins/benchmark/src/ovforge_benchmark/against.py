@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ovforge_benchmark.flags import REPORTS, refuse
 from ovforge_benchmark.loop import Limits, run_async, run_sync
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import Watch, disturbances
@@ -57,6 +58,8 @@ def run_against(
     Ends where the 95 % interval of the ratio is narrower than `within` to either side, or after -t seconds. The ratio
     is of geometric means of blocks; drifts of the machine's speed meet both alike.
     """
+    for flags in (first, second):
+        refuse(flags, (*REPORTS, "tune"), "not with --against, which measures two in turn")
     warnings = disturbances()
     tell("step", {"step": "prepare"})
     sides = [_side(first), _side(second)]

@@ -57,7 +57,10 @@ def _benchmark(context: typer.Context) -> None:
         from ovforge_benchmark.tune import tune
 
         found = tune(flags, tell)
+        _write(flags, found.model_dump_json(indent=2), found.markdown())
         _say(flags, found.model_dump_json(indent=2), found.markdown())
+        if not found.complete:
+            raise KeyboardInterrupt
         return
     _print_report(flags, tell)
 
@@ -98,20 +101,26 @@ def _print_report(flags: Mapping[str, Any], tell: Any) -> None:
 
 
 def _print_versus(flags: Mapping[str, Any], second: Mapping[str, Any], tell: Any) -> None:
-    from ovforge.files import atomic_write
     from ovforge_benchmark.against import run_against
     from ovforge_benchmark.tables import versus_markdown
 
     _check_output(flags)
     report = run_against(flags, second, tell)
     text = versus_markdown(report)
-    if flags["output"]:
-        base = Path(flags["output"])
-        atomic_write(base.with_suffix(".json"), (report.model_dump_json(indent=2) + "\n").encode())
-        atomic_write(base.with_suffix(".md"), text.encode())
+    _write(flags, report.model_dump_json(indent=2), text)
     _say(flags, report.model_dump_json(indent=2), text)
     if not report.complete:
         raise KeyboardInterrupt
+
+
+def _write(flags: Mapping[str, Any], as_json: str, text: str) -> None:
+    """Write REPORT.json and REPORT.md, where a report is asked for."""
+    from ovforge.files import atomic_write
+
+    if flags["output"]:
+        base = Path(flags["output"])
+        atomic_write(base.with_suffix(".json"), f"{as_json}\n".encode())
+        atomic_write(base.with_suffix(".md"), text.encode())
 
 
 def _say(flags: Mapping[str, Any], as_json: str, text: str) -> None:

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import typer
 
-from ovforge.errors import did_you_mean
+from ovforge.errors import InputError, did_you_mean
 
-__all__ = ["TYPES", "parser"]
+__all__ = ["MODELS_ONLY", "PIPELINES_ONLY", "REPORTS", "SEARCHED", "TYPES", "parser", "refuse"]
 
 TYPES = ("boolean", "f16", "f32", "f64", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
 _HINTS = ("latency", "throughput", "tput", "cumulative_throughput", "ctput", "none")
+
+
+MODELS_ONLY = (
+    "api_type", "maximum_inference_rate", "batch_size", "shape", "data_shape", "layout", "number_infer_requests",
+    "infer_threads_pinning", "inference_only", "no_warmup", "extensions", "path_to_cldnn_config", "cache_dir",
+    "load_from_file", "input_precision", "output_precision", "input_output_precision", "mean_values", "scale_values",
+    "report_type", "exec_graph_path", "dump_config", "load_config", "role", "key",
+)  # fmt: skip
+"""Flags that a pipeline has no use for."""
+
+PIPELINES_ONLY = ("set", "runs", "no_cache")
+
+REPORTS = ("number_iterations", "report_type", "perf_counts", "perf_counts_sort", "exec_graph_path", "dump_config")
+"""Flags of a single measurement."""
+
+SEARCHED = (
+    "perf_hint", "api_type", "number_streams", "number_threads", "number_infer_requests", "infer_precision",
+    "infer_threads_pinning",
+)  # fmt: skip
+"""Flags that --tune tries itself."""
+
+
+def refuse(flags: Mapping[str, Any], names: Sequence[str], why: str) -> None:
+    """Raise InputError where one of these flags is given: none is left aside in silence."""
+    given = [name for name in names if flags[name] not in (None, False, "", 0.0, [])]
+    if flags["number_iterations"] == 0 and "number_iterations" in names:
+        given.append("number_iterations")
+    if given:
+        said = ", ".join(f"--{name}" for name in given)
+        raise InputError(f"{said}: {why}", where=flags["model"], hint="Take it out.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,7 +165,7 @@ def parser() -> _Parser:
     group = made.add_argument_group("pipelines, and more than benchmark_app does")
     add = group.add_argument
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="Override a key of a pipeline.")
-    add("--runs", type=_count(1), default=10, help="Measured calls of a pipeline.")
+    add("--runs", type=_count(1), help="Measured calls of a pipeline: 10.")
     add("--no-cache", action="store_true", help="Pipelines: keep nothing on disk.")
     add("--against", metavar="B", help="Measure two in turn, until the ratio is known.")
     add("--within", type=float, default=0.02, metavar="PART", help="How narrow the ratio's interval shall be: 0.02.")

@@ -15,7 +15,7 @@ from ovforge.errors import ConfigError, DeviceError, InputError, ModelError
 from ovforge.runtime import core
 from ovforge_benchmark import settings
 from ovforge_benchmark.feeds import Feed, make_feeds
-from ovforge_benchmark.flags import TYPES
+from ovforge_benchmark.flags import PIPELINES_ONLY, TYPES, refuse
 from ovforge_benchmark.schema import Operator
 from ovforge_benchmark.shapes import Input, describe_inputs, element_type
 
@@ -45,6 +45,7 @@ class Prepared:
 
 def prepare(flags: Mapping[str, Any], tell: Tell = lambda *_: None) -> Prepared:
     """Read and compile the model that the flags name, and make its inputs. Raises an OvforgeError for what is wrong."""
+    refuse(flags, PIPELINES_ONLY, "only for pipelines")
     for library in (flags["extensions"] or "").split(",") if flags["extensions"] else ():
         try:
             core().add_extension(library)
@@ -86,8 +87,9 @@ def _timed(start: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
 def _read(flags: Mapping[str, Any]) -> ov.Model:
     """Return the model from whatever any loader here opens."""
     from ovforge.cache import Cache
-    from ovforge.pipeline import Origin, find_loader, open_origin
+    from ovforge.loading import open_origin
     from ovforge.plugins import Plugins
+    from ovforge.recipe import Origin, find_loader
     from ovforge.sources import open_source
     from ovforge.stages import ignore_progress
 

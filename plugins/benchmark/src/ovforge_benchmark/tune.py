@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ovforge.errors import DeviceError, InputError
 from ovforge.runtime import core
+from ovforge_benchmark.flags import REPORTS, SEARCHED, refuse
 from ovforge_benchmark.machine import cores, machine
 from ovforge_benchmark.model import measure
 from ovforge_benchmark.noise import disturbances
@@ -95,6 +96,7 @@ def tune(flags: Mapping[str, Any], tell: Callable[[str, dict[str, Any]], None]) 
 
     if is_pipeline(flags["model"]):
         raise InputError("searches for single models", where="--tune", hint="Name a model, or a folder with --role.")
+    refuse(flags, (*SEARCHED, *REPORTS), "not with --tune, which tries settings itself")
     limit = float(flags["time"] or _DEFAULT_SECONDS)
     end = time.monotonic() + limit
     waiting = list(settings_to_try(flags["target_device"]))

@@ -13,6 +13,7 @@ import ovforge
 from ovforge.config import apply_overrides
 from ovforge.errors import InputError
 from ovforge.results import Timings
+from ovforge_benchmark.flags import MODELS_ONLY, refuse
 from ovforge_benchmark.machine import machine, peak_memory
 from ovforge_benchmark.noise import Watch, disturbances
 from ovforge_benchmark.operators import average, operators
@@ -23,12 +24,7 @@ __all__ = ["is_pipeline", "load", "run_pipeline"]
 
 _CONFIGS = (".toml", ".json", ".png")
 _START = ("load", "compile")
-_MODELS_ONLY = (
-    "api_type", "maximum_inference_rate", "batch_size", "shape", "data_shape", "layout", "number_infer_requests",
-    "infer_threads_pinning", "inference_only", "no_warmup", "extensions", "path_to_cldnn_config", "cache_dir",
-    "load_from_file", "input_precision", "output_precision", "input_output_precision", "mean_values", "scale_values",
-    "report_type", "exec_graph_path", "dump_config", "load_config", "role", "key",
-)  # fmt: skip
+_RUNS = 10
 
 
 def is_pipeline(name: str) -> bool:
@@ -41,8 +37,7 @@ def load(flags: Mapping[str, Any], *overrides: str) -> tuple[ovforge.Pipeline, d
 
     Raises InputError for flags that only single models have.
     """
-    if wrong := [f"-{name}" for name in _MODELS_ONLY if flags[name] not in (None, False, "", 0.0)]:
-        raise InputError(f"{', '.join(wrong)}: only for single models", where=flags["model"], hint="Take it out.")
+    refuse(flags, MODELS_ONLY, "only for single models")
     settings = {
         "infer_precision": "precision", "perf_hint": "hint", "number_threads": "threads", "number_streams": "streams",
     }  # fmt: skip
@@ -82,7 +77,7 @@ def run_pipeline(flags: Mapping[str, Any], tell: Callable[[str, dict[str, Any]],
     # A seed that was drawn is the same in all calls.
     if "seed" in (ran := result.provenance.get("inputs", {})):
         inputs = {**inputs, "seed": ran["seed"]}
-    runs = flags["number_iterations"] or (0 if flags["time"] else flags["runs"])
+    runs = flags["number_iterations"] or (0 if flags["time"] else flags["runs"] or _RUNS)
     totals: list[float] = []
     times: list[float] = []
     all_timings = Timings()
