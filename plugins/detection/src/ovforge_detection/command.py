@@ -30,6 +30,9 @@ def detect(
     precision: Annotated[
         str, typer.Option("--precision", help="What the device computes in: auto, f32, bf16 or f16.")
     ] = "auto",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="How a model that is converted stores its weights: f16 or f32.")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="Score that boxes need; by default the model's own.")
     ] = None,
@@ -72,6 +75,7 @@ def detect(
         "load": {
             "source": model,
             **({"use": "model-proc", "proc": str(proc.resolve())} if proc else {}),
+            **({"weights": weights} if weights else {}),
             **({"tokenizer": str(tokenizer.resolve())} if tokenizer else {}),
         },
         "device": {"use": device.lower(), **({"precision": precision} if precision != "auto" else {})},
