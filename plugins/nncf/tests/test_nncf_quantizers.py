@@ -402,11 +402,11 @@ def test_later_roles_get_what_is_left() -> None:
     class Both(Recorded):
         def score(self, models: Mapping[str, ov.Model]) -> float:
             seen.append(tuple(models))
-            return float(np.mean([closeness(model) for model in models.values()])) - 0.1 * (len(models) - 1)
+            return float(np.mean([closeness(model) for model in models.values()])) - 0.5 * (len(models) - 1)
 
     described = testing.extension(ovforge_nncf, "quantizer", "nncf-accuracy")
     checked = validate_options(
-        described.options_model(), {"max_drop": 0.05, "max_num_iterations": 1, **base}, where="test"
+        described.options_model(), {"max_drop": 0.4, "max_num_iterations": 1, **base}, where="test"
     )
     report = described.create(checked).quantize(made, Both())
     assert report.roles == ("unet",)
