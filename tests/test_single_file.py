@@ -24,8 +24,8 @@ from ovforge import Use
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
 from ovforge.errors import ConfigError, InputError, ModelError
-from ovforge.pipeline import find_loader
 from ovforge.plugins import Plugins
+from ovforge.recipe import find_loader
 from ovforge.sources import FileSource
 from ovforge.stages import Match
 

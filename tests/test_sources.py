@@ -26,8 +26,10 @@ from ovforge.extensions import (
     SourceExtension,
     TaskExtension,
 )
-from ovforge.pipeline import Pipeline, plan, read_pipeline
+from ovforge.pipeline import Pipeline
+from ovforge.planning import plan
 from ovforge.plugins import Plugins
+from ovforge.recipe import read_pipeline
 from ovforge.registry import Registry
 from ovforge.results import Result
 from ovforge.sources import FileSource, Source, open_file, open_source, source_digest

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from ovforge.config import PipelineConfig, Use
     from ovforge.errors import OvforgeError
     from ovforge.hookspecs import hookimpl
-    from ovforge.pipeline import Pipeline, load, plan
+    from ovforge.pipeline import Pipeline, load
+    from ovforge.planning import plan
 
 __all__ = ["API_VERSION", "OvforgeError", "Pipeline", "PipelineConfig", "Use", "hookimpl", "load", "plan"]
 
@@ -27,7 +28,7 @@ _HOMES = {
     "Use": "ovforge.config",
     "hookimpl": "ovforge.hookspecs",
     "load": "ovforge.pipeline",
-    "plan": "ovforge.pipeline",
+    "plan": "ovforge.planning",
 }
 
 

@@ -28,7 +28,17 @@ from typing import Any
 from ovforge.errors import CacheError, ConfigError
 from ovforge.files import atomic_write, sync_file, sync_folder
 
-__all__ = ["Cache", "CacheWarning", "DigestMemo", "Entry", "Explanation", "Ingredients", "digest_file", "key_of"]
+__all__ = [
+    "Cache",
+    "CacheWarning",
+    "DigestMemo",
+    "Entry",
+    "Explanation",
+    "Ingredients",
+    "chosen_cache",
+    "digest_file",
+    "key_of",
+]
 
 Ingredients = Mapping[str, Any]
 """JSON-able: all that a result depends on, such as stage, input digest, plugin, version, options."""
@@ -558,3 +568,12 @@ def _is_there(path: Path) -> bool:
 
 def _is_key(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def chosen_cache(cache: Cache | str | None) -> Cache | None:
+    """Return the cache that an argument means: "default" is the user's, None is none."""
+    if isinstance(cache, str):
+        if cache != "default":
+            raise ConfigError(f"{cache!r} is no cache", where="cache", hint='Give a Cache, None, or "default".')
+        return Cache.default()
+    return cache

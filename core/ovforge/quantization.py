@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ovforge.bundle import ModelBundle
     from ovforge.config import Use
-    from ovforge.pipeline import Workshop
     from ovforge.stages import Adapter, Report, Task
+    from ovforge.workshop import Workshop
 
 __all__ = ["Quantization"]
 

@@ -104,8 +104,9 @@ def _key(text: str | None) -> dict[str, str] | None:
 def _open(source: str, key: Mapping[str, Any] | None, use: str | None) -> tuple[str, ModelBundle]:
     """Return the loader's name and the bundle; a conversion comes from the cache, or goes there."""
     from ovforge.cache import Cache
-    from ovforge.pipeline import Origin, find_loader, open_origin
+    from ovforge.loading import open_origin
     from ovforge.plugins import Plugins
+    from ovforge.recipe import Origin, find_loader
     from ovforge.sources import open_source
     from ovforge.stages import ignore_progress
 

@@ -106,8 +106,8 @@ def convert(
 ) -> None:
     """Convert a model to an OpenVINO folder that ovforge, optimum-intel and openvino-genai open."""
     from ovforge.config import apply_overrides, validate_options
-    from ovforge.pipeline import find_loader
     from ovforge.plugins import Plugins
+    from ovforge.recipe import find_loader
     from ovforge.sources import open_source
 
     if output.exists() and not force:

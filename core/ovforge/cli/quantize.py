@@ -12,8 +12,8 @@ from ovforge.cli.pipelines import NoCache, progress_bar
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 
 if TYPE_CHECKING:
-    from ovforge.pipeline import Prepared
     from ovforge.plugins import Plugins
+    from ovforge.prepared import Prepared
 
 __all__ = ["quantize"]
 
@@ -134,14 +134,14 @@ def _name(source: str) -> str:
 
 
 def _prepare(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
-    from ovforge.pipeline import prepare
+    from ovforge.prepared import prepare
 
     return prepare(config, base=base, plugins=plugins, cache=None if no_cache else "default", progress=progress)
 
 
 def _prepare_model(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
     """Quantize a model by itself: with the first task that runs it, or without one where no data is asked for."""
-    from ovforge.pipeline import prepare_alone, task_for
+    from ovforge.prepared import prepare_alone, task_for
 
     found = task_for(config["load"], base, plugins, None if no_cache else "default")
     if found is not None:

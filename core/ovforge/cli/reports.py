@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ovforge.pipeline import Step
     from ovforge.quality import Outcome
+    from ovforge.recipe import Step
     from ovforge.stages import Report
 
 __all__ = ["print_quantized", "quantized_as_json"]

@@ -117,8 +117,9 @@ def _opened(model: str) -> ModelBundle:
     """Open a model as a pipeline would, from the cache where it was converted before."""
     from ovforge.cache import Cache
     from ovforge.config import validate_options
-    from ovforge.pipeline import Origin, find_loader, open_origin
+    from ovforge.loading import open_origin
     from ovforge.plugins import Plugins
+    from ovforge.recipe import Origin, find_loader
     from ovforge.sources import open_source
     from ovforge.stages import ignore_progress
 

@@ -153,8 +153,8 @@ def _type(text: str | None) -> tuple[str | None, bool]:
 
 def _weights(model: str, weights: str) -> dict[str, str]:
     """Return the loader's option for a source that is converted; a ready one keeps its weights as they are."""
-    from ovforge.pipeline import find_loader
     from ovforge.plugins import Plugins
+    from ovforge.recipe import find_loader
     from ovforge.sources import open_source
 
     loader = find_loader(open_source(model, Path.cwd()), None, Plugins()).extension
