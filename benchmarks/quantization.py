@@ -129,13 +129,13 @@ def steps(arguments: argparse.Namespace) -> None:
 
 
 def fixed(model: Any, arguments: argparse.Namespace) -> Any:
-    """Return a copy for one picture, of latents `side` x `side`."""
-    copy = model.clone()
-    sides = {"sample": [1, 4, arguments.side, arguments.side], "timestep": [1]}
+    """Return a copy for latents of `batch` x 4 x `side` x `side`."""
+    copy, batch = model.clone(), arguments.batch
+    sides = {"sample": [batch, 4, arguments.side, arguments.side], "timestep": [1]}
     for port in copy.inputs:
         if port.any_name not in sides:
             shape = port.get_partial_shape()
-            sides[port.any_name] = [side.get_length() if side.is_static else 1 for side in shape]
+            sides[port.any_name] = [side.get_length() if side.is_static else batch for side in shape]
     if (text := sides.get("encoder_hidden_states")) is not None:
         text[1] = 77
     copy.reshape(sides)
@@ -189,9 +189,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=12)
     parser.add_argument("--precisions", nargs="+", default=["f32"], choices=["f32", "bf16"])
     parser.add_argument("--side", type=int, help="latents; by default 16, with --model and --peak 64: 512 pixels")
+    parser.add_argument("--batch", type=int, help="by default 1, with --peak 2: both halves of guidance")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     full_size = arguments.peak is not None or arguments.model != EMBEDDED
+    arguments.batch = arguments.batch or (2 if arguments.peak else 1)
     arguments.side = arguments.side or (64 if full_size else 16)
     if arguments.peak:
         peak(arguments)
