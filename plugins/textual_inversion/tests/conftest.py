@@ -7,36 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from conftest import _own_cache
+from conftest import session_cache as ti_cache
+from conftest import torch_family as ti_torch
 from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
 from ovforge.sources import FileSource
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVFORGE_CACHE_DIR", str(tmp_path / "default-cache"))
-    monkeypatch.setenv("OVFORGE_REGISTRY", str(tmp_path / "registry.toml"))
-
-
-@pytest.fixture(scope="session")
-def ti_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Return a cache for this plugin's tests: a small pipeline is converted once."""
-    return Cache(tmp_path_factory.mktemp("ti-cache"))
-
-
-@pytest.fixture(scope="session")
-def ti_torch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that gives the diffusers folder of a family."""
-    from families import make_family
-
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = make_family(tmp_path_factory.mktemp(family) / "pipeline", family)
-        return made[family]
-
-    return folder
+__all__ = ["_own_cache", "ti_bundle", "ti_cache", "ti_torch"]
 
 
 @pytest.fixture(scope="session")

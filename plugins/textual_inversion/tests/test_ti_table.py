@@ -61,10 +61,12 @@ def data(model: ov.Model, folder: Path) -> list[bytes]:
     return [(folder / f"m.{end}").read_bytes() for end in ("xml", "bin")]
 
 
-def constants(model: ov.Model) -> list[str]:
-    """Return the shapes of the constants that are left in a compiled model."""
+def constants(model: ov.Model, types: bool = False) -> list[str]:
+    """Return the shapes of the constants that are left in a compiled model, with their types before them or without."""
     nodes = core().compile_model(model, "CPU", F32).get_runtime_model().get_ordered_ops()
-    return [str(n.get_output_partial_shape(0)) for n in nodes if n.get_rt_info()["layerType"].astype(str) == "Const"]
+    left = [node for node in nodes if node.get_rt_info()["layerType"].astype(str) == "Const"]
+    kinds = [f"{node.get_rt_info()['outputPrecisions'].astype(str)} " if types else "" for node in left]
+    return [f"{kind}{node.get_output_partial_shape(0)}" for kind, node in zip(kinds, left, strict=True)]
 
 
 FORMS: dict[str, Callable[[], ov.Model]] = {
@@ -83,16 +85,24 @@ def test_any_table_is_found_and_folded(form: str, tmp_path: Path) -> None:
     plain = testing.run(model, ids)
     assert width_of(model, TOKENS, "text_encoder") == WIDTH
     assert extend_table(model, TOKENS, rows, "text_encoder") == "f32"
-    assert any(node.get_type_name() == "Concat" for node in model.get_ops())
     shapes = constants(model)
-    assert f"[{TOKENS + 3},{WIDTH}]" in shapes, "the longer table is one constant"
-    assert f"[3,{WIDTH}]" not in shapes
+    if "INT" in form or form == "NF4":
+        assert shapes.count(f"[{TOKENS},{WIDTH}]") == constants(FORMS[form]()).count(f"[{TOKENS},{WIDTH}]")
+        assert f"[{TOKENS + 3},{WIDTH}]" not in shapes, "the old table stays compressed"
+    else:
+        assert any(node.get_type_name() == "Concat" for node in model.get_ops())
+        assert f"[{TOKENS + 3},{WIDTH}]" in shapes, "the longer table is one constant"
+        assert f"[3,{WIDTH}]" not in shapes
     for name, found in testing.run(model, ids).items():
-        # A compressed table is decompressed once, in float16, where it is folded; else where it is looked up, in float32.
-        close = 1e-2 if "INT" in form or form == "NF4" else 1e-6
-        np.testing.assert_allclose(found, plain[name], rtol=0, atol=close * np.abs(plain[name]).max())
+        np.testing.assert_allclose(found, plain[name], rtol=0, atol=1e-6 * np.abs(plain[name]).max())
     found = looked_up(model, [TOKENS, TOKENS + 2, TOKENS + 1])
     np.testing.assert_array_equal(found, rows[[0, 2, 1]], "learned vectors are not rounded")
+    before_more = testing.run(model, {"input_ids": np.arange(TOKENS + 3)[None]})
+    extend_table(model, TOKENS + 3, vectors(2), "text_encoder")
+    assert width_of(model, TOKENS + 5, "text_encoder") == WIDTH
+    np.testing.assert_array_equal(looked_up(model, [TOKENS + 4, TOKENS + 1]), [vectors(2)[1], rows[1]])
+    for name, found in testing.run(model, {"input_ids": np.arange(TOKENS + 3)[None]}).items():
+        np.testing.assert_allclose(found, before_more[name], rtol=0, atol=1e-6 * np.abs(found).max())
     remove_marked(model)
     assert data(model, tmp_path) == before
 
@@ -100,14 +110,26 @@ def test_any_table_is_found_and_folded(form: str, tmp_path: Path) -> None:
 def looked_up(model: ov.Model, ids: list[int]) -> np.ndarray[Any, Any]:
     """Return what the first look-up in the longer table gives."""
     copy = model.clone()
-    gather = next(
+    chosen = next(
         node
         for node in copy.get_ordered_ops()
-        if node.get_type_name() == "Gather"
-        and node.input(0).get_source_output().get_node().get_friendly_name().startswith("learned_tokens/table")
+        if node.get_friendly_name().startswith("learned_tokens/chosen")
+        or (
+            node.get_type_name() == "Gather"
+            and node.input(0).get_source_output().get_node().get_friendly_name().startswith("learned_tokens/table")
+        )
     )
-    compiled = core().compile_model(ov.Model([gather], copy.get_parameters(), "lookup"), "CPU", F32)
+    compiled = core().compile_model(ov.Model([chosen], copy.get_parameters(), "lookup"), "CPU", F32)
     return compiled([np.array([ids])])[0][0]
+
+
+@pytest.mark.parametrize("mode", ["INT8_ASYM", "INT4_SYM"])
+def test_compressed_tables_stay_compressed(mode: str) -> None:
+    model = compressed(mode)
+    few = [said for said in constants(model, types=True) if said.endswith(f"[{TOKENS},{WIDTH}]")]
+    assert few
+    extend_table(model, TOKENS, vectors(), "text_encoder")
+    assert [said for said in constants(model, types=True) if said.endswith(f"[{TOKENS},{WIDTH}]")] == few
 
 
 def test_other_consumers_keep_the_table() -> None:
