@@ -81,6 +81,9 @@ def _rows(shown: Sequence[Candidate]) -> Iterable[list[str]]:
         if name in names:
             title = f"↳ {name.rpartition('.')[2]}" if "." in name else name
             yield [title.replace("_", " "), *(_latency(one, name, shown) for one in shown)]
+        if name == "total" and name in names:
+            totals = (one.statistics.get(name) for one in shown)
+            yield ["↳ the fastest", *("" if total is None else duration(total.min) for total in totals)]
     if any(one.sizes for one in shown):
         yield ["models on disk", *(size(sum(one.sizes.values())) if one.sizes else "" for one in shown)]
     if any(one.peak_memory for one in shown):
