@@ -19,7 +19,7 @@ __all__ = ["Feed", "make_feeds"]
 
 _PICTURES = {".bmp", ".jpg", ".jpeg", ".png", ".webp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff"}
 _ARRAYS = {".npy", ".npz", ".bin"}
-_RANDOM = "random numbers"
+_RANDOM, _TEXT = "random numbers", "a cat on a blue background"
 
 Feed = dict[str, "ov.Tensor"]
 """Input name -> tensor, for one inference."""
@@ -41,7 +41,7 @@ def make_feeds(inputs: Sequence[Input], paths: Sequence[str]) -> tuple[list[Feed
             said[one.name] = ", ".join(path.name for path in mine[:3]) + (" ..." if len(mine) > 3 else "")
         elif one.shapes:
             columns.append([_random(one, shape, rng) for shape in one.shapes])
-            said[one.name] = _RANDOM
+            said[one.name] = _TEXT if one.type == ov.Type.string else _RANDOM
         else:
             raise InputError(
                 f"{one.name} has the open shape {one.shape}",
@@ -64,7 +64,7 @@ def _random(one: Input, shape: tuple[int, ...], rng: np.random.Generator) -> NDA
     """Return numbers of the input's type: 0 to 255 as a picture's, truths, rows of the table that it looks up."""
     name = one.type.get_type_name()
     if name == "string":
-        return np.full(shape, "a cat on a blue background")
+        return np.full(shape, _TEXT)
     if name in ("bf16", "f8e4m3", "f8e5m2") or (one.type.bitwidth < 8 and name != "boolean"):
         raise InputError(f"{one.name} is of type {name}, which numpy has not", where="inputs", hint="Set -ip f32.")
     kind = one.type.to_dtype()

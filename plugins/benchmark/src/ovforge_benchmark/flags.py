@@ -12,7 +12,7 @@ from ovforge.errors import InputError, did_you_mean
 
 __all__ = ["MODELS_ONLY", "PIPELINES_ONLY", "REPORTS", "SEARCHED", "TYPES", "parser", "refuse"]
 
-TYPES = ("boolean", "f16", "f32", "f64", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
+TYPES = ("bool", "f16", "f32", "f64", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
 _HINTS = ("latency", "throughput", "tput", "cumulative_throughput", "ctput", "none")
 
 

@@ -76,7 +76,8 @@ def brackets(text: str | None, names: Sequence[frozenset[str]], flag: str) -> di
 
 def element_type(name: str) -> ov.Type:
     """Return OpenVINO's type of this name, as the flags have it."""
-    return getattr(ov.Type, name)
+    found: ov.Type = getattr(ov.Type, {"bool": "boolean"}.get(name, name))
+    return found
 
 
 def describe_inputs(ports: Sequence[Any], flags: Mapping[str, Any]) -> tuple[list[Input], bool]:
