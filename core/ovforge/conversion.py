@@ -220,11 +220,12 @@ def convert_module(
     finally:
         module.forward = own
     for given, port in zip(model.inputs, inputs, strict=True):
-        given.get_tensor().set_names({port.name})
         given.get_node().set_element_type(getattr(ov.Type, port.type))
         given.get_node().set_partial_shape(ov.PartialShape([-1 if side is None else side for side in port.shape]))
     model.validate_nodes_and_infer_types()
     apply_moc_transformations(model, cf=False)
+    for given, port in zip(model.inputs, inputs, strict=True):
+        given.get_tensor().set_names({port.name})  # and no names of what the transformations took out
     for result, name in zip(model.outputs, outputs, strict=True):
         result.get_tensor().set_names({name})
     if weights == "f16":
