@@ -17,7 +17,7 @@ import ovforge
 import ovforge_benchmark
 from ovforge import testing
 from ovforge.cli import app
-from ovforge.errors import ConfigError, InputError, ModelError
+from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 from ovforge.metrics import ssim
 from ovforge_benchmark.candidates import parse, varied
 from ovforge_benchmark.compare import compare
@@ -118,6 +118,7 @@ def test_the_grid_puts_every_picture_in_its_place() -> None:
         ([F32, F32, "-o", "nowhere/report"], InputError, "no such folder"),
         ([F32, "diffusers:nowhere"], InputError, "no such folder"),
         ([PICTURE, f"diffusers:{EXAMPLES}"], ModelError, "does not open it"),
+        ([PICTURE, F32, "--vary", "device.use=cpu,cqu"], PluginError, "Did you mean 'cpu'"),
         ([F32, F32, "-i", "stepz=4"], ConfigError, "unknown key `stepz`"),
     ],
 )
