@@ -40,13 +40,16 @@ VARIANTS: Mapping[str, Use | None] = {
     "sd-int8-hybrid": Use("sd-int8-hybrid"),
 }
 
+TIME = {"patterns": [".*time_emb"]}
+
 TRICKS: Mapping[str, Use | None] = {
     "none": None,
     "lcm-int8": Use("lcm-int8"),
-    "without model_type": Use("nncf-ptq", preset="mixed", bias_correction="off"),
+    "without model_type": Use("nncf-ptq", preset="mixed", bias_correction="off", ignored_scope=TIME),
     "preset performance": Use("lcm-int8", preset="performance"),
     "fast bias correction": Use("lcm-int8", bias_correction="fast"),
     "with smoothing": Use("lcm-int8", smooth_quant={}),
+    "time embedding too": Use("lcm-int8", ignored_scope={}),
     "NNCF's own defaults": Use("nncf-ptq"),
 }
 """lcm-int8, and each of its choices taken back alone."""

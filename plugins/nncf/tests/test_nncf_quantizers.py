@@ -623,13 +623,15 @@ def test_the_embedded_lcm_draws_the_same_in_int8() -> None:
     )
     report = next(report for report in small.reports if report.sizes)
     before, after = report.sizes["unet"]
-    assert after < 0.53 * before
+    assert after < 0.55 * before
     assert report.roles == ("unet",)
+    assert not any("time_emb" in name for name in report.layers["unet"])
+    assert any("in ignored_scope" in note for note in report.notes)
     expected, found = (
         np.asarray(pipe("a beautiful pink unicorn, 8k", seed=1234567, steps=4).images[0], np.float32)
         for pipe in (plain, small)
     )
-    assert 0 < np.abs(expected - found).mean() < 12
+    assert 0 < np.abs(expected - found).mean() < 6
 
 
 def test_accuracy_control_scores_the_pipeline_itself() -> None:
@@ -639,8 +641,8 @@ def test_accuracy_control_scores_the_pipeline_itself() -> None:
         cache=None,
         device=Use("cpu", precision="f32"),
         quantize=[Use("nncf-accuracy", roles=["vae_decoder"], max_drop=0.5, subset_size=1, bias_correction="off")],
-        calibration={"samples": 1, "runs": 1},
-        quality={"max_drop": 0.9, "samples": 1},
+        calibration={"samples": 1, "runs": 1, "options": {"steps": 1}},
+        quality={"max_drop": 0.9, "samples": 1, "options": {"steps": 1}},
     )
     report = next(report for report in pipe.reports if report.sizes)
     assert report.roles == ("vae_decoder",)
