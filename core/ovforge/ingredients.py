@@ -35,6 +35,9 @@ Kept = Mapping[str, Collection[str]]
 
 NONE_KEPT: Kept = MappingProxyType({})
 
+_FORM = 2
+"""Of what the core itself writes beside models: reports, records, outcomes. Entries of another form are not found."""
+
 
 def load_ingredients(origin: Origin, cache: Cache) -> dict[str, Any]:
     """Return what a conversion depends on."""
@@ -46,7 +49,7 @@ def load_ingredients(origin: Origin, cache: Cache) -> dict[str, Any]:
 
 def step_ingredients(step: Step, identity: str, recipe: Recipe, memo: Any, keep: Kept = NONE_KEPT) -> dict[str, Any]:
     """Return what a step's result depends on; a quantizer's on what calibrates it, too, where it asks for that."""
-    ingredients = {**versioned(step.offer, step.kind, step.options, memo), "input": identity}
+    ingredients = {**versioned(step.offer, step.kind, step.options, memo), "form": _FORM, "input": identity}
     if recipe.protection:
         ingredients["encrypted"] = recipe.protection.identity
     if isinstance(step.offer.extension, QuantizerExtension):
@@ -65,6 +68,7 @@ def calibration_ingredients(recipe: Recipe, memo: Any, table: CalibrationTable |
     table = table or recipe.config.calibration or CalibrationTable()
     return {
         **_caller(recipe, memo),
+        "form": _FORM,
         "samples": table.samples,
         "runs": table.runs,
         **recipe.calibration.content(memo),

@@ -178,7 +178,7 @@ def report_of(said: Mapping[str, Any]) -> Report:
     typed = {
         "roles": tuple(said["roles"]),
         "skipped": [Skipped(**skip) for skip in said["skipped"]],
-        "sizes": {role: tuple(sizes) for role, sizes in said.get("sizes", {}).items()},  # none in older entries
+        "sizes": {role: tuple(sizes) for role, sizes in said["sizes"].items()},
     }
     return Report(**{**said, **typed})
 
