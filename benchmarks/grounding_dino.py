@@ -13,6 +13,7 @@ import argparse
 import collections
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from side_by_side import peak_mib, report, take_turns
+from side_by_side import child, peak_mib
 
 TEXT = "horse. clouds. grasses. sky. hill."
 WORDS = [word.strip() for word in TEXT.replace(".", " ").split()]
@@ -289,12 +290,19 @@ def main() -> None:
     else:
         start = [sys.executable, "-W", "ignore", __file__, "--scratch", str(scratch), "--size", given.size]
         start += ["--backbone", given.backbone, "--one"]
-        results = take_turns({tool: [*start, tool] for tool in given.tools.split(",")}, scratch, given.rounds)
-        columns = {
-            "load": ("load, s", 1), "compile": ("compile, s", 1), "first": ("start to first picture, s", 1),
-            "second": ("next picture, s", 2), "peak": ("peak, MiB", 0),
-        }  # fmt: skip
-        report(results, columns, "torch f32")
+        print(
+            "| tool | start | load, s | compile, s | first picture after, s | next picture, s | peak, MiB | precision |"
+        )
+        print("| --- " * 8 + "|")
+        for number in range(given.rounds):
+            for tool in given.tools.split(","):
+                cache = scratch / tool.replace(" ", "-")
+                if number == 0:
+                    shutil.rmtree(cache, ignore_errors=True)  # the first start converts
+                if (one := child([*start, tool, str(cache)], cache, tool)) is not None:
+                    cells = [f"{one[key]:.2f}" for key in ("load", "compile", "first", "second")]
+                    print(f"| {tool} | {number + 1} | {' | '.join(cells)} | {one['peak']:.0f} | {one['precision']} |",
+                          flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
