@@ -130,8 +130,8 @@ def parity(folder: Path) -> None:
 
     from ovforge_detection.prepare import prepare
 
-    task = pipeline(folder, None, "f32", None).task
     model = transformers.GroundingDinoForObjectDetection.from_pretrained(folder).eval()
+    task = pipeline(folder, None, "f32", None).task
     rng = np.random.default_rng(0)
     worst: dict[str, float] = collections.defaultdict(float)
     moved = 0
