@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ovforge.sources import Protection
     from ovforge.stages import DevicePlan
 
-__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "compile_ingredients", "compile_model"]
+__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "can_store", "compile_ingredients", "compile_model"]
 
 _BLOB = "compiled.blob"
 
@@ -176,6 +176,14 @@ def placement(role: str, plan: DevicePlan) -> tuple[str, Mapping[str, Any]]:
     return plan.device, plan.properties
 
 
+def can_store(bundle: ModelBundle, role: str, plan: DevicePlan) -> bool:
+    """Say whether a role's compiled model can be stored and read back.
+
+    One with places for adapters cannot: OpenVINO 2026.4 writes the branches that it fused, and does not read them.
+    """
+    return plan.can_export and not any(role in places for places in bundle.adapters.values())
+
+
 def compile_model(
     bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None = None
 ) -> CompiledRole:
@@ -185,7 +193,7 @@ def compile_model(
     if role.startswith(("tokenizer", "detokenizer")):
         enable_tokenizers()
     identity = bundle.identity.get(role)
-    if cache is None or identity is None or not plan.can_export:
+    if cache is None or identity is None or not can_store(bundle, role, plan):
         return _done(_compile(bundle, role, device, properties, shapes), start, cached=False)
     sealed = bundle.protection
     ingredients = compile_ingredients(role, identity, plan, shapes, sealed)

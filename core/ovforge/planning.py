@@ -12,7 +12,7 @@ from typing import Any
 import ovforge
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache, chosen_cache
-from ovforge.compiled import CompiledBundle, Shapes, compile_ingredients
+from ovforge.compiled import CompiledBundle, Shapes, can_store, compile_ingredients
 from ovforge.config import PipelineConfig
 from ovforge.extensions import LoaderExtension
 from ovforge.ingredients import NONE_KEPT, Kept, load_ingredients, quality_ingredients, step_ingredients
@@ -152,8 +152,11 @@ def _planned_compilation(
 ) -> PlannedStage:
     stage = f"compile {role}"
     identity = bundle.identity.get(role)
-    if identity is None or not device.can_export:
-        return _stage(stage, offer, "to do", "this device's compiled models cannot be stored" * (not device.can_export))
+    if identity is None:
+        return _stage(stage, offer, "to do")
+    if not can_store(bundle, role, device):
+        what = "models with adapters" if device.can_export else "this device's models"
+        return _stage(stage, offer, "to do", f"{what} cannot be stored when compiled")
     ingredients = compile_ingredients(role, identity, device, shapes, bundle.protection)
     entry = cache.peek(ingredients)
     if entry is None:

@@ -101,6 +101,19 @@ def test_an_adapter_for_other_layers_needs_places(family: Families, lora: Lora, 
     agree(pictures(ready), pictures(wanted).images)
 
 
+def test_a_model_with_branches_is_compiled_at_each_start(family: Families, lora: Lora, cache: Cache) -> None:
+    """The runtime writes it and does not read it: neither is a wrong entry stored, nor a warning given."""
+    use = Use("lora", path=lora("small", 0, text=False), mode="runtime")
+    for start in range(2):
+        pipe = ours(family("small"), use, cache=cache)
+        cached = {role: model.cached for role, model in pipe.compiled.all()}
+        assert not cached["unet"] and cached["tokenizer"] == bool(start)
+    planned = ovforge.plan(pipe.config, cache=cache)
+    assert [s.why for s in planned.stages if s.stage == "compile unet"] == [
+        "models with adapters cannot be stored when compiled"
+    ]
+
+
 def test_two_of_one_name_are_refused(family: Families, lora: Lora) -> None:
     use = Use("lora", path=lora("sd1"), mode="runtime")
     with pytest.raises(ConfigError, match="two adapters are called"):
