@@ -34,8 +34,8 @@ F32 = Use("cpu", precision="f32")
 PROMPT = "a beautiful pink unicorn, 8k"
 
 
-def pictures(pipe: Any) -> Any:
-    return pipe(PROMPT, steps=2, guidance_scale=2.0, seed=3, width=16, height=24)
+def pictures(pipe: Any, steps: int = 2) -> Any:
+    return pipe(PROMPT, steps=steps, guidance_scale=2.0, seed=3, width=16, height=24)
 
 
 def ours(family: Family, *transforms: Use, cache: Cache | None = None, **more: Any) -> ovforge.Pipeline:
@@ -99,6 +99,36 @@ def test_an_adapter_for_other_layers_needs_places(family: Families, lora: Lora, 
         family("sd1"), Use("lora", path=few, name="few"), Use("lora", path=more, name="more", scale=0.6), cache=cache
     )
     agree(pictures(ready), pictures(wanted).images)
+
+
+def test_branches_on_an_input_of_the_model_stay_finite(family: Families, tmp_path: Path) -> None:
+    """Keys and values of cross-attention: where the CPU plugin fuses their branches, most of these runs give NaN."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    targets = find_targets("unet", family("small").bundle().models["unet"])
+
+    def write(rank: int, scale: float, *ends: str) -> str:
+        tensors = {}
+        for path, target in targets.items():
+            if path.endswith(ends):
+                name = f"lora_unet_{path.replace('.', '_')}"
+                down, up = (rank, target.shape[1]), (target.shape[0], rank)
+                tensors[f"{name}.lora_down.weight"] = scale * rng.standard_normal(down, np.float32)
+                tensors[f"{name}.lora_up.weight"] = scale * rng.standard_normal(up, np.float32)
+        save_file(tensors, tmp_path / f"{rank}.safetensors")
+        return str(tmp_path / f"{rank}.safetensors")
+
+    first = write(2, 0.05, "to_q", "to_v", "attn2.to_k")
+    files = [write(rank, 0.3, "to_q", "to_v") for rank in (9, 24)]
+    pipe = ours(family("small"), Use("lora", path=first, name="first", mode="runtime"))
+    pipe.adapters.off()
+    plain = pictures(pipe, steps=3).latents
+    for number in range(6):
+        pipe.adapters.load("lora", path=files[number % 2], name="other")
+        assert np.isfinite(pictures(pipe, steps=3).latents).all()
+        pipe.adapters.unload("other")
+        assert np.array_equal(pictures(pipe, steps=3).latents, plain)
 
 
 def test_a_model_with_branches_is_compiled_at_each_start(family: Families, lora: Lora, cache: Cache) -> None:
