@@ -18,6 +18,7 @@ from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge.runtime import core
 from ovforge.sources import FileSource
+from ovforge.stages import Match
 from ovforge_grounding_dino import original
 from ovforge_grounding_dino.loader import GroundingDinoLoader
 from ovforge_grounding_dino.options import LoaderOptions
@@ -265,6 +266,7 @@ def refuse(source: Path, match: str, kind: type[OvforgeError] = ModelError, **op
 
 def test_a_config_that_runs_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"model": {"transformer.encoder.fusion_layers.0.gamma_v": torch.ones(2)}}, tmp_path / "x.pth")
+    assert GroundingDinoLoader(LoaderOptions()).can_load(FileSource(tmp_path / "x.pth")) is Match.YES
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nenc_layers = 6\n")
     refuse(tmp_path / "x.pth", "no plain assignment", ConfigError, config=tmp_path / "evil.py")
     assert not (tmp_path / "ran").exists()
@@ -312,5 +314,6 @@ def test_damaged_and_foreign_models_are_refused(dino: tuple[Path, Any], tmp_path
     (tmp_path / "vocab.txt").unlink(missing_ok=True)
     refuse(tmp_path, "a tokenizer is missing")
     torch.save({"model": {"conv1.weight": torch.ones(2)}}, tmp_path / "resnet.pth")
+    assert GroundingDinoLoader(LoaderOptions()).can_load(FileSource(tmp_path / "resnet.pth")) is Match.NO
     refuse(tmp_path / "resnet.pth", "do not have GroundingDINO's names")
     refuse(dino[0], "is for an original checkpoint", ConfigError, tokenizer=dino[0])

@@ -37,6 +37,8 @@ DELIMITERS = (101, 102, 1012, 1029)
 """[CLS], [SEP], full stop and question mark in BERT's vocabulary; the models know no other."""
 
 _CHECKPOINTS = (".pth", ".pt")
+_PICKLE = 2**20
+"""Bytes of a checkpoint's beginning in which the names of the first layers are."""
 _VOCABULARY = ("tokenizer.json", "vocab.txt")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -48,10 +50,13 @@ class GroundingDinoLoader:
         self.options = options
 
     def can_load(self, source: Source) -> Match:
-        """Say yes to a transformers folder by its config.json; a checkpoint (.pth) may be ours: `load` finds out."""
+        """Say yes to a transformers folder by its config.json, to a checkpoint (.pth) by a name that only ours have.
+
+        That stands in the pickle, which torch writes before the weights.
+        """
         files = source.files()
-        if len(files) == 1 and PurePosixPath(next(iter(files))).suffix in _CHECKPOINTS:
-            return Match.MAYBE
+        if len(files) == 1 and PurePosixPath(path := next(iter(files))).suffix in _CHECKPOINTS:
+            return Match.YES if original.FUSION.encode() in source.read(path, _PICKLE) else Match.NO
         if "config.json" not in files or not any(path.endswith(".safetensors") for path in files):
             return Match.NO
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ovforge.errors import ConfigError, ModelError
 
-__all__ = ["config_of", "is_original", "parse_config", "rename"]
+__all__ = ["FUSION", "config_of", "is_original", "parse_config", "rename"]
 
 SWINS: dict[str, dict[str, Any]] = {
     "swin_T_224_1k": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
@@ -114,9 +114,13 @@ _PARTS: dict[str, dict[str, str]] = {
 """Inside which part, what follows is called."""
 
 
+FUSION = "transformer.encoder.fusion_layers."
+"""What names of layers that only GroundingDINO has begin with."""
+
+
 def is_original(names: Mapping[str, Any]) -> bool:
     """Say whether tensors have the original repository's names."""
-    return any(name.removeprefix("module.").startswith("transformer.encoder.fusion_layers.") for name in names)
+    return any(name.removeprefix("module.").startswith(FUSION) for name in names)
 
 
 def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
