@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ovforge.sources import Protection, Source
 
-__all__ = ["Control", "ModelBundle", "Places", "Roles", "read_model"]
+__all__ = ["Control", "ModelBundle", "Places", "Roles", "read_json", "read_model"]
 
 ASSET_LIMIT = 64 * 2**20
 """Largest file, in bytes, that is kept beside the models: vocabularies and configs are smaller."""
@@ -144,9 +144,9 @@ class ModelBundle:
             if file.suffix == ".xml":
                 bundle._add_model(source, file)
             elif file.name == "config.json" and len(file.parts) == 2:
-                bundle.configs[file.parts[0]] = _json_object(source, path)
+                bundle.configs[file.parts[0]] = read_json(source, path)
             elif path == "model_index.json":
-                bundle.index = _json_object(source, path)
+                bundle.index = read_json(source, path)
             elif file.suffix in _ASSET_SUFFIXES:
                 if size > ASSET_LIMIT:
                     raise ModelError(f"{path} has {size} bytes, more than {ASSET_LIMIT}", where=source.name)
@@ -297,7 +297,8 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _json_object(source: Source, path: str) -> dict[str, Any]:
+def read_json(source: Source, path: str) -> dict[str, Any]:
+    """Return the JSON object in a source's file. Raises ModelError where it holds none."""
     return _parse_object(source.read(path, ASSET_LIMIT), f"{source.name}: {path}")
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Port",
     "convert_module",
     "convert_tokenizer",
+    "halve_weights",
     "need",
     "pretrained",
     "quiet",
@@ -229,26 +230,26 @@ def convert_module(
     for result, name in zip(model.outputs, outputs, strict=True):
         result.get_tensor().set_names({name})
     if weights == "f16":
-        _halve_weights(model)
+        halve_weights(model, lambda constant: constant.data.size <= SMALL)
     settle_names(role, model)
     return model
 
 
-def _halve_weights(model: ov.Model) -> None:
-    """Store weights in float16, all but small ones."""
+def halve_weights(model: ov.Model, exact: Callable[[ov.Node], bool]) -> None:
+    """Store weights in float16, all but the float32 constants that are to stay `exact`."""
     import openvino as ov
     from openvino._offline_transformations import compress_model_transformation
 
-    exact = {
+    kept = {
         node.get_friendly_name(): node.data.copy()
         for node in model.get_ops()
-        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32 and node.data.size <= SMALL
+        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32 and exact(node)
     }
     compress_model_transformation(model)
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
-        if name in exact and node.get_type_name() == "Convert":  # it has taken the constant's name
-            node.output(0).replace(ov.opset13.constant(exact[name], name=name).output(0))
+        if name in kept and node.get_type_name() == "Convert":  # it has taken the constant's name
+            node.output(0).replace(ov.opset13.constant(kept[name], name=name).output(0))
 
 
 def settle_names(role: str, model: ov.Model) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge.bundle import ModelBundle
+from ovforge.bundle import ModelBundle, read_json
 from ovforge.conversion import Port, convert_module, need, pretrained, read_safetensors
 from ovforge.detections import DetectorSpec
 from ovforge.errors import ModelError
@@ -51,7 +50,7 @@ class DetrLoader:
         if "config.json" not in files or not any(path.endswith(".safetensors") for path in files):
             return Match.NO
         try:
-            return Match.YES if _json(source, "config.json").get("model_type") in KINDS else Match.NO
+            return Match.YES if read_json(source, "config.json").get("model_type") in KINDS else Match.NO
         except ModelError:
             return Match.NO
 
@@ -59,7 +58,7 @@ class DetrLoader:
         """Return the bundle, its role converted when asked for. Raises PluginError without torch, or ModelError."""
         for module in ("torch", "transformers", "safetensors"):
             need(module, INSTALL)
-        config = _json(source, "config.json")
+        config = read_json(source, "config.json")
         if config.get("model_type") not in KINDS:
             raise ModelError(
                 f"config.json is that of a {config.get('model_type')!r}",
@@ -68,7 +67,7 @@ class DetrLoader:
             )
         processor = {}
         if "preprocessor_config.json" in source.files():
-            processor = _json(source, "preprocessor_config.json")
+            processor = read_json(source, "preprocessor_config.json")
         spec = self._spec(config, processor, source.name)
         bundle = ModelBundle()
         bundle.configs["detector"] = spec.put({key: value for key, value in config.items() if key != "_name_or_path"})
@@ -108,13 +107,3 @@ class DetrLoader:
         sides = (spec.height, spec.width)
         inputs = [Port("pixel_values", "f32", (None, 3, *sides), (2, 3, *sides))]
         return convert_module("detector", module, forward, inputs, ["logits", "boxes"], self.options.weights)
-
-
-def _json(source: Source, path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(source.read(path))
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=f"{source.name}: {path}") from error
-    if not isinstance(value, dict):
-        raise ModelError("expected a JSON object", where=f"{source.name}: {path}")
-    return value

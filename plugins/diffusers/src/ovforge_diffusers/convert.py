@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ovforge.conversion import halve_weights, settle_names
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import Submodel
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["convert", "halve_weights", "quiet", "settle_names", "without_initial_weights"]
+__all__ = ["convert", "quiet", "without_initial_weights"]
 
-_COUNTED = re.compile(r"[A-Z]\w*_\d+(\.\d+)*")
 _FREQUENCIES = ("__module.time_proj", "__module.add_time_proj")
 _DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "exponential_"})
 
@@ -86,42 +85,15 @@ def convert(role: str, module: Any, submodel: Submodel, weights: str) -> ov.Mode
     for name, value in submodel.runtime_options:
         model.set_rt_info(value, ["runtime_options", name])
     if weights == "f16":
-        halve_weights(model)
+        halve_weights(model, _is_frequency)
     settle_names(role, model)
     return model
 
 
-def halve_weights(model: ov.Model) -> None:
-    """Store weights in float16, all but the frequencies of the timestep's embedding.
+def _is_frequency(constant: ov.Node) -> bool:
+    """Say whether a constant belongs to the frequencies of the timestep's embedding, which stay in float32.
 
-    Those are multiplied by timesteps of up to 1000: rounded to float16 they put phases wrong by up to 0.2 radians,
-    which is more than all other rounding together.
+    They are multiplied by timesteps of up to 1000: rounded to float16 they put phases wrong by up to 0.2 radians, which
+    is more than all other rounding together.
     """
-    import openvino as ov
-    from openvino._offline_transformations import compress_model_transformation
-
-    exact = {
-        node.get_friendly_name(): node.data.copy()
-        for node in model.get_ops()
-        if node.get_type_name() == "Constant"
-        and node.get_element_type() == ov.Type.f32
-        and node.get_friendly_name().startswith(_FREQUENCIES)
-    }
-    compress_model_transformation(model)
-    for node in model.get_ordered_ops():
-        name = node.get_friendly_name()
-        if name in exact and node.get_type_name() == "Convert":  # it has taken the constant's name
-            node.output(0).replace(ov.opset13.constant(exact[name], name=name).output(0))
-
-
-def settle_names(role: str, model: ov.Model) -> None:
-    """Number what OpenVINO named by itself, in order: its own counter runs on through the process."""
-    model.set_friendly_name(role)
-    for number, node in enumerate(model.get_ordered_ops()):
-        name = f"{node.get_type_name()}_{number}"
-        if _COUNTED.fullmatch(node.get_friendly_name()):
-            node.set_friendly_name(name)
-        for port in node.outputs():
-            names = port.get_tensor().get_names()
-            if any(_COUNTED.fullmatch(each) for each in names):
-                port.get_tensor().set_names({each for each in names if not _COUNTED.fullmatch(each)} | {name})
+    return bool(constant.get_friendly_name().startswith(_FREQUENCIES))

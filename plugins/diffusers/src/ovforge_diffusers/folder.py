@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ovforge.bundle import read_json
 from ovforge.errors import ModelError
 from ovforge.sources import Source
 from ovforge_diffusers.weights import read_weights, weight_files
@@ -14,7 +14,7 @@ from ovforge_diffusers.weights import read_weights, weight_files
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INCOMPLETE", "INDEX", "LONE", "Folder", "lone_component", "read_json"]
+__all__ = ["INCOMPLETE", "INDEX", "LONE", "Folder", "lone_component"]
 
 INDEX = "model_index.json"
 INCOMPLETE = "The folder may be an incomplete download: fetch it again."
@@ -124,14 +124,3 @@ def _components(index: dict[str, Any], source: Source) -> dict[str, str]:
 
 def _numbered(name: str, number: int) -> str:
     return f"{name}_{number}" if number else name
-
-
-def read_json(source: Source, path: str) -> dict[str, Any]:
-    """Return a JSON object. Raises ModelError where the file holds none."""
-    try:
-        value = json.loads(source.read(path))
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=f"{source.name}: {path}") from error
-    if not isinstance(value, dict):
-        raise ModelError("expected a JSON object", where=f"{source.name}: {path}")
-    return value

@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ovforge.bundle import ModelBundle
+from ovforge.conversion import settle_names
 from ovforge.errors import ConfigError, ModelError
 from ovforge.memory import temporary_files
 from ovforge.sources import Source
 from ovforge.stages import Match
 from ovforge_diffusers.checkpoint import Checkpoint
-from ovforge_diffusers.convert import convert, quiet, settle_names, without_initial_weights
+from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INCOMPLETE, INDEX, Folder, lone_component
 from ovforge_diffusers.header import checkpoint_file, find_parts, read_header
 from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
