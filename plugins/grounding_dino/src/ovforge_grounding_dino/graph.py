@@ -85,7 +85,9 @@ def detect(
 
 def _feature_maps(base: Any, pixels: Tensor) -> list[Tensor]:
     """Return feature maps (pictures, width of the model, height, width), from fine to coarse."""
-    found = swin(base.backbone.conv_encoder.model, pixels)
+    backbone = base.backbone.conv_encoder.model
+    # Convolutions alone convert as they are.
+    found = swin(backbone, pixels) if backbone.config.model_type == "swin" else backbone(pixels).feature_maps
     maps = [project(each) for project, each in zip(base.input_proj_vision, found, strict=False)]
     for project in base.input_proj_vision[len(found) :]:
         maps.append(project(found[-1] if len(maps) == len(found) else maps[-1]))

@@ -32,6 +32,7 @@ __all__ = ["GroundingDinoLoader"]
 
 INSTALL = 'pip install "ovforge-grounding-dino[convert]"'
 KINDS = {"grounding-dino": "GroundingDinoForObjectDetection", "mm-grounding-dino": "MMGroundingDinoForObjectDetection"}
+BACKBONES = ("swin", "resnet")
 INCOMPLETE = "The folder may be an incomplete download: fetch it again."
 DELIMITERS = (101, 102, 1012, 1029)
 """[CLS], [SEP], full stop and question mark in BERT's vocabulary; the models know no other."""
@@ -203,9 +204,13 @@ class _Conversion:
     def _check(self, settings: dict[str, Any]) -> None:
         """Refuse what the graph does not do."""
         backbone, text = settings["backbone_config"], settings["text_config"]
+        if (kind := backbone.get("model_type")) not in BACKBONES:
+            raise ModelError(
+                f"backbone_config.model_type = {kind!r} cannot be converted, only {' and '.join(BACKBONES)}",
+                where=self.parts.name,
+            )
         wanted = [
-            ("backbone_config.model_type", backbone.get("model_type"), "swin"),
-            ("backbone_config.use_absolute_embeddings", backbone.get("use_absolute_embeddings"), False),
+            ("backbone_config.use_absolute_embeddings", backbone.get("use_absolute_embeddings", False), False),
             ("text_config.model_type", text.get("model_type"), "bert"),
             ("position_embedding_type", settings["position_embedding_type"], "sine"),
             ("two_stage", settings["two_stage"], True),
