@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,12 +72,17 @@ def quantize(
     target = output or Path(f"{_name(source)}-{'-'.join(_names(config))}")
     if target.exists() and not force:
         raise InputError("is there already", where=str(target), hint="Name another folder, or add --force.")
-    with progress_bar(as_json) as progress:
-        if "task" in config or Path(source).suffix.lower() in _CONFIGS:
-            prepared = _prepare(config, base, plugins, no_cache, progress)
-        else:
-            prepared = _prepare_model(config, base, plugins, no_cache, progress)
-    _write(prepared, target, force)
+    try:
+        with progress_bar(as_json) as progress:
+            if "task" in config or Path(source).suffix.lower() in _CONFIGS:
+                prepared = _prepare(config, base, plugins, no_cache, progress)
+            else:
+                prepared = _prepare_model(config, base, plugins, no_cache, progress)
+        _write(prepared, target, force)
+    except KeyboardInterrupt:
+        kept = "" if no_cache else "; what was recorded and tried is kept: the same command goes on from there"
+        print(f"interrupted, nothing was written{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print(prepared, target, as_json)
 
 

@@ -20,6 +20,7 @@ from ovforge_nncf.graph import lowered
 from ovforge_nncf.ptq import check_models, describe
 from ovforge_nncf.ptq_options import PtqBase
 from ovforge_nncf.running import chosen_roles, dataset, has_fast_int8, in_plain_words, models_of, speed_note
+from ovforge_nncf.statistics import statistics_apart
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -115,7 +116,7 @@ class AccuracyControl:
         advanced = options.advanced_parameters()
         arguments = {**drop, **options.arguments()}
         try:
-            with in_plain_words(where, role), _models_instead_of_compiled():
+            with in_plain_words(where, role), _models_instead_of_compiled(), statistics_apart():
                 quantized: ov.Model = nncf.quantize_with_accuracy_control(
                     model,
                     data,

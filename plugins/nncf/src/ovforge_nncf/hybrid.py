@@ -17,6 +17,7 @@ from ovforge_nncf.graph import CONVOLUTIONS, lowered
 from ovforge_nncf.ptq import check_models, describe
 from ovforge_nncf.ptq_options import PtqBase, SmoothQuant
 from ovforge_nncf.running import chosen_roles, dataset, has_fast_int8, in_plain_words, models_of, speed_note
+from ovforge_nncf.statistics import statistics_apart
 from ovforge_nncf.weights import runs_here
 from ovforge_nncf.weights_options import Mode, WeightsOptions
 
@@ -111,7 +112,8 @@ class Hybrid:
             done = {op.name for op in lowered(compressed)}
             types = self._left(compressed)
             scope = options.ignored_scope.to_nncf(compressed, {*keep, *done}, types)
-            both: ov.Model = nncf.quantize(compressed, data, ignored_scope=scope, **second)
+            with statistics_apart():
+                both: ov.Model = nncf.quantize(compressed, data, ignored_scope=scope, **second)
         return both
 
     def _left(self, model: ov.Model) -> set[str]:

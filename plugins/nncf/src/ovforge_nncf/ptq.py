@@ -20,6 +20,7 @@ from ovforge_nncf.running import (
     models_of,
     speed_note,
 )
+from ovforge_nncf.statistics import statistics_apart
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -50,7 +51,7 @@ class PostTrainingQuantization:
             data, count = dataset(calibration, role, options.subset_size, where)
             scope = options.ignored_scope.to_nncf(model, keep.get(role, ()))
             arguments = {**options.arguments(), "advanced_parameters": options.advanced_parameters()}
-            with in_plain_words(where, role):
+            with in_plain_words(where, role), statistics_apart():
                 quantized = nncf.quantize(model, data, ignored_scope=scope, **arguments)
             describe(report, role, model, quantized, options, keep.get(role, ()))
             report.notes.append(f"{role}: {count} records")
