@@ -24,10 +24,12 @@ import ovforge
 from ovforge import hookimpl
 from ovforge.bundle import ModelBundle
 from ovforge.cache import Cache
+from ovforge.detections import DetectInputs, Detections, DetectionsResult
 from ovforge.errors import ConfigError, ModelError, QualityError
 from ovforge.extensions import GraphTransformExtension, QuantizerExtension, TaskExtension
 from ovforge.metrics import gmsd, psnr, ssim
 from ovforge.plugins import Plugins
+from ovforge.quality import Outcome, Verdict, failed
 from ovforge.registry import Registry
 from ovforge.results import ImagesResult, Result
 from ovforge.search import fewest, noise_of_layers
@@ -301,6 +303,26 @@ def test_what_is_close_passes_and_is_remembered(config: dict[str, Any], cache: C
     assert (stage.state, stage.why) == ("cached", str(pipe.quality))
     fresh = ovforge.plan({**config, "quality": {"min_score": 0.5}}, plugins=plugins(), cache=cache)
     assert next(stage.state for stage in fresh.stages if stage.stage == "quality") == "to do"
+
+
+def test_the_worst_detections_are_drawn(tmp_path: Path) -> None:
+    white = Image.new("RGB", (40, 30), "white")
+
+    def result(*boxes: list[float]) -> DetectionsResult:
+        floats, count = np.array(boxes, np.float32).reshape(-1, 4), len(boxes)
+        one = Detections("a", (40, 30), floats, np.ones(count, np.float32), np.zeros(count, np.int64), ["dog"])
+        return DetectionsResult(detections=[one], pictures=[white])
+
+    inputs = (DetectInputs(image=white),) * 2
+    outcome = Outcome("task", "mean", 0.9, 0.5, (1.0, 0.0))
+    verdict = Verdict(outcome.scores, (result(), result()), (result(), result([5, 5, 30, 25])), inputs)
+    said = str(failed(outcome, verdict, tmp_path))
+    assert "task 0, with input number 2" in said
+    assert "worst-1.png" in said
+    with Image.open(tmp_path / "worst-1.png") as image:
+        both = np.asarray(image)
+    assert (both[:, :40] != 255).any(), "the unquantized pipeline found something"
+    assert (both[:, 40:] == 255).all()
 
 
 def test_what_is_not_close_fails_with_the_worst_pictures(config: dict[str, Any], cache: Cache, tmp_path: Path) -> None:

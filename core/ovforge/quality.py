@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovforge.config import QualityTable
+from ovforge.detections import DetectionsResult
 from ovforge.errors import ConfigError, ModelError, QualityError
 from ovforge.files import atomic_write
 from ovforge.metrics import METRICS
@@ -17,6 +18,8 @@ from ovforge.results import ImagesResult, Result
 from ovforge.stages import Progress, Task, ignore_progress
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ovforge.bundle import ModelBundle
 
 __all__ = ["Judge", "Outcome", "Verdict", "save_worst"]
@@ -183,13 +186,10 @@ def save_worst(verdict: Verdict, folder: Path) -> list[Path]:
     order = sorted(range(len(verdict.scores)), key=lambda n: verdict.scores[n])
     files: list[Path] = []
     for place in order[:WORST]:
-        ours, theirs = verdict.results[place], verdict.expected[place]
-        if not isinstance(theirs, ImagesResult) or not theirs.images:
+        left = _picture(verdict.expected[place])
+        if left is None:
             continue
-        left = theirs.images[0].convert("RGB")
-        right = Image.new("RGB", left.size)  # black, as what computes no numbers is
-        if isinstance(ours, ImagesResult) and ours.images:
-            right = ours.images[0].convert("RGB")
+        right = _picture(verdict.results[place]) or Image.new("RGB", left.size)  # black, as what computes no numbers is
         both = Image.new("RGB", (left.width + right.width + 8, max(left.height, right.height)), "white")
         both.paste(left, (0, 0))
         both.paste(right, (left.width + 8, 0))
@@ -201,11 +201,21 @@ def save_worst(verdict: Verdict, folder: Path) -> list[Path]:
     return files
 
 
+def _picture(result: Result | None) -> Image.Image | None:
+    """Return the first picture of a result, RGB, with what was found on it drawn; None where there is none."""
+    if isinstance(result, ImagesResult) and result.images:
+        return result.images[0].convert("RGB")
+    if isinstance(result, DetectionsResult) and result.pictures:
+        return result.annotated()
+    return None
+
+
 def failed(outcome: Outcome, verdict: Verdict, folder: Path, more: str = "", hint: str = "") -> QualityError:
     """Return the error of a pipeline that does not pass; its worst pictures are saved first."""
     worst = min(range(len(verdict.scores)), key=lambda n: verdict.scores[n])
     first = getattr(verdict.inputs[worst], next(iter(type(verdict.inputs[worst]).model_fields)), "")
-    said = [f"The worst is {outcome.metric} {verdict.scores[worst]:.4g}, with {str(first)[:80]!r}."]
+    shown = repr(str(first)[:80]) if isinstance(first, str | Path) else f"input number {worst + 1}"
+    said = [f"The worst is {outcome.metric} {verdict.scores[worst]:.4g}, with {shown}."]
     try:
         if files := save_worst(verdict, folder):
             said.append(f"The worst pictures, unquantized on the left: {', '.join(map(str, files))}.")
