@@ -4,9 +4,10 @@
     python benchmarks/quantization.py --tricks
     python benchmarks/quantization.py --peak FOLDER [--samples 4]
 
-Without --model it takes the embedded model. Pictures are made in float32 of prompts that calibration has not seen, and
-compared with those of the unquantized pipeline. `--tricks` takes back, one at a time, the choices
-that make the recipe lcm-int8. `--peak` quantizes one UNet in this process and tells the memory that this took; it draws
+Without --model it takes the embedded model; one of full size takes 16 GiB of memory and more, as pipelines stay open:
+`quantized_lcm.py` measures each in a process of its own. Pictures are made in float32 of prompts that calibration has
+not seen, and compared with those of the unquantized pipeline. `--tricks` takes back, one at a time, the choices that
+make the recipe lcm-int8. `--peak` quantizes one UNet in this process and tells the memory that this took; it draws
 nothing.
 """
 

@@ -39,7 +39,7 @@ class HybridOptions(PtqBase):
     """Options of `nncf-hybrid`: those of `nncf-ptq` for convolutions, and what weights of the rest become."""
 
     NAME: ClassVar[str] = "nncf-hybrid"
-    MEMORY: ClassVar[float] = 3.0
+    MEMORY: ClassVar[float] = 1.6
 
     weights_mode: Mode = Field("int8_sym", description="Type of the weights of matrix products and embeddings.")
     ratio: float | None = Field(None, gt=0, le=1, description="Below 8 bits: part of these weights; default: 1.")

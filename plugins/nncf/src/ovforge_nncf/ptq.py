@@ -79,8 +79,8 @@ def check_models(models: Mapping[str, ov.Model], options: PtqBase, where: str) -
 def foreseen_memory(model: ov.Model, options: PtqBase) -> int:
     """Return the bytes that quantizing takes: a multiple of the weights as float32, which was measured on UNets.
 
-    They are in memory as NNCF's smoothed copies, as the compiler's constants, and packed for the kernels; the rest is
-    activations. Records and the file's own weights, which the system can drop, come on top.
+    They are in memory packed for the kernels, and as NNCF's smoothed copies; the rest is activations, more where NNCF
+    looks at more of them. Records and the file's own weights, which the system can drop, come on top.
     """
     return int(options.MEMORY * float_bytes(model))
 

@@ -98,8 +98,8 @@ class PtqBase(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     NAME: ClassVar[str]
-    MEMORY: ClassVar[float] = 4.0
-    """Peak memory by that of the weights as float32: 4.2 at the size of Stable Diffusion 1.5, more in small models."""
+    MEMORY: ClassVar[float] = 3.0
+    """Peak memory by that of the weights as float32, at the size of Stable Diffusion 1.5; more in small models."""
 
     roles: tuple[str, ...] = Field(
         (), description="Models to quantize; by default those of each step (unet, transformer, controlnet), else all."

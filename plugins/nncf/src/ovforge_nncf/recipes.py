@@ -25,6 +25,7 @@ class LcmInt8(PtqOptions):
     """
 
     NAME: ClassVar[str] = "lcm-int8"
+    MEMORY: ClassVar[float] = 2.0
 
     roles: tuple[str, ...] = Field(("unet",), description="The UNet alone: it takes nearly all of the time.")
     model_type: Literal["transformer"] | None = Field("transformer", description="Keeps sensitive parts.")

@@ -124,7 +124,7 @@ def in_plain_words(where: str, role: str) -> Iterator[None]:
 
 
 _SAVING = (
-    "End other programs, or take nncf-hybrid, which needs a quarter less, or nncf-weights, which needs little without "
+    "End other programs, or take nncf-hybrid, which needs about half, or nncf-weights, which needs little without "
     "data. Records take little; a lower subset_size, or [calibration] spill = true, makes it less."
 )
 
