@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+from typer.testing import CliRunner
 
 import ovforge
 import ovforge_stable_diffusion
 from ovforge import testing
+from ovforge.cli import app
 from ovforge.errors import QualityError
 from ovforge_stable_diffusion.examples import drawing, hole, prompts
 
@@ -110,6 +113,20 @@ def test_below_the_gate_nothing_is_written_but_the_worst_pictures(tmp_path: Path
     assert "below 1.0000" in done.stderr
     assert (tmp_path / "quality" / "worst-1.png").is_file()
     assert not (tmp_path / "small").exists()
+
+
+def test_an_interruption_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("ovforge.cli.quantize"), "_prepare", interrupted)
+    target = tmp_path / "small"
+    arguments = ["quantize", MODEL, "-q", "nncf-ptq", "--task", "text-to-image", "-o", str(target)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 130
+    assert "nothing was written; what was recorded and tried is kept" in done.stderr
+    assert not target.exists()
+    assert "kept" not in CliRunner().invoke(app, [*arguments, "--no-cache"]).stderr
 
 
 # -- what calibrates --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ Record = dict[str, "NDArray[Any]"]
 """Input name -> array of one call of a model."""
 
 LEAST_RUNS = 8
-"""Runs of the pipeline that a recording takes, or one a record: a few runs of many steps would show few subjects."""
+"""Runs of the pipeline that a recording takes in any case: a few runs of many steps would show few subjects."""
 
 _STATE = "calibration.json"
 
@@ -323,7 +323,7 @@ class Recorder:
     def _enough(self, reservoir: Reservoir) -> int:
         """Return how many runs give as many records as are kept of the role that runs most often, after the first."""
         most = max(reservoir.seen.values(), default=0)
-        return max(min(LEAST_RUNS, self.samples), math.ceil(self.samples / most) if most else 1)
+        return max(LEAST_RUNS, math.ceil(self.samples / most) if most else 1)
 
 
 class _Temporary(FolderStore):

@@ -45,6 +45,7 @@ def quantize(
         typer.Option("--calibration", "-c", help="Inputs: lines of text, .jsonl, or a folder of pictures."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Records of each role to calibrate with.")] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="Calls of the pipeline to record.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="ssim, psnr, gmsd or task.")] = None,
     min_score: Annotated[float | None, typer.Option("--min-score", help="The score to reach.")] = None,
     max_drop: Annotated[float | None, typer.Option("--max-drop", help="How far the score may fall from 1.")] = None,
@@ -63,7 +64,7 @@ def quantize(
         return
     if source is None:
         raise InputError("no model is named", where="SOURCE", hint="Name one, or see --list.")
-    tables = _tables(calibration, samples, metric, min_score, max_drop, search)
+    tables = _tables(calibration, samples, runs, metric, min_score, max_drop, search)
     config, base = _config(source, task, tables, plugins)
     if use:
         config["quantize"] = [{"use": name, **_options(name, role or [], option or [], plugins)} for name in use]
@@ -89,13 +90,14 @@ def quantize(
 def _tables(
     calibration: Path | None,
     samples: int | None,
+    runs: int | None,
     metric: str | None,
     min_score: float | None,
     max_drop: float | None,
     search: bool,
 ) -> dict[str, Any]:
     """Return the config's [calibration] and [quality] as the command line has them."""
-    data = {"file": str(calibration.absolute()) if calibration else None, "samples": samples}
+    data = {"file": str(calibration.absolute()) if calibration else None, "samples": samples, "runs": runs}
     gate = {"metric": metric, "min_score": min_score, "max_drop": max_drop, "on_fail": "search" if search else None}
     given = ({name: value for name, value in table.items() if value is not None} for table in (data, gate))
     return {name: table for name, table in zip(("calibration", "quality"), given, strict=True) if table}

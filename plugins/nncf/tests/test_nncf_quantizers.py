@@ -637,7 +637,7 @@ def test_recipes_are_their_base_with_other_defaults() -> None:
     same(quantize("weights-int8", {})[0], quantize("nncf-weights", {})[0])
     four = {"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"}
     same(quantize("weights-int4", {})[0], quantize("nncf-weights", four)[0])
-    same(quantize("detector-int8", {"roles": ["unet"]})[0], quantize("nncf-ptq", {"preset": "mixed"})[0])
+    same(quantize("detector-int8", {"roles": ["unet"]})[0], quantize("nncf-ptq", article)[0])
     for name in ("lcm-int8", "sd-int8-hybrid", "weights-int8", "weights-int4", "detector-int8"):
         model = testing.extension(ovforge_nncf, "quantizer", name).options_model()
         assert model is not None

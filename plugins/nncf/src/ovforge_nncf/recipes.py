@@ -65,12 +65,15 @@ class WeightsInt4(WeightsOptions):
 
 
 class DetectorInt8(PtqOptions):
-    """Detectors: activations asymmetric, since SiLU and others lie unevenly around zero.
+    """Detectors, transformers among them, and pictures of any shape.
 
-    Those that are transformers gain from model_type = "transformer".
+    Without model_type NNCF quantizes sums between layers, which this runtime cannot compile in some detectors; fast bias
+    correction fails where pictures, and with them inputs of matrix products, differ in shape.
     """
 
     NAME: ClassVar[str] = "detector-int8"
 
     roles: tuple[str, ...] = Field(("detector",), description="The detector, without its text encoder.")
     preset: Preset | None = Field("mixed", description="Activations of SiLU and others lie unevenly around zero.")
+    model_type: Literal["transformer"] | None = Field("transformer", description="Keeps sensitive parts, smooths.")
+    bias_correction: Literal["fast", "accurate", "off"] = Field("off", description="fast takes pictures of one shape.")

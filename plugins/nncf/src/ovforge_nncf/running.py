@@ -120,13 +120,20 @@ def in_plain_words(where: str, role: str) -> Iterator[None]:
     except Exception as error:
         if "bad_alloc" in str(error):
             raise ModelError("memory ran out", where=place, hint=_SAVING) from error
-        raise ModelError(f"nncf cannot quantize it: {_line(error)}", where=place) from error
+        raise ModelError(
+            f"nncf cannot quantize it: {_line(error)}",
+            where=place,
+            hint=_ONE_SHAPE if "cannot reshape" in str(error) else None,
+        ) from error
 
 
 _SAVING = (
     "End other programs, or take nncf-hybrid, which needs about half, or nncf-weights, which needs little without "
     "data. Records take little; a lower subset_size, or [calibration] spill = true, makes it less."
 )
+
+
+_ONE_SHAPE = "Records may differ in shape, which fast bias correction does not take here: set bias_correction = 'off'."
 
 
 def _line(error: BaseException) -> str:
