@@ -67,8 +67,8 @@ class WeightsInt4(WeightsOptions):
 class DetectorInt8(PtqOptions):
     """Detectors, transformers among them, and pictures of any shape.
 
-    Without model_type NNCF quantizes sums between layers, which this runtime cannot compile in some detectors; fast bias
-    correction fails where pictures, and with them inputs of matrix products, differ in shape.
+    Without model_type NNCF quantizes sums between layers, which this runtime cannot compile in some detectors; fast
+    bias correction fails where pictures, and with them inputs of matrix products, differ in shape.
     """
 
     NAME: ClassVar[str] = "detector-int8"
