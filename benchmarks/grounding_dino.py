@@ -1,7 +1,7 @@
 """Full-size GroundingDINO with random weights: OpenVINO against transformers on torch.
 
     python benchmarks/grounding_dino.py [--size 800x1200] [--rounds 2] [--backbone tiny] [--scratch FOLDER]
-    python benchmarks/grounding_dino.py --parity          # full depth, 20 sizes and 20 texts, against torch float32
+    python benchmarks/grounding_dino.py --parity          # full depth, 20 sizes and texts, against torch float32 and 64
     python benchmarks/grounding_dino.py --shares          # where the detector's time goes
 
 Each measurement is a process of its own. Both get the same picture, scaled to the same size, and the same text.
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grounding_dino_parity
 import numpy as np
 from PIL import Image
 from side_by_side import child, peak_mib
@@ -123,44 +124,21 @@ def run_torch(folder: Path, height: int, width: int, precision: str) -> dict[str
     }  # fmt: skip
 
 
-def parity(folder: Path) -> None:
-    """Compare raw outputs at full depth, over 20 sizes and 20 texts, in float32."""
-    import torch
-    import transformers
-
+def sizes_and_texts(folder: Path, pictures: int) -> list[tuple[Any, Any, Any]]:
+    """Return pixels, mask and passage of pictures of many sizes, each with a text of its own."""
+    from ovforge.results import Timings
     from ovforge_detection.prepare import prepare
 
-    model = transformers.GroundingDinoForObjectDetection.from_pretrained(folder).eval()
     task = pipeline(folder, None, "f32", None).task
-    rng = np.random.default_rng(0)
-    worst: dict[str, float] = collections.defaultdict(float)
-    moved = 0
-    for number in range(20):
+    reader, rng = task._text_reader(), np.random.default_rng(0)
+    inputs = []
+    for number in range(pictures):
         height, width = (int(side) for side in rng.integers(300, 900, 2))
         spec = task.spec.model_copy(update={"shortest": min(height, width), "longest": None})
         prepared = prepare(picture(height, width, number), spec)
         text = [" ".join(rng.choice(WORDS, 1 + number % 3)) for _ in range(1 + number % 7)]
-        from ovforge.results import Timings
-
-        timings = Timings()
-        passage = task._text_reader().read(list(dict.fromkeys(text)), timings)[0]
-        ours = task._infer_text(prepared.pixels[None], prepared.mask[None], passage, timings)
-        with torch.inference_mode():
-            found = model(
-                pixel_values=torch.from_numpy(prepared.pixels[None]),
-                input_ids=torch.from_numpy(passage.ids),
-                attention_mask=torch.ones(passage.ids.shape, dtype=torch.int64),
-            )
-        logits = np.abs(ours["logits"] - found.logits.numpy()[..., : passage.ids.shape[1]]).max(axis=(1, 2))
-        boxes = np.abs(ours["boxes"] - found.pred_boxes.numpy()).max(-1)[0] * max(height, width)
-        rows = np.abs(ours["logits"] - found.logits.numpy()[..., : passage.ids.shape[1]]).max(-1)[0]
-        same = (rows < 1e-3) & (boxes < 0.5)
-        moved += int((~same).sum())
-        worst["logits"] = max(worst["logits"], float(rows[same].max()))
-        worst["boxes, pixels"] = max(worst["boxes, pixels"], float(boxes[same].max()))
-        print(f"{height}x{width}, {passage.ids.shape[1]} tokens: logits {logits[0]:.2e}, boxes {boxes.max():.3f} px, "
-              f"{int((~same).sum())} of {len(same)} queries apart", flush=True)  # fmt: skip
-    print(json.dumps({**worst, "queries apart, of 18000": moved}))
+        inputs.append((prepared.pixels, prepared.mask, reader.read(list(dict.fromkeys(text)), Timings())[0]))
+    return inputs
 
 
 def shares(folder: Path, height: int, width: int) -> None:
@@ -210,7 +188,7 @@ def parts(model: Any) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     ends = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
-    for node in model.get_ordered_ops():
+    for node in model.get_ops():
         name = node.get_friendly_name()
         if any(f"self_attn.{end}" in name or f"encoder_attn.{end}" in name for end in ends):
             found[name] = "deformable attention"
@@ -240,6 +218,9 @@ def parts(model: Any) -> dict[str, str]:
     grids = [node for node in nodes if node.get_type_name() == "GridSample"]
     walk(grids, after, "deformable attention")
     walk(grids, before, "deformable attention")
+    for part in ("deformable attention", "fusion with text"):  # and products of weights that are not modules' own
+        walk([n for n in nodes if n.get_type_name() == "Constant" and found.get(n.get_friendly_name()) == part],
+             after, part)  # fmt: skip
     return found
 
 
@@ -265,6 +246,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--tools", default="ovforge f32,ovforge f32 fixed,torch f32")
     parser.add_argument("--parity", action="store_true")
+    parser.add_argument("--pictures", type=int, default=20, help="for --parity")
+    parser.add_argument("--doubled", type=int, default=20, help="how many of them torch runs in float64, too")
     parser.add_argument("--shares", action="store_true")
     parser.add_argument("--one")
     parser.add_argument("rest", nargs="*")
@@ -284,7 +267,7 @@ def main() -> None:
     if not folder.is_dir():
         make(folder, given.backbone)
     if given.parity:
-        parity(folder)
+        grounding_dino_parity.run(folder, sizes_and_texts(folder, given.pictures), given.doubled)
     elif given.shares:
         shares(folder, height, width)
     else:

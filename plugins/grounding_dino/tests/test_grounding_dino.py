@@ -74,9 +74,13 @@ def text_ids(words: int, number: int = 0, padding: int = 0) -> Any:
 
 
 def agree(model: Any, compiled: Compiled, pixels: Any, mask: Any, ids: Any) -> None:
-    """Check logits to 1e-3 of their size, boxes to half a pixel, and the kept set away from the threshold."""
+    """Check logits to 1e-3 of their size, boxes to half a pixel, and the kept set away from the threshold.
+
+    One picture may come with several texts.
+    """
+    each = {"pixel_values": pixels.expand(len(ids), -1, -1, -1), "pixel_mask": mask.long().expand(len(ids), -1, -1)}
     with torch.no_grad():
-        expected = model(pixel_values=pixels, pixel_mask=mask.long(), input_ids=ids, attention_mask=(ids != 0).long())
+        expected = model(**each, input_ids=ids, attention_mask=(ids != 0).long())
     logits, boxes = compiled(pixels, mask, ids)
     tokens = ids != 0
     wanted = expected.logits[..., : ids.shape[1]]
@@ -122,6 +126,13 @@ def test_padded_pictures_and_texts_of_one_batch(dino: tuple[Path, Any], compiled
     ids[1] = 0
     ids[1, : len(short)] = short
     agree(dino[1], compiled, pixels, mask, ids)
+
+
+def test_one_picture_with_several_texts(dino: tuple[Path, Any], compiled: Compiled) -> None:
+    pixels = torch.randn(1, 3, 160, 192, generator=torch.Generator().manual_seed(4))
+    texts = [text_ids(6, 1)[0], text_ids(2, 5)[0], text_ids(4, 3)[0]]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    agree(dino[1], compiled, pixels, torch.ones(1, 160, 192), ids)
 
 
 def test_mm_grounding_dino(tmp_path: Path) -> None:

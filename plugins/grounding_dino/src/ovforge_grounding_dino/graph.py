@@ -60,7 +60,7 @@ def detect(
 
     `pixel_values` are float32 (pictures, 3, height, width), `pixel_mask` float32 (pictures, height, width): 1 in the
     picture, 0 in its padding, right and below. `text_mask` is boolean (pictures, tokens): what is no padding. Boxes are
-    relative to the picture without its padding.
+    relative to the picture without its padding. One picture may come with several texts: the backbone then runs once.
     """
     base, config = model.model, model.config
     with torch.no_grad():
@@ -155,15 +155,25 @@ def _centres(size: Size) -> tuple[Tensor, Tensor]:
 
 
 def _fuse(attn: Any, vision: Tensor, text: Tensor, see_vision: Tensor, see_text: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of pictures to text and of text to pictures, by the same scores."""
-    heads, size = attn.num_heads, attn.head_dim
-    query = _heads(attn.vision_proj(vision) * attn.scale, heads, size)
-    key = _heads(attn.text_proj(text), heads, size)
-    scores = query @ key.transpose(2, 3)
-    to_text = (scores + see_text).softmax(-1) @ _heads(attn.values_text_proj(text), heads, size)
-    turned = key @ query.transpose(2, 3)
-    to_vision = (turned + see_vision).softmax(-1) @ _heads(attn.values_vision_proj(vision), heads, size)
-    return attn.out_vision_proj(_joined(to_text)), attn.out_text_proj(_joined(to_vision))
+    """Attention of pictures to text and of text to pictures, by the same scores.
+
+    A picture has thousands of places, a text a few tokens. So projections of places to queries and values, and that of
+    what they read, are multiplied onto the tokens first: places meet matrices of heads x tokens rows, and none as wide
+    as all heads. It is the same sum in another order.
+    """
+    heads, size, tokens = attn.num_heads, attn.head_dim, text.shape[1]
+    key = _heads(attn.text_proj(text) * attn.scale, heads, size)
+    looked = (key @ attn.vision_proj.weight.reshape(1, heads, size, -1)).flatten(1, 2)
+    bias = (key @ attn.vision_proj.bias.reshape(1, heads, size, 1)).transpose(2, 3) + see_text
+    scores = (vision @ looked.transpose(1, 2)).reshape(-1, vision.shape[1], heads, tokens) + bias.transpose(1, 2)
+    told = _heads(attn.values_text_proj(text), heads, size)
+    told = told @ attn.out_vision_proj.weight.reshape(1, -1, heads, size).permute(0, 2, 3, 1)
+    to_text = scores.softmax(-1).flatten(2) @ told.flatten(1, 2) + attn.out_vision_proj.bias
+    # The bias of queries adds the same to a token's scores in all places, which a softmax over places does not see.
+    turned = looked @ vision.transpose(1, 2) + see_vision[:, 0]
+    found = (turned.softmax(-1) @ vision).reshape(-1, heads, tokens, vision.shape[2])
+    found = found @ attn.values_vision_proj.weight.reshape(1, heads, size, -1).transpose(2, 3)
+    return to_text, attn.out_text_proj(_joined(found) + attn.values_vision_proj.bias)
 
 
 def _enhance(layer: Any, text: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -184,26 +194,27 @@ def _deformable(attn: Any, query: Tensor, vision: Tensor, mask: Tensor, referenc
     heads, levels, points = attn.n_heads, attn.n_levels, attn.n_points
     size, queries = attn.d_model // heads, query.shape[1]
     value = attn.value_proj(vision) * mask[..., None]
-    offsets = attn.sampling_offsets(query).reshape(-1, queries, heads, levels, points, 2)
-    weights = attn.attention_weights(query).reshape(-1, queries, heads, levels * points).softmax(-1)
-    weights = weights.reshape(-1, queries, heads, levels, points)
+    offsets = attn.sampling_offsets(query)
     if reference.shape[-1] == 2:
-        scale = torch.stack([torch.stack([_float(width), _float(height)]) for height, width in sizes])
-        places = reference[:, :, None, :, None] + offsets / scale[None, None, None, :, None]
-    else:
-        centre, extent = reference[:, :, None, :, None, :2], reference[:, :, None, :, None, 2:]
-        places = centre + offsets / points * extent * 0.5
+        # From steps of a map to GridSample's -1 to 1, which becomes part of the projection where sizes are fixed.
+        scale = torch.stack([torch.stack([2 / _float(width), 2 / _float(height)]) for height, width in sizes])
+        offsets = offsets * scale[None, :, None].expand(heads, -1, points, -1).reshape(-1)
     # Heads before queries, so that a head is one picture to GridSample; points before queries, so that sums run on
     # rows that lie together.
-    grid = (2 * places - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)
-    weights = weights.permute(0, 2, 3, 4, 1).flatten(0, 1)
+    offsets = offsets.reshape(-1, queries, heads, levels, points, 2).permute(0, 2, 3, 4, 1, 5)
+    around = reference.transpose(1, 2)[:, None, :, None]
+    if reference.shape[-1] == 4:
+        offsets = offsets * (around[..., 2:] / points)
+    grid = (offsets + (2 * around[..., :2] - 1)).flatten(0, 1)
+    scores = attn.attention_weights.weight @ query.transpose(1, 2) + attn.attention_weights.bias[:, None]
+    weights = scores.reshape(-1, levels * points, queries).softmax(1).reshape(-1, levels, points, queries)
     parts = value.split([height * width for height, width in sizes], 1)
     total: Any = 0
     for level, ((height, width), part) in enumerate(zip(sizes, parts, strict=True)):
         pictures = part.transpose(1, 2).reshape(-1, size, height, width)
         sampled = functional.grid_sample(pictures, grid[:, level], align_corners=False)
-        total = total + (sampled * weights[:, level][:, None]).sum(2)
-    return attn.output_proj(total.reshape(-1, heads * size, queries).transpose(1, 2))  # type: ignore[no-any-return]
+        total = total + sampled * weights[:, level][:, None]
+    return attn.output_proj(total.sum(2).reshape(-1, heads * size, queries).transpose(1, 2))  # type: ignore[no-any-return]
 
 
 def _float(number: Any) -> Tensor:
@@ -235,7 +246,7 @@ def _proposals(
     objects = base.enc_output_norm(base.enc_output(torch.where(valid, vision, 0.0)))
     scores = _contrast(base.encoder_output_class_embed, objects, text, text_mask).max(-1)[0]
     best = torch.topk(scores, base.config.num_queries, dim=1)[1]
-    logits = torch.gather(logits, 1, best[..., None].expand(-1, -1, 4))
+    logits = torch.gather(logits.expand(best.shape[0], -1, -1), 1, best[..., None].expand(-1, -1, 4))
     # Boxes of the places that were chosen alone: the head does not look at others.
     chosen = torch.gather(objects, 1, best[..., None].expand(-1, -1, base.config.d_model))
     reference = (base.encoder_output_bbox_embed(chosen) + logits).sigmoid()
