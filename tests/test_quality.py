@@ -29,7 +29,7 @@ from ovforge.errors import ConfigError, ModelError, QualityError
 from ovforge.extensions import GraphTransformExtension, QuantizerExtension, TaskExtension
 from ovforge.metrics import gmsd, psnr, ssim
 from ovforge.plugins import Plugins
-from ovforge.quality import Outcome, Verdict, failed
+from ovforge.quality import Judge, Outcome, Verdict, failed
 from ovforge.registry import Registry
 from ovforge.results import ImagesResult, Result
 from ovforge.search import fewest, noise_of_layers
@@ -323,6 +323,25 @@ def test_the_worst_detections_are_drawn(tmp_path: Path) -> None:
         both = np.asarray(image)
     assert (both[:, :40] != 255).any(), "the unquantized pipeline found something"
     assert (both[:, 40:] == 255).all()
+
+
+def test_pictures_in_which_nothing_is_found_say_nothing() -> None:
+    def judge(count: int) -> Judge:
+        found = Detections("a", (40, 30), np.zeros((count, 4), np.float32), np.ones(count, np.float32),
+                           np.zeros(count, np.int64), ["dog"])  # fmt: skip
+
+        class Finder:
+            def __call__(self, inputs: Any, progress: Any) -> DetectionsResult:
+                return DetectionsResult(detections=[found])
+
+            def compare(self, result: Any, reference: Any) -> float:
+                return 1.0
+
+        return Judge(None, ModelBundle, lambda _: Finder(), lambda _, number: [None] * number, lambda _: None)  # type: ignore[arg-type,return-value]
+
+    with pytest.raises(ConfigError, match="finds nothing in any of 8 pictures"):
+        judge(0).judge(ModelBundle())
+    assert judge(1).judge(ModelBundle()).score("mean") == 1.0
 
 
 def test_what_is_not_close_fails_with_the_worst_pictures(config: dict[str, Any], cache: Cache, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
-from ovforge.errors import InputError
+from ovforge.errors import InputError, ModelError
+from ovforge.sources import PACKAGE, package_path
 
 __all__ = ["MAX_PIXELS", "Picture", "digest_picture", "open_picture", "picture_name"]
 
@@ -24,6 +25,8 @@ def _picture(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str) and value.startswith(IN_MEMORY):
         raise ValueError("the picture was given in memory, and only its digest is known: give the picture again")
     if isinstance(value, str | Path):
+        if isinstance(value, str) and value.startswith(PACKAGE):
+            return _shipped(value)
         base = (info.context or {}).get("base")
         path = Path(value).expanduser()
         return Path(base) / path if base else path
@@ -36,8 +39,16 @@ def _picture(value: Any, info: ValidationInfo) -> Any:
     raise ValueError(f"must be a path, a PIL image or an array, not {type(value).__name__}")
 
 
+def _shipped(value: str) -> Path:
+    try:
+        return package_path(value)
+    except ModelError as error:
+        raise ValueError(f"{error.what}. {error.hint}") from error
+
+
 Picture = Annotated[Any, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "path"})]
-"""Type of an input that is a picture; a relative path starts at the config's folder."""
+"""Type of an input that is a picture; a relative path starts at the config's folder, "package:NAME/PATH" in an
+installed Python package."""
 
 
 def open_picture(value: Path | Image.Image, where: str, mode: str = "RGB") -> Image.Image:

@@ -140,6 +140,7 @@ class Judge:
                 results.append(_slim(task(call, ignore_progress)))
             self._progress(Progress("reference", len(results), len(self._calls), "unquantized"))
             self.metric = self._chosen(results)
+            _check_evidence(results)
             self._expected = tuple(results)
         return self._expected
 
@@ -170,6 +171,17 @@ class Judge:
         measure = METRICS[self.metric].measure
         pairs = zip(result.images, reference.images, strict=True)
         return statistics.fmean(measure(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB"))) for a, b in pairs)
+
+
+def _check_evidence(results: Sequence[Result]) -> None:
+    """Refuse detections without a box: two pipelines that find nothing are equal, whatever they are."""
+    found = [len(each) for result in results if isinstance(result, DetectionsResult) for each in result.detections]
+    if found and not any(found):
+        raise ConfigError(
+            f"the unquantized model finds nothing in any of {len(found)} pictures: they say nothing of quality",
+            where="quality",
+            hint="Give [quality] file, a folder of pictures with things that the model knows, or inputs with a text.",
+        )
 
 
 def _slim(result: Result) -> Result:
