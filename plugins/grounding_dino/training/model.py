@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from words import SIZE
 
-WIDTH = 128
+WIDTH, QUERIES = 128, 100
 
 
 def config() -> Any:
@@ -24,7 +25,7 @@ def config() -> Any:
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
     return transformers.MMGroundingDinoConfig(
-        backbone_config=backbone, text_config=text, d_model=WIDTH, num_queries=60, num_feature_levels=3,
+        backbone_config=backbone, text_config=text, d_model=WIDTH, num_queries=QUERIES, num_feature_levels=3,
         encoder_layers=2, encoder_ffn_dim=4 * WIDTH, encoder_attention_heads=4,
         decoder_layers=3, decoder_ffn_dim=4 * WIDTH, decoder_attention_heads=4,
         dropout=0.0, fusion_droppath=0.0, max_text_len=256,
@@ -40,7 +41,28 @@ def build() -> Any:
         for layer in model.model.encoder.layers:
             layer.fusion_layer.vision_param.fill_(0.1)
             layer.fusion_layer.text_param.fill_(0.1)
+    queries = model.model.query_position_embeddings.weight
+    share_queries(model, queries)
+    queries.register_hook(lambda slope: slope.mean(0, keepdim=True).expand_as(slope))
     return model
+
+
+def share_queries(model: Any, rows: torch.Tensor) -> None:
+    """Give all queries the mean of `rows`, and let them learn as one.
+
+    Queries belong to ranks of places, and rounding changes ranks of places that score alike: so it changes nothing.
+    """
+    queries = model.model.query_position_embeddings.weight
+    with torch.no_grad():
+        queries.copy_(rows.mean(0, keepdim=True).expand_as(queries))
+
+
+def start_from(model: Any, folder: Path) -> None:
+    """Load the weights of a model that was trained before; of tied ones, files have one."""
+    stored = load_file(folder / "model.safetensors")
+    share_queries(model, stored.pop("model.query_position_embeddings.weight"))
+    _, unknown = model.load_state_dict(stored, strict=False)
+    assert not unknown, unknown
 
 
 def save(state: dict[str, torch.Tensor], folder: Path, vocabulary: Path) -> None:

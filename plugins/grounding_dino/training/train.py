@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import torch
 from losses import Target, total_loss
-from model import build, save
+from model import build, save, start_from
 from scenes import Objects, Scene, compose
 from torch.utils.data import DataLoader, IterableDataset
 from words import Asker
@@ -94,10 +94,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75, help="of the whole training, earlier runs included")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--start", type=Path, help="a model to go on from, by a schedule of its own")
     parser.add_argument("--bf16", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = build().train().to(memory_format=torch.channels_last)
+    if arguments.start:
+        start_from(model, arguments.start)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     slow = [p for name, p in model.named_parameters() if "sampling_offsets" in name]
     plain = [p for name, p in model.named_parameters() if p.ndim < 2 and "sampling_offsets" not in name]
