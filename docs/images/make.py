@@ -1,4 +1,4 @@
-"""Makes the pictures of the docs with the embedded model: python docs/images/make.py"""
+"""Makes the pictures of the docs with the embedded models: python docs/images/make.py"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import ovforge
+from ovforge.sources import package_path
 
 HERE = Path(__file__).parent
 MODEL = "package:ovforge_lcm/model"
@@ -49,6 +50,10 @@ def main() -> None:
         inputs = {"image": car, "mask": mask, "strength": 0.75, "steps": 6, "seed": 2, "paste": True}
         made += [mask, paint("a blue car on a white background", **inputs).images[0]]
     strip(made, "inpainting.png")
+
+    detect = ovforge.Pipeline("detect", source="package:ovforge_grounding_dino/model")
+    scene = package_path("package:ovforge_grounding_dino/demo/scene.jpg")
+    detect(scene, text="horse. tree. cloud. sun. house. car. dog. balloon.").save(HERE / "detect.png")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,29 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ovforge.errors import InputError
+from ovforge.sources import PACKAGE
 
 __all__ = ["detect"]
 
+EMBEDDED = "package:ovforge_grounding_dino/model"
+SCENE, SHOWN = "package:ovforge_grounding_dino/demo/scene.jpg", "horse. tree. cloud. sun. house. car. dog. balloon."
+"""What --demo looks at, and looks for."""
+
 
 def detect(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or a folder of them.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="A folder, file or package:NAME/PATH with a detector.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Pictures, or a folder of them.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder, file or package:NAME/PATH with a detector; by default the "
+            "embedded one, which knows drawn things.",
+            show_default=False,
+        ),
+    ] = EMBEDDED,
     text: Annotated[
         str | None,
         typer.Option("--text", "-t", help='What to find: "Horse. Clouds."; or which of the model\'s classes.'),
@@ -53,6 +69,7 @@ def detect(
     compare: Annotated[
         str | None, typer.Option("--compare", metavar="torch", help="Run PyTorch, too, and draw both side by side.")
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Look at a scene that is shipped.")] = False,
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -65,7 +82,11 @@ def detect(
         raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
     if compare not in (None, "torch"):
         raise InputError(f"{compare!r} is nothing to compare with", where="--compare", hint="Give torch.")
-    paths = [str(path.resolve()) for path in images]
+    if demo:
+        images, text = images or [SCENE], text or SHOWN
+    if not images:
+        raise InputError("there is no picture", where="IMAGES", hint="Name pictures or a folder, or give --demo.")
+    paths = [path if path.startswith(PACKAGE) else str(Path(path).resolve()) for path in images]
     inputs: dict[str, Any] = {
         "image": paths[0] if len(paths) == 1 else paths, "text": text, "threshold": threshold,
         "text_threshold": text_threshold, "nms": nms,

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from ovforge import hookimpl
 from ovforge.extensions import LoaderExtension
 
-__all__ = ["ovforge_loaders"]
+__all__ = ["EMBEDDED_MODEL", "ovforge_loaders"]
+
+EMBEDDED_MODEL = "package:ovforge_grounding_dino/model"
+"""What a config's `load.source` says for the small detector that ships: it knows things drawn as emoji."""
 
 
 @hookimpl
