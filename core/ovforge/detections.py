@@ -41,7 +41,8 @@ class DetectorSpec(BaseModel):
 
     kind "text": inputs pixel_values, pixel_mask, text_features, text_mask, text_self_mask, text_position_ids; outputs
     logits (pictures, queries, tokens) and boxes (pictures, queries, 4), relative centre and size. Beside it there are
-    the roles text_encoder (input_ids, text_self_mask, text_position_ids -> text_features) and tokenizer.
+    the roles text_encoder (input_ids, text_self_mask, text_position_ids -> text_features) and tokenizer. One picture
+    may come with several texts, and is then read with each.
 
     kind "classes": input pixel_values; outputs logits (pictures, queries, classes) and boxes as above.
 

@@ -16,6 +16,7 @@ from ovforge.errors import InputError, PluginError
 from ovforge.pictures import open_picture
 from ovforge.results import Timings
 from ovforge_detection.phrases import Passage
+from ovforge_detection.prepare import Prepared
 from ovforge_detection.task import Detect
 
 __all__ = ["differences", "on_torch", "side_by_side"]
@@ -28,15 +29,17 @@ class _OnTorch(Detect):
         self.__dict__.update(task.__dict__)
         self._model = model
 
-    def _infer_text(self, pixels: Any, mask: Any, passage: Passage, timings: Timings) -> dict[str, Any]:
-        count = len(pixels)
-        ids = np.repeat(passage.ids, count, axis=0)
+    def _infer_text(
+        self, pictures: Sequence[Prepared], passages: Sequence[Passage], timings: Timings
+    ) -> dict[str, Any]:
+        length = max(len(passage.tokens) for passage in passages)
+        each = list(pictures) * (len(passages) // len(pictures))
         return self._torch(
             timings,
-            pixel_values=pixels,
-            pixel_mask=mask.astype(np.int64),
-            input_ids=ids,
-            attention_mask=np.ones_like(ids),
+            pixel_values=np.stack([picture.pixels for picture in each]),
+            pixel_mask=np.stack([picture.mask for picture in each]).astype(np.int64),
+            input_ids=np.concatenate([passage.padded(length).ids for passage in passages]),
+            attention_mask=np.concatenate([passage.padded(length).mask for passage in passages]).astype(np.int64),
         )
 
     def _infer(self, given: dict[str, Any], shapes: Any, timings: Timings) -> dict[str, Any]:

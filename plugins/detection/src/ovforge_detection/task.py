@@ -182,15 +182,9 @@ class Detect:
     ) -> list[Found]:
         """Return what is found in each of the pictures, which have one size."""
         threshold = self.spec.threshold if inputs.threshold is None else inputs.threshold
-        pixels = np.stack([job.prepared.pixels for job in jobs])
         if self.spec.kind == "text":
-            parts: list[list[Found]] = [[] for _ in jobs]
-            for passage in passages:
-                outputs = self._infer_text(pixels, np.stack([job.prepared.mask for job in jobs]), passage, timings)
-                for n, job in enumerate(jobs):
-                    logits, boxes = outputs["logits"][n, :, : len(passage.tokens)], outputs["boxes"][n]
-                    parts[n].append(decode_text(logits, boxes, passage, job.prepared, threshold, inputs.text_threshold))
-            return [join(each) for each in parts]
+            return self._run_text(jobs, passages, threshold, inputs.text_threshold, timings)
+        pixels = np.stack([job.prepared.pixels for job in jobs])
         if self.spec.kind == "classes":
             outputs = self._infer({"pixel_values": pixels}, self._shapes(len(jobs)), timings)
             return [
@@ -206,24 +200,46 @@ class Detect:
         found = decode_described(outputs, self.spec, job.prepared, threshold)
         return found if wanted is None else found.take(np.flatnonzero(wanted[found.classes]))
 
-    def _infer_text(
-        self, pixels: NDArray[np.float32], mask: NDArray[np.float32], passage: Passage, timings: Timings
-    ) -> Outputs:
-        count, shapes = len(pixels), None
+    def _run_text(
+        self,
+        jobs: Sequence[_Job],
+        passages: Sequence[Passage],
+        threshold: float,
+        text_threshold: float,
+        timings: Timings,
+    ) -> list[Found]:
+        """Run pictures at once; with a text in several parts one by one, all parts at once: the backbone runs once."""
+
+        def read(pictures: list[Prepared], pairs: list[tuple[Prepared, Passage]]) -> list[Found]:
+            outputs = self._infer_text(pictures, [passage for _, passage in pairs], timings)
+            rows = zip(outputs["logits"], outputs["boxes"], pairs, strict=True)
+            return [
+                decode_text(logits[:, : len(passage.tokens)], boxes, passage, picture, threshold, text_threshold)
+                for logits, boxes, (picture, passage) in rows
+            ]
+
+        pictures = [job.prepared for job in jobs]
+        if len(passages) == 1:
+            return read(pictures, [(picture, passages[0]) for picture in pictures])
+        return [join(read([picture], [(picture, passage) for passage in passages])) for picture in pictures]
+
+    def _infer_text(self, pictures: Sequence[Prepared], passages: Sequence[Passage], timings: Timings) -> Outputs:
+        """Run pictures with a passage each, or one picture with several."""
+        tokens, shapes = max(len(passage.tokens) for passage in passages), None
         if self._options.size:
-            passage = passage.padded(-len(passage.tokens) // STEP * -STEP)
-            tokens = len(passage.tokens)
-            shapes = {
-                "pixel_values": pixels.shape, "pixel_mask": mask.shape,
-                "text_features": (count, tokens, passage.features.shape[2]), "text_mask": (count, tokens),
-                "text_self_mask": (count, tokens, tokens), "text_position_ids": (count, tokens),
-            }  # fmt: skip
-        text = {
-            "text_features": passage.features, "text_mask": passage.mask, "text_self_mask": passage.self_mask,
-            "text_position_ids": passage.positions,
+            tokens += -tokens % STEP
+        padded = [passage.padded(tokens) for passage in passages]
+        given = {
+            "pixel_values": np.stack([each.pixels for each in pictures]),
+            "pixel_mask": np.stack([each.mask for each in pictures]),
+            "text_features": np.concatenate([passage.features for passage in padded]),
+            "text_mask": np.concatenate([passage.mask for passage in padded]),
+            "text_self_mask": np.concatenate([passage.self_mask for passage in padded]),
+            "text_position_ids": np.concatenate([passage.positions for passage in padded]),
         }  # fmt: skip
-        repeated = {name: np.repeat(value, count, axis=0) for name, value in text.items()}
-        return self._infer({"pixel_values": pixels, "pixel_mask": mask, **repeated}, shapes, timings)
+        if self._options.size:
+            shapes = {name: value.shape for name, value in given.items()}
+        return self._infer(given, shapes, timings)
 
     def _infer(self, given: Outputs, shapes: dict[str, Any] | None, timings: Timings) -> Outputs:
         """Return the detector's outputs by name, copied."""
