@@ -1,6 +1,7 @@
 """Full-size GroundingDINO with random weights: OpenVINO against transformers on torch.
 
     python benchmarks/grounding_dino.py [--size 800x1200] [--rounds 2] [--backbone tiny] [--scratch FOLDER]
+    python benchmarks/grounding_dino.py --tools "ovforge f32 fixed,ovforge f32 fixed int8,ovforge bf16 fixed,torch bf16"
     python benchmarks/grounding_dino.py --parity          # full depth, 20 sizes and texts, against torch float32 and 64
     python benchmarks/grounding_dino.py --shares          # where the detector's time goes
 
@@ -71,22 +72,37 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8))
 
 
-def pipeline(folder: Path, size: tuple[int, int] | None, precision: str, cache: Any) -> Any:
+def pipeline(folder: Path, size: tuple[int, int] | None, precision: str, cache: Any, **stages: Any) -> Any:
     """Return the task on the CPU."""
     import ovforge
 
     task = {"use": "detect", **({"size": size} if size else {})}
     load = {"source": str(folder), "weights": "f32"}
-    return ovforge.load({"task": task, "load": load, "device": {"use": "cpu", "precision": precision}}, cache=cache)
+    device = {"use": "cpu", "precision": precision}
+    return ovforge.load({"task": task, "load": load, "device": device, **stages}, cache=cache)
 
 
-def run_ovforge(folder: Path, height: int, width: int, fixed: bool, precision: str, cache: Path) -> dict[str, Any]:
-    """Measure one process: with an empty cache it converts, too."""
+def int8(folder: Path, height: int, width: int) -> dict[str, Any]:
+    """Return the stages that quantize. Four pictures: neither time nor memory of what is quantized depends on it."""
+    inputs = []
+    for seed in range(4):
+        file = folder.parent / f"{height}x{width}-{seed}.png"
+        picture(height, width, seed).save(file)
+        inputs.append({"image": str(file), "text": TEXT})
+    return {
+        "quantize": ["detector-int8"],
+        "calibration": {"inputs": inputs, "samples": len(inputs), "runs": len(inputs)},
+    }
+
+
+def run_ovforge(folder: Path, height: int, width: int, flags: list[str], precision: str, cache: Path) -> dict[str, Any]:
+    """Measure one process: with an empty cache it converts, and quantizes, too."""
     from ovforge.cache import Cache
 
     image = picture(height, width)
+    stages = int8(folder, height, width) if "int8" in flags else {}
     start = time.perf_counter()
-    pipe = pipeline(folder, (height, width) if fixed else None, precision, Cache(cache))
+    pipe = pipeline(folder, (height, width) if "fixed" in flags else None, precision, Cache(cache), **stages)
     first = pipe(image, text=TEXT)
     ready = time.perf_counter() - start
     seconds = []
@@ -257,12 +273,12 @@ def main() -> None:
     folder = scratch / f"swin-{given.backbone}"
     os.environ["HF_HUB_OFFLINE"] = "1"
     if given.one:
-        tool, precision, *fixed = given.one.split()
+        tool, precision, *flags = given.one.split()
         cache = Path(given.rest[0])
         if tool == "torch":
             print(json.dumps(run_torch(folder, height, width, precision)))
         else:
-            print(json.dumps(run_ovforge(folder, height, width, bool(fixed), precision, cache)))
+            print(json.dumps(run_ovforge(folder, height, width, flags, precision, cache)))
         return
     if not folder.is_dir():
         make(folder, given.backbone)

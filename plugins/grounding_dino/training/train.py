@@ -20,7 +20,7 @@ from losses import Target, total_loss
 from model import build, save, start_from
 from scenes import Objects, Scene, compose
 from torch.utils.data import DataLoader, IterableDataset
-from words import Asker
+from words import Asker, copy_vocabulary
 
 SIDES = [
     (256, 256), (256, 341), (341, 256), (240, 300), (270, 270), (256, 384), (300, 225), (210, 330),
@@ -101,6 +101,7 @@ def main() -> None:
     model = build().train().to(memory_format=torch.channels_last)
     if arguments.start:
         start_from(model, arguments.start)
+        copy_vocabulary(arguments.start, arguments.work)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     slow = [p for name, p in model.named_parameters() if "sampling_offsets" in name]
     plain = [p for name, p in model.named_parameters() if p.ndim < 2 and "sampling_offsets" not in name]

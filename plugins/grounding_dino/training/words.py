@@ -62,17 +62,24 @@ def write_vocabulary(packages: Path, folder: Path) -> None:
         word for entry in entries for text in (entry["label"], *entry.get("tags", [])) for word in text.lower().split()
     )
     ours = {form for phrase in phrases(things) for form in (phrase, plural(phrase))}
-    counts.update({part: 1000 for form in ours for part in form.split()})
+    counts.update({part: 1000 for form in sorted(ours) for part in form.split()})
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     taken = list(SPECIAL.values())
     trainer = trainers.WordPieceTrainer(vocab_size=SIZE, special_tokens=taken, min_frequency=1, show_progress=False)
     learner.train_from_iterator((word for word, count in counts.items() for _ in range(count)), trainer)
-    pieces = [piece for piece, _ in sorted(learner.get_vocab().items(), key=lambda pair: pair[1]) if piece not in taken]
+    pieces = sorted(set(learner.get_vocab()) - set(taken))  # the learner numbers them otherwise each time
     rows = [SPECIAL.get(number) or (pieces.pop(0) if pieces else f"[unused{number}]") for number in range(SIZE)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def copy_vocabulary(model: Path, folder: Path) -> None:
+    """Write vocab.txt with the words of a model that was trained before."""
+    numbers = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(sorted(numbers, key=numbers.__getitem__)) + "\n", encoding="utf-8")
 
 
 class Asker:
