@@ -348,7 +348,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str, *, secre
 
 def _problem(problem: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]:
     path = [str(part) for part in problem["loc"]]
-    key = ".".join(path) or "the whole"
+    key = ".".join(path)
     fields = _fields(model, path[:-1])
     listing = f"Known keys: {', '.join(fields)}." if fields else ""
     if problem["type"] == "extra_forbidden":
@@ -358,6 +358,10 @@ def _problem(problem: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]
     message = re.sub(r"^(Input|Value error,) ?", "", problem["msg"])
     given = problem.get("input")
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    if not key:
+        return message, ""
+    if problem["type"] == "value_error" and not shown:  # of options that do not go together
+        return f"`{key}`: {message}", ""
     return f"`{key}` {message[0].lower()}{message[1:]}{shown}", ""
 
 
