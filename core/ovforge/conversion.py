@@ -183,12 +183,12 @@ def pretrained(kind: str, config: Mapping[str, Any], weights: dict[str, Any], wh
 
 @dataclass(frozen=True)
 class Port:
-    """An input of a model: its name, type, shape (None is open), and the shape that it is traced with."""
+    """An input of a model: its name, shape (None is open), the shape that it is traced with, and its type."""
 
     name: str
-    type: Literal["f32", "i64", "boolean"]
     shape: tuple[int | None, ...]
     example: tuple[int, ...]
+    type: Literal["f32", "i64", "boolean"] = "f32"
 
 
 def convert_module(
@@ -198,10 +198,12 @@ def convert_module(
     inputs: Sequence[Port],
     outputs: Sequence[str],
     weights: str,
+    exact: Callable[[ov.Node], bool] | None = None,
 ) -> ov.Model:
     """Trace `forward` of a torch module and convert; weights are stored as "f16" or "f32".
 
     The module itself is traced, with `forward` in the place of its own, so that nodes have the names of its parameters.
+    With "f16", constants stay in float32 where `exact` says so: by default those of up to 4096 values.
     """
     import openvino as ov
     import torch
@@ -230,7 +232,7 @@ def convert_module(
     for result, name in zip(model.outputs, outputs, strict=True):
         result.get_tensor().set_names({name})
     if weights == "f16":
-        halve_weights(model, lambda constant: constant.data.size <= SMALL)
+        halve_weights(model, exact or (lambda constant: constant.data.size <= SMALL))
     settle_names(role, model)
     return model
 

@@ -105,5 +105,5 @@ class DetrLoader:
 
         # Its anchors, and its encoder's positions, are made for the size that it is traced with.
         sides = (spec.height, spec.width)
-        inputs = [Port("pixel_values", "f32", (None, 3, *sides), (2, 3, *sides))]
+        inputs = [Port("pixel_values", (None, 3, *sides), (2, 3, *sides))]
         return convert_module("detector", module, forward, inputs, ["logits", "boxes"], self.options.weights)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ovforge.conversion import halve_weights, settle_names
+from ovforge import conversion
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import Submodel
 
@@ -45,48 +44,25 @@ def without_initial_weights() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the warnings of tracing, and what diffusers and transformers log about old configs, to themselves."""
-    logs = [need(f"{name}.utils.logging", "converting") for name in ("diffusers", "transformers")]
-    levels = [log.get_verbosity() for log in logs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for log in logs:
-            log.set_verbosity_error()
+    """Keep what diffusers logs about old configs to itself, and what conversion.quiet does."""
+    log = need("diffusers.utils.logging", "converting")
+    level = log.get_verbosity()
+    with conversion.quiet():
+        log.set_verbosity_error()
         try:
             yield
         finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.set_verbosity(level)
+            log.set_verbosity(level)
 
 
 def convert(role: str, module: Any, submodel: Submodel, weights: str) -> ov.Model:
-    """Trace and convert; the result owns or maps its weights and nothing else of torch.
-
-    The module itself is traced, its forward replaced, so that nodes have the names that its parameters have.
-    """
-    import openvino as ov
-
-    torch = need("torch", "converting a diffusers folder")
-    decoder = need("openvino.frontend.pytorch.ts_decoder", "converting a diffusers folder")
-    types = {"f32": torch.float32, "i64": torch.int64}
-    example = {i.name: torch.ones(i.example, dtype=types[i.type]) for i in submodel.inputs}
-    shapes = [
-        (i.name, ov.PartialShape([-1 if side is None else side for side in i.shape]), getattr(ov.Type, i.type))
-        for i in submodel.inputs
-    ]
-    module.forward = submodel.forward
-    with torch.no_grad(), quiet():
-        traced = decoder.TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
-        model = ov.convert_model(traced, example_input=example, input=shapes)
-    for port, (name, *_) in zip(model.inputs, shapes, strict=True):
-        port.get_tensor().set_names({name})
-    for port, name in zip(model.outputs, submodel.outputs, strict=True):
-        port.get_tensor().set_names({name})
+    """Trace and convert; the result owns or maps its weights and nothing else of torch."""
+    with quiet():
+        model = conversion.convert_module(
+            role, module, submodel.forward, submodel.inputs, submodel.outputs, weights, exact=_is_frequency
+        )
     for name, value in submodel.runtime_options:
         model.set_rt_info(value, ["runtime_options", name])
-    if weights == "f16":
-        halve_weights(model, _is_frequency)
-    settle_names(role, model)
     return model
 
 

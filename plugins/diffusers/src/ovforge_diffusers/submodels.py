@@ -17,20 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ovforge.conversion import Port
 from ovforge.errors import ConfigError, ModelError
 from ovforge_diffusers.options import LoaderOptions
 
-__all__ = ["Input", "Submodel", "describe"]
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """An input: its shape (None: any size), and the shape it is traced with."""
-
-    name: str
-    shape: tuple[int | None, ...]
-    example: tuple[int, ...]
-    type: str = "f32"
+__all__ = ["Submodel", "describe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +29,7 @@ class Submodel:
     """How a torch module becomes a role: what is traced, its inputs in order, its outputs' names."""
 
     forward: Callable[..., tuple[Any, ...]]
-    inputs: tuple[Input, ...]
+    inputs: tuple[Port, ...]
     outputs: tuple[str, ...]
     runtime_options: tuple[tuple[str, str], ...] = ()
 
@@ -120,7 +111,7 @@ def _text_encoder(module: Any, hidden_states: bool) -> Submodel:
     tokens = module.config.max_position_embeddings
     return Submodel(
         forward,
-        (Input("input_ids", (None, None), (2, tokens), "i64"),),
+        (Port("input_ids", (None, None), (2, tokens), "i64"),),
         first + (layers if hidden_states else ()),
     )
 
@@ -134,7 +125,7 @@ def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, inde
     odd = 2 ** len(config.block_out_channels) + 1
     inputs, rows = _conditions(config, latent, timestep, tokens, index, guided, odd)
     if guided:
-        inputs.insert(3, Input("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim)))
+        inputs.insert(3, Port("timestep_cond", (rows, config.time_cond_proj_dim), (2, config.time_cond_proj_dim)))
     xl = config.addition_embed_type is not None
     run = type(module).forward
 
@@ -169,7 +160,7 @@ def _controlnet(module: Any, latent: _Picture, timestep: str, tokens: int | None
     inputs, rows = _conditions(config, latent, timestep, tokens, index, guided=False, side=8)
     height, width = ((side and side * factor) for side in (latent.height, latent.width))
     picture = (rows, channels, height, width)
-    inputs.insert(3, Input("controlnet_cond", picture, (2, channels, height or 8 * factor, width or 8 * factor)))
+    inputs.insert(3, Port("controlnet_cond", picture, (2, channels, height or 8 * factor, width or 8 * factor)))
     xl = config.addition_embed_type is not None
     run = type(module).forward
 
@@ -213,16 +204,16 @@ def _conditions(
     index: dict[str, Any],
     guided: bool,
     side: int,
-) -> tuple[list[Input], int | None]:
+) -> tuple[list[Port], int | None]:
     """Return the inputs that UNets and ControlNets share, traced at latents of `side`, and the rows of a batch."""
     rows = latent.batch and latent.batch * (1 if guided else 2)
     sample = (rows, config.in_channels, latent.height, latent.width)
     width = config.cross_attention_dim
     inputs = [
-        Input("sample", sample, (2, config.in_channels, latent.height or side, latent.width or side)),
-        Input("timestep", (None if rows is None else 1,), (1 if rows else 2,), timestep),
+        Port("sample", sample, (2, config.in_channels, latent.height or side, latent.width or side)),
+        Port("timestep", (None if rows is None else 1,), (1 if rows else 2,), timestep),
         # Any number of tokens, for prompts read in chunks; one number where everything else is fixed too.
-        Input("encoder_hidden_states", (rows, tokens if rows and latent.height else None, width), (2, 77, width)),
+        Port("encoder_hidden_states", (rows, tokens if rows and latent.height else None, width), (2, 77, width)),
     ]
     if config.addition_embed_type is not None:
         ids, each, total = 6, config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
@@ -231,7 +222,7 @@ def _conditions(
         if index.get("requires_aesthetics_score") or (not index and total - 5 * each == width):
             ids = 5
         text = total - ids * each
-        inputs += [Input("text_embeds", (rows, text), (2, text)), Input("time_ids", (rows, ids), (2, ids))]
+        inputs += [Port("text_embeds", (rows, text), (2, text)), Port("time_ids", (rows, ids), (2, ids))]
     return inputs, rows
 
 
@@ -244,7 +235,7 @@ def _vae_decoder(module: Any, latent: _Picture, scale: tuple[tuple[str, str], ..
 
     shape = (latent.batch, channels, latent.height, latent.width)
     example = (2, channels, latent.height or 8, latent.width or 8)
-    return Submodel(forward, (Input("latent_sample", shape, example),), ("sample",), scale)
+    return Submodel(forward, (Port("latent_sample", shape, example),), ("sample",), scale)
 
 
 def _vae_encoder(module: Any, picture: _Picture, factor: int, scale: tuple[tuple[str, str], ...]) -> Submodel:
@@ -255,4 +246,4 @@ def _vae_encoder(module: Any, picture: _Picture, factor: int, scale: tuple[tuple
 
     shape = (picture.batch, channels, picture.height, picture.width)
     example = (2, channels, picture.height or 8 * factor, picture.width or 8 * factor)
-    return Submodel(forward, (Input("sample", shape, example),), ("latent_parameters",), scale)
+    return Submodel(forward, (Port("sample", shape, example),), ("latent_parameters",), scale)

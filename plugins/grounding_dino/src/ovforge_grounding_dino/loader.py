@@ -266,20 +266,20 @@ class _Conversion:
 
         module, width = self._module, self._module.config.d_model
         text = [
-            Port("text_self_mask", "boolean", (None, None, None), (1, 6, 6)),
-            Port("text_position_ids", "i64", (None, None), (1, 6)),
+            Port("text_self_mask", (None, None, None), (1, 6, 6), "boolean"),
+            Port("text_position_ids", (None, None), (1, 6), "i64"),
         ]
         if role == "text_encoder":
             forward: Any = partial(graph.encode_text, module)
-            inputs, outputs = [Port("input_ids", "i64", (None, None), (1, 6)), *text], ["text_features"]
+            inputs, outputs = [Port("input_ids", (None, None), (1, 6), "i64"), *text], ["text_features"]
         else:
             forward = partial(graph.detect, module)
             # Sides that are multiples of nothing: whatever a trace may leave out must be in it.
             inputs = [
-                Port("pixel_values", "f32", (None, 3, None, None), (1, 3, 301, 333)),
-                Port("pixel_mask", "f32", (None, None, None), (1, 301, 333)),
-                Port("text_features", "f32", (None, None, width), (1, 6, width)),
-                Port("text_mask", "boolean", (None, None), (1, 6)),
+                Port("pixel_values", (None, 3, None, None), (1, 3, 301, 333)),
+                Port("pixel_mask", (None, None, None), (1, 301, 333)),
+                Port("text_features", (None, None, width), (1, 6, width)),
+                Port("text_mask", (None, None), (1, 6), "boolean"),
                 *text,
             ]
             outputs = ["logits", "boxes"]
