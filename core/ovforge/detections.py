@@ -105,7 +105,10 @@ class DetectInputs(BaseModel):
     threshold: float | None = Field(None, ge=0, le=1, description="Score that boxes need; by default the model's own.")
     text_threshold: float = Field(0.25, ge=0, le=1, description="Score that words need to be named with a box.")
     nms: float | None = Field(
-        None, ge=0, le=1, description="Overlap (IoU) above which the lower score of a label goes."
+        None,
+        ge=0,
+        le=1,
+        description="Overlap (IoU) above which the lower score of a label goes; by default the model's. 1 keeps all.",
     )
     limit: int = Field(300, ge=1, description="Boxes of a picture, at the most: those of the highest scores.")
 

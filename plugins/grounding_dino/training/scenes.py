@@ -159,10 +159,18 @@ def _landscape(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def compose(rng: np.random.Generator, objects: Objects, height: int = 256, width: int = 256, most: int = 9) -> Scene:
-    """Draw a scene: up to `most` objects of the classes, up to three others, the later before the earlier."""
+    """Draw a scene: up to `most` objects of the classes, up to three others, the later before the earlier.
+
+    In two scenes of five, half of the objects are of a class that is there already: a model that never sees two of a
+    class learns to find one.
+    """
     canvas = background(rng, height, width)
     count, others = int(rng.integers(1, most + 1)), int(rng.integers(0, 4))
-    kinds = [int(rng.integers(len(objects.known))) for _ in range(count)] + [-1] * others
+    kinds, again = list[int](), 0.5 * (rng.random() < 0.4)
+    for _ in range(count):
+        repeated = bool(kinds) and rng.random() < again
+        kinds.append(int(rng.choice(kinds)) if repeated else int(rng.integers(len(objects.known))))
+    kinds += [-1] * others
     rng.shuffle(kinds)
     short = min(height, width)
     placed: list[tuple[int, Array, Array, int]] = []  # class, box, visible part, whole area

@@ -16,6 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scenes import read_things
 
+SUPPRESS = 0.7
+"""Overlap of boxes of a label above which one goes: training so short leaves some things found twice."""
+
 LIMIT = 12_000_000
 """Bytes that the shipped folder may have."""
 
@@ -47,6 +50,8 @@ def ship(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     for path in target.rglob("*.json"):
         value = json.loads(path.read_text(encoding="utf-8"))
+        if "detection" in value:
+            value["detection"]["nms"] = SUPPRESS
         path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     for path in target.rglob("*.xml"):
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -55,7 +55,9 @@ def detect(
     text_threshold: Annotated[
         float, typer.Option("--text-threshold", help="Score that words need to be named with a box.")
     ] = 0.25,
-    nms: Annotated[float | None, typer.Option("--nms", help="Overlap above which the lower score goes.")] = None,
+    nms: Annotated[
+        float | None, typer.Option("--nms", help="Overlap above which the lower score goes. 1 keeps all.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="HEIGHTxWIDTH", help="Compile for this size, which runs faster.")
     ] = None,

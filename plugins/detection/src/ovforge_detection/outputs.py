@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge.detections import DetectorSpec
 from ovforge.errors import ModelError
-from ovforge_detection.decode import Found, check_finite, corners, sigmoid, suppress
+from ovforge_detection.decode import Found, check_finite, corners, sigmoid
 from ovforge_detection.prepare import Prepared
 
 __all__ = ["Description", "decode_described"]
@@ -35,13 +35,12 @@ class Description(BaseModel):
 
 
 def decode_described(outputs: Mapping[str, Floats], spec: DetectorSpec, picture: Prepared, threshold: float) -> Found:
-    """Return boxes above `threshold` of all outputs, after the suppression that the spec asks for."""
+    """Return boxes above `threshold` of all outputs, those of one thing still beside each other."""
     parts = [_READERS[d.converter](_pick(outputs, d), d, spec) for d in map(Description.model_validate, spec.outputs)]
     boxes, scores, classes = (np.concatenate(each) for each in zip(*parts, strict=True))
     check_finite(boxes, scores)
     kept = scores > threshold
-    found = Found(picture.restored(boxes[kept]), scores[kept].astype(np.float32), classes[kept].astype(np.int64))
-    return found if spec.nms is None else suppress(found, spec.nms)
+    return Found(picture.restored(boxes[kept]), scores[kept].astype(np.float32), classes[kept].astype(np.int64))
 
 
 def _pick(outputs: Mapping[str, Floats], described: Description) -> Mapping[str, Floats]:

@@ -79,7 +79,7 @@ class Detect:
         progress(Progress("detect", 0, len(paths)))
         for jobs in self._batches(paths, whole, timings, said):
             for job, each in zip(jobs, self._run(jobs, passages, wanted, inputs, timings), strict=True):
-                found[job.place] = _sorted(each, job, names, inputs)
+                found[job.place] = self._sorted(each, job, names, inputs)
             progress(Progress("detect", max(job.place for job in jobs) + 1, len(paths), jobs[-1].name))
         if not found:
             raise InputError("none of its pictures can be read", where=str(inputs.image), hint="; ".join(said))
@@ -264,6 +264,18 @@ class Detect:
             sides = (self.spec.height, self.spec.width, 3)
         return {self.spec.input: (count, *sides)}
 
+    def _sorted(self, found: Found, job: _Job, names: Sequence[str], inputs: DetectInputs) -> Detections:
+        """Return the best ones, after the suppression that was asked for, or that the model needs."""
+        most = self.spec.nms if inputs.nms is None else inputs.nms
+        kept = found if most is None else suppress(found, most)
+        kept = kept.take(np.argsort(-kept.scores, kind="stable")[: inputs.limit])
+        height, width = job.prepared.size
+        known = list(names)
+        known += [f"class {number}" for number in range(len(known), int(kept.classes.max(initial=-1)) + 1)]
+        return Detections(
+            job.name, (width, height), kept.boxes, kept.scores, kept.classes, known, kept.words, kept.spans
+        )
+
 
 def _pictures(given: Any) -> tuple[list[Any], bool]:
     """Return pictures, those of a folder in order of their names, and whether it was a folder."""
@@ -283,16 +295,6 @@ def _pictures(given: Any) -> tuple[list[Any], bool]:
         if isinstance(path, Path) and path.is_dir():
             raise InputError(f"{path} is a folder among pictures", where="image", hint="Give one folder alone.")
     return each, False
-
-
-def _sorted(found: Found, job: _Job, names: Sequence[str], inputs: DetectInputs) -> Detections:
-    """Return the best ones, after the suppression that was asked for."""
-    kept = suppress(found, inputs.nms) if inputs.nms is not None else found
-    kept = kept.take(np.argsort(-kept.scores, kind="stable")[: inputs.limit])
-    height, width = job.prepared.size
-    known = list(names)
-    known += [f"class {number}" for number in range(len(known), int(kept.classes.max(initial=-1)) + 1)]
-    return Detections(job.name, (width, height), kept.boxes, kept.scores, kept.classes, known, kept.words, kept.spans)
 
 
 def _as_inputs(inputs: DetectInputs) -> dict[str, Any]:
