@@ -219,13 +219,13 @@ def convert_module(
             traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
             frontend = FrontEndManager().load_by_framework("pytorch")
             # What ov.convert_model does, without its pre-processing step, which takes longer than all the rest.
-            model = frontend.convert(frontend.load(traced))
+            loaded = frontend.load(traced)
+            for place, port in zip(loaded.get_inputs(), inputs, strict=True):
+                loaded.set_partial_shape(place, ov.PartialShape([-1 if side is None else side for side in port.shape]))
+                loaded.set_element_type(place, getattr(ov.Type, port.type))
+            model = frontend.convert(loaded)
     finally:
         module.forward = own
-    for given, port in zip(model.inputs, inputs, strict=True):
-        given.get_node().set_element_type(getattr(ov.Type, port.type))
-        given.get_node().set_partial_shape(ov.PartialShape([-1 if side is None else side for side in port.shape]))
-    model.validate_nodes_and_infer_types()
     apply_moc_transformations(model, cf=False)
     for given, port in zip(model.inputs, inputs, strict=True):
         given.get_tensor().set_names({port.name})  # and no names of what the transformations took out
