@@ -203,6 +203,15 @@ def test_pickles_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         read(path)
 
 
+def test_an_archive_that_says_it_has_more_disks_is_damaged(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", {"<w>": torch.from_numpy(rows())})
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 2
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="damaged archive"):
+        read(path)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_damage_anywhere_is_an_error_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:

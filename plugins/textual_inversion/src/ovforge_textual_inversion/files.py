@@ -155,12 +155,12 @@ def _pickle(data: bytes, where: str) -> Any:
 
 def _check_archive(data: bytes, where: str) -> None:
     """Refuse an archive that unpacks to more than it is."""
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return
     try:
+        if not zipfile.is_zipfile(io.BytesIO(data)):  # which raises where the end says that there are more disks
+            return
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise ModelError(f"is a damaged archive: {error}", where=where, hint="Fetch it again.") from error
     if size > FILE_LIMIT:
         raise ModelError(f"unpacks to {size} bytes, more than {FILE_LIMIT}", where=where)
