@@ -45,6 +45,7 @@ def without_initial_weights() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep what diffusers logs about old configs to itself, and what conversion.quiet does."""
+    need("transformers", "converting")  # conversion.quiet imports it, and cannot say how to install it
     log = need("diffusers.utils.logging", "converting")
     level = log.get_verbosity()
     with conversion.quiet():
