@@ -26,7 +26,6 @@ __all__ = [
     "Port",
     "convert_module",
     "convert_tokenizer",
-    "halve_weights",
     "need",
     "pretrained",
     "quiet",
@@ -232,12 +231,12 @@ def convert_module(
     for result, name in zip(model.outputs, outputs, strict=True):
         result.get_tensor().set_names({name})
     if weights == "f16":
-        halve_weights(model, exact or (lambda constant: constant.data.size <= SMALL))
+        _halve_weights(model, exact or (lambda constant: constant.data.size <= SMALL))
     settle_names(role, model)
     return model
 
 
-def halve_weights(model: ov.Model, exact: Callable[[ov.Node], bool]) -> None:
+def _halve_weights(model: ov.Model, exact: Callable[[ov.Node], bool]) -> None:
     """Store weights in float16, all but the float32 constants that are to stay `exact`."""
     import openvino as ov
     from openvino._offline_transformations import compress_model_transformation
