@@ -38,7 +38,7 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return open_model(tmp_path_factory.mktemp("embedded"))
 
 
-def find(pipe: Pipeline, picture: Path, text: str, threshold: float | None = None) -> Any:
+def find(pipe: Pipeline, picture: Path, text: str | list[str], threshold: float) -> Any:
     return pipe(picture, text=text, threshold=threshold).detections[0]
 
 
@@ -136,17 +136,8 @@ def test_the_demo(tmp_path: Path) -> None:
     coco = json.loads(output.read_text())
     names = {category["id"]: category["name"] for category in coco["categories"]}
     found = sorted(names[each["category_id"]] for each in coco["annotations"])
-    assert found == [
-        "balloon",
-        "car",
-        "cloud",
-        "dog",
-        "horse",
-        "house",
-        "sun",
-        "tree",
-        "tree",
-    ]  # and not the other cloud
+    # The other cloud is missed.
+    assert found == ["balloon", "car", "cloud", "dog", "horse", "house", "sun", "tree", "tree"]
 
 
 def test_without_pictures_it_names_the_demo() -> None:

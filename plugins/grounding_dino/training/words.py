@@ -77,9 +77,10 @@ def write_vocabulary(packages: Path, folder: Path) -> None:
 
 def copy_vocabulary(model: Path, folder: Path) -> None:
     """Write vocab.txt with the words of a model that was trained before."""
-    numbers = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    from tokenizers import Tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(sorted(numbers, key=numbers.__getitem__)) + "\n", encoding="utf-8")
+    Tokenizer.from_file(str(model / "tokenizer.json")).model.save(str(folder))
 
 
 class Asker:
