@@ -36,8 +36,8 @@ def options(form: str) -> dict[str, Any]:
 
 def opened(path: Path, form: str | None, memo: Any = None) -> Any:
     """Return the bundle of a plain model, or of an encrypted one; `memo` remembers digests, as pipelines do."""
-    from ovforge.bundle import ModelBundle
-    from ovforge.sources import open_source
+    from ovforge.model import ModelBundle
+    from ovforge.run.opening import open_source
 
     return ModelBundle.open(open_source(str(path), Path(), memo, key=options(form) if form else None))
 
@@ -120,7 +120,7 @@ def decrypt(way: str, work: Path) -> dict[str, Any]:
         ]
         subprocess.run([*map(str, command), "-out", "/dev/null"], check=True)
         return {"GB/s": size / (time.perf_counter() - start) / 1e9}
-    from ovforge.sources import open_source
+    from ovforge.run.opening import open_source
 
     source = open_source(str(work / form), Path(), key=options(form))
     buffer = np.ones(size, np.uint8)  # its pages are there
@@ -141,9 +141,9 @@ def start(way: str, work: Path) -> dict[str, Any]:
 
 def started(way: str, work: Path) -> dict[str, Any]:
     """Compile through the cache, and infer once."""
-    from ovforge.cache import Cache
-    from ovforge.compiled import compile_model
-    from ovforge.stages import DevicePlan
+    from ovforge import Cache
+    from ovforge.contracts import DevicePlan
+    from ovforge.run.compiled import compile_model
 
     begin = time.perf_counter()
     encrypted = way == ".ovenc"

@@ -97,7 +97,7 @@ def int8(folder: Path, height: int, width: int) -> dict[str, Any]:
 
 def run_ovforge(folder: Path, height: int, width: int, flags: list[str], precision: str, cache: Path) -> dict[str, Any]:
     """Measure one process: with an empty cache it converts, and quantizes, too."""
-    from ovforge.cache import Cache
+    from ovforge import Cache
 
     image = picture(height, width)
     stages = int8(folder, height, width) if "int8" in flags else {}
@@ -142,7 +142,7 @@ def run_torch(folder: Path, height: int, width: int, precision: str) -> dict[str
 
 def sizes_and_texts(folder: Path, pictures: int) -> list[tuple[Any, Any, Any]]:
     """Return pixels, mask and passage of pictures of many sizes, each with a text of its own."""
-    from ovforge.results import Timings
+    from ovforge.model import Timings
     from ovforge_detection.prepare import prepare
 
     task = pipeline(folder, None, "f32", None).task
@@ -159,8 +159,7 @@ def sizes_and_texts(folder: Path, pictures: int) -> list[tuple[Any, Any, Any]]:
 
 def shares(folder: Path, height: int, width: int) -> None:
     """Print what parts of the detector's graph take, by the runtime's own counters, at a fixed size."""
-    from ovforge.runtime import core
-    from ovforge.sources import FileSource
+    from ovforge.model import FileSource, core
     from ovforge_grounding_dino.loader import GroundingDinoLoader
     from ovforge_grounding_dino.options import LoaderOptions
 

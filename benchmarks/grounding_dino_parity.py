@@ -159,8 +159,7 @@ def ours(folder: Path) -> tuple[Callable[..., Found], Callable[..., Found]]:
     """Return the detector with its scores and ranks as outputs, and the same with ranks as an input."""
     import openvino as ov
 
-    from ovforge.runtime import core
-    from ovforge.sources import FileSource
+    from ovforge.model import FileSource, core
     from ovforge_grounding_dino.loader import GroundingDinoLoader
     from ovforge_grounding_dino.options import LoaderOptions
 

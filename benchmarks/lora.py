@@ -46,8 +46,7 @@ def prepare(work: Path) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from ovforge.bundle import ModelBundle
-    from ovforge.sources import FileSource
+    from ovforge.model import FileSource, ModelBundle
     from ovforge_diffusers.loader import DiffusersLoader
     from ovforge_diffusers.options import LoaderOptions
     from ovforge_sd_lora.targets import find_targets
@@ -76,8 +75,7 @@ def prepare(work: Path) -> None:
 
 def bundle_of(work: Path) -> Any:
     """Open the converted UNet, with its pages in memory."""
-    from ovforge.bundle import ModelBundle
-    from ovforge.sources import FileSource
+    from ovforge.model import FileSource, ModelBundle
 
     with (work / "openvino" / "unet" / "openvino_model.bin").open("rb") as file:
         while file.read(2**24):
@@ -94,7 +92,7 @@ def fixed(model: Any, side: int) -> Any:
 
 def compiled(model: Any, precision: str) -> Any:
     """Compile for the CPU."""
-    from ovforge.runtime import core
+    from ovforge.model import core
 
     hints = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
     return core().compile_model(model, "CPU", hints)
@@ -145,7 +143,7 @@ def diffusers_fuse(arguments: argparse.Namespace) -> dict[str, float]:
 
 def steps(arguments: argparse.Namespace) -> dict[str, float]:
     """Take steps without a branch, with an empty one, and with the adapter in it, in turns; switch adapters."""
-    from ovforge.adapters import Adapters, Variables
+    from ovforge.run.adapters import Adapters, Variables
     from ovforge_sd_lora.options import LoraOptions
     from ovforge_sd_lora.switch import running_adapter
     from ovforge_sd_lora.transform import LoraTransform

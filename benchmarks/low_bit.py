@@ -29,9 +29,7 @@ import numpy as np
 import ovforge
 import ovforge_low_bit
 from ovforge import Use, testing
-from ovforge.bundle import ModelBundle
-from ovforge.metrics import ssim
-from ovforge.runtime import core
+from ovforge.model import ModelBundle, core, ssim
 
 EMBEDDED = "package:ovforge_lcm/model"
 CALIBRATION = [
@@ -131,7 +129,7 @@ class Bench:
 
     def fresh(self) -> ModelBundle:
         """Return the unchanged bundle, to be changed."""
-        from ovforge.sources import FileSource
+        from ovforge.model import FileSource
 
         folder = Path(str(self.source.bundle.location["unet"])).parents[1]
         return ModelBundle.open(FileSource(folder))
@@ -162,7 +160,7 @@ class Bench:
 
 
 def _source(folder: Path) -> Any:
-    from ovforge.sources import FileSource
+    from ovforge.model import FileSource
 
     return FileSource(folder)
 

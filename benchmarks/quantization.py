@@ -25,10 +25,7 @@ import numpy as np
 
 import ovforge
 from ovforge import Use
-from ovforge.bundle import ModelBundle
-from ovforge.metrics import psnr, ssim
-from ovforge.runtime import core
-from ovforge.sources import FileSource
+from ovforge.model import FileSource, ModelBundle, core, psnr, ssim
 from ovforge_stable_diffusion.examples import prompts
 
 EMBEDDED = Path(__file__).parents[1] / "plugins/lcm/src/ovforge_lcm/model"
@@ -166,7 +163,7 @@ class Drawn:
 
 def peak(arguments: argparse.Namespace) -> None:
     """Quantize a UNet once, and print seconds and the most memory that this process held."""
-    from ovforge.plugins import Plugins
+    from ovforge import Plugins
 
     bundle = ModelBundle.open(FileSource(arguments.peak))
     records = Drawn(bundle.models["unet"], arguments)

@@ -99,7 +99,7 @@ def make(folder: Path, family: str) -> None:
 
 def convert(source: Path, target: Path) -> dict[str, Any]:
     """Convert with ovforge; return seconds and peak memory of this process."""
-    from ovforge.sources import FileSource
+    from ovforge.model import FileSource
     from ovforge_diffusers.loader import DiffusersLoader
     from ovforge_diffusers.options import LoaderOptions
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from families import make_family, maker
-from ovforge.cache import Cache
+from ovforge.store.cache import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovforge.results import ImagesResult
+from ovforge.model.results import ImagesResult
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ import pytest
 
 import ovforge
 from ovforge import Use
-from ovforge.cache import Cache
 from ovforge.errors import ConfigError
-from ovforge.sources import package_path
+from ovforge.model.sources import package_path
+from ovforge.store.cache import Cache
 
 files = pytest.importorskip("ovforge_aes_loader.files")
 keys = pytest.importorskip("ovforge_aes_loader.keys")

@@ -18,16 +18,16 @@ from pydantic import BaseModel, ConfigDict
 
 import ovforge
 from ovforge import Use, hookimpl, testing
-from ovforge.adapters import _AdjustedRequest
-from ovforge.bundle import Control, ModelBundle
-from ovforge.cache import Cache
+from ovforge.contracts.extensions import GraphTransformExtension, LoaderExtension, TaskExtension
+from ovforge.contracts.stages import Match, Phase, Report, Skipped
 from ovforge.errors import InputError, ModelError
-from ovforge.extensions import GraphTransformExtension, LoaderExtension, TaskExtension
-from ovforge.plugins import Plugins
-from ovforge.registry import Registry
-from ovforge.results import ImagesResult
-from ovforge.sources import Source
-from ovforge.stages import Match, Phase, Report, Skipped
+from ovforge.model.bundle import Control, ModelBundle
+from ovforge.model.results import ImagesResult
+from ovforge.model.sources import Source
+from ovforge.plugins.catalogue import Registry
+from ovforge.plugins.manager import Plugins
+from ovforge.run.adapters import _AdjustedRequest
+from ovforge.store.cache import Cache
 
 
 class Strict(BaseModel):

@@ -12,12 +12,14 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from ovforge import files, testing
+from ovforge import testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
-from ovforge.bundle import ModelBundle, path_of, role_of
+from ovforge.contracts.stages import Match
 from ovforge.errors import ModelError
-from ovforge.sources import FileSource, open_source
-from ovforge.stages import Match
+from ovforge.model.bundle import ModelBundle, path_of, role_of
+from ovforge.model.sources import FileSource
+from ovforge.run.opening import open_source
+from ovforge.store import files
 
 LOADER = NativeLoader(NativeOptions())
 
@@ -114,7 +116,8 @@ def test_a_folder_takes_the_place_of_another(swaps: bool, tmp_path: Path, monkey
 def test_a_process_killed_while_saving_leaves_no_folder(tmp_path: Path) -> None:
     code = """
 import sys, time, pathlib
-from ovforge import files, testing
+from ovforge import testing
+from ovforge.store import files
 bundle = testing.small_bundle()
 def slow():
     pathlib.Path(sys.argv[2]).touch(); time.sleep(60)

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovforge import testing
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache, CacheWarning, DigestMemo, digest_file, key_of, parse_size
-from ovforge.compiled import compile_model
+from ovforge.contracts.stages import DevicePlan
 from ovforge.errors import CacheError, ConfigError
-from ovforge.sources import FileSource
-from ovforge.stages import DevicePlan
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
+from ovforge.run.compiled import compile_model
+from ovforge.store.cache import Cache, CacheWarning, DigestMemo, digest_file, key_of, parse_size
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
@@ -202,7 +202,7 @@ def test_no_sizes(text: str) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from ovforge.cache import Cache
+from ovforge.store.cache import Cache
 from ovforge.errors import OvforgeError
 root, marks, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 def write(folder):
@@ -257,8 +257,8 @@ CROWD = """
 import random, sys, time, warnings
 from pathlib import Path
 from ovforge import testing
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache, CacheWarning
+from ovforge.model.bundle import ModelBundle
+from ovforge.store.cache import Cache, CacheWarning
 warnings.simplefilter("error", CacheWarning)
 cache, draw, end = Cache(Path(sys.argv[1]), max_bytes=300), random.Random(int(sys.argv[2])), time.monotonic() + 1.5
 while time.monotonic() < end:

@@ -17,18 +17,18 @@ from pydantic import BaseModel, ConfigDict
 
 import ovforge
 from ovforge import hookimpl, testing
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
-from ovforge.calibration import FolderStore, MemoryStore, Reservoir, priority
-from ovforge.config import CalibrationTable
+from ovforge.config.pipeline import CalibrationTable
+from ovforge.contracts.extensions import QuantizerExtension, TaskExtension
+from ovforge.contracts.stages import Progress, Report
 from ovforge.errors import Cancelled, ConfigError, ModelError, OvforgeError, PluginError
-from ovforge.examples import read_examples
-from ovforge.extensions import QuantizerExtension, TaskExtension
-from ovforge.pictures import Picture
-from ovforge.plugins import Plugins
-from ovforge.registry import Registry
-from ovforge.results import Result
-from ovforge.stages import Progress, Report
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.pictures import Picture
+from ovforge.model.results import Result
+from ovforge.plugins.catalogue import Registry
+from ovforge.plugins.manager import Plugins
+from ovforge.run.calibration import FolderStore, MemoryStore, Reservoir, priority
+from ovforge.run.examples import read_examples
+from ovforge.store.cache import Cache
 from test_sources import Protection
 
 
@@ -262,7 +262,7 @@ def test_an_interrupted_recording_goes_on(config: dict[str, Any], cache: Cache, 
 def test_records_of_encrypted_models_are_never_plain(
     config: dict[str, Any], cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ovforge import pipeline
+    from ovforge.run import pipeline
 
     config |= {"calibration": {"samples": 4, "runs": 2, "inputs": [{"x": 1234.5}], "spill": True}}
     real = pipeline.make_recipe

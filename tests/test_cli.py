@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovforge.template import write_project
+from ovforge.plugins.template import write_project
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "unicorn.toml"

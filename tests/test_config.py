@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from ovforge.config import InputFile, PipelineConfig, Use, apply_overrides, input_files, read_config, validate_options
+from ovforge.config.files import apply_overrides, read_config
+from ovforge.config.options import InputFile, input_files, validate_options
+from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.errors import ConfigError
 
 SHORT: dict[str, Any] = {"task": "text-to-image", "load": "models/lcm", "scheduler": "lcm"}

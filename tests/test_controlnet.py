@@ -16,9 +16,9 @@ from PIL import Image
 import ovforge
 from families import agree
 from ovforge import Use, testing
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
 from ovforge.errors import InputError, ModelError, OvforgeError
+from ovforge.model.bundle import ModelBundle
+from ovforge.store.cache import Cache
 
 PROMPT = "a beautiful pink unicorn, 8k"
 CALL: dict[str, Any] = {"guidance_scale": 2.0, "seed": 7}

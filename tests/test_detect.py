@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import ovforge
 from detectors import make_folder
-from ovforge.cache import Cache
 from ovforge.cli import app
 from ovforge.errors import InputError
-from ovforge.pipeline import Pipeline
+from ovforge.run.pipeline import Pipeline
+from ovforge.store.cache import Cache
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

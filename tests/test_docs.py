@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ovforge.template import write_project
+from ovforge.plugins.template import write_project
 
 PAGE = Path(__file__).parents[1] / "docs" / "write-a-plugin.md"
 

@@ -17,16 +17,16 @@ from pydantic import BaseModel, ConfigDict
 
 import ovforge
 from ovforge import Use, hookimpl, testing
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
-from ovforge.config import InputFile
+from ovforge.config.options import InputFile
+from ovforge.contracts.extensions import GraphTransformExtension, LoaderExtension, QuantizerExtension, TaskExtension
+from ovforge.contracts.stages import Match, Phase, Progress, Report, Skipped
 from ovforge.errors import ConfigError, DeviceError, ModelError, PluginError
-from ovforge.extensions import GraphTransformExtension, LoaderExtension, QuantizerExtension, TaskExtension
-from ovforge.plugins import Plugins
-from ovforge.registry import Registry
-from ovforge.results import Result
-from ovforge.sources import Source
-from ovforge.stages import Match, Phase, Progress, Report, Skipped
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.results import Result
+from ovforge.model.sources import Source
+from ovforge.plugins.catalogue import Registry
+from ovforge.plugins.manager import Plugins
+from ovforge.store.cache import Cache
 
 CALLS: list[str] = []
 

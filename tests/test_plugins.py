@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from ovforge.errors import ConfigError, PluginError
-from ovforge.plugins import Plugins
-from ovforge.registry import Registry, set_enabled
+from ovforge.plugins.catalogue import Registry, set_enabled
+from ovforge.plugins.manager import Plugins
 
 GOOD = """
 from ovforge import hookimpl
-from ovforge.extensions import SchedulerExtension
+from ovforge.contracts.extensions import SchedulerExtension
 @hookimpl
 def ovforge_schedulers():
     yield SchedulerExtension(name="{name}", summary="A scheduler", factory="nowhere:Nothing")

@@ -22,18 +22,18 @@ from pydantic import BaseModel, ConfigDict
 
 import ovforge
 from ovforge import hookimpl
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
-from ovforge.detections import DetectInputs, Detections, DetectionsResult
+from ovforge.contracts.extensions import GraphTransformExtension, QuantizerExtension, TaskExtension
+from ovforge.contracts.stages import Phase, Progress, Report
 from ovforge.errors import ConfigError, ModelError, QualityError
-from ovforge.extensions import GraphTransformExtension, QuantizerExtension, TaskExtension
-from ovforge.metrics import gmsd, psnr, ssim
-from ovforge.plugins import Plugins
-from ovforge.quality import Judge, Outcome, Verdict, failed
-from ovforge.registry import Registry
-from ovforge.results import ImagesResult, Result
-from ovforge.search import fewest, noise_of_layers
-from ovforge.stages import Phase, Progress, Report
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.detections import DetectInputs, Detections, DetectionsResult
+from ovforge.model.metrics import gmsd, psnr, ssim
+from ovforge.model.results import ImagesResult, Result
+from ovforge.plugins.catalogue import Registry
+from ovforge.plugins.manager import Plugins
+from ovforge.run.quality import Judge, Outcome, Verdict, failed
+from ovforge.run.search import fewest, noise_of_layers
+from ovforge.store.cache import Cache
 from test_sources import Protection
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_outcomes_on_encrypted_models_are_not_plain(
     config: dict[str, Any], cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They name layers, which tell of the model."""
-    from ovforge import pipeline
+    from ovforge.run import pipeline
 
     real = pipeline.make_recipe
 

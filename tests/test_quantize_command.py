@@ -161,7 +161,7 @@ def test_both_halves_of_guidance_are_recorded(
     torch_sd: Path, session_cache: Any, guidance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Joint they are one batch, split they are calls of their own: the same values either way."""
-    from ovforge.quantization import Quantization
+    from ovforge.run.quantization import Quantization
 
     seen: list[Any] = []
 

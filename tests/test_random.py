@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovforge.errors import InputError
-from ovforge.random import BatchGenerator, Generator, fresh_seed
+from ovforge.model.random import BatchGenerator, Generator, fresh_seed
 
 KNOWN = (
     [0.3366904, 0.1288094, 0.2344624],

@@ -21,13 +21,13 @@ from PIL import Image
 import ovforge
 from families import agree
 from ovforge import Use
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
+from ovforge.contracts.stages import Match
 from ovforge.errors import ConfigError, InputError, ModelError
-from ovforge.plugins import Plugins
-from ovforge.recipe import find_loader
-from ovforge.sources import FileSource
-from ovforge.stages import Match
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
+from ovforge.plugins.manager import Plugins
+from ovforge.run.recipe import find_loader
+from ovforge.store.cache import Cache
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -14,26 +14,28 @@ from pydantic import BaseModel, ConfigDict
 
 import ovforge
 import test_bundle
-from ovforge import memory, testing
+from ovforge import testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
-from ovforge.errors import ConfigError, ModelError, PluginError
-from ovforge.extensions import (
+from ovforge.contracts.extensions import (
     GraphTransformExtension,
     LoaderExtension,
     QuantizerExtension,
     SourceExtension,
     TaskExtension,
 )
-from ovforge.pipeline import Pipeline
-from ovforge.planning import plan
-from ovforge.plugins import Plugins
-from ovforge.recipe import read_pipeline
-from ovforge.registry import Registry
-from ovforge.results import Result
-from ovforge.sources import FileSource, Source, open_file, open_source, source_digest
-from ovforge.stages import Match, Phase, Report
+from ovforge.contracts.stages import Match, Phase, Report
+from ovforge.errors import ConfigError, ModelError, PluginError
+from ovforge.model import memory
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.results import Result
+from ovforge.model.sources import FileSource, Source, source_digest
+from ovforge.plugins.catalogue import Registry
+from ovforge.plugins.manager import Plugins
+from ovforge.run.opening import open_file, open_source
+from ovforge.run.pipeline import Pipeline
+from ovforge.run.planning import plan
+from ovforge.run.recipe import read_pipeline
+from ovforge.store.cache import Cache
 
 
 def flipped(data: bytes) -> bytes:

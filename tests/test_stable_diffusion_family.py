@@ -13,9 +13,9 @@ from PIL import Image
 import ovforge
 from families import agree
 from ovforge import Use
-from ovforge.cache import Cache
+from ovforge.contracts.stages import Progress
 from ovforge.errors import Cancelled, InputError, ModelError, OvforgeError
-from ovforge.stages import Progress
+from ovforge.store.cache import Cache
 
 F32 = Use("cpu", precision="f32")
 FULL = {"weights": "f32"}
@@ -173,7 +173,7 @@ SMALL = {"steps": 2, "seed": 1, "width": 16, "height": 16}
 
 
 def test_own_latents_are_the_first_noise(sd: Any, tmp_path: Path) -> None:
-    from ovforge.random import Generator
+    from ovforge.model.random import Generator
 
     noise = Generator(1).randn((1, 4, 8, 8))
     np.savetxt(tmp_path / "noise.txt", noise.ravel())
@@ -206,7 +206,7 @@ def test_chunks_and_weights(torch_family: Folder, session_cache: Cache, sd: Any)
 
 def test_weighted_states_are_the_web_uis(torch_family: Folder, session_cache: Cache, sd: Any) -> None:
     """States times weights, with the mean of before."""
-    from ovforge.results import Timings
+    from ovforge.model.results import Timings
     from ovforge_stable_diffusion.text import TextEncoder, TextEncoders
 
     encoder = TextEncoder(sd.compiled["tokenizer"], sd.compiled["text_encoder"], penultimate=False)

@@ -12,8 +12,8 @@ from openvino import opset13 as ops
 import ovforge
 from families import agree
 from ovforge import Use
-from ovforge.cache import Cache
 from ovforge.errors import ConfigError, InputError, ModelError
+from ovforge.store.cache import Cache
 
 F32 = Use("cpu", precision="f32")
 FULL = {"weights": "f32"}

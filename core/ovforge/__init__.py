@@ -1,44 +1,60 @@
 """ovforge: a plugin framework that takes models to Intel hardware with OpenVINO.
 
-Importing this package is cheap: what needs openvino, pydantic or numpy is imported when first used.
+Importing this package is cheap: what needs openvino, pydantic or numpy is imported when first used. What is stable is
+said in docs/stability.md: these names, and those of `ovforge.errors`, `contracts`, `model`, `store`, `config`, `cli`
+and `testing`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ovforge._exports import lazy
+from ovforge._version import API_VERSION, __version__
 
 if TYPE_CHECKING:
-    from ovforge.config import PipelineConfig, Use
-    from ovforge.errors import OvforgeError
-    from ovforge.hookspecs import hookimpl
-    from ovforge.pipeline import Pipeline, load
-    from ovforge.planning import plan
+    from ovforge.config.pipeline import PipelineConfig, Use
+    from ovforge.contracts.hookspecs import hookimpl
+    from ovforge.contracts.stages import Progress
+    from ovforge.errors import Cancelled, OvforgeError
+    from ovforge.model.results import ImagesResult, Result
+    from ovforge.plugins.manager import Plugins
+    from ovforge.run.opening import open_file
+    from ovforge.run.pipeline import Pipeline, load
+    from ovforge.run.planning import plan
+    from ovforge.store.cache import Cache
 
-__all__ = ["API_VERSION", "OvforgeError", "Pipeline", "PipelineConfig", "Use", "hookimpl", "load", "plan"]
+__all__ = [
+    "API_VERSION",
+    "Cache",
+    "Cancelled",
+    "ImagesResult",
+    "OvforgeError",
+    "Pipeline",
+    "PipelineConfig",
+    "Plugins",
+    "Progress",
+    "Result",
+    "Use",
+    "__version__",
+    "hookimpl",
+    "load",
+    "open_file",
+    "plan",
+]
 
-__version__ = "0.1.0"
-
-API_VERSION = 1
-"""The version of the hooks and protocols; a plugin may state the one it was written for as OVFORGE_API."""
-
-_HOMES = {
-    "OvforgeError": "ovforge.errors",
-    "Pipeline": "ovforge.pipeline",
-    "PipelineConfig": "ovforge.config",
-    "Use": "ovforge.config",
-    "hookimpl": "ovforge.hookspecs",
-    "load": "ovforge.pipeline",
-    "plan": "ovforge.planning",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module on first use."""
-    import importlib
-
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'ovforge' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "config.pipeline": ["PipelineConfig", "Use"],
+        "contracts.hookspecs": ["hookimpl"],
+        "contracts.stages": ["Progress"],
+        "errors": ["Cancelled", "OvforgeError"],
+        "model.results": ["ImagesResult", "Result"],
+        "plugins.manager": ["Plugins"],
+        "run.opening": ["open_file"],
+        "run.pipeline": ["Pipeline", "load"],
+        "run.planning": ["plan"],
+        "store.cache": ["Cache"],
+    },
+)

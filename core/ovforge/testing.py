@@ -23,15 +23,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import ModelBundle
-from ovforge.config import validate_options
+from ovforge.config.options import validate_options
+from ovforge.contracts.extensions import Extension
+from ovforge.contracts.hookspecs import HOOK_OF_KIND
+from ovforge.contracts.stages import Match, Phase, Report
 from ovforge.errors import ConfigError, OvforgeError
-from ovforge.extensions import Extension
-from ovforge.hookspecs import HOOK_OF_KIND
-from ovforge.plugins import Plugins
-from ovforge.registry import Registry
-from ovforge.sources import FileSource, Source
-from ovforge.stages import Match, Phase, Report
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource, Source
+from ovforge.plugins.catalogue import Registry
+from ovforge.plugins.manager import Plugins
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -73,7 +73,7 @@ def small_model() -> ov.Model:
 
 def run(model: ov.Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Run `model` on the CPU in float32, on every processor alike; return output name -> array."""
-    from ovforge.runtime import core
+    from ovforge.model.runtime import core
 
     results = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs)
     return {name: array for port, array in results.items() for name in port.names}
@@ -183,7 +183,7 @@ def check_quantizer(
 
     It asks for no more than its description says that it needs, and keeps the layers that it is told to keep.
     """
-    from ovforge.extensions import QuantizerExtension
+    from ovforge.contracts.extensions import QuantizerExtension
 
     described = extension(module, "quantizer", name)
     assert isinstance(described, QuantizerExtension)
@@ -263,7 +263,7 @@ def check_scheduler(
     """Check a scheduler: shapes and types hold, runs repeat and do not disturb each other."""
     import numpy as np
 
-    from ovforge.random import Generator
+    from ovforge.model.random import Generator
 
     scheduler = _create(module, "scheduler", name, options, model_config)
     for count in steps:
@@ -294,7 +294,7 @@ def check_scheduler(
 
 def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any] = {}) -> None:
     """Check a device: its plan compiles a small model, or it says why it is not here."""
-    from ovforge.runtime import core
+    from ovforge.model.runtime import core
 
     try:
         plan = _create(module, "device", name, options).plan()
@@ -309,7 +309,7 @@ def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
 
     And its examples, where a running `task` is given: they are inputs, always the same, and different ones.
     """
-    from ovforge.extensions import TaskExtension
+    from ovforge.contracts.extensions import TaskExtension
 
     described = extension(module, "task", name)
     assert isinstance(described, TaskExtension)
@@ -319,7 +319,7 @@ def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
     assert described.roles, f"{name} names no role"
     if task is None:
         return
-    from ovforge.examples import content_of
+    from ovforge.run.examples import content_of
 
     model = described.inputs_model()
     examples = list(task.examples(8))
@@ -341,7 +341,7 @@ def _check_change(
     make_bundle: Callable[[], ModelBundle],
     change: Callable[[Any, ModelBundle], Report],
 ) -> Report:
-    from ovforge.runtime import core
+    from ovforge.model.runtime import core
 
     described = extension(module, kind, name)
     phase = getattr(described, "phase", Phase.PRECISION)

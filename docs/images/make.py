@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import ovforge
-from ovforge.sources import package_path
+from ovforge.model.sources import package_path
 
 HERE = Path(__file__).parent
 MODEL = "package:ovforge_lcm/model"

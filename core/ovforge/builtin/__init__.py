@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ovforge.extensions import DeviceExtension, LoaderExtension
-from ovforge.hookspecs import hookimpl
+from ovforge.contracts.extensions import DeviceExtension, LoaderExtension
+from ovforge.contracts.hookspecs import hookimpl
 
 
 @hookimpl

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ovforge.contracts.stages import DevicePlan
 from ovforge.errors import DeviceError, did_you_mean
-from ovforge.runtime import core
-from ovforge.stages import DevicePlan
+from ovforge.model.runtime import core
 
 __all__ = ["AUTO", "CPU", "GPU", "NPU", "DeviceOptions"]
 

@@ -7,10 +7,10 @@ from pathlib import PurePosixPath
 
 from pydantic import BaseModel, ConfigDict
 
-from ovforge.bundle import ModelBundle, read_model
+from ovforge.contracts.stages import Match
 from ovforge.errors import ModelError
-from ovforge.sources import Source, source_digest
-from ovforge.stages import Match
+from ovforge.model.bundle import ModelBundle, read_model
+from ovforge.model.sources import Source, source_digest
 
 __all__ = ["NativeLoader", "NativeOptions"]
 
@@ -27,7 +27,7 @@ class NativeOptions(BaseModel):
 
 
 class NativeLoader:
-    """Opens IR (a file, or a folder in the layout of `ovforge.bundle`), ONNX, TensorFlow, TFLite and Paddle."""
+    """Opens IR (a file, or a folder in the layout of `ovforge.model.bundle`), ONNX, TensorFlow, TFLite and Paddle."""
 
     def __init__(self, options: NativeOptions) -> None:
         self.options = options

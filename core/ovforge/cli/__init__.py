@@ -1,143 +1,18 @@
-"""The program `ovforge`. Only what a command needs is imported when it runs: `ovforge --help` imports no openvino."""
+"""The program `ovforge`, and what its commands and those of plugins print results with.
+
+These names are public; the modules that they come from are not.
+"""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
-import typer
-from typer.core import TyperGroup
+from ovforge._exports import lazy
 
-from ovforge import __version__
-from ovforge.errors import OvforgeError, PluginError
+if TYPE_CHECKING:
+    from ovforge.cli.pipelines import print_result, progress_bar
+    from ovforge.cli.program import app, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "print_result", "progress_bar"]
 
-
-_RUNS = "ovforge.runs"
-"""Set while a command is looked up to be run, not to be listed."""
-
-
-class _Group(TyperGroup):
-    """The built-in commands, then those of plugins: listed from the catalogue, imported when called."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *(name for name in _offered() if name not in self.commands)]
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        ctx.meta[_RUNS] = True
-        return super().resolve_command(ctx, args)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if (command := super().get_command(ctx, cmd_name)) is not None:
-            return command
-        summary = _offered().get(cmd_name)
-        if summary is not None and not ctx.meta.get(_RUNS):
-            listed = typer.Typer(add_completion=False, rich_markup_mode=None)
-            listed.command(cmd_name, help=summary)(lambda: None)
-            return typer.main.get_command(listed)
-        return _plugin_command(cmd_name)
-
-
-def _offered() -> dict[str, str]:
-    """Return command -> summary of the plugins in the catalogue that are installed."""
-    from importlib.metadata import entry_points
-
-    from ovforge.hookspecs import ENTRY_POINT_GROUP
-    from ovforge.registry import Registry
-
-    registry = Registry.load()
-    here = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    return {
-        name: summary
-        for record in registry.records.values()
-        if record.name in here and record.name not in registry.disabled
-        for name, summary in record.provides.get("command", {}).items()
-    }
-
-
-def _plugin_command(name: str) -> Any:
-    """Return a command that a plugin offers, or None for typer to say that there is none."""
-    from ovforge.extensions import resolve
-    from ovforge.plugins import Plugins
-
-    try:
-        offer = Plugins().find("command", name)
-    except PluginError as error:
-        if "unknown" in error.what:
-            return None
-        raise
-    target = resolve(offer.extension.factory)
-    if not isinstance(target, typer.Typer):
-        application = typer.Typer(add_completion=False, rich_markup_mode=None)
-        application.command(name, help=offer.extension.summary)(target)
-        target = application
-    command = typer.main.get_command(target)
-    command.name = name
-    return command
-
-
-app = typer.Typer(
-    cls=_Group,
-    help="Take generative and vision models to Intel hardware with OpenVINO.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"ovforge {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-) -> None:
-    """Take generative and vision models to Intel hardware with OpenVINO."""
-
-
-def main() -> None:
-    """Run the program. Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted."""
-    warnings.showwarning = _show_warning
-    try:
-        app()
-    except OvforgeError as error:
-        _print_error(error)
-        sys.exit(1)
-    except OSError as error:
-        where = None if error.filename is None else str(error.filename)
-        hint = "What was there before is still there; free some space or choose another place, and run it again."
-        _print_error(OvforgeError(error.strerror or str(error), where=where, hint=hint))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _print_error(error: OvforgeError) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    where = f"[bold]{escape(error.where)}[/]: " if error.where else ""
-    console.print(f"[bold red]error:[/] {where}{escape(error.what)}")
-    if error.hint:
-        console.print(f"  {escape(error.hint)}")
-
-
-def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-from ovforge.cli import cache, inspect, pipelines, plugins, quantize  # noqa: E402
-
-pipelines.register(app)
-inspect.register(app)
-app.command()(quantize.quantize)
-app.add_typer(plugins.app, name="plugins")
-app.add_typer(cache.app, name="cache")
+__getattr__, __dir__ = lazy(__name__, {"pipelines": ["print_result", "progress_bar"], "program": ["app", "main"]})

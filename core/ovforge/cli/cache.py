@@ -19,7 +19,7 @@ def list_() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ovforge.cache import Cache
+    from ovforge.store.cache import Cache
 
     cache = Cache.default()
     entries = cache.entries()
@@ -40,7 +40,7 @@ def prune(
     size: Annotated[str, typer.Option("--size", help="Keep at most this much: 500MB, 0 for nothing.")] = "",
 ) -> None:
     """Remove what was not used for longest, until the rest fits."""
-    from ovforge.cache import Cache, parse_size
+    from ovforge.store.cache import Cache, parse_size
 
     removed = Cache.default().prune(parse_size(size) if size else None)
     print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
@@ -51,7 +51,7 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Remove damaged entries; they are made again.")] = False,
 ) -> None:
     """Read everything again and name what is damaged. Exit code 1 where something is."""
-    from ovforge.cache import Cache
+    from ovforge.store.cache import Cache
 
     cache = Cache.default()
     damaged = cache.verify(repair=repair)

@@ -16,7 +16,7 @@ from ovforge.errors import ConfigError, InputError, ModelError
 if TYPE_CHECKING:
     import openvino as ov
 
-    from ovforge.bundle import ModelBundle
+    from ovforge.model.bundle import ModelBundle
 
 __all__ = ["ModelFacts", "Port", "Weights", "inspect", "model_facts", "register"]
 
@@ -71,7 +71,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show a model's weights by precision, operations, parameters, inputs and outputs; and what encrypts it."""
-    from ovforge.sources import describe_protection
+    from ovforge.run.opening import describe_protection
 
     place = _key(key)
     protection = list(describe_protection(source, Path.cwd()))
@@ -103,12 +103,12 @@ def _key(text: str | None) -> dict[str, str] | None:
 
 def _open(source: str, key: Mapping[str, Any] | None, use: str | None) -> tuple[str, ModelBundle]:
     """Return the loader's name and the bundle; a conversion comes from the cache, or goes there."""
-    from ovforge.cache import Cache
-    from ovforge.loading import open_origin
-    from ovforge.plugins import Plugins
-    from ovforge.recipe import Origin, find_loader
-    from ovforge.sources import open_source
-    from ovforge.stages import ignore_progress
+    from ovforge.contracts.stages import ignore_progress
+    from ovforge.plugins.manager import Plugins
+    from ovforge.run.loading import open_origin
+    from ovforge.run.opening import open_source
+    from ovforge.run.recipe import Origin, find_loader
+    from ovforge.store.cache import Cache
 
     plugins, cache = Plugins(), Cache.default()
     opened = open_source(source, Path.cwd(), cache.memo, key=key, plugins=plugins)

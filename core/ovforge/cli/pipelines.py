@@ -13,10 +13,10 @@ import typer
 from ovforge.errors import InputError
 
 if TYPE_CHECKING:
-    from ovforge.cache import Cache
-    from ovforge.pipeline import Pipeline
-    from ovforge.results import Result
-    from ovforge.stages import Progress
+    from ovforge.contracts.stages import Progress
+    from ovforge.model.results import Result
+    from ovforge.run.pipeline import Pipeline
+    from ovforge.store.cache import Cache
 
 __all__ = ["NoCache", "print_result", "progress_bar", "register"]
 
@@ -105,10 +105,11 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
 ) -> None:
     """Convert a model to an OpenVINO folder that ovforge, optimum-intel and openvino-genai open."""
-    from ovforge.config import apply_overrides, validate_options
-    from ovforge.plugins import Plugins
-    from ovforge.recipe import find_loader
-    from ovforge.sources import open_source
+    from ovforge.config.files import apply_overrides
+    from ovforge.config.options import validate_options
+    from ovforge.plugins.manager import Plugins
+    from ovforge.run.opening import open_source
+    from ovforge.run.recipe import find_loader
 
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
@@ -124,9 +125,9 @@ def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
 ) -> None:
     """Print the JSON Schema of configs, with the options of every plugin that is here, for editors."""
-    from ovforge.files import atomic_write
-    from ovforge.plugins import Plugins
-    from ovforge.schema import config_schema
+    from ovforge.config.schema import config_schema
+    from ovforge.plugins.manager import Plugins
+    from ovforge.store.files import atomic_write
 
     text = json.dumps(config_schema(Plugins()), indent=2) + "\n"
     if output is None:
@@ -153,7 +154,7 @@ def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    from ovforge.stages import ignore_progress
+    from ovforge.contracts.stages import ignore_progress
 
     console = Console(stderr=True, highlight=False)
     if silent:

@@ -10,7 +10,7 @@ import typer
 from ovforge.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
-    from ovforge.plugins import PluginStatus
+    from ovforge.plugins.manager import PluginStatus
 
 __all__ = ["app"]
 
@@ -21,7 +21,7 @@ Name = Annotated[str, typer.Argument(help="A plugin's name, as `ovforge plugins 
 
 
 def _statuses(imported: bool) -> list[PluginStatus]:
-    from ovforge.plugins import Plugins
+    from ovforge.plugins.manager import Plugins
 
     plugins = Plugins()
     if imported:
@@ -59,7 +59,7 @@ def list_() -> None:
 @app.command()
 def show(name: Name) -> None:
     """Show one plugin: what it offers, with the options of each."""
-    from ovforge.plugins import Plugins
+    from ovforge.plugins.manager import Plugins
 
     status = _status(name, imported=True)
     print(f"{status.name} {status.version or ''} ({status.distribution}): {status.state}")
@@ -85,7 +85,7 @@ def doctor() -> None:
     """Import every plugin and say what is wrong with any. Exit code 1 where something is."""
     import platform
 
-    from ovforge.registry import user_registry_path
+    from ovforge.plugins.catalogue import user_registry_path
 
     statuses = _statuses(imported=True)
     for status in statuses:
@@ -111,7 +111,7 @@ def disable(name: Name) -> None:
 
 
 def _switch(name: str, enabled: bool) -> None:
-    from ovforge.registry import set_enabled
+    from ovforge.plugins.catalogue import set_enabled
 
     if _status(name, imported=False).state == "built in":
         raise PluginError("is part of ovforge and cannot be switched off", where=name)
@@ -125,6 +125,6 @@ def new(
     folder: Annotated[Path, typer.Option("--folder", help="Where to put the project.")] = Path(),
 ) -> None:
     """Write a new plugin's project, with a graph transform and its tests, ready to change."""
-    from ovforge.template import write_project
+    from ovforge.plugins.template import write_project
 
     print(f"{write_project(name, folder)}: pip install -e it, then run pytest there")

@@ -13,8 +13,8 @@ from ovforge.cli.pipelines import NoCache, progress_bar
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 
 if TYPE_CHECKING:
-    from ovforge.plugins import Plugins
-    from ovforge.prepared import Prepared
+    from ovforge.plugins.manager import Plugins
+    from ovforge.run.prepared import Prepared
 
 __all__ = ["quantize"]
 
@@ -56,7 +56,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Quantize a model, calibrated by its own pipeline, and write it as a folder."""
-    from ovforge.plugins import Plugins
+    from ovforge.plugins.manager import Plugins
 
     plugins = Plugins()
     if list_:
@@ -105,7 +105,7 @@ def _tables(
 
 def _config(source: str, task: str | None, tables: dict[str, Any], plugins: Plugins) -> tuple[dict[str, Any], Path]:
     """Return a config to prepare, without what a pipeline brings to run faster: that is for who runs the result."""
-    from ovforge.config import read_config
+    from ovforge.config.files import read_config
 
     path = Path(source)
     if path.suffix.lower() in _CONFIGS:
@@ -125,7 +125,7 @@ def _config(source: str, task: str | None, tables: dict[str, Any], plugins: Plug
 
 def _options(name: str, roles: list[str], given: list[str], plugins: Plugins) -> dict[str, Any]:
     """Return a quantizer's options; one without `roles` has no choice of models."""
-    from ovforge.config import apply_overrides
+    from ovforge.config.files import apply_overrides
 
     model = plugins.find("quantizer", name).extension.options_model()
     if roles and (model is None or "roles" not in model.model_fields):
@@ -142,14 +142,14 @@ def _name(source: str) -> str:
 
 
 def _prepare(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
-    from ovforge.prepared import prepare
+    from ovforge.run.prepared import prepare
 
     return prepare(config, base=base, plugins=plugins, cache=None if no_cache else "default", progress=progress)
 
 
 def _prepare_model(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
     """Quantize a model by itself: with the first task that runs it, or without one where no data is asked for."""
-    from ovforge.prepared import prepare_alone, task_for
+    from ovforge.run.prepared import prepare_alone, task_for
 
     found = task_for(config["load"], base, plugins, None if no_cache else "default")
     if found is not None:

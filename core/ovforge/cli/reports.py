@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ovforge.quality import Outcome
-    from ovforge.recipe import Step
-    from ovforge.stages import Report
+    from ovforge.contracts.stages import Report
+    from ovforge.run.quality import Outcome
+    from ovforge.run.recipe import Step
 
 __all__ = ["print_quantized", "quantized_as_json"]
 

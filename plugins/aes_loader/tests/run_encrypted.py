@@ -21,11 +21,11 @@ if len(sys.argv) > 4:
     sys.addaudithook(note)
 
 import ovforge
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
-from ovforge.extensions import GraphTransformExtension
-from ovforge.plugins import Plugins
-from ovforge.stages import Phase, Report
+from ovforge.contracts.extensions import GraphTransformExtension
+from ovforge.contracts.stages import Phase, Report
+from ovforge.model.bundle import ModelBundle
+from ovforge.plugins.manager import Plugins
+from ovforge.store.cache import Cache
 
 
 class Rename:

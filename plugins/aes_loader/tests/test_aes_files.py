@@ -21,9 +21,9 @@ import ovforge_aes_loader
 import test_bundle
 from ovforge import testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
-from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError, OvforgeError
-from ovforge.sources import open_file, open_source
+from ovforge.model.bundle import ModelBundle
+from ovforge.run.opening import open_file, open_source
 from ovforge_aes_loader import files
 from ovforge_aes_loader.keys import Key, Scrypt
 from ovforge_aes_loader.options import KeyOptions
@@ -114,7 +114,7 @@ def test_formats_that_need_files_are_refused_where_there_are_none_in_memory(
 ) -> None:
     (tmp_path / "m.pb").write_bytes(test_bundle.tensorflow_graph())
     files.encrypt(tmp_path / "m.pb", tmp_path / "m.ovenc", key)
-    monkeypatch.setattr("ovforge.memory.AVAILABLE", False)
+    monkeypatch.setattr("ovforge.model.memory.AVAILABLE", False)
     with pytest.raises(ModelError, match=r"reading m.pb takes plain files.*\n.*convert the model to OpenVINO IR"):
         opened(tmp_path / "m.ovenc", key).models["model"]
 
@@ -289,7 +289,7 @@ def test_memory_is_that_of_the_plain_model(tmp_path: Path, key: Key) -> None:
     files.encrypt(plain, tmp_path / "enc", key)
     code = (
         "import sys, numpy as np; from pathlib import Path; import openvino as ov\n"
-        "from ovforge.bundle import ModelBundle; from ovforge.sources import open_source\n"
+        "from ovforge.model.bundle import ModelBundle; from ovforge.model.sources import open_source\n"
         "source = open_source(sys.argv[1], Path())\n"
         "model = next(iter(ModelBundle.open(source).models.values()))\n"
         "compiled = ov.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})\n"

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from ovforge.config import PipelineConfig, validate_options
+from ovforge.config.options import validate_options
+from ovforge.config.pipeline import PipelineConfig
 from ovforge.errors import ConfigError, OvforgeError, PluginError
 from ovforge_aes_loader.keys import Key, Master, known_keys, remember
 from ovforge_aes_loader.options import KeyOptions, place_of

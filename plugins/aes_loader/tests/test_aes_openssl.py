@@ -15,10 +15,10 @@ import openvino as ov
 import pytest
 
 from ovforge import testing
-from ovforge.bundle import ModelBundle
 from ovforge.errors import ConfigError, ModelError, OvforgeError
-from ovforge.plugins import Plugins
-from ovforge.sources import open_source
+from ovforge.model.bundle import ModelBundle
+from ovforge.plugins.manager import Plugins
+from ovforge.run.opening import open_source
 from ovforge_aes_loader import files
 from ovforge_aes_loader.keys import Key
 from ovforge_aes_loader.openssl import OpensslFile

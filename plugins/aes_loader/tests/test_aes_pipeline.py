@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 import ovforge
-from ovforge.cache import Cache, CacheWarning
 from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.store.cache import Cache, CacheWarning
 from ovforge_aes_loader import files
 from ovforge_aes_loader.keys import Key
 from ovforge_aes_loader.options import KeyOptions

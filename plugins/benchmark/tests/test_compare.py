@@ -18,7 +18,7 @@ import ovforge_benchmark
 from ovforge import testing
 from ovforge.cli import app
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
-from ovforge.metrics import ssim
+from ovforge.model.metrics import ssim
 from ovforge_benchmark.candidates import parse, varied
 from ovforge_benchmark.compare import compare
 from ovforge_benchmark.grid import grid

@@ -18,11 +18,11 @@ import ovforge
 import ovforge_detection
 from detectors import make_detr
 from ovforge import testing
-from ovforge.detections import Detections, DetectionsResult, DetectorSpec
 from ovforge.errors import ConfigError, InputError, ModelError
-from ovforge.pipeline import Pipeline
-from ovforge.runtime import core
-from ovforge.sources import FileSource
+from ovforge.model.detections import Detections, DetectionsResult, DetectorSpec
+from ovforge.model.runtime import core
+from ovforge.model.sources import FileSource
+from ovforge.run.pipeline import Pipeline
 from ovforge_detection.decode import Found, decode_classes, suppress
 from ovforge_detection.detr import DetrLoader, DetrOptions
 from ovforge_detection.examples import scene

@@ -106,7 +106,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def converted(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the pipeline converted with f32 weights and saved."""
-    from ovforge.sources import FileSource
+    from ovforge.model.sources import FileSource
     from ovforge_diffusers.loader import DiffusersLoader
     from ovforge_diffusers.options import LoaderOptions
 

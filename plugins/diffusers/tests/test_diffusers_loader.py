@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts.stages import Match
 from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import FileSource
-from ovforge.stages import Match
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -129,7 +129,7 @@ def test_inputs_have_the_types_and_layout_of_optimum(converted: Path) -> None:
 
 def test_tokenizer_gives_the_ids_of_transformers(pipeline: Path, converted: Path) -> None:
     bundle = ModelBundle.open(FileSource(converted))
-    from ovforge.runtime import core
+    from ovforge.model.runtime import core
 
     tokenize = core().compile_model(bundle.models["tokenizer"], "CPU")
     theirs = transformers.CLIPTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
@@ -366,7 +366,7 @@ def test_without_torch_the_error_names_the_extra(copy: Path) -> None:
         from pathlib import Path
         import ovforge_diffusers
         from ovforge.errors import PluginError
-        from ovforge.sources import FileSource
+        from ovforge.model.sources import FileSource
         (loader,) = ovforge_diffusers.ovforge_loaders()
         (scheduler,) = ovforge_diffusers.ovforge_schedulers()
         assert not {{"numpy", "openvino", "transformers"}} & set(sys.modules), "listing must be cheap"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts.stages import Match
 from ovforge.errors import ModelError
-from ovforge.sources import FileSource
-from ovforge.stages import Match
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

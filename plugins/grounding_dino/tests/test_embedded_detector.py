@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import ovforge
 import ovforge_grounding_dino
-from ovforge.cache import Cache
 from ovforge.cli import app
 from ovforge.errors import InputError
-from ovforge.pipeline import Pipeline
+from ovforge.run.pipeline import Pipeline
+from ovforge.store.cache import Cache
 
 PACKAGE = Path(ovforge_grounding_dino.__file__).parent
 DEMO = PACKAGE / "demo" / "scene.jpg"

@@ -14,11 +14,11 @@ import pytest
 import ovforge_grounding_dino
 from detectors import make_folder, make_model, write_tokenizer
 from ovforge import testing
-from ovforge.bundle import ModelBundle
+from ovforge.contracts.stages import Match
 from ovforge.errors import ConfigError, ModelError, OvforgeError
-from ovforge.runtime import core
-from ovforge.sources import FileSource
-from ovforge.stages import Match
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.runtime import core
+from ovforge.model.sources import FileSource
 from ovforge_grounding_dino import original
 from ovforge_grounding_dino.loader import GroundingDinoLoader
 from ovforge_grounding_dino.options import LoaderOptions

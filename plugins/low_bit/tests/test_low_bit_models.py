@@ -17,11 +17,11 @@ from openvino import opset13 as ops
 import ovforge
 import ovforge_low_bit
 from ovforge import Use, testing
-from ovforge.bundle import ModelBundle
+from ovforge.contracts.stages import Report
 from ovforge.errors import ConfigError, ModelError
-from ovforge.runtime import core
-from ovforge.sources import FileSource
-from ovforge.stages import Report
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.runtime import core
+from ovforge.model.sources import FileSource
 from ovforge_low_bit.activations import rows, statistics
 from ovforge_low_bit.integers import nearest
 from ovforge_low_bit.layers import Layer, find_layers

@@ -17,10 +17,10 @@ from openvino import opset13 as ops
 import ovforge
 import ovforge_nncf
 from ovforge import Use, testing
-from ovforge.bundle import ModelBundle
-from ovforge.config import validate_options
+from ovforge.config.options import validate_options
+from ovforge.contracts.stages import Report
 from ovforge.errors import Cancelled, ConfigError, ModelError
-from ovforge.stages import Report
+from ovforge.model.bundle import ModelBundle
 from ovforge_nncf import running, weights
 from ovforge_nncf.graph import lowered
 from ovforge_nncf.statistics import constant_results

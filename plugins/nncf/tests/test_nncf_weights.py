@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import ovforge
 import ovforge_nncf
 from ovforge import Use, testing
-from ovforge.bundle import ModelBundle
 from ovforge.cli import app
 from ovforge.errors import ConfigError, OvforgeError
+from ovforge.model.bundle import ModelBundle
 
 EMBEDDED = "package:ovforge_lcm/model"
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovforge.random import Generator
+from ovforge.model.random import Generator
 
 SHAPE = (2, 4, 6, 5)
 
 
 class TorchStream:
-    """torch's own numbers, so that what differs is the scheduler alone (ovforge.random has tests of its own)."""
+    """torch's own numbers, so that what differs is the scheduler alone (ovforge.model.random has tests of its own)."""
 
     def __init__(self, seed: int) -> None:
         import torch

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ovforge import testing
 from ovforge.errors import ConfigError, InputError
-from ovforge.random import Generator
+from ovforge.model.random import Generator
 from ovforge_schedulers.lcm import LCMOptions, LCMScheduler
 
 CONFIGS = st.fixed_dictionaries(
@@ -38,7 +38,7 @@ CONFIGS = st.fixed_dictionaries(
 
 
 class TorchStream:
-    """torch's own numbers, so that what differs is the scheduler alone (ovforge.random has tests of its own)."""
+    """torch's own numbers, so that what differs is the scheduler alone (ovforge.model.random has tests of its own)."""
 
     def __init__(self, seed: int) -> None:
         torch = pytest.importorskip("torch")

@@ -10,9 +10,9 @@ import pytest
 
 import ovforge_schedulers
 from ovforge import testing
+from ovforge.contracts.extensions import SchedulerExtension
 from ovforge.errors import ConfigError, InputError
-from ovforge.extensions import SchedulerExtension
-from ovforge.random import Generator
+from ovforge.model.random import Generator
 from ovforge_schedulers.beta import symmetric_beta_quantile
 from ovforge_schedulers.dpm_multistep import DPMMultistepOptions, dpm_multistep_sde
 from ovforge_schedulers.options import KEYS
@@ -184,7 +184,7 @@ def test_steps_out_of_order_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXTENSIONS)
 def test_a_sample_of_a_batch_is_what_it_would_be_alone(name: str) -> None:
-    from ovforge.random import BatchGenerator
+    from ovforge.model.random import BatchGenerator
 
     scheduler = make(EXTENSIONS[name])
     answers = [Generator(number).randn((2, 4, 8, 8)) for number in range(20)]

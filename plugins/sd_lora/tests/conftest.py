@@ -15,10 +15,10 @@ import pytest
 import ovforge
 from families import make_family, maker
 from ovforge import Use
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
-from ovforge.runtime import core
-from ovforge.sources import FileSource
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.runtime import core
+from ovforge.model.sources import FileSource
+from ovforge.store.cache import Cache
 from ovforge_sd_lora.targets import find_targets, weight_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ovforge.errors import ModelError
-from ovforge.sources import FileSource
+from ovforge.model.sources import FileSource
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.names import aliases, flat, parse_key

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import ovforge_sd_lora
 from ovforge import Use, testing
-from ovforge.cache import Cache
 from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.store.cache import Cache
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.targets import find_targets, stored_nodes

@@ -14,7 +14,7 @@ import pytest
 
 from families import agree
 from ovforge import Use
-from ovforge.cache import Cache
+from ovforge.store.cache import Cache
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.transform import LoraTransform
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import ovforge
 from families import agree
 from ovforge import Use
-from ovforge.cache import Cache
 from ovforge.cli import app
 from ovforge.errors import ConfigError, ModelError
-from ovforge.runtime import core
+from ovforge.model.runtime import core
+from ovforge.store.cache import Cache
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.switch import running_adapter
@@ -215,7 +215,7 @@ def test_generate_takes_an_adapter(family: Families, lora: Lora, tmp_path: Path)
     ]  # fmt: skip
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    from ovforge.results import read_provenance
+    from ovforge.model.results import read_provenance
 
     adapter = read_provenance(made)["config"]["transform"][0]
     assert (adapter["use"], adapter["scale"]) == ("lora", 0.5)

@@ -12,10 +12,10 @@ import pytest
 import ovforge_stable_diffusion
 from families import make_family
 from ovforge import testing
-from ovforge.bundle import ModelBundle
-from ovforge.config import checked
+from ovforge.config.options import checked
 from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import FileSource
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
 from ovforge_stable_diffusion.graph.clip_skip import ClipSkip, ClipSkipOptions
 
 LAYERS = 4

@@ -14,8 +14,8 @@ from openvino.utils.node_factory import NodeFactory
 
 import ovforge_stable_diffusion
 from ovforge import testing
-from ovforge.bundle import ModelBundle
-from ovforge.stages import Report
+from ovforge.contracts.stages import Report
+from ovforge.model.bundle import ModelBundle
 from ovforge_stable_diffusion.graph.fold_upsample import FoldUpsample
 
 AXES = np.array([2, 3])

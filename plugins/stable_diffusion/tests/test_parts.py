@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovforge.config import checked
+from ovforge.config.options import checked
 from ovforge.errors import ConfigError, InputError
 from ovforge_stable_diffusion.controls import condition
 from ovforge_stable_diffusion.inputs import Control, ImageToImageInputs, InpaintingInputs

@@ -7,7 +7,7 @@ import pytest
 
 import ovforge_stable_diffusion
 from ovforge import testing
-from ovforge.config import checked
+from ovforge.config.options import checked
 from ovforge.errors import ConfigError
 from ovforge_stable_diffusion.inputs import TextToImageInputs
 from ovforge_stable_diffusion.unet import guidance_embedding

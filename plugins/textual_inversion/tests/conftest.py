@@ -10,8 +10,8 @@ import pytest
 from conftest import _own_cache
 from conftest import session_cache as ti_cache
 from conftest import torch_family as ti_torch
-from ovforge.bundle import ModelBundle
-from ovforge.sources import FileSource
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
 
 __all__ = ["_own_cache", "ti_bundle", "ti_cache", "ti_torch"]
 

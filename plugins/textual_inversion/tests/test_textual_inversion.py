@@ -16,12 +16,12 @@ import ovforge
 import ovforge_textual_inversion
 from families import agree
 from ovforge import Use, testing
-from ovforge.bundle import ModelBundle
-from ovforge.cache import Cache
 from ovforge.cli import app
-from ovforge.config import checked, input_files
+from ovforge.config.options import checked, input_files
 from ovforge.errors import ConfigError, ModelError, OvforgeError
-from ovforge.sources import FileSource
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.sources import FileSource
+from ovforge.store.cache import Cache
 from ovforge_textual_inversion.options import TextualInversionOptions
 from ovforge_textual_inversion.transform import TextualInversion, unload
 

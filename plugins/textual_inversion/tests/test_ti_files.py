@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
 
 from ovforge.errors import ModelError, OvforgeError, PluginError
-from ovforge.sources import FileSource
+from ovforge.model.sources import FileSource
 from ovforge_textual_inversion.files import ANY, FILE_LIMIT, Learned, read_source
 
 torch = pytest.importorskip("torch")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from openvino import opset15 as ops
 
 from ovforge import testing
-from ovforge.bundle import ModelBundle
 from ovforge.errors import ModelError
-from ovforge.runtime import core
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.runtime import core
 from ovforge_textual_inversion.graph import remove_marked
 from ovforge_textual_inversion.table import extend_table, width_of
 

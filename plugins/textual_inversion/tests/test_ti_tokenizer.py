@@ -16,10 +16,10 @@ from openvino import opset15 as ops
 
 import ovforge_lcm
 from ovforge import testing
-from ovforge.bundle import ModelBundle
 from ovforge.errors import ModelError
-from ovforge.runtime import core, enable_tokenizers
-from ovforge.sources import FileSource
+from ovforge.model.bundle import ModelBundle
+from ovforge.model.runtime import core, enable_tokenizers
+from ovforge.model.sources import FileSource
 from ovforge_textual_inversion.assets import add_to_files, remove_from_files
 from ovforge_textual_inversion.tokenizer import (
     TokenizerGraph,

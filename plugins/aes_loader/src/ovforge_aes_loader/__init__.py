@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import CommandExtension, SourceExtension
+from ovforge.contracts import CommandExtension, SourceExtension
 
 __all__ = ["ovforge_commands", "ovforge_sources"]
 

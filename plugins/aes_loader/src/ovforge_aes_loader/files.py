@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ovforge.errors import ModelError
-from ovforge.files import atomic_folder, sync_folder
-from ovforge.sources import FileSource, Source
+from ovforge.model import FileSource, Source
+from ovforge.store import atomic_folder, sync_folder
 from ovforge_aes_loader.container import (
     CHUNK,
     HEADER_LIMIT,

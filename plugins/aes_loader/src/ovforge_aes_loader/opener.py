@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ovforge.sources import Source
+from ovforge.model import Source
 from ovforge_aes_loader.keys import Key, remember
 from ovforge_aes_loader.options import KeyOptions
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import FileSource, Source
+from ovforge.model import FileSource, Source
 from ovforge_aes_loader.container import MAGIC, Container, listing_of, with_key
 from ovforge_aes_loader.keys import Key, Master, hkdf
 from ovforge_aes_loader.openssl import SALTED, OpensslFile, check_graph

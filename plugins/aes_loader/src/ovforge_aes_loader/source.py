@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ovforge.errors import ModelError
-from ovforge.sources import FileSource, Protection, Source
+from ovforge.model import FileSource, Protection, Source
 from ovforge_aes_loader.container import (
     Container,
     Header,

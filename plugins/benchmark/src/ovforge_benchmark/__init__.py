@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import CommandExtension
+from ovforge.contracts import CommandExtension
 
 __all__ = ["ovforge_commands"]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ovforge.config import PipelineConfig, apply_overrides, read_config
 from ovforge.errors import ConfigError, InputError
-from ovforge.sources import PACKAGE
+from ovforge.model import PACKAGE
 
 __all__ = ["Asked", "parse", "varied"]
 

@@ -45,7 +45,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run pipelines side by side: pictures, latency, memory, size, likeness."""
-    from ovforge.cli.pipelines import progress_bar
+    from ovforge.cli import progress_bar
     from ovforge.config import apply_overrides
     from ovforge_benchmark import candidates
     from ovforge_benchmark.compare import compare as run
@@ -91,7 +91,7 @@ def _sheet(report: Any, pictures: list[list[Any]], rows: list[str]) -> Any:
 
 
 def _write(output: Path, text: str, report: Any, sheet: Any) -> None:
-    from ovforge.files import atomic_write
+    from ovforge.store import atomic_write
 
     if sheet is not None:
         buffer = io.BytesIO()

@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 
 import ovforge
+from ovforge.contracts import Progress, ignore_progress
 from ovforge.errors import InputError
-from ovforge.metrics import psnr, ssim
-from ovforge.pictures import open_picture
-from ovforge.stages import Progress, ignore_progress
+from ovforge.model import open_picture, psnr, ssim
 from ovforge_benchmark.candidates import Asked
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import disturbances

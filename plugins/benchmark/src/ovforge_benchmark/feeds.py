@@ -12,7 +12,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError
-from ovforge.pictures import open_picture
+from ovforge.model import open_picture
 from ovforge_benchmark.shapes import Input
 
 __all__ = ["Feed", "make_feeds"]

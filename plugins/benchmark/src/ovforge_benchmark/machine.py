@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import ovforge
-from ovforge.runtime import openvino_version
+from ovforge.model import openvino_version
 from ovforge_benchmark.schema import Machine
 
 __all__ = ["cores", "machine", "meminfo", "peak_memory", "text_of"]

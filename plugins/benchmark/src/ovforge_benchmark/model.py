@@ -12,7 +12,7 @@ from typing import Any
 import openvino as ov
 
 from ovforge.errors import InputError
-from ovforge.files import atomic_write
+from ovforge.store import atomic_write
 from ovforge_benchmark import settings
 from ovforge_benchmark.loop import Limits, Measured, run_async, run_sync
 from ovforge_benchmark.machine import machine, peak_memory

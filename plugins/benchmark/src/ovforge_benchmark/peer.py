@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovforge.errors import InputError, ModelError, PluginError
-from ovforge.results import Timings
+from ovforge.model import Timings
 from ovforge_benchmark.machine import peak_memory
 from ovforge_benchmark.noise import Watch
 

@@ -12,7 +12,7 @@ import openvino as ov
 from openvino.preprocess import PrePostProcessor
 
 from ovforge.errors import ConfigError, DeviceError, InputError, ModelError
-from ovforge.runtime import core
+from ovforge.model import core
 from ovforge_benchmark import settings
 from ovforge_benchmark.feeds import Feed, make_feeds
 from ovforge_benchmark.flags import PIPELINES_ONLY, TYPES, refuse
@@ -86,12 +86,11 @@ def _timed(start: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
 
 def _read(flags: Mapping[str, Any]) -> ov.Model:
     """Return the model from whatever any loader here opens."""
-    from ovforge.cache import Cache
-    from ovforge.loading import open_origin
-    from ovforge.plugins import Plugins
-    from ovforge.recipe import Origin, find_loader
-    from ovforge.sources import open_source
-    from ovforge.stages import ignore_progress
+    from ovforge import Cache, Plugins
+    from ovforge.contracts import ignore_progress
+    from ovforge.run.loading import open_origin
+    from ovforge.run.opening import open_source
+    from ovforge.run.recipe import Origin, find_loader
 
     plugins, cache = Plugins(), Cache.default()
     key = None

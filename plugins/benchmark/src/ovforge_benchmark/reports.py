@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovforge.files import atomic_write
+from ovforge.store import atomic_write
 from ovforge_benchmark.operators import by_type
 from ovforge_benchmark.schema import Benchmark, Operator, Statistics
 from ovforge_benchmark.tables import duration, machine_line, markdown_table, size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from ovforge.metrics import MAX_PSNR
+from ovforge.model import MAX_PSNR
 from ovforge_benchmark.diff import Change
 from ovforge_benchmark.schema import Candidate, Comparison, Machine, Versus
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ovforge.errors import DeviceError, InputError
-from ovforge.runtime import core
+from ovforge.model import core
 from ovforge_benchmark.flags import REPORTS, SEARCHED, refuse
 from ovforge_benchmark.machine import cores, machine
 from ovforge_benchmark.model import measure

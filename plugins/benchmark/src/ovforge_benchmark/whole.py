@@ -12,7 +12,7 @@ from typing import Any
 import ovforge
 from ovforge.config import apply_overrides
 from ovforge.errors import InputError
-from ovforge.results import Timings
+from ovforge.model import Timings
 from ovforge_benchmark.flags import MODELS_ONLY, refuse
 from ovforge_benchmark.machine import machine, peak_memory
 from ovforge_benchmark.noise import Watch, disturbances

@@ -13,7 +13,7 @@ from typing import Any
 
 import ovforge
 from ovforge.errors import OvforgeError
-from ovforge.results import ImagesResult, Result
+from ovforge.model import ImagesResult, Result
 from ovforge_benchmark.machine import peak_memory
 from ovforge_benchmark.noise import Watch
 from ovforge_benchmark.process import answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import CommandExtension, LoaderExtension, TaskExtension
+from ovforge.contracts import CommandExtension, LoaderExtension, TaskExtension
 
 __all__ = ["ovforge_commands", "ovforge_loaders", "ovforge_tasks"]
 
@@ -17,7 +17,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         name="detect",
         summary="Find things in pictures, by text or by the model's own classes",
         config="ovforge_detection.task:DetectOptions",
-        inputs="ovforge.detections:DetectInputs",
+        inputs="ovforge.model.detections:DetectInputs",
         factory="ovforge_detection.task:Detect",
         roles=("detector",),
         optional_roles=("text_encoder", "tokenizer"),

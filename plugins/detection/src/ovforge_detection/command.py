@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ovforge.errors import InputError
-from ovforge.sources import PACKAGE
+from ovforge.model import PACKAGE
 
 __all__ = ["detect"]
 
@@ -77,8 +77,8 @@ def detect(
 ) -> None:
     """Find things in pictures and folders, by text or by classes."""
     import ovforge
-    from ovforge.cache import Cache
-    from ovforge.cli.pipelines import print_result, progress_bar
+    from ovforge import Cache
+    from ovforge.cli import print_result, progress_bar
 
     if not output.parent.is_dir():
         raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
@@ -126,8 +126,8 @@ def _compared(pipe: Any, result: Any, model: str, output: Path) -> list[Path]:
     from PIL import Image
 
     from ovforge.config import checked
-    from ovforge.files import atomic_write
-    from ovforge.stages import ignore_progress
+    from ovforge.contracts import ignore_progress
+    from ovforge.store import atomic_write
     from ovforge_detection.compare import differences, on_torch, side_by_side
 
     suffix: Literal[".png"] | str = output.suffix.lower()

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ovforge.conversion import quiet
-from ovforge.detections import Detections, DetectionsResult, draw
 from ovforge.errors import InputError, PluginError
-from ovforge.pictures import open_picture
-from ovforge.results import Timings
+from ovforge.model import Detections, DetectionsResult, Timings, draw, open_picture
+from ovforge_convert import quiet
 from ovforge_detection.phrases import Passage
 from ovforge_detection.prepare import Prepared
 from ovforge_detection.task import Detect

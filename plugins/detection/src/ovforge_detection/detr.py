@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge.bundle import ModelBundle, read_json
-from ovforge.conversion import Port, convert_module, need, pretrained, read_safetensors
-from ovforge.detections import DetectorSpec
+from ovforge.contracts import Match
 from ovforge.errors import ModelError
-from ovforge.sources import Source
-from ovforge.stages import Match
+from ovforge.model import DetectorSpec, ModelBundle, Source, read_json
+from ovforge_convert import Port, convert_module, need, pretrained, read_safetensors
 
 if TYPE_CHECKING:
     import openvino as ov

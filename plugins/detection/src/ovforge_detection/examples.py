@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ovforge.detections import DetectInputs
+from ovforge.model import DetectInputs
 
 __all__ = ["examples", "scene"]
 

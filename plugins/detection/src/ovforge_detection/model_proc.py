@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ovforge.bundle import ModelBundle, read_model
+from ovforge import open_file
 from ovforge.config import InputFile
-from ovforge.detections import DetectorSpec
+from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import Source, open_file, source_digest
-from ovforge.stages import Match
+from ovforge.model import DetectorSpec, ModelBundle, Source, read_model, source_digest
 from ovforge_detection.outputs import Description
 
 if TYPE_CHECKING:

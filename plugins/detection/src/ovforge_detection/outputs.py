@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge.detections import DetectorSpec
 from ovforge.errors import ModelError
+from ovforge.model import DetectorSpec
 from ovforge_detection.decode import Found, check_finite, corners, sigmoid
 from ovforge_detection.prepare import Prepared
 

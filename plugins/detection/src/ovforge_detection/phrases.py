@@ -12,9 +12,8 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovforge.detections import DetectorSpec
 from ovforge.errors import InputError, ModelError
-from ovforge.results import Timings
+from ovforge.model import DetectorSpec, Timings
 
 __all__ = ["Passage", "TextReader", "normalized", "phrase_masks"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovforge.detections import DetectorSpec
+from ovforge.model import DetectorSpec
 
 __all__ = ["Prepared", "prepare"]
 

@@ -12,11 +12,9 @@ import openvino as ov
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge.detections import DetectInputs, Detections, DetectionsResult, DetectorSpec
+from ovforge.contracts import Progress, TaskContext
 from ovforge.errors import InputError, did_you_mean
-from ovforge.pictures import open_picture, picture_name
-from ovforge.results import Timings
-from ovforge.stages import Progress, TaskContext
+from ovforge.model import DetectInputs, Detections, DetectionsResult, DetectorSpec, Timings, open_picture, picture_name
 from ovforge_detection.decode import Found, decode_classes, decode_text, join, overlap, suppress
 from ovforge_detection.examples import examples
 from ovforge_detection.outputs import decode_described

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import LoaderExtension, SchedulerExtension
+from ovforge.contracts import LoaderExtension, SchedulerExtension
 
 __all__ = ["ovforge_loaders", "ovforge_schedulers"]
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovforge import open_file
 from ovforge.errors import ModelError
-from ovforge.sources import Source, open_file
+from ovforge.model import Source
 from ovforge_diffusers import infer
 from ovforge_diffusers.families import Family, identify
 from ovforge_diffusers.folder import Folder

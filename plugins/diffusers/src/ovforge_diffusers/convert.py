@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ovforge import conversion
+import ovforge_convert as conversion
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import Submodel
 

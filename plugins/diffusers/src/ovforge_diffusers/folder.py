@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import read_json
 from ovforge.errors import ModelError
-from ovforge.sources import Source
+from ovforge.model import Source, read_json
 from ovforge_diffusers.weights import read_weights, weight_files
 
 if TYPE_CHECKING:

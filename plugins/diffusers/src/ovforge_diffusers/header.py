@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ovforge.errors import ModelError
-from ovforge.sources import Source
+from ovforge.model import Source
 
 __all__ = ["Header", "Part", "Shapes", "checkpoint_file", "find_parts", "read_header"]
 

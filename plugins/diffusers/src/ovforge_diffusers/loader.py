@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import ModelBundle
-from ovforge.conversion import settle_names
+from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
-from ovforge.memory import temporary_files
-from ovforge.sources import Source
-from ovforge.stages import Match
+from ovforge.model import ModelBundle, Source, temporary_files
+from ovforge_convert import settle_names
 from ovforge_diffusers.checkpoint import Checkpoint
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INCOMPLETE, INDEX, Folder, lone_component

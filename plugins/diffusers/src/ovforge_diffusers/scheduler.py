@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ovforge.stages import RandomStream
+    from ovforge.contracts import RandomStream
 
 __all__ = ["DiffusersSampling", "DiffusersScheduler", "scheduler_class"]
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ovforge.conversion import Port
 from ovforge.errors import ConfigError, ModelError
+from ovforge_convert import Port
 from ovforge_diffusers.options import LoaderOptions
 
 __all__ = ["Submodel", "describe"]

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ovforge.errors import ModelError
-from ovforge.sources import Source
+from ovforge.model import Source
 
 __all__ = ["clip_files", "packaged_merges", "tokenizer_files"]
 

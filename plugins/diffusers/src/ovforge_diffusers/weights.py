@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError, did_you_mean
-from ovforge.sources import Source
+from ovforge.model import Source
 from ovforge_diffusers.requirements import need
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import LoaderExtension
+from ovforge.contracts import LoaderExtension
 
 __all__ = ["EMBEDDED_MODEL", "ovforge_loaders"]
 

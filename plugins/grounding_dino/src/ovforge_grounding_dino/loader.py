@@ -8,8 +8,11 @@ from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import ModelBundle
-from ovforge.conversion import (
+from ovforge import open_file
+from ovforge.contracts import Match
+from ovforge.errors import ConfigError, ModelError
+from ovforge.model import DetectorSpec, ModelBundle, Source
+from ovforge_convert import (
     Port,
     convert_module,
     convert_tokenizer,
@@ -18,10 +21,6 @@ from ovforge.conversion import (
     read_pickle,
     read_safetensors,
 )
-from ovforge.detections import DetectorSpec
-from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import Source, open_file
-from ovforge.stages import Match
 from ovforge_grounding_dino import original
 from ovforge_grounding_dino.options import LoaderOptions
 

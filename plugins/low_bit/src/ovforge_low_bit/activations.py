@@ -32,7 +32,7 @@ def observed(
     model: ov.Model, ports: Sequence[Port], records: Sequence[Mapping[str, NDArray[Any]]]
 ) -> Iterator[list[NDArray[np.float32]]]:
     """Yield, for each recorded input set, what leaves `ports`, in float32. `model` itself is not changed."""
-    from ovforge.runtime import core
+    from ovforge.model import core
 
     copy = model.clone()
     by_name = {op.get_friendly_name(): op for op in copy.get_ops()}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Report, Skipped
 from ovforge.errors import ConfigError, ModelError, did_you_mean
-from ovforge.stages import Report, Skipped
+from ovforge.model import ModelBundle
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
-from ovforge.stages import Calibration, Report
+from ovforge.contracts import Calibration, Report
+from ovforge.model import ModelBundle
 from ovforge_low_bit.integers import nearest
 from ovforge_low_bit.layers import Layer, store
 from ovforge_low_bit.options import LorcOptions

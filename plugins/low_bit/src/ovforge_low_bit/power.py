@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
-from ovforge.stages import Calibration, Report
+from ovforge.contracts import Calibration, Report
+from ovforge.model import ModelBundle
 from ovforge_low_bit.activations import statistics
 from ovforge_low_bit.integers import constant_of, divided, laid, scale_type, shaped, stored
 from ovforge_low_bit.layers import Layer, store

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
-from ovforge.stages import Calibration, Report, Skipped
+from ovforge.contracts import Calibration, Report, Skipped
+from ovforge.model import ModelBundle
 from ovforge_low_bit.activations import observed
 from ovforge_low_bit.layers import constant_bytes, left_alone, roles_of, store
 from ovforge_low_bit.options import SoftmaxBiasOptions

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Calibration, Report, Skipped
 from ovforge.errors import ModelError
-from ovforge.stages import Calibration, Report, Skipped
+from ovforge.model import ModelBundle
 from ovforge_low_bit.layers import Layer, constant_bytes, find_layers, roles_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovforge import hookimpl
-from ovforge.extensions import Need, QuantizerExtension
+from ovforge.contracts import Need, QuantizerExtension
 
 __all__ = ["ovforge_quantizers"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Calibration, Report, Skipped
 from ovforge.errors import OvforgeError
-from ovforge.stages import Calibration, Report, Skipped
+from ovforge.model import ModelBundle
 from ovforge_nncf.graph import lowered
 from ovforge_nncf.ptq import check_models, describe
 from ovforge_nncf.ptq_options import PtqBase

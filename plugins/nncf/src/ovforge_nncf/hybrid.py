@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ovforge.bundle import ModelBundle
-from ovforge.stages import Calibration, Report
+from ovforge.contracts import Calibration, Report
+from ovforge.model import ModelBundle
 from ovforge_nncf.graph import CONVOLUTIONS, lowered
 from ovforge_nncf.ptq import check_models, describe
 from ovforge_nncf.ptq_options import PtqBase, SmoothQuant

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Calibration, Report, Skipped
 from ovforge.errors import ConfigError, ModelError
-from ovforge.stages import Calibration, Report, Skipped
+from ovforge.model import ModelBundle
 from ovforge_nncf.graph import CONVOLUTIONS, constant_bytes, counted, float_bytes, is_quantized, lowered
 from ovforge_nncf.ptq_options import PtqBase, PtqOptions
 from ovforge_nncf.running import (

@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Calibration
 from ovforge.errors import ConfigError, ModelError, OvforgeError, did_you_mean
-from ovforge.runtime import core
-from ovforge.stages import Calibration
+from ovforge.model import ModelBundle, core
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Calibration, Report, Skipped
 from ovforge.errors import ConfigError
-from ovforge.runtime import core
-from ovforge.stages import Calibration, Report, Skipped
+from ovforge.model import ModelBundle, core
 from ovforge_nncf.graph import CONVOLUTIONS, constant_bytes, counted, float_bytes, lowered
 from ovforge_nncf.running import check_memory, chosen_roles, dataset, in_plain_words, models_of, quiet
 from ovforge_nncf.weights_options import WeightsOptions

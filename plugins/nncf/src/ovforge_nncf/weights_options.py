@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ovforge.extensions import Need
+from ovforge.contracts import Need
 from ovforge_nncf.scope import IgnoredScope
 
 __all__ = ["AdvancedWeights", "WeightsOptions"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import SchedulerExtension
+from ovforge.contracts import SchedulerExtension
 
 _METHODS = (
     # name, summary, module, options, scheduler, the class of diffusers

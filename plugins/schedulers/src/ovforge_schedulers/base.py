@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ovforge.contracts import RandomStream
 from ovforge.errors import InputError
-from ovforge.stages import RandomStream
 from ovforge_schedulers import noise
 from ovforge_schedulers.float32 import Array, log
 from ovforge_schedulers.options import BoundOptions, NoiseOptions, Options, ThresholdOptions, merged, refuse

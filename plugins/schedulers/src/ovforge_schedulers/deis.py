@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import ONE, NoiseScheduler, SolverSampling
 from ovforge_schedulers.float32 import Array, exp
 from ovforge_schedulers.noise import sigma_table

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import ONE, SolverSampling, thresholded
 from ovforge_schedulers.float32 import Array, exp
 from ovforge_schedulers.options import refuse

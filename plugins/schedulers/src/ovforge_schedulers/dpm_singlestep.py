@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import NoiseScheduler
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
 from ovforge_schedulers.dpm_multistep import lambdas

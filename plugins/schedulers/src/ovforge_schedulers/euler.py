@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import ONE, NoiseScheduler, Scheduling, SigmaSampling
 from ovforge_schedulers.float32 import Array, Value, exp, linspace, log
 from ovforge_schedulers.noise import sigma_table

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import NoiseScheduler, SigmaSampling, Turns
 from ovforge_schedulers.euler import ended
 from ovforge_schedulers.float32 import Array

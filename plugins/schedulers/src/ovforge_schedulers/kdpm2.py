@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from ovforge.contracts import RandomStream
 from ovforge.errors import InputError
-from ovforge.stages import RandomStream
 from ovforge_schedulers.base import NoiseScheduler, SigmaSampling, Turns, scaled
 from ovforge_schedulers.euler import ancestral, ended
 from ovforge_schedulers.float32 import Array, exp, log

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from ovforge.contracts import RandomStream
 from ovforge.errors import ConfigError, InputError
-from ovforge.stages import RandomStream
 from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, bounded, predicted_picture
 from ovforge_schedulers.float32 import Array
 from ovforge_schedulers.options import (

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import NoiseScheduler, SigmaSampling, Turns
 from ovforge_schedulers.euler import ended
 from ovforge_schedulers.float32 import Array

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ovforge.contracts import RandomStream
 from ovforge.errors import InputError
-from ovforge.stages import RandomStream
 from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, Turns
 from ovforge_schedulers.float32 import Array
 from ovforge_schedulers.options import BetaSchedule, NoiseOptions, SpacingOptions

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ovforge.stages import RandomStream
+from ovforge.contracts import RandomStream
 from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, predicted_noise, predicted_picture
 from ovforge_schedulers.float32 import Array
 from ovforge_schedulers.lcm import DistilledOptions, check_distilled, distilled

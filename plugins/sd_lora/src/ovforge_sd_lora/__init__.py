@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovforge import hookimpl
-from ovforge.extensions import CommandExtension, GraphTransformExtension
-from ovforge.stages import Phase
+from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase
 
 
 def _phase(options: Any) -> Phase:

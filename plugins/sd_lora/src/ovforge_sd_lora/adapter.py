@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ovforge import open_file
+from ovforge.contracts import Skipped
 from ovforge.errors import ModelError
-from ovforge.sources import Source, open_file
-from ovforge.stages import Skipped
+from ovforge.model import Source
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.names import Key, flat, foreign_kind, parse_key
 from ovforge_sd_lora.tensors import TensorFile

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovforge.bundle import ModelBundle
+from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, family_name, open_adapter
 from ovforge_sd_lora.matching import Preflight, preflight
 
@@ -115,13 +115,12 @@ def _by_text(adapter: Adapter) -> str | None:
 
 def _opened(model: str) -> ModelBundle:
     """Open a model as a pipeline would, from the cache where it was converted before."""
-    from ovforge.cache import Cache
+    from ovforge import Cache, Plugins
     from ovforge.config import validate_options
-    from ovforge.loading import open_origin
-    from ovforge.plugins import Plugins
-    from ovforge.recipe import Origin, find_loader
-    from ovforge.sources import open_source
-    from ovforge.stages import ignore_progress
+    from ovforge.contracts import ignore_progress
+    from ovforge.run.loading import open_origin
+    from ovforge.run.opening import open_source
+    from ovforge.run.recipe import Origin, find_loader
 
     source = open_source(model, Path.cwd())
     loader = find_loader(source, None, Plugins())

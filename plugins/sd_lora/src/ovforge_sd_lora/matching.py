@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Skipped
 from ovforge.errors import ConfigError, ModelError
-from ovforge.stages import Skipped
+from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, Module, family_name
 from ovforge_sd_lora.names import ROLES, aliases, flat
 from ovforge_sd_lora.options import LoraOptions

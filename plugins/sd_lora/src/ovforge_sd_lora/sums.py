@@ -82,7 +82,7 @@ def _adder(kind: str) -> tuple[threading.Lock, Any]:
     import openvino as ov
     from openvino import opset13 as ops
 
-    from ovforge.runtime import core
+    from ovforge.model import core
 
     weight = ops.parameter([-1, -1], getattr(ov.Type, kind))
     up, down = (ops.parameter([-1, -1], np.float32) for _ in range(2))

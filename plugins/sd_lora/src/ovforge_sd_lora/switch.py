@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Skipped
 from ovforge.errors import ModelError
-from ovforge.stages import Skipped
+from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.matching import Match, Preflight, Scales, preflight
 from ovforge_sd_lora.options import LoraOptions

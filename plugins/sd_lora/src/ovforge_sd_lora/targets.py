@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.bundle import ModelBundle
 from ovforge.errors import ModelError
+from ovforge.model import ModelBundle
 from ovforge_sd_lora.names import canonical
 
 if TYPE_CHECKING:

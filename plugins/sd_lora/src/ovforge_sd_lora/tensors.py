@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.errors import ModelError
-from ovforge.sources import Source
+from ovforge.model import Source
 
 __all__ = ["TensorFile", "TensorInfo"]
 

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Report
 from ovforge.errors import ConfigError, ModelError
-from ovforge.stages import Report
+from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.fuse import Opened, fuse
 from ovforge_sd_lora.matching import Match, Scales, preflight

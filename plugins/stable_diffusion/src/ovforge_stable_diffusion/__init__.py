@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import CommandExtension, GraphTransformExtension, TaskExtension
-from ovforge.stages import Phase
+from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, TaskExtension
 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovforge.errors import PluginError
-from ovforge.pictures import open_picture
+from ovforge.model import open_picture
 from ovforge_stable_diffusion.inputs import Control
 
 __all__ = ["canny", "condition"]

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ovforge.contracts import Progress, Sampling, TaskContext, ignore_progress
 from ovforge.errors import InputError, ModelError
-from ovforge.random import BatchGenerator
-from ovforge.results import ImagesResult, Timings
-from ovforge.stages import Progress, Sampling, TaskContext, ignore_progress
+from ovforge.model import BatchGenerator, ImagesResult, Timings
 from ovforge_stable_diffusion.controls import condition
 from ovforge_stable_diffusion.examples import edges
 from ovforge_stable_diffusion.family import Family

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ovforge.compiled import CompiledBundle
+from ovforge.contracts import CompiledModels
 from ovforge.errors import ModelError
 
 __all__ = ["CONTROLNETS", "Family"]
@@ -54,7 +54,7 @@ class Family:
     defaults: Mapping[str, Any]
 
     @classmethod
-    def of(cls, bundle: CompiledBundle) -> Family:
+    def of(cls, bundle: CompiledModels) -> Family:
         """Read the configs. Raises ModelError for a model that is no such one."""
         unet, vae = bundle.configs.get("unet", {}), bundle.configs.get("vae_decoder", {})
         levels = len(vae.get("block_out_channels", (0,) * 4))
@@ -103,7 +103,7 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(float(number) for number in value) if value else None
 
 
-def _defaults(bundle: CompiledBundle, consistency: bool, xl: bool) -> dict[str, Any]:
+def _defaults(bundle: CompiledModels, consistency: bool, xl: bool) -> dict[str, Any]:
     """Return the model's own defaults (ovforge.json beside model_index.json) over diffusers'."""
     defaults = {"steps": 50, "guidance_scale": 5.0 if xl else 7.5}
     if consistency:

@@ -84,8 +84,8 @@ def generate(
 ) -> None:
     """Make pictures with the Stable Diffusion family in one command."""
     import ovforge
-    from ovforge.cache import Cache
-    from ovforge.cli.pipelines import print_result, progress_bar
+    from ovforge import Cache
+    from ovforge.cli import print_result, progress_bar
 
     if not output.parent.is_dir():
         raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
@@ -153,9 +153,9 @@ def _type(text: str | None) -> tuple[str | None, bool]:
 
 def _weights(model: str, weights: str) -> dict[str, str]:
     """Return the loader's option for a source that is converted; a ready one keeps its weights as they are."""
-    from ovforge.plugins import Plugins
-    from ovforge.recipe import find_loader
-    from ovforge.sources import open_source
+    from ovforge import Plugins
+    from ovforge.run.opening import open_source
+    from ovforge.run.recipe import find_loader
 
     loader = find_loader(open_source(model, Path.cwd()), None, Plugins()).extension
     options = loader.options_model()
@@ -191,7 +191,7 @@ def _previewing(show: Any, target: Path | None) -> Any:
     def both(moment: Any) -> None:
         show(moment)
         if moment.preview is not None:
-            from ovforge.results import ImagesResult
+            from ovforge.model import ImagesResult
 
             images = moment.preview()
             ImagesResult(images=images[:1]).save(target)

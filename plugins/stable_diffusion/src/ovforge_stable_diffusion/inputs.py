@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
-from ovforge.pictures import Picture
+from ovforge.model import Picture
 
 __all__ = [
     "Control",

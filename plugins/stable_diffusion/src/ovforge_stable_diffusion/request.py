@@ -9,8 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ovforge.errors import InputError
-from ovforge.pictures import open_picture, picture_name
-from ovforge.random import fresh_seed
+from ovforge.model import fresh_seed, open_picture, picture_name
 from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import Control, DiffusionInputs
 

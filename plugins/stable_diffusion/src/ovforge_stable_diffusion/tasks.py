@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ovforge.contracts import Sampling
 from ovforge.errors import InputError, ModelError
-from ovforge.pictures import open_picture
-from ovforge.random import BatchGenerator
-from ovforge.results import Timings
-from ovforge.stages import Sampling
+from ovforge.model import BatchGenerator, Timings, open_picture
 from ovforge_stable_diffusion.diffusion import Diffusion, Start
 from ovforge_stable_diffusion.examples import drawing, hole, prompts
 from ovforge_stable_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs

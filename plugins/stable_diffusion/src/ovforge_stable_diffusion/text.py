@@ -11,7 +11,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError, ModelError
-from ovforge.results import Timings
+from ovforge.model import Timings
 from ovforge_stable_diffusion.prompts import Span, parse
 
 __all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders", "learned_tokens"]

@@ -11,7 +11,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError, ModelError
-from ovforge.results import Timings
+from ovforge.model import Timings
 
 __all__ = ["MIDDLE_RESIDUAL", "RESIDUAL", "RESIDUALS", "Denoiser", "guidance_embedding", "residual_shapes"]
 

@@ -9,8 +9,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from PIL import Image
 
+from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
-from ovforge.stages import RandomStream
 from ovforge_stable_diffusion.family import Family
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ovforge import hookimpl
-from ovforge.extensions import GraphTransformExtension
-from ovforge.stages import Phase
+from ovforge.contracts import GraphTransformExtension, Phase
 
 
 @hookimpl

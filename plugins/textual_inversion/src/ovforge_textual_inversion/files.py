@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.errors import ModelError, PluginError
-from ovforge.sources import Source
+from ovforge.model import Source
 
 __all__ = ["ANY", "Learned", "read_source"]
 

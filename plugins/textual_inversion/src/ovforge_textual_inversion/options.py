@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ovforge.config import InputFile
-from ovforge.sources import PACKAGE, FileSource, open_source
+from ovforge.model import PACKAGE, FileSource
+from ovforge.run.opening import open_source
 
 __all__ = ["TextualInversionOptions"]
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from openvino import opset15 as ops
 
 from ovforge.errors import ModelError
-from ovforge.runtime import core, enable_tokenizers
+from ovforge.model import core, enable_tokenizers
 from ovforge_textual_inversion.graph import append, mark, named_alike, redirect, remove_marked, values
 
 __all__ = ["TokenizerGraph", "extend_detokenizer", "normalized", "parts_of", "restore_tokenizer"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ovforge.bundle import ModelBundle
+from ovforge import open_file
+from ovforge.contracts import Report, Skipped
 from ovforge.errors import ConfigError, ModelError
-from ovforge.sources import open_file
-from ovforge.stages import Report, Skipped
+from ovforge.model import ModelBundle
 from ovforge_textual_inversion.assets import LIST, add_to_files, read_list, remove_from_files, write_list
 from ovforge_textual_inversion.files import ANY, Array, Learned, read_source
 from ovforge_textual_inversion.graph import remove_marked

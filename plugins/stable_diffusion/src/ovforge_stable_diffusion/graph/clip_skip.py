@@ -6,9 +6,9 @@ import openvino as ov
 from openvino import opset13 as ops
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Report
 from ovforge.errors import ModelError
-from ovforge.stages import Report
+from ovforge.model import ModelBundle
 from ovforge_stable_diffusion.graph.nodes import ancestors, kept_operand, port_named, positions
 from ovforge_stable_diffusion.text import LAYER, SKIPPED
 

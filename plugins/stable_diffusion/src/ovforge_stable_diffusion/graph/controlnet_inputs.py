@@ -12,9 +12,9 @@ from itertools import pairwise
 import openvino as ov
 from openvino import opset13 as ops
 
-from ovforge.bundle import ModelBundle
+from ovforge.contracts import Report
 from ovforge.errors import ModelError
-from ovforge.stages import Report
+from ovforge.model import ModelBundle
 from ovforge_stable_diffusion.family import CONTROLNETS
 from ovforge_stable_diffusion.graph.nodes import ancestors, positions
 from ovforge_stable_diffusion.unet import MIDDLE_RESIDUAL, RESIDUAL, RESIDUALS

@@ -14,8 +14,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from ovforge.bundle import ModelBundle
-from ovforge.stages import Report
+from ovforge.contracts import Report
+from ovforge.model import ModelBundle
 from ovforge_stable_diffusion.graph.nodes import operands, weights_of
 
 __all__ = ["FoldUpsample", "folded"]

@@ -1,0 +1,197 @@
+"""The typed, frozen descriptions that hooks yield.
+
+A description is cheap. `factory`, `config` and `inputs` may be import strings ("package.module:Name"), resolved
+when first used, so that listing forty plugins imports none of their dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ovforge.contracts.stages import Phase
+from ovforge.errors import PluginError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = [
+    "KINDS",
+    "CommandExtension",
+    "DeviceExtension",
+    "Extension",
+    "GraphTransformExtension",
+    "LoaderExtension",
+    "Need",
+    "QuantizerExtension",
+    "SchedulerExtension",
+    "SourceExtension",
+    "TaskExtension",
+    "resolve",
+]
+
+Need = Literal["nothing", "inputs", "score"]
+"""What a quantizer asks its calibration for."""
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+def resolve(reference: Any) -> Any:
+    """Return what an import string "package.module:Name" names; anything else is returned as it is."""
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"cannot import: {error}", where=reference) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """What all descriptions have.
+
+    `name` is what a config says after `use =`: lower case, digits, hyphens. `config` is a pydantic model with
+    extra="forbid" whose fields are the options; None where there are no options.
+    """
+
+    kind: ClassVar[str]
+
+    name: str
+    summary: str
+    factory: str | Callable[..., Any]
+    config: str | type[BaseModel] | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise PluginError(f"{self.name!r} is no extension name", hint="Use lower-case words joined by hyphens.")
+        if not self.summary.strip() or "\n" in self.summary:
+            raise PluginError("the summary must be one line", where=self.name)
+
+    def options_model(self) -> type[BaseModel] | None:
+        """Return the pydantic model of the options, imported if need be."""
+        model: type[BaseModel] | None = resolve(self.config)
+        return model
+
+    def create(self, *arguments: Any) -> Any:
+        """Call the factory."""
+        return resolve(self.factory)(*arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderExtension(Extension):
+    """Opens a kind of source. `factory(options) -> Loader`.
+
+    `converts` says that loading is dear (a conversion), so that its result goes into the cache. `in_memory` promises
+    that a conversion leaves no part of the source in a file, so that encrypted sources may be converted.
+    """
+
+    kind: ClassVar[str] = "loader"
+    converts: bool = False
+    in_memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceExtension(Extension):
+    """Opens sources that are not plain, encrypted ones above all. `factory(options) -> sources.Opener`.
+
+    Options are what a config says as `load.key`; all must have defaults.
+    """
+
+    kind: ClassVar[str] = "source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphTransformExtension(Extension):
+    """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options.
+
+    `adapter` is for what is switched while a pipeline runs: `adapter(options, bundle) -> stages.Adapter`, or None where
+    these options leave nothing to switch. It is called when all transforms are done, and for adapters that are loaded
+    later; `bundle.adapters` tells the places that transforms made.
+    `light` says that it is quicker to make the change again than to store whole models: the cache then keeps the
+    report alone, and the change is made whenever a changed model is read.
+    """
+
+    kind: ClassVar[str] = "transform"
+    phase: Phase | Callable[[Any], Phase]
+    light: bool = False
+    adapter: str | Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerExtension(Extension):
+    """Lowers precision. `factory(options) -> Quantizer`; runs in Phase.PRECISION.
+
+    `needs` says what it asks its calibration for: "nothing", "inputs", or "score" (and inputs); it may be a function
+    of the options. What it says it does not need it does not get, and its results are not made again when that changes.
+    """
+
+    kind: ClassVar[str] = "quantizer"
+    needs: Need | Callable[[Any], Need] = "score"
+
+    def needed(self, options: Any) -> Need:
+        """Return what it asks its calibration for, with these options."""
+        return self.needs(options) if callable(self.needs) else self.needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerExtension(Extension):
+    """Samples. `factory(options, model_config) -> Scheduler`.
+
+    `implements` names the diffusers classes that it stands for: a model whose scheduler_config.json
+    names one of them gets this scheduler where the config names none.
+    """
+
+    kind: ClassVar[str] = "scheduler"
+    implements: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceExtension(Extension):
+    """A place to run. `factory(options) -> Device`."""
+
+    kind: ClassVar[str] = "device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskExtension(Extension):
+    """What a pipeline is for. `factory(options, context) -> Task`.
+
+    `inputs` is the pydantic model (extra="forbid") of what one call takes; `roles` names the models that the
+    task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
+    `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
+    the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
+    """
+
+    kind: ClassVar[str] = "task"
+    inputs: str | type[BaseModel]
+    roles: tuple[str, ...]
+    optional_roles: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()
+
+    def inputs_model(self) -> type[BaseModel]:
+        """Return the pydantic model of the inputs, imported if need be."""
+        model: type[BaseModel] = resolve(self.inputs)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandExtension(Extension):
+    """A command of the `ovforge` program. `factory` is the typer-style function, or a typer.Typer app."""
+
+    kind: ClassVar[str] = "command"
+
+
+KINDS: tuple[type[Extension], ...] = (
+    SourceExtension,
+    LoaderExtension,
+    GraphTransformExtension,
+    QuantizerExtension,
+    SchedulerExtension,
+    DeviceExtension,
+    TaskExtension,
+    CommandExtension,
+)

@@ -1,0 +1,341 @@
+"""The protocols that an implementation of each stage follows, and the records they exchange.
+
+An extension's `factory` is called with its validated options and returns an object that follows one of these.
+Nothing here imports openvino: the names of its types are for readers and type checkers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import openvino as ov
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from ovforge.model.bundle import ModelBundle
+    from ovforge.model.results import Result
+    from ovforge.model.sources import Source
+
+__all__ = [
+    "Adapter",
+    "Calibration",
+    "CompiledModels",
+    "Device",
+    "DevicePlan",
+    "GraphTransform",
+    "Loader",
+    "Match",
+    "Phase",
+    "Progress",
+    "Quantizer",
+    "RandomStream",
+    "Report",
+    "Sampling",
+    "Scheduler",
+    "Skipped",
+    "Task",
+    "TaskContext",
+    "ignore_progress",
+]
+
+
+class Match(IntEnum):
+    """How sure a loader is that a source is its own."""
+
+    NO = 0
+    MAYBE = 1
+    YES = 2
+
+
+class Phase(IntEnum):
+    """When a transform runs; inside a phase the config's order holds."""
+
+    FUSE = 10
+    STRUCTURE = 20
+    PRECISION = 30
+    ATTACH = 40
+    LAYOUT = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something that was asked for and not applied, and why."""
+
+    item: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What a transform or a quantizer did.
+
+    `roles` names every model that was changed: what is not named here is taken to be untouched. `layers` names, by
+    role, the operations that a quantizer lowered, so that some of them can be kept the next time. The core fills in
+    what it can measure itself: `sizes`, bytes of each role's constants before and after a quantizer, and `seconds`.
+    """
+
+    roles: tuple[str, ...] = ()
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    applied: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    notes: list[str] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seconds: float | None = None
+
+
+class Loader(Protocol):
+    """Turns files, or a framework's model, into ov.Models by role."""
+
+    def can_load(self, source: Source) -> Match:
+        """Say from names and first bytes whether `source` is ours; reads no whole model, imports nothing heavy."""
+        ...
+
+    def load(self, source: Source) -> ModelBundle:
+        """Read or convert `source`. Raises ModelError where it does not hold what it seems to."""
+        ...
+
+
+class GraphTransform(Protocol):
+    """Changes ov.Models: adapters, embeddings, folding, pre- and post-processing."""
+
+    def apply(self, bundle: ModelBundle) -> Report:
+        """Change `bundle` in place and report. Must depend on the bundle and the options alone."""
+        ...
+
+
+class Adapter(Protocol):
+    """Something that can be switched, weighted and exchanged while a pipeline runs; made by a transform's `adapter`."""
+
+    name: str
+
+    weight: float
+    """Its weight at the start."""
+
+    skipped: Sequence[Skipped]
+    """What of it found no place in the models."""
+
+    def values(self, weight: float) -> Mapping[str, Mapping[str, NDArray[np.float32]]]:
+        """Return role -> variable -> what it puts there at a weight other than 0.
+
+        Arrays that do not depend on the weight should be the same ones each time: they are then not copied again.
+        """
+        ...
+
+
+class Calibration(Protocol):
+    """Recorded inputs of roles, for quantizers."""
+
+    def inputs(self, role: str, count: int) -> Sequence[Mapping[str, NDArray[Any]]]:
+        """Return up to `count` recorded input sets of `role`, by input name.
+
+        An even draw from all that the pipeline's runs gave that role; it may read records from disk one at a time.
+        """
+        ...
+
+    def score(self, models: Mapping[str, ov.Model]) -> float:
+        """Return how close the pipeline's results come to what they are now, with `models` in the place of its own.
+
+        Higher is better; by the config's [quality] metric, on inputs that calibration does not use.
+        """
+        ...
+
+
+class Quantizer(Protocol):
+    """Lowers the precision of named roles."""
+
+    def quantize(
+        self, bundle: ModelBundle, calibration: Calibration, keep: Mapping[str, Collection[str]] = {}
+    ) -> Report:
+        """Change `bundle` in place and report.
+
+        `keep` names operations, by role, that stay in the precision that they have.
+        """
+        ...
+
+
+class RandomStream(Protocol):
+    """Draws standard normal numbers; `ovforge.model.random` has torch-compatible ones."""
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return the next draw, float32, of the given shape."""
+        ...
+
+
+class Sampling(Protocol):
+    """One run of a sampling method over `steps` steps; made by `Scheduler.start`, used by one thread.
+
+    There is no hidden step index: the caller says which step it is at.
+    """
+
+    timesteps: NDArray[Any]
+    """Shape (steps,), int64 or float32, in the order of use."""
+
+    init_noise_sigma: float
+    """Standard deviation of the first latents."""
+
+    first: int
+    """Index of the step that a run begins with: 0, or later where it starts from a picture."""
+
+    def scale_input(self, latents: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+        """Return what the network sees at step `index`; may be `latents` itself."""
+        ...
+
+    def add_noise(self, original: NDArray[np.float32], noise: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+        """Return clean latents noised to the level of step `index`."""
+        ...
+
+    def step(
+        self, output: NDArray[np.float32], index: int, latents: NDArray[np.float32], rng: RandomStream
+    ) -> NDArray[np.float32]:
+        """Return the latents after step `index`, from the network's output and the latents before it.
+
+        All arrays are float32 of one shape (batch, channels, height, width). The last step returns what
+        the decoder takes.
+        """
+        ...
+
+
+class Scheduler(Protocol):
+    """A sampling method with its noise schedule: immutable, shared between threads.
+
+    The factory takes (options, model_config): the options of the config and the model's scheduler_config.json.
+    """
+
+    def start(self, steps: int, strength: float = 1.0) -> Sampling:
+        """Begin a run of `steps` steps. Raises InputError where the schedule cannot have that many.
+
+        With `strength` below 1 the run starts from a noised picture and goes only that part of the way.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Where models run: OpenVINO's device string, its properties, and what it is known as."""
+
+    device: str
+    properties: Mapping[str, Any]
+    full_name: str
+    precision: str
+    """What the device was asked to compute in: "f32", "bf16", "f16", or "auto" where the device decides."""
+    can_export: bool
+    """Whether compiled models can be stored and read back."""
+
+
+class Device(Protocol):
+    """A place to run. `plan` checks and decides; compiling itself is the core's."""
+
+    def plan(self) -> DevicePlan:
+        """Check that the device is there and can do what its options ask. Raises DeviceError otherwise."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A moment of a long piece of work: `done` of `total` steps of `stage`.
+
+    `preview` makes pictures of the work as it stands, where there is something to see; it takes time, and may be called
+    in the callback only. A callback that raises ends the work: Cancelled says so in plain words.
+    """
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+    preview: Callable[[], Sequence[Image]] | None = None
+
+
+def ignore_progress(_: Progress) -> None:
+    """The progress callback that does nothing."""
+
+
+class CompiledModels(Protocol):
+    """Compiled models by role, with the bundle's configs and assets. Compilation goes on in the background."""
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Role -> its config.json."""
+        ...
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """The model_index.json."""
+        ...
+
+    @property
+    def assets(self) -> Mapping[str, bytes]:
+        """Every other small file by relative path, such as tokenizer/vocab.json."""
+        ...
+
+    def start(self, role: str, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
+
+        Raises ModelError where the pipeline has no such role.
+        """
+        ...
+
+    def get(self, role: str, shapes: Mapping[str, Sequence[int]] | None = None) -> ov.CompiledModel:
+        """Return a role's compiled model, for fixed shapes or any; waits for it alone."""
+        ...
+
+    def on_demand(self) -> None:
+        """Compile nothing before it is asked for: for tasks that hold one role at a time in memory."""
+        ...
+
+    def release(self, role: str) -> None:
+        """Forget a role's compiled models and its graph, to free their memory; asking for it compiles it again."""
+        ...
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the model's scheduler_config.json, or {}."""
+        ...
+
+    def __getitem__(self, role: str) -> ov.CompiledModel: ...
+
+    def __contains__(self, role: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskContext:
+    """All that a task is built from."""
+
+    bundle: CompiledModels
+    """Compiled models by role, configs, assets."""
+
+    scheduler: Callable[[], Scheduler]
+    """Makes the scheduler of the config, or the one that the model names."""
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """What the config says of inputs, unchecked: a hint at the sizes that calls will have."""
+
+
+class Task(Protocol):
+    """Text-to-image, detect, ...: runs compiled models. The factory takes (options, context).
+
+    The factory is quick: it may `start` compilations, and waits for none. Roles that it starts none of
+    are started for any shape.
+    """
+
+    def __call__(self, inputs: Any, progress: Callable[[Progress], None]) -> Result:
+        """Run once. `inputs` is an instance of the extension's inputs model."""
+        ...
+
+    def examples(self, count: int) -> Sequence[Any]:
+        """Return representative inputs, instances of the inputs model, for calibration, quality and benchmarks.
+
+        They are the first `count` of one sequence that is always the same, all different and in no order, since the
+        core takes every second one to calibrate with and the others to judge by. Fewer where there are no more.
+
+        A task may also offer `compare(result, reference) -> float`: how close a result comes to another of the same
+        inputs, 1 where they are equal, less where they differ. Results without pictures need it for [quality].
+        """
+        ...

@@ -1,0 +1,79 @@
+"""What stages work on: bundles of models, the sources they come from, pictures, results, random numbers.
+
+These names are public; the modules that they come from are not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ovforge._exports import lazy
+
+if TYPE_CHECKING:
+    from ovforge.model.bundle import Control, ModelBundle, Places, Roles, read_json, read_model
+    from ovforge.model.detections import DetectInputs, Detections, DetectionsResult, DetectorSpec, draw
+    from ovforge.model.memory import temporary_files
+    from ovforge.model.metrics import MAX_PSNR, METRICS, Metric, gmsd, psnr, ssim
+    from ovforge.model.pictures import Picture, digest_picture, open_picture, picture_name
+    from ovforge.model.random import BatchGenerator, Generator, fresh_seed
+    from ovforge.model.results import ImagesResult, Provenance, Result, Timings, read_provenance
+    from ovforge.model.runtime import core, enable_tokenizers, openvino_version
+    from ovforge.model.sources import PACKAGE, FileSource, Opener, Protection, Source, package_path, source_digest
+
+__all__ = [
+    "MAX_PSNR",
+    "METRICS",
+    "PACKAGE",
+    "BatchGenerator",
+    "Control",
+    "DetectInputs",
+    "Detections",
+    "DetectionsResult",
+    "DetectorSpec",
+    "FileSource",
+    "Generator",
+    "ImagesResult",
+    "Metric",
+    "ModelBundle",
+    "Opener",
+    "Picture",
+    "Places",
+    "Protection",
+    "Provenance",
+    "Result",
+    "Roles",
+    "Source",
+    "Timings",
+    "core",
+    "digest_picture",
+    "draw",
+    "enable_tokenizers",
+    "fresh_seed",
+    "gmsd",
+    "open_picture",
+    "openvino_version",
+    "package_path",
+    "picture_name",
+    "psnr",
+    "read_json",
+    "read_model",
+    "read_provenance",
+    "source_digest",
+    "ssim",
+    "temporary_files",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "bundle": ["Control", "ModelBundle", "Places", "Roles", "read_json", "read_model"],
+        "detections": ["DetectInputs", "Detections", "DetectionsResult", "DetectorSpec", "draw"],
+        "memory": ["temporary_files"],
+        "metrics": ["MAX_PSNR", "METRICS", "Metric", "gmsd", "psnr", "ssim"],
+        "pictures": ["Picture", "digest_picture", "open_picture", "picture_name"],
+        "random": ["BatchGenerator", "Generator", "fresh_seed"],
+        "results": ["ImagesResult", "Provenance", "Result", "Timings", "read_provenance"],
+        "runtime": ["core", "enable_tokenizers", "openvino_version"],
+        "sources": ["PACKAGE", "FileSource", "Opener", "Protection", "Source", "package_path", "source_digest"],
+    },
+)

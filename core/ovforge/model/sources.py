@@ -1,0 +1,187 @@
+"""Where bytes come from. Loaders and adapters never open paths themselves: they ask a Source.
+
+Plain files are the default. A plugin that keeps models elsewhere, or encrypted, gives another Source, and everything
+downstream works from it: models, adapters, tokenizers. `open_source` asks the plugins whether a source is theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ovforge.errors import ModelError
+
+if TYPE_CHECKING:
+    from ovforge.store.cache import DigestMemo
+
+__all__ = [
+    "PACKAGE",
+    "Describes",
+    "FileSource",
+    "Opener",
+    "Protection",
+    "Source",
+    "package_path",
+    "source_digest",
+]
+
+PACKAGE = "package:"
+"""Prefix of sources that lie inside an installed Python package."""
+
+
+class Source(Protocol):
+    """A file or a folder of files, by relative POSIX path."""
+
+    name: str
+    """What the user called it; for messages and provenance."""
+
+    protection: Protection | None
+    """What keeps results that are made from it unreadable on disk; None where it is not encrypted."""
+
+    def files(self) -> Mapping[str, int]:
+        """Return every file: relative path -> size in bytes."""
+        ...
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """Return a file's first `limit` bytes, or all of it. Raises ModelError where it is not there."""
+        ...
+
+    def read_into(self, path: str, buffer: memoryview) -> None:
+        """Fill `buffer`, of the file's size in bytes, with the file. Raises ModelError where it is not there."""
+        ...
+
+    def local(self, path: str) -> Path | None:
+        """Return the plain file, for readers that map it into memory; None where there is none."""
+        ...
+
+    def digest(self, path: str) -> str:
+        """Return a sha256 (hex) that changes with the file's content: of the content, or of its encrypted form."""
+        ...
+
+
+class Protection(Protocol):
+    """Keeps what is made from an encrypted source encrypted, by the same key."""
+
+    identity: str
+    """Names the key without telling it; part of the cache's keys."""
+
+    def write(self, folder: Path, path: str, data: bytes | memoryview, purpose: str) -> None:
+        """Write `data` below `folder`, encrypted, as `path` of what belongs to `purpose`."""
+        ...
+
+    def open(self, folder: Path, purpose: str) -> Source:
+        """Return what `write` put below `folder` for `purpose`. Raises ModelError where it is anything else."""
+        ...
+
+
+class Opener(Protocol):
+    """What a SourceExtension makes: it knows sources that are not plain, and opens them."""
+
+    def can_open(self, source: Source) -> bool:
+        """Say from names and first bytes whether `source` is ours; imports nothing heavy."""
+        ...
+
+    def open(self, source: Source) -> Source:
+        """Return the plain source behind it. Raises ModelError or ConfigError where that cannot be."""
+        ...
+
+
+class Describes(Protocol):
+    """What an Opener may also be able to do; `ovforge inspect` shows it."""
+
+    def describe(self, source: Source) -> Sequence[Mapping[str, Any]]:
+        """Return what each file of `source` says of how it is protected, JSON-able, without a key and unchecked."""
+        ...
+
+
+class FileSource:
+    """Plain files on disk: one file, or a folder without its hidden files.
+
+    A single `x.xml` takes its `x.bin` along, a single `x.safetensors` the folders `tokenizer*` beside it. `memo`
+    remembers digests between runs.
+    """
+
+    protection: Protection | None = None
+
+    def __init__(self, path: Path, name: str | None = None, memo: DigestMemo | None = None) -> None:
+        if not path.exists():
+            raise ModelError("no such file or folder", where=name or str(path))
+        self.name = name or str(path)
+        self.path = path
+        self._memo = memo
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        if self.path.is_file():
+            beside = [self.path]
+            if self.path.suffix == ".xml" and (weights := self.path.with_suffix(".bin")).is_file():
+                beside.append(weights)
+            if self.path.suffix == ".safetensors":
+                beside += sorted(self.root.glob("tokenizer*/*"))
+            return {file.relative_to(self.root).as_posix(): file.stat().st_size for file in beside if file.is_file()}
+        paths = ((file, file.relative_to(self.path)) for file in sorted(self.path.rglob("*")))
+        return {
+            relative.as_posix(): file.stat().st_size
+            for file, relative in paths
+            if not any(part.startswith(".") for part in relative.parts) and file.is_file()
+        }
+
+    def files(self) -> Mapping[str, int]:
+        """Return relative path -> size in bytes."""
+        return self._files
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """Return a file's bytes."""
+        if path not in self._files:
+            raise ModelError(f"{path} is missing", where=self.name)
+        with (self.root / path).open("rb") as file:
+            return file.read(-1 if limit is None else limit)
+
+    def read_into(self, path: str, buffer: memoryview) -> None:
+        """Fill `buffer` with the file. Raises ModelError where it no longer has that size."""
+        if path not in self._files:
+            raise ModelError(f"{path} is missing", where=self.name)
+        with (self.root / path).open("rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                done += count
+            if done < len(buffer) or file.read(1):
+                raise ModelError(f"{path} changed while it was read", where=self.name)
+
+    def local(self, path: str) -> Path | None:
+        """Return the file itself."""
+        return self.root / path
+
+    def digest(self, path: str) -> str:
+        """Return the sha256 of a file."""
+        from ovforge.store.cache import digest_file
+
+        return digest_file(self.root / path, self._memo)
+
+
+def package_path(text: str) -> Path:
+    """Return where "package:NAME/PATH" lies. Raises ModelError where the Python package is not installed."""
+    package, _, inside = text.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"the Python package {package!r} is not installed", where=text, hint="Install the plugin that ships it."
+        )
+    return Path(found.submodule_search_locations[0]) / inside
+
+
+def source_digest(source: Source) -> str:
+    """Return one sha256 over the names and contents of all files."""
+    total = hashlib.sha256()
+    for path in sorted(source.files()):
+        total.update(f"{path}\0{source.digest(path)}\n".encode())
+    return total.hexdigest()

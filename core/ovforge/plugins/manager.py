@@ -1,0 +1,273 @@
+"""Finding plugins and what they offer.
+
+A plugin is imported when something of its is asked for. The catalogue says whose that is; plugins that are not in it
+are imported when nothing in it fits. A plugin that cannot be used is set aside with its reason, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from ovforge._version import API_VERSION, __version__
+from ovforge.contracts import hookspecs
+from ovforge.contracts.extensions import KINDS, Extension
+from ovforge.contracts.hookspecs import ENTRY_POINT_GROUP, HOOK_OF_KIND
+from ovforge.errors import PluginError, did_you_mean
+from ovforge.plugins.catalogue import PluginRecord, Registry
+
+__all__ = ["Offer", "PluginStatus", "Plugins"]
+
+BUILT_IN = "ovforge.builtin"
+
+_CLASS_OF_KIND = {extension.kind: extension for extension in KINDS}
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An extension and whose it is."""
+
+    extension: Extension
+    plugin: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class PluginStatus:
+    """What is known of one plugin, for people.
+
+    `state` is "built in", "imported", "installed" (not imported, since nothing asked for it), "disabled",
+    "set aside" or "not installed".
+    """
+
+    name: str
+    distribution: str
+    version: str | None
+    state: str
+    reason: str
+    summary: str
+    provides: Mapping[str, Mapping[str, str]]
+    needs: tuple[str, ...]
+
+
+class Plugins:
+    """What is offered by the plugins that are installed and switched on."""
+
+    def __init__(self, registry: Registry | None = None, found: Iterable[EntryPoint] | None = None) -> None:
+        self.registry = registry if registry is not None else Registry.load()
+        self._found = found
+        self._offers: dict[tuple[str, str], Offer] = {}
+        self._modules: dict[str, types.ModuleType] = {}
+        self._set_aside: dict[str, str] = {}
+        self._manager = pluggy.PluginManager("ovforge")
+        self._manager.add_hookspecs(hookspecs)
+        self._register_builtin()
+
+    def find(self, kind: str, name: str) -> Offer:
+        """Return who offers `name`, importing that plugin alone where the catalogue knows it.
+
+        Raises PluginError that says what to install, enable or mend, or what was meant.
+        """
+        if (kind, name) in self._offers:
+            return self._offers[kind, name]
+        for plugins in (self._providers(kind, name), self._uncatalogued(), list(self._installed)):
+            for plugin in plugins:
+                self._import(plugin)
+            if (kind, name) in self._offers:
+                return self._offers[kind, name]
+        raise self._unknown(kind, name)
+
+    def all(self, kind: str) -> list[Offer]:
+        """Return every offer of a kind; imports the plugins that may have one."""
+        for name, record in self.registry.records.items():
+            if record.provides.get(kind):
+                self._import(name)
+        for name in self._uncatalogued():
+            self._import(name)
+        return [offer for (of_kind, _), offer in self._offers.items() if of_kind == kind]
+
+    def import_all(self) -> None:
+        """Import every plugin that is installed and switched on."""
+        for name in self._installed:
+            self._import(name)
+
+    def register(self, module: types.ModuleType, name: str, version: str = "0") -> None:
+        """Add a plugin that has no entry point, such as one under test. Raises PluginError where it is unfit."""
+        self._add(module, name, version)
+
+    def statuses(self) -> list[PluginStatus]:
+        """Return what is known of every plugin, installed or in the catalogue."""
+        names = dict.fromkeys(["builtin", *self.registry.records, *self._installed, *self._modules])
+        return [self._status(name) for name in names]
+
+    # -- how names are found ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        """Plugin name -> entry point, in the catalogue's order, then by name; a second of a name is set aside."""
+        found = entry_points(group=ENTRY_POINT_GROUP) if self._found is None else self._found
+        order = {name: position for position, name in enumerate(self.registry.records)}
+        chosen: dict[str, EntryPoint] = {}
+        for entry in sorted(found, key=lambda e: (order.get(e.name, len(order)), e.name, _distribution(e))):
+            if entry.name in chosen:
+                first = _distribution(chosen[entry.name])
+                self._set_aside[f"{entry.name} ({_distribution(entry)})"] = f"{first} has a plugin of this name"
+            else:
+                chosen[entry.name] = entry
+        return chosen
+
+    def _providers(self, kind: str, name: str) -> list[str]:
+        return [record.name for record in self.registry.providers(kind, name)]
+
+    def _uncatalogued(self) -> list[str]:
+        records = self.registry.records
+        return [name for name in self._installed if name not in records or not records[name].provides]
+
+    def _unknown(self, kind: str, name: str) -> PluginError:
+        """Say why `name` is not to be had, from the most to the least that is known."""
+        where = f"{kind} {name!r}"
+        for record in self.registry.providers(kind, name):
+            if record.name in self._set_aside:
+                return PluginError(
+                    f"the plugin {record.name!r} that provides it was set aside: {self._set_aside[record.name]}",
+                    where=where,
+                    hint="See: ovforge plugins doctor",
+                )
+            if record.name in self.registry.disabled:
+                return PluginError(
+                    f"the plugin {record.name!r} that provides it is switched off",
+                    where=where,
+                    hint=f"Run: ovforge plugins enable {record.name}",
+                )
+            if record.name not in self._installed:
+                return PluginError(
+                    f"the plugin {record.name!r} that provides it is not installed",
+                    where=where,
+                    hint=f"Run: {record.install}",
+                )
+        known = {offered for of_kind, offered in self._offers if of_kind == kind} | self.registry.names(kind)
+        listing = f"Known: {', '.join(sorted(known))}." if known else f"No plugin offers any {kind}."
+        set_aside = f" Set aside: {', '.join(self._set_aside)}; see ovforge plugins doctor." * bool(self._set_aside)
+        return PluginError(f"unknown.{did_you_mean(name, known)}", where=where, hint=listing + set_aside)
+
+    # -- importing -----------------------------------------------------------------------------------------------
+
+    def _register_builtin(self) -> None:
+        # By name: what is built in stands above this module, and comes through the same hooks as everybody's.
+        self._add(importlib.import_module(BUILT_IN), "builtin", __version__)
+
+    def _import(self, name: str) -> None:
+        """Import and register one plugin; what is wrong with it becomes its reason to be set aside."""
+        entry = self._installed.get(name)
+        if entry is None or name in self._modules or name in self._set_aside or name in self.registry.disabled:
+            return
+        try:
+            module = entry.load()
+        except (Exception, SystemExit) as error:  # a plugin's import may raise anything
+            self._set_aside[name] = f"it cannot be imported: {type(error).__name__}: {error}"
+            return
+        try:
+            self._add(module, name, entry.dist.version if entry.dist else "0")
+        except PluginError as error:
+            self._set_aside[name] = error.what
+
+    def _add(self, module: Any, name: str, version: str) -> None:
+        wanted = getattr(module, "OVFORGE_API", API_VERSION)
+        if wanted != API_VERSION:
+            raise PluginError(f"it is for version {wanted} of the plugin API, and this is {API_VERSION}", where=name)
+        try:
+            self._manager.register(module, name)
+            self._manager.check_pending()
+            offers = {
+                (kind, extension.name): Offer(extension, name, version)
+                for kind in HOOK_OF_KIND
+                for extension in self._extensions(module, kind, name)
+            }
+        except (PluginError, pluggy.PluginValidationError) as error:
+            self._manager.unregister(module)
+            what = error.what if isinstance(error, PluginError) else str(error)
+            raise PluginError(what, where=name) from error
+        self._offers.update(offers)
+        self._modules[name] = module
+
+    def _extensions(self, module: Any, kind: str, plugin: str) -> Iterable[Extension]:
+        """Return what one plugin's hook yields, checked."""
+        others = [other for other in self._manager.get_plugins() if other is not module]
+        hook = self._manager.subset_hook_caller(HOOK_OF_KIND[kind], others)
+        try:
+            offered = [extension for result in hook() for extension in result]
+        except Exception as error:  # a plugin's hook may raise anything
+            raise PluginError(f"{HOOK_OF_KIND[kind]} raised {type(error).__name__}: {error}") from error
+        seen: set[str] = set()
+        for extension in offered:
+            if not isinstance(extension, _CLASS_OF_KIND[kind]):
+                wanted = _CLASS_OF_KIND[kind].__name__
+                raise PluginError(f"{HOOK_OF_KIND[kind]} yields {type(extension).__name__}, not {wanted}")
+            self._check_free(kind, extension.name, plugin, seen)
+            seen.add(extension.name)
+        return offered
+
+    def _check_free(self, kind: str, name: str, plugin: str, seen: set[str]) -> None:
+        """Refuse a name that somebody has, or that the catalogue gives to another plugin that is there."""
+        if name in seen:
+            raise PluginError(f"it offers the {kind} {name!r} twice")
+        holder = self._offers.get((kind, name))
+        owners = [
+            owner
+            for owner in self._providers(kind, name)
+            if owner in self._installed and owner not in self.registry.disabled and owner not in self._set_aside
+        ]
+        taken = holder.plugin if holder else next((o for o in owners if plugin not in owners and o != plugin), None)
+        if taken is not None:
+            raise PluginError(f"it offers the {kind} {name!r}, which {taken!r} offers already")
+
+    # -- for people ----------------------------------------------------------------------------------------------
+
+    def _status(self, name: str) -> PluginStatus:
+        record = self.registry.records.get(name) or PluginRecord(name, name, name, "")
+        entry = self._installed.get(name)
+        version = entry.dist.version if entry and entry.dist else None
+        reason = ""
+        if name == "builtin":
+            state, version = "built in", __version__
+            record = PluginRecord(
+                name, "ovforge", "ovforge.builtin", "What needs no plugin: IR and other formats, devices"
+            )
+        elif name in self.registry.disabled:
+            state, reason = "disabled", f"switched on by: ovforge plugins enable {name}"
+        elif name in self._set_aside:
+            state, reason = "set aside", self._set_aside[name]
+        elif name in self._modules:
+            state = "imported"
+        elif entry is None:
+            state, reason = "not installed", f"brought by: {record.install}"
+        else:
+            state = "installed"
+        return PluginStatus(
+            name,
+            _distribution(entry) if entry else record.distribution,
+            version,
+            state,
+            reason,
+            record.summary,
+            self._provided(name) or record.provides,
+            record.needs,
+        )
+
+    def _provided(self, plugin: str) -> dict[str, dict[str, str]]:
+        provided: dict[str, dict[str, str]] = {}
+        for (kind, name), offer in self._offers.items():
+            if offer.plugin == plugin:
+                provided.setdefault(kind, {})[name] = offer.extension.summary
+        return provided
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "unknown distribution"

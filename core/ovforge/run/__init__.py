@@ -1,0 +1,1 @@
+"""From a config to a result: opening models, walking the stages, compiling, planning, running."""

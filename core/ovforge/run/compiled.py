@@ -1,0 +1,318 @@
+"""Compiling a bundle's roles: side by side, and from the cache where the same was compiled before."""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ovforge.errors import CacheError, DeviceError, InputError, ModelError
+from ovforge.model.formats import tensor_of
+from ovforge.model.runtime import core, enable_tokenizers, openvino_version
+from ovforge.run.adapters import Variables
+from ovforge.store.cache import key_of
+
+if TYPE_CHECKING:
+    import openvino as ov
+    from typing_extensions import Buffer
+
+    from ovforge.contracts.stages import DevicePlan
+    from ovforge.model.bundle import ModelBundle
+    from ovforge.model.sources import Protection
+    from ovforge.store.cache import Cache, Entry
+
+__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "can_store", "compile_ingredients", "compile_model"]
+
+_BLOB = "compiled.blob"
+
+Shapes = Mapping[str, Sequence[int]]
+"""Input name -> shape, whole numbers only."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRole:
+    """One compiled model, how long it took (seconds), whether it came out of the cache, and when it was ready.
+
+    `finished` is a reading of time.perf_counter(). `model` is None where it was released.
+    """
+
+    model: ov.CompiledModel | None
+    precision: str
+    seconds: float
+    cached: bool
+    finished: float
+
+
+class CompiledBundle:
+    """Compiled models by role, with the bundle's configs and assets.
+
+    Compilation goes on in the background: `start` begins it, asking for a role waits for that role alone. A role may be
+    compiled for fixed shapes, which runs faster, beside the form that takes any. With `execute=False` nothing is
+    compiled and `wanted` tells what would be, for plans.
+    """
+
+    def __init__(
+        self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None, *, execute: bool = True
+    ) -> None:
+        self.source = bundle
+        self.variables = Variables()
+        self.configs = bundle.configs
+        self.index = bundle.index
+        self.assets = bundle.assets
+        self.wanted: list[tuple[str, Shapes | None]] = []
+        self._roles = list(roles)
+        self._plan, self._cache, self._execute = plan, cache, execute
+        # Three at a time: the largest role keeps most cores busy, the small ones fit in its gaps.
+        self._pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
+        self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
+        self._released: dict[tuple[str, str], CompiledRole] = {}
+        self._wrappers: dict[str, Callable[[ov.CompiledModel], Any]] = {}
+        self._eager = True
+        self._adjustable = {control.role for control in bundle.controls.values()}
+        self._adjustable |= {role for places in bundle.adapters.values() for role in places}
+
+    def start(self, role: str, shapes: Shapes | None = None) -> None:
+        """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
+
+        Raises ModelError where the pipeline has no such role.
+        """
+        if role not in self._roles:
+            raise ModelError(f"the pipeline has no {role!r}", hint=f"It has: {', '.join(self._roles)}.")
+        key = _variant(role, shapes)
+        if key in self._futures or (not self._execute and (role, shapes) in self.wanted):
+            return
+        if (role, shapes) not in self.wanted:
+            self.wanted.append((role, shapes))
+        if self._execute:
+            self._futures[key] = self._pool.submit(compile_model, self.source, role, self._plan, self._cache, shapes)
+
+    def on_demand(self) -> None:
+        """Compile nothing before it is asked for: for tasks that hold one role at a time in memory."""
+        self._eager = False
+
+    def start_rest(self) -> None:
+        """Begin to compile every role that nobody has started, unless the task wants them on demand."""
+        for role in self._roles if self._eager else ():
+            if not any(role == started for started, _ in self.wanted):
+                self.start(role)
+
+    def compiled(self, role: str, shapes: Shapes | None = None) -> CompiledRole:
+        """Return a role, started now if it was not, waiting for its compilation."""
+        self.start(role, shapes)
+        return self._futures[_variant(role, shapes)].result()
+
+    def get(self, role: str, shapes: Shapes | None = None) -> ov.CompiledModel:
+        """Return a role's compiled model, for fixed shapes or any."""
+        model = self.compiled(role, shapes).model
+        assert model is not None
+        if role in self._adjustable:
+            model = self.variables.given_to(role, model)
+        wrap = self._wrappers.get(role)
+        return wrap(model) if wrap else model
+
+    def __getitem__(self, role: str) -> ov.CompiledModel:
+        return self.get(role)
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._roles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def release(self, role: str) -> None:
+        """Forget a role's compiled models and its graph, to free their memory; asking for it compiles it again.
+
+        Memory is freed when the user's own requests are gone, too.
+        """
+        for key in [key for key in self._futures if key[0] == role]:
+            self._released[key] = replace(self._futures.pop(key).result(), model=None)
+        self.source.models.release(role)
+
+    def all(self) -> list[tuple[str, CompiledRole]]:
+        """Return (role, compiled) of everything that was started, in that order, released or not; waits."""
+        return [(role, self._released.get(_variant(role, s)) or self.compiled(role, s)) for role, s in self.wanted]
+
+    def wrap(self, role: str, wrapper: Callable[[ov.CompiledModel], Any]) -> None:
+        """Give users of `role` what `wrapper` makes of its compiled model."""
+        self._wrappers[role] = wrapper
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the model's scheduler_config.json, or {}."""
+        return self.source.scheduler_config()
+
+
+def _variant(role: str, shapes: Shapes | None) -> tuple[str, str]:
+    return role, str(sorted(shapes.items())) if shapes else ""
+
+
+def compile_ingredients(
+    role: str, identity: str, plan: DevicePlan, shapes: Shapes | None, protection: Protection | None = None
+) -> dict[str, Any]:
+    """Return what a compiled model depends on, as the cache's key, with the name of the key that encrypts it there."""
+    properties = placement(role, plan)[1]
+    return {
+        "stage": "compile",
+        "input": identity,
+        "role": role,
+        "device": plan.device,
+        "device_name": plan.full_name,
+        "properties": {key: str(value) for key, value in sorted(properties.items())},
+        "shapes": {name: list(shape) for name, shape in sorted(shapes.items())} if shapes else None,
+        "openvino": openvino_version(),
+        **({"encrypted": protection.identity} if protection else {}),
+    }
+
+
+def placement(role: str, plan: DevicePlan) -> tuple[str, Mapping[str, Any]]:
+    """Return (device, properties) for a role: tokenizers work on strings, which only the CPU has."""
+    if role.startswith(("tokenizer", "detokenizer")):
+        return "CPU", {}
+    return plan.device, plan.properties
+
+
+def can_store(bundle: ModelBundle, role: str, plan: DevicePlan) -> bool:
+    """Say whether a role's compiled model can be stored and read back.
+
+    One with places for adapters cannot: OpenVINO 2026.4 writes the branches that it fused, and does not read them.
+    """
+    return plan.can_export and not any(role in places for places in bundle.adapters.values())
+
+
+def compile_model(
+    bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None = None
+) -> CompiledRole:
+    """Compile one role, or read it from the cache; what was compiled is put there."""
+    start = time.perf_counter()
+    device, properties = placement(role, plan)
+    if role.startswith(("tokenizer", "detokenizer")):
+        enable_tokenizers()
+    identity = bundle.identity.get(role)
+    if cache is None or identity is None or not can_store(bundle, role, plan):
+        return _done(_compile(bundle, role, device, properties, shapes), start, cached=False)
+    sealed = bundle.protection
+    ingredients = compile_ingredients(role, identity, plan, shapes, sealed)
+    if (entry := cache.get(ingredients)) is not None:
+        try:
+            return _done(_import(entry, sealed, device, properties), start, cached=True)
+        except (RuntimeError, ModelError) as error:
+            warnings.warn(f"compiled {role} in the cache cannot be read and is made again: {error}", stacklevel=2)
+            cache.remove(entry.key)
+    model = _compile(bundle, role, device, properties, shapes)
+    try:
+        key = key_of(ingredients)
+        cache.put(ingredients, lambda folder: _export(model, folder, sealed, key), label=f"{role} on {device}")
+    except CacheError as error:
+        warnings.warn(f"compiled {role} was not stored: {error}", stacklevel=2)
+    return _done(model, start, cached=False)
+
+
+def _done(model: ov.CompiledModel, start: float, *, cached: bool) -> CompiledRole:
+    now = time.perf_counter()
+    return CompiledRole(model, _precision(model), now - start, cached, now)
+
+
+def _compile(
+    bundle: ModelBundle, role: str, device: str, properties: Mapping[str, Any], shapes: Shapes | None
+) -> ov.CompiledModel:
+    model = _reshaped(bundle.models[role], role, shapes) if shapes else bundle.models[role]
+    try:
+        return core().compile_model(model, device, dict(properties))
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{role} does not compile: {error}",
+            where=device,
+            hint="Try device.use = 'cpu' and precision = 'f32' to tell the model from the device.",
+        ) from error
+
+
+def _reshaped(model: ov.Model, role: str, shapes: Shapes) -> ov.Model:
+    """Return a copy for fixed shapes. Raises InputError where the model was converted for others."""
+    import openvino as ov
+
+    copy = model.clone()
+    for port in copy.inputs:
+        for name in port.names & set(shapes):
+            if not port.get_partial_shape().compatible(ov.PartialShape(list(shapes[name]))):
+                raise InputError(
+                    f"the model takes {name} of shape {port.get_partial_shape()}, not {list(shapes[name])}",
+                    where=role,
+                    hint="It was converted for a fixed size: use that size, or convert it with dynamic shapes.",
+                )
+    copy.reshape({name: ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+    return copy
+
+
+def _export(model: ov.CompiledModel, folder: Path, sealed: Protection | None, key: str) -> None:
+    """Write a compiled model, encrypted whole: the runtime's own cache encryption leaves weights plain."""
+    if sealed is not None:
+        sealed.write(folder, _BLOB, model.export_model().getbuffer(), key)
+        return
+    with (folder / _BLOB).open("wb") as file:
+        into = _Into(file)
+        model.export_model(into)
+        if into.failed is not None:
+            raise into.failed
+
+
+class _Into(io.BytesIO):
+    """Hands on what is written to it, since the runtime writes to a BytesIO alone: the model is not held twice.
+
+    The runtime goes on after an error, which is therefore kept in `failed`.
+    """
+
+    failed: OSError | None = None
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _import(entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
+    """Read a compiled model; its weights stay in the file, or in the tensor that it was decrypted into."""
+    if sealed is None:
+        path = entry.path / _BLOB
+        status = path.stat()
+        tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
+    else:
+        tensor = tensor_of(sealed.open(entry.path, entry.key), _BLOB)
+    return core().import_model(tensor, device, dict(properties))
+
+
+@functools.cache
+def _mapped(path: Path, inode: int, modified: int) -> ov.Tensor:
+    """Return a file as a tensor that is mapped, not read: a start takes a quarter of the time, and half the memory.
+
+    It stays mapped for as long as the process runs, for requests may outlive their model. That costs no memory: pages
+    that nobody uses go back to the system. What the device writes there, if anything, stays in this process.
+    """
+    import numpy as np
+    import openvino as ov
+
+    return ov.Tensor(np.memmap(path, np.uint8, mode="c"), shared_memory=True)
+
+
+def _precision(model: ov.CompiledModel) -> str:
+    """Return the floating-point type that the device really computes in: "f32", "bf16", "f16"."""
+    try:
+        return str(model.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    except (RuntimeError, AttributeError):
+        return "unknown"

@@ -1,0 +1,208 @@
+"""Inputs to run a pipeline with where nobody has called it: to calibrate, and to judge by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel
+
+from ovforge.config.options import checked
+from ovforge.config.pipeline import CalibrationTable, QualityTable
+from ovforge.errors import ConfigError, PluginError, did_you_mean
+from ovforge.model.bundle import ASSET_LIMIT
+from ovforge.model.pictures import digest_picture
+from ovforge.store.cache import DigestMemo, digest_file
+
+if TYPE_CHECKING:
+    from ovforge.contracts.stages import Task
+
+__all__ = ["Examples", "check_apart", "content_of", "read_examples"]
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Where inputs come from: a config's own, or every second one of the task's examples.
+
+    The task's examples number 0, 2, 4... calibrate, the others are held out to judge by; so are odd seeds.
+    """
+
+    model: type[BaseModel]
+    given: tuple[BaseModel, ...] | None
+    options: Mapping[str, Any]
+    base: Path
+    seed: int
+    held_out: bool
+    key: str
+    """The table that they come from, for errors."""
+
+    def take(self, task: Task, count: int, without: Examples | None = None) -> list[BaseModel]:
+        """Return up to `count` inputs, more than are given only where a random seed makes them different.
+
+        None is among those that `without` was given. Raises ConfigError where there is none at all.
+        """
+        found = list(self._given(count)) if self.given is not None else list(self._of_task(task, count, without))
+        if not found:
+            raise ConfigError(
+                "the task has no examples of its own" + " that are held out" * self.held_out,
+                where=self.key,
+                hint="Name a file with inputs: file = ..., or give inputs = [...].",
+            )
+        return [self._seeded(inputs, number) for number, inputs in enumerate(found)]
+
+    def _given(self, count: int) -> Iterator[BaseModel]:
+        assert self.given is not None
+        again = "seed" in self.model.model_fields
+        for number in range(count if again else min(count, len(self.given))):
+            yield self.given[number % len(self.given)]
+
+    def _of_task(self, task: Task, count: int, without: Examples | None) -> Iterator[BaseModel]:
+        if not hasattr(task, "examples"):
+            raise PluginError(
+                f"the task {type(task).__name__} gives no examples", hint="Its plugin was made for another ovforge."
+            )
+        taken = {_first(inputs) for inputs in (without.given or ())} if without else set()
+        wanted = 2 * (count + len(taken))
+        mine = [inputs for inputs in task.examples(wanted)[self.held_out :: 2] if _first(inputs) not in taken]
+        for inputs in mine[:count]:
+            written = {name: getattr(inputs, name) for name in inputs.model_fields_set}
+            yield checked(self.model, {**written, **self.options}, where=f"{self.key}.options", base=self.base)
+
+    def _seeded(self, inputs: BaseModel, number: int) -> BaseModel:
+        """Give each call a seed of its own, which the other table never has."""
+        named = self.given is not None and "seed" in inputs.model_fields_set and number < len(self.given)
+        if "seed" not in self.model.model_fields or named or "seed" in self.options:
+            return inputs
+        return inputs.model_copy(update={"seed": 2 * (self.seed + number) + self.held_out})
+
+    def content(self, memo: DigestMemo | None) -> dict[str, Any]:
+        """Return all that the inputs depend on, besides the task; files count by their content."""
+        given = None if self.given is None else [_content(inputs, memo) for inputs in self.given]
+        text = json.dumps([given, _content(dict(self.options), memo)], sort_keys=True)
+        return {"inputs": hashlib.sha256(text.encode()).hexdigest(), "seed": self.seed}
+
+
+def read_examples(
+    table: CalibrationTable | QualityTable, model: type[BaseModel], base: Path, *, key: str, task: str
+) -> Examples:
+    """Read and check what a config says of inputs. Raises ConfigError that names the file and the line."""
+    fields = model.model_fields
+    for name in table.options:
+        if name not in fields:
+            raise ConfigError(
+                f"unknown input `{name}`.{did_you_mean(name, fields)}",
+                where=f"{key}.options",
+                hint=f"{task} takes: {', '.join(fields)}.",
+            )
+    given: tuple[BaseModel, ...] | None = None
+    if table.file is not None:
+        path = base / Path(table.file).expanduser()
+        lines = _read(path, model, key, task)
+        given = tuple(checked(model, {**line, **table.options}, where=where, base=path.parent) for where, line in lines)
+    elif table.inputs:
+        given = tuple(
+            checked(model, {**line, **table.options}, where=f"{key}.inputs.{number}", base=base)
+            for number, line in enumerate(table.inputs)
+        )
+    return Examples(model, given, table.options, base, table.seed, key == "quality", key)
+
+
+def check_apart(calibration: Examples, quality: Examples) -> None:
+    """Raise ConfigError where pipelines would be judged by what they were calibrated with."""
+    both = {_first(inputs) for inputs in calibration.given or ()} & {_first(inputs) for inputs in quality.given or ()}
+    if both:
+        raise ConfigError(
+            f"{len(both)} of the inputs calibrate, too, as {min(both)[:60]}",
+            where="quality",
+            hint="Judge by inputs that calibration has not seen.",
+        )
+
+
+def _read(path: Path, model: type[BaseModel], key: str, task: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (where, inputs) of each line or picture."""
+    first = next(iter(model.model_fields))
+    if not path.exists():
+        raise ConfigError("no such file or folder", where=f"{key}.file: {path}")
+    if path.is_dir():
+        if not _is_picture(model, first):
+            raise ConfigError(
+                f"a folder holds pictures, and the first input of {task} is `{first}`",
+                where=f"{key}.file: {path}",
+                hint=f'Name a text file with a {first} on each line, or a .jsonl: {{"{first}": ..., ...}}.',
+            )
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICTURES)
+        if not files:
+            raise ConfigError(
+                "no picture in it", where=f"{key}.file: {path}", hint=f"Known are {', '.join(sorted(_PICTURES))}."
+            )
+        return [(str(file), {first: file}) for file in files]
+    lines = _lines(path, key)
+    if path.suffix.lower() == ".jsonl":
+        return [(f"{path}, line {number}", _object(line, f"{path}, line {number}")) for number, line in lines]
+    return [(f"{path}, line {number}", {first: line}) for number, line in lines]
+
+
+def _lines(path: Path, key: str) -> list[tuple[int, str]]:
+    where = f"{key}.file: {path}"
+    try:
+        if path.stat().st_size > ASSET_LIMIT:
+            raise ConfigError(f"it is larger than {ASSET_LIMIT} bytes", where=where)
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read as text: {error}", where=where) from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise ConfigError("it has no line with anything on it", where=where, hint="Write an input on each line.")
+    return lines
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"not valid JSON: {error}", where=where) from error
+    if not isinstance(value, dict):
+        raise ConfigError("expected an object of inputs", where=where)
+    return value
+
+
+def _is_picture(model: type[BaseModel], field: str) -> bool:
+    described: dict[str, Any] = model.model_json_schema()["properties"][field]
+    return any(each.get("format") == "path" for each in (described, *described.get("anyOf", ())))
+
+
+def content_of(inputs: BaseModel) -> str:
+    """Return what a call's inputs hold, pictures and files by their digests."""
+    return json.dumps(_content(inputs, None), sort_keys=True)
+
+
+def _first(inputs: BaseModel) -> str:
+    """Return what tells an input from others: its first field, by content."""
+    return json.dumps(_content(getattr(inputs, next(iter(type(inputs).model_fields))), None))
+
+
+def _content(value: Any, memo: DigestMemo | None) -> Any:
+    """Return a value as JSON has it, files and pictures by their digests."""
+    if isinstance(value, BaseModel):
+        return {name: _content(getattr(value, name), memo) for name in sorted(value.model_fields_set)}
+    if isinstance(value, Mapping):
+        return {str(name): _content(part, memo) for name, part in value.items()}
+    if isinstance(value, Path):
+        if not value.is_file():
+            raise ConfigError("no such file", where=str(value))
+        return digest_file(value, memo)
+    if isinstance(value, Image.Image):
+        return digest_picture(value)
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(f"{value.dtype} {value.shape}".encode() + value.tobytes()).hexdigest()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_content(part, memo) for part in value]
+    return value

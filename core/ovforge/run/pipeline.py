@@ -1,0 +1,223 @@
+"""The pipeline: config -> recipe -> bundle -> compiled models -> task.
+
+Each stage's result is looked up in the cache by the content of what went in, before it is made.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovforge._version import __version__
+from ovforge.config.options import checked, input_files
+from ovforge.config.pipeline import PipelineConfig, Use
+from ovforge.contracts.stages import Adapter, DevicePlan, Progress, Report, ignore_progress
+from ovforge.errors import ConfigError
+from ovforge.model.results import Result, Timings, read_provenance
+from ovforge.model.runtime import openvino_version
+from ovforge.model.sources import PACKAGE
+from ovforge.plugins.manager import Plugins
+from ovforge.run.adapters import Controls
+from ovforge.run.ingredients import content_of
+from ovforge.run.loading import open_bundle
+from ovforge.run.recipe import make_recipe, make_step, read_pipeline
+from ovforge.run.steps import check_strict
+from ovforge.run.workshop import Workshop, make_adapter, roles_of
+from ovforge.store.cache import Cache, chosen_cache
+
+__all__ = ["Pipeline", "load"]
+
+
+class Pipeline:
+    """A model that is loaded, changed, compiled and ready: call it.
+
+        pipe = Pipeline("text-to-image", source="models/lcm", scheduler="lcm")
+        result = pipe("a beautiful pink unicorn, 8k", steps=4, seed=1234567)
+
+    `transforms`, `quantize`, `scheduler` and `device` take names or `Use(...)`; options of `task` and `load` are
+    given as `Use("text-to-image", ...)` and `load={...}`. `cache=None` keeps nothing on disk.
+    """
+
+    def __init__(
+        self,
+        task: str | Use | PipelineConfig,
+        source: str | Path | None = None,
+        *,
+        load: Mapping[str, Any] | None = None,
+        transforms: Sequence[str | Use] = (),
+        quantize: Sequence[str | Use] = (),
+        calibration: Mapping[str, Any] | None = None,
+        quality: Mapping[str, Any] | None = None,
+        scheduler: str | Use | None = None,
+        device: str | Use = "cpu",
+        input: Mapping[str, Any] | None = None,
+        optimize: bool = True,
+        strict: bool = True,
+        base: Path | None = None,
+        plugins: Plugins | None = None,
+        cache: Cache | str | None = "default",
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> None:
+        if isinstance(task, PipelineConfig):
+            config = task
+        else:
+            config = PipelineConfig.of(
+                {
+                    "task": task,
+                    "load": {**(load or {}), **({"source": source} if source is not None else {})},
+                    "transform": tuple(transforms),
+                    "quantize": tuple(quantize),
+                    "calibration": calibration,
+                    "quality": quality,
+                    "scheduler": scheduler,
+                    "device": device,
+                    "input": dict(input or {}),
+                    "optimize": optimize,
+                    "strict": strict,
+                },
+                where="Pipeline",
+            )
+        self.config = config
+        self.timings = Timings()
+        self._plugins = plugins or Plugins()
+        self._cache = chosen_cache(cache)
+        with self.timings.span("load"):
+            self.recipe = make_recipe(config, base or Path.cwd(), self._plugins, self._cache)
+            self.device_plan: DevicePlan = self.recipe.device.extension.create(self.recipe.device_options).plan()
+            self.bundle = open_bundle(self.recipe, self._cache, progress)
+            self._roles = roles_of(self.recipe, self.bundle)
+            self._workshop = Workshop(self.recipe, self.device_plan, self._roles, self._cache, self._plugins, progress)
+            self.bundle, self.reports, self.quality = self._workshop.prepare(self.bundle)
+        self._compile_start = time.perf_counter()
+        self.compiled = self._workshop.compile(self.bundle)
+        self.controls = Controls(self.bundle.controls, self.compiled.variables)
+        self.adapters = self._workshop.adapters(self.compiled, self._load_adapter)
+        self.task = self._workshop.task(self.compiled)
+        self._at_start = len(self.compiled.wanted)
+
+    def __call__(
+        self, *arguments: Any, progress: Callable[[Progress], None] = ignore_progress, **inputs: Any
+    ) -> Result:
+        """Run once. One positional argument is the task's first input; others go by name.
+
+        What is not given comes from the config's [input], then from the task's defaults. Raises ConfigError for an
+        unknown or wrong input.
+        """
+        model = self.recipe.task_extension.inputs_model()
+        if len(arguments) > 1:
+            raise ConfigError(
+                f"{len(arguments)} positional inputs", where="call", hint="Give all but the first by name."
+            )
+        first = dict(zip(model.model_fields, arguments, strict=False))
+        given = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.recipe.base)
+        result = self.task(given, progress)
+        result.timings = self.start_timings().merged(result.timings)
+        result.provenance = {**self.provenance(), **result.provenance}
+        return result
+
+    def _load_adapter(self, use: Use) -> Adapter:
+        """Return an adapter that a running pipeline is to take in. Raises ModelError where a part finds no place."""
+        step = make_step(self._plugins, "transform", use, "adapters.load", self.recipe.base)
+        adapter = make_adapter(step, self.bundle)
+        if adapter is None:
+            raise ConfigError(
+                "it is no adapter that can be loaded into a running pipeline",
+                where=f"adapters.load: {use.use}",
+                hint="Add it to the config as a transform.",
+            )
+        check_strict(step, Report(skipped=list(adapter.skipped)), self.config.strict)
+        return adapter
+
+    def start_timings(self) -> Timings:
+        """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation."""
+        timings = Timings().merged(self.timings)
+        models = self.compiled.all()
+        finished = [model.finished for _, model in models[: self._at_start]]
+        timings.add("compile", max(finished, default=self._compile_start) - self._compile_start)
+        for role, model in models:
+            timings.add(f"compile.{role}", model.seconds)
+        return timings
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a result depends on, JSON-able, without inputs."""
+        precisions = {role: model.precision for role, model in self.compiled.all()}
+        offers = [self.recipe.origin.loader, self.recipe.task, self.recipe.device]
+        offers += [step.offer for step in self.recipe.steps] + [part.loader for part in self.recipe.parts.values()]
+        offers += [self.recipe.scheduler] if self.recipe.scheduler else []
+        # Relative paths start at the config's folder; a config without paths says nothing of this machine.
+        sources = [self.config.load.source, *self.config.load.parts.values()]
+        has_paths = (
+            any(input_files(step.options) for step in self.recipe.steps)
+            or bool(self.config.calibration and self.config.calibration.file)
+            or bool(self.config.quality and self.config.quality.file)
+            or bool(self.adapters.loaded)
+            or not all(source.startswith(PACKAGE) for source in sources)
+        )
+        return {
+            **({"base": str(self.recipe.base.resolve())} if has_paths else {}),
+            "config": {key: value for key, value in self.config.as_dict().items() if key not in ("input", "output")},
+            "versions": {
+                "ovforge": __version__,
+                "openvino": openvino_version(),
+                **{offer.plugin: offer.version for offer in offers if offer.plugin != "builtin"},
+            },
+            "digests": {role: self.bundle.identity.get(role) for role in self._roles},
+            "device": {"name": self.device_plan.device, "full_name": self.device_plan.full_name},
+            "precision": {role: kind for role, kind in precisions.items() if not role.startswith("tokenizer")},
+            **({"controls": changed} if (changed := self.controls.changed()) else {}),
+            **({"adapters": self._adapters_now()} if self.adapters else {}),
+        }
+
+    def _adapters_now(self) -> dict[str, Any]:
+        """Return the weight of each adapter, and of those that were loaded later where they came from."""
+        memo = self._cache.memo if self._cache else None
+        now: dict[str, Any] = {name: {"weight": weight} for name, weight in self.adapters.items()}
+        for name, use in self.adapters.loaded.items():
+            options = make_step(self._plugins, "transform", use, "adapters.load", self.recipe.base).options
+            files = [content_of(path, memo) for path in input_files(options)]
+            now[name] |= {"use": use.model_dump(mode="json"), "digests": files}
+        return now
+
+    def adjust(self, provenance: Mapping[str, Any]) -> None:
+        """Set controls and adapters to what a result's provenance says of them."""
+        for name, value in provenance.get("controls", {}).items():
+            self.controls[name] = value
+        adapters = provenance.get("adapters", {})
+        for entry in adapters.values():
+            if "use" in entry:
+                self.adapters.load(Use(**entry["use"]))
+        if adapters:
+            self.adapters.set({name: entry["weight"] for name, entry in adapters.items()})
+
+
+def load(
+    config: str | Path | Mapping[str, Any] | PipelineConfig,
+    *,
+    overrides: Iterable[str] = (),
+    plugins: Plugins | None = None,
+    cache: Cache | str | None = "default",
+    progress: Callable[[Progress], None] = ignore_progress,
+) -> Pipeline:
+    """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
+    checked_config, base = read_pipeline(config, overrides)
+    pipeline = Pipeline(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
+    if isinstance(config, str | Path) and Path(config).suffix.lower() == ".png":
+        provenance = read_provenance(Path(config))
+        pipeline.adjust(provenance)
+        _compare(provenance, pipeline)
+    return pipeline
+
+
+def _compare(then: Mapping[str, Any], pipeline: Pipeline) -> None:
+    """Warn where a picture was made with something else than what is here now."""
+    now = pipeline.provenance()
+    for part in ("digests", "versions", "precision", "device", "adapters"):
+        if part in then and then[part] != now.get(part, {}):
+            ours = now.get(part, {})
+            changed = [key for key in {**then[part], **ours} if then[part].get(key) != ours.get(key)]
+            warnings.warn(
+                f"the picture was made with other {part} ({', '.join(sorted(changed))}): it may differ", stacklevel=3
+            )

@@ -1,0 +1,579 @@
+"""The content-addressed store of stage results and compiled models.
+
+An entry is a folder named by the hash of everything its content depends on (its ingredients), with a manifest
+`entry.json` beside its files. Entries appear whole, by a rename; a lock for each key lets processes share one store
+and do no work twice; a damaged entry is a miss. On POSIX a file that somebody has open or mapped survives its removal,
+so pruning never pulls a model from under a running pipeline.
+
+Entries are made, and damaged ones removed, only by who holds the key's lock. A work folder is named after its key, so
+whether its maker lives is asked of the lock: a process id would mean nothing to another container or host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ovforge.errors import CacheError, ConfigError
+from ovforge.store.files import atomic_write, sync_file, sync_folder
+
+__all__ = [
+    "Cache",
+    "CacheWarning",
+    "DigestMemo",
+    "Entry",
+    "Explanation",
+    "Ingredients",
+    "chosen_cache",
+    "digest_file",
+    "key_of",
+]
+
+Ingredients = Mapping[str, Any]
+"""JSON-able: all that a result depends on, such as stage, input digest, plugin, version, options."""
+
+_MANIFEST = "entry.json"
+_REMOVED = "removed"
+_DEFAULT_SIZE = 20 * 2**30
+_ABANDONED = 24 * 3600.0
+"""Seconds after which a lock that nobody holds, and what else lies about, is cleared away."""
+
+_IN_USE = 60.0
+"""Seconds after its last use in which an entry is spared by pruning, since a pipeline may be opening it."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class CacheWarning(UserWarning):
+    """Something in the cache was damaged; it is made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored result. `files` maps relative name -> {"size", "sha256"}; times are seconds since the epoch."""
+
+    key: str
+    path: Path
+    stage: str
+    label: str
+    size: int
+    created: float
+    last_used: float
+    ingredients: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Whether there is an entry, and if not, why: (ingredient, then, now) against the nearest stored one."""
+
+    hit: bool
+    reason: str
+    differences: tuple[tuple[str, Any, Any], ...] = ()
+
+
+def key_of(ingredients: Ingredients) -> str:
+    """Return the sha256 (hex) of the canonical JSON of `ingredients`."""
+    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path, memo: DigestMemo | None = None) -> str:
+    """Return the sha256 (hex) of a file's content; `memo` remembers it."""
+    before = path.stat()
+    if memo is not None and (known := memo.get(path, before)):
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if memo is not None:
+        memo.put(path, before, digest)
+    return digest
+
+
+class DigestMemo:
+    """Remembers digests by path, size, time of change and inode, so that 2 GB are not hashed at each start.
+
+    A file changed within the last two seconds is not remembered: it could change again without its time showing it.
+    """
+
+    _RACY = 2.0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, list[Any]] | None = None
+
+    def get(self, path: Path, stat: os.stat_result) -> str | None:
+        """Return the digest, where the file is as it was."""
+        *then, digest = self._load().get(str(path.resolve()), [None])
+        return str(digest) if then == self._state(stat) else None
+
+    def put(self, path: Path, stat: os.stat_result, digest: str) -> None:
+        """Remember a digest; failing to write is no failure."""
+        if time.time() - stat.st_mtime < self._RACY:
+            return
+        known = {name: state for name, state in self._load().items() if _is_there(Path(name))}
+        known[str(path.resolve())] = [*self._state(stat), digest]
+        self._known = known
+        with contextlib.suppress(OSError):
+            atomic_write(self.path, json.dumps(known).encode())
+
+    def _load(self) -> dict[str, list[Any]]:
+        if self._known is None:
+            try:
+                read = dict(json.loads(self.path.read_bytes()))
+            except (OSError, ValueError, TypeError):
+                read = {}
+            self._known = {name: state for name, state in read.items() if isinstance(state, list) and len(state) == 4}
+        return self._known
+
+    @staticmethod
+    def _state(stat: os.stat_result) -> list[Any]:
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+class Cache:
+    """Entries below `root`/entries, at most `max_bytes` of them together."""
+
+    def __init__(self, root: Path, max_bytes: int = _DEFAULT_SIZE) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"the cache cannot hold {max_bytes} bytes", hint="Give a size of 0 or more.")
+        self.root = root
+        self.max_bytes = max_bytes
+        self.memo = DigestMemo(root / "digests.json")
+
+    @classmethod
+    def default(cls) -> Cache:
+        """Return the user's cache: $OVFORGE_CACHE_DIR, capped at $OVFORGE_CACHE_SIZE ("20GB", "500MiB")."""
+        from platformdirs import user_cache_path
+
+        named = os.environ.get("OVFORGE_CACHE_DIR")
+        root = Path(named) if named else user_cache_path("ovforge", appauthor=False)
+        size = os.environ.get("OVFORGE_CACHE_SIZE")
+        if not size:
+            return cls(root)
+        try:
+            return cls(root, parse_size(size))
+        except ConfigError as error:
+            raise ConfigError(error.what, where="OVFORGE_CACHE_SIZE", hint=error.hint) from error
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def get(self, ingredients: Ingredients) -> Entry | None:
+        """Return the entry, or None. A damaged one is removed with a CacheWarning, and is a miss."""
+        key = key_of(ingredients)
+        try:
+            entry = self._find(key)
+        except _DamagedError as damage:
+            with self._held_if_free(key) as held:
+                # Whoever else holds the lock is making it again, and needs neither a warning nor our help.
+                entry = self._replaceable(key) if held else None
+                if held is None:  # nothing can be locked here, so nothing can be removed either
+                    _warn_damaged(key, damage)
+        if entry is not None:
+            with contextlib.suppress(OSError):  # a read-only cache still serves
+                os.utime(entry.path / _MANIFEST)
+        return entry
+
+    def peek(self, ingredients: Ingredients) -> Entry | None:
+        """Return the entry, or None, touching and removing nothing."""
+        try:
+            return self._read(key_of(ingredients))
+        except _DamagedError:
+            return None
+
+    def entries(self) -> list[Entry]:
+        """Return all readable entries, the one used longest ago first."""
+        found = []
+        for key in self._keys():
+            with contextlib.suppress(_DamagedError):
+                found.append(self._read(key))
+        return sorted(found, key=lambda entry: entry.last_used)
+
+    def explain(self, ingredients: Ingredients) -> Explanation:
+        """Say whether these ingredients hit, and if not, what differs from the nearest entry of the same stage."""
+        key = key_of(ingredients)
+        try:
+            if self._find(key) is not None:
+                return Explanation(True, "stored")
+        except _DamagedError as damage:
+            return Explanation(False, f"damaged: {damage}")
+        now = _flat(ingredients)
+        candidates = [_flat(entry.ingredients) for entry in self.entries() if entry.stage == ingredients.get("stage")]
+        if not candidates:
+            return Explanation(False, f"nothing of the stage {ingredients.get('stage')!r} is stored yet")
+        # Later entries were used later: of equally near ones, the last used tells the user most.
+        nearest = min(reversed(candidates), key=lambda then: len(_differences(then, now)))
+        differences = _differences(nearest, now)
+        names = ", ".join(name for name, _, _ in differences)
+        return Explanation(False, f"new: {names}", differences)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def put(self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str) -> Entry:
+        """Store what `write` puts into the folder it is given; what is there already stays and is returned."""
+        return self.get_or_make(ingredients, write, label=label)[0]
+
+    def get_or_make(self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str) -> tuple[Entry, bool]:
+        """Return (entry, whether it was there). One process makes it, others that ask meanwhile wait for it.
+
+        Raises CacheError where the disk is full or not writable; nothing half-made is left.
+        """
+        from filelock import FileLock
+
+        if (entry := self.get(ingredients)) is not None:
+            return entry, True
+        key = key_of(ingredients)
+        storing = f"storing {label}"
+        with self._explained(storing):
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._lock(key))
+            lock.acquire()
+        try:
+            if (entry := self._replaceable(key)) is not None:
+                return entry, True
+            entry = self._make(key, ingredients, write, label, storing)
+        finally:
+            lock.release()
+        self.prune(keep=key)
+        return entry, False
+
+    def _make(
+        self, key: str, ingredients: Ingredients, write: Callable[[Path], None], label: str, storing: str
+    ) -> Entry:
+        target = self._folder(key)
+        temporary = self.root / "work" / f"{key}-{os.urandom(8).hex()}"
+        try:
+            with self._explained(storing):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary.mkdir(parents=True)
+            with self._explained(storing, temporary):
+                write(temporary)
+            with self._explained(storing):
+                manifest = {
+                    "key": key,
+                    "label": label,
+                    "created": time.time(),
+                    "ingredients": dict(ingredients),
+                    "files": _settled(temporary, label),
+                }
+                atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+                temporary.rename(target)
+                sync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        # Not read back: another process may prune it this very moment, which is no failure of this one.
+        return _entry(key, target, manifest, time.time())
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str, stage_writes: Path | None = None) -> Iterator[None]:
+        """Turn what the disk says into words.
+
+        Where a stage writes into `stage_writes`, only a full disk and errors below the cache's root are the cache's:
+        a model that the stage cannot read is none of them.
+        """
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if stage_writes and not (self._names(error.filename) or (full and error.filename is None)):
+                raise
+            if full:
+                free = shutil.disk_usage(self.root).free if self.root.exists() else 0
+                needed = f" it needs more than {_size(stage_writes) / 2**20:.1f} MiB," if stage_writes else ""
+                raise CacheError(
+                    f"the disk is full while {doing};{needed} {free / 2**20:.1f} MiB are free",
+                    where=str(self.root),
+                    hint="Free some space, run `ovforge cache prune --size 1GB`, or set OVFORGE_CACHE_DIR.",
+                ) from error
+            raise CacheError(
+                f"not writable while {doing}: {error.strerror or error}",
+                where=str(self.root),
+                hint="Set OVFORGE_CACHE_DIR to a folder of your own.",
+            ) from error
+
+    def _names(self, filename: Any) -> bool:
+        """Say whether an error's file name is the cache's, or a folder that the cache would be in."""
+        if not isinstance(filename, str):
+            return False
+        path, root = Path(filename).absolute(), self.root.absolute()
+        return path.is_relative_to(root) or root.is_relative_to(path)
+
+    # -- keeping house ---------------------------------------------------------------------------------------------
+
+    def remove(self, key: str) -> bool:
+        """Remove an entry, whole at once: it is renamed away first. Return whether it was there and could be."""
+        doomed = self.root / "work" / f"{_REMOVED}-{os.urandom(8).hex()}"
+        try:
+            doomed.parent.mkdir(parents=True, exist_ok=True)
+            self._folder(key).rename(doomed)
+        except OSError:  # gone already, or another user's
+            return False
+        shutil.rmtree(doomed, ignore_errors=True)
+        return True
+
+    def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> list[Entry]:
+        """Remove entries used longest ago until `max_bytes` (default: the cap) hold; return what was removed.
+
+        Entries used within the last minute are spared unless a size is given here; so is the entry `keep`. Damaged
+        entries go in any case. What cannot be removed (another user's) stays.
+        """
+        self._clear_abandoned()
+        self._clear_damaged()
+        limit = self.max_bytes if max_bytes is None else max_bytes
+        spare_after = time.time() - _IN_USE if max_bytes is None else float("inf")
+        entries = self.entries()
+        total = sum(entry.size for entry in entries)
+        removed = []
+        for entry in entries:
+            if total <= limit:
+                break
+            if entry.key == keep or entry.last_used > spare_after:
+                continue
+            if self.remove(entry.key):
+                total -= entry.size
+                removed.append(entry)
+        return removed
+
+    def verify(self, *, repair: bool = False) -> list[tuple[str, str]]:
+        """Read every byte again; return (key, what is wrong) of damaged entries, removed where `repair`."""
+        damaged = []
+        for key in self._keys():
+            reason = self._damage(key)
+            if reason is None:
+                continue
+            damaged.append((key, reason))
+            if repair:
+                with self._held_if_free(key) as held:
+                    if held and self._damage(key):  # and not made again meanwhile
+                        self.remove(key)
+        return damaged
+
+    def _damage(self, key: str) -> str | None:
+        """Read an entry's every byte; return what is wrong."""
+        try:
+            entry = self._find(key)
+            for name, facts in entry.files.items() if entry else ():
+                if digest_file(self._folder(key) / name) != facts["sha256"]:
+                    raise _DamagedError(f"{name} has changed")
+        except (_DamagedError, OSError) as damage:
+            return str(damage) if self._folder(key).is_dir() else None
+        return None
+
+    def _clear_damaged(self) -> None:
+        for key in self._keys():
+            if not self._is_sound(key):
+                with self._held_if_free(key) as held:
+                    if held and not self._is_sound(key):  # nobody has made it again meanwhile
+                        self.remove(key)
+
+    def _is_sound(self, key: str) -> bool:
+        try:
+            return self._find(key) is not None
+        except _DamagedError:
+            return False
+
+    def _clear_abandoned(self) -> None:
+        """Remove what dead processes left: work folders whose key nobody holds, and locks a day old that are free."""
+        for folder in _listing(self.root / "work"):
+            key = folder.name.partition("-")[0]
+            if key == _REMOVED or (not _is_key(key) and _age(folder) > _ABANDONED):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif _is_key(key):
+                with self._held_if_free(key) as held:
+                    if held:
+                        shutil.rmtree(folder, ignore_errors=True)
+        for lock in _listing(self.root / "locks"):
+            if _is_key(lock.stem) and _age(lock) > _ABANDONED:
+                with self._held_if_free(lock.stem) as held:
+                    if held:  # a lock's age is that of its file, not of its holder
+                        with contextlib.suppress(OSError):
+                            lock.unlink()
+
+    @contextlib.contextmanager
+    def _held_if_free(self, key: str) -> Iterator[bool | None]:
+        """Hold a key's lock in the block: True; False where somebody else does; None where it cannot be had."""
+        from filelock import FileLock, Timeout
+
+        held: bool | None = True
+        lock = FileLock(self._lock(key))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            held = False
+        except OSError:
+            held = None
+        try:
+            yield held
+        finally:
+            if held:
+                lock.release()
+
+    def _lock(self, key: str) -> Path:
+        return self.root / "locks" / f"{key}.lock"
+
+    def _folder(self, key: str) -> Path:
+        return self.root / "entries" / key[:2] / key
+
+    def _keys(self) -> list[str]:
+        return [folder.name for group in _listing(self.root / "entries") for folder in _listing(group)]
+
+    def _find(self, key: str) -> Entry | None:
+        """Return a sound entry, or None where there is none; raise _DamagedError for one that is not sound."""
+        if not self._folder(key).is_dir():
+            return None
+        try:
+            return self._read(key)
+        except _DamagedError:
+            if not self._folder(key).is_dir():  # pruned by another process while it was read
+                return None
+            raise
+
+    def _replaceable(self, key: str) -> Entry | None:
+        """Return the sound entry, if any; a damaged one is removed. Only for who holds the key's lock."""
+        try:
+            return self._find(key)
+        except _DamagedError as damage:
+            self.remove(key)
+            _warn_damaged(key, damage)
+            return None
+
+    def _read(self, key: str) -> Entry:
+        """Read a manifest and check that its files are there in their sizes; raise _DamagedError otherwise."""
+        folder = self._folder(key)
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            used = (folder / _MANIFEST).stat().st_mtime
+            for name, facts in manifest["files"].items():
+                size = (folder / name).stat().st_size
+                if size != facts["size"]:
+                    raise _DamagedError(f"{name} has {size} bytes instead of {facts['size']}")
+            if key_of(manifest["ingredients"]) != key:
+                raise _DamagedError("its manifest belongs to another entry")
+            return _entry(key, folder, manifest, used)
+        except FileNotFoundError as error:
+            raise _DamagedError(f"{Path(error.filename).name} is missing") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _DamagedError(f"its manifest cannot be read: {error}") from error
+
+
+class _DamagedError(Exception):
+    """An entry is not what its manifest says."""
+
+
+def _entry(key: str, folder: Path, manifest: Mapping[str, Any], used: float) -> Entry:
+    return Entry(
+        key=key,
+        path=folder,
+        stage=str(manifest["ingredients"].get("stage", "")),
+        label=str(manifest["label"]),
+        size=sum(facts["size"] for facts in manifest["files"].values()),
+        created=float(manifest["created"]),
+        last_used=used,
+        ingredients=manifest["ingredients"],
+        files=manifest["files"],
+    )
+
+
+def _settled(folder: Path, label: str) -> dict[str, dict[str, Any]]:
+    """Flush all that a stage wrote, and describe its files as a manifest does."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": digest_file(path)}
+    if not files or _MANIFEST in files:
+        what = f"wrote {_MANIFEST}, a name that is the cache's own" if files else "wrote no files"
+        raise CacheError(f"{label} {what}", where=str(folder), hint="Report this to the author of the stage.")
+    return files
+
+
+def _warn_damaged(key: str, damage: Exception) -> None:
+    message = f"cache entry {key[:12]} is damaged ({damage}) and is made again"
+    warnings.warn(message, CacheWarning, stacklevel=3)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from "500MiB", "20 GB", "1000". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is no size", hint="Write a number with a unit: 500MB, 20GB, 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted name: leaf} of nested mappings and lists."""
+    if isinstance(value, Mapping) and value:
+        pairs: Any = value.items()
+    elif isinstance(value, list | tuple) and value:
+        pairs = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in pairs:
+        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[tuple[str, Any, Any], ...]:
+    names = sorted(set(then) | set(now))
+    return tuple((name, then.get(name), now.get(name)) for name in names if _json(then, name) != _json(now, name))
+
+
+def _json(flat: Mapping[str, Any], name: str) -> str:
+    """Return a leaf as the key sees it, where 1, 1.0 and true differ, and so do null and nothing."""
+    return json.dumps(flat[name]) if name in flat else ""
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _is_there(path: Path) -> bool:
+    """Say whether there is such a path and it can be seen (Path.exists raises for one in a forbidden folder)."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_key(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def chosen_cache(cache: Cache | str | None) -> Cache | None:
+    """Return the cache that an argument means: "default" is the user's, None is none."""
+    if isinstance(cache, str):
+        if cache != "default":
+            raise ConfigError(f"{cache!r} is no cache", where="cache", hint='Give a Cache, None, or "default".')
+        return Cache.default()
+    return cache
