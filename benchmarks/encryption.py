@@ -37,9 +37,9 @@ def options(form: str) -> dict[str, Any]:
 def opened(path: Path, form: str | None, memo: Any = None) -> Any:
     """Return the bundle of a plain model, or of an encrypted one; `memo` remembers digests, as pipelines do."""
     from ovforge.model import ModelBundle
-    from ovforge.run.opening import open_source
+    from ovforge.run.session import Session
 
-    return ModelBundle.open(open_source(str(path), Path(), memo, key=options(form) if form else None))
+    return ModelBundle.open(Session(key=options(form) if form else None, memo=memo).open_source(str(path), Path()))
 
 
 def only(bundle: Any) -> tuple[str, Any]:
@@ -120,9 +120,9 @@ def decrypt(way: str, work: Path) -> dict[str, Any]:
         ]
         subprocess.run([*map(str, command), "-out", "/dev/null"], check=True)
         return {"GB/s": size / (time.perf_counter() - start) / 1e9}
-    from ovforge.run.opening import open_source
+    from ovforge.run.session import Session
 
-    source = open_source(str(work / form), Path(), key=options(form))
+    source = Session(key=options(form)).open_source(str(work / form), Path())
     buffer = np.ones(size, np.uint8)  # its pages are there
     start = time.perf_counter()
     source.read_into("openvino_model.bin", memoryview(buffer))

@@ -26,7 +26,7 @@ from ovforge.model.results import ImagesResult
 from ovforge.model.sources import Source
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
-from ovforge.run.adapters import _AdjustedRequest
+from ovforge.run.requests import _ObservedRequest
 from ovforge.store.cache import Cache
 
 
@@ -244,7 +244,7 @@ def test_another_adapter_is_loaded_into_a_running_pipeline(source: Path, tmp_pat
         "use": "rows", "name": "three", "rows": [1, 2, 3], "weight": 0.5,
     }  # fmt: skip
     picture = made.save(tmp_path / "picture.png")[0]
-    again = ovforge.load(picture, plugins=pipe._plugins, cache=None)  # a picture brings its adapters back
+    again = ovforge.load(picture, plugins=pipe._session.plugins, cache=None)  # a picture brings its adapters back
     assert dict(again.adapters) == {"one": 1.0, "three": 0.5}
     assert np.array_equal(result(again), result(pipe))
     pipe.adapters.unload("three")
@@ -268,7 +268,7 @@ def test_what_finds_no_place_is_said_and_changes_nothing(source: Path) -> None:
         loose.adapters.load("rows", name="wide", place="offset", rows=[1, 2])
     assert dict(loose.adapters) == dict(pipe.adapters) == now
     assert np.array_equal(result(pipe), before)
-    with pytest.raises(ovforge.OvforgeError, match="no adapter that can be loaded"):
+    with pytest.raises(ovforge.OvforgeError, match="not an adapter that can be loaded"):
         pipeline(source).adapters.load("rows", name="one")
 
 
@@ -286,7 +286,7 @@ def test_switching_a_hundred_times_leaves_nothing_behind(source: Path) -> None:
         assert np.array_equal(result(pipe), off)
     gc.collect()
     assert len(gc.get_objects()) - counted < 100
-    assert sum(isinstance(item, _AdjustedRequest) for item in gc.get_objects()) == 1
+    assert sum(isinstance(item, _ObservedRequest) for item in gc.get_objects()) == 1
     pipe.adapters.unload()
     assert dict(pipe.adapters) == {}
     assert np.array_equal(result(pipe), off)

@@ -18,7 +18,7 @@ from ovforge.contracts.stages import Match
 from ovforge.errors import ModelError
 from ovforge.model.bundle import ModelBundle, path_of, role_of
 from ovforge.model.sources import FileSource
-from ovforge.run.opening import open_source
+from ovforge.run.session import Session
 from ovforge.store import files
 
 LOADER = NativeLoader(NativeOptions())
@@ -183,10 +183,10 @@ def test_a_source_in_memory_loads_as_files_do(tmp_path: Path) -> None:
 
 
 def test_sources_inside_packages() -> None:
-    source = open_source("package:ovforge/builtin", Path())
+    source = Session().open_source("package:ovforge/builtin", Path())
     assert "loader.py" in source.files()
     with pytest.raises(ModelError, match="'no_such_package' is not installed"):
-        open_source("package:no_such_package/x", Path())
+        Session().open_source("package:no_such_package/x", Path())
 
 
 # -- other formats --------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from ovforge.errors import CacheError, ConfigError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.sources import FileSource
 from ovforge.run.compiled import compile_model
-from ovforge.store.cache import Cache, CacheWarning, DigestMemo, digest_file, key_of, parse_size
+from ovforge.store.cache import Cache, CacheWarning, DamagedError, parse_size
+from ovforge.store.digests import DigestMemo, digest_file, fingerprint
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner), max_leaves=8
@@ -43,10 +44,10 @@ def never(folder: Path) -> None:
 
 
 @given(st.dictionaries(st.text(), JSON, min_size=1), st.data())
-def test_keys_depend_on_every_value_and_on_no_order(ingredients: dict[str, Any], data: st.DataObject) -> None:
-    assert key_of(ingredients) == key_of(dict(reversed(ingredients.items())))
-    changed = data.draw(st.sampled_from(sorted(ingredients)))
-    assert key_of(ingredients) != key_of({**ingredients, changed: [ingredients[changed]]})
+def test_keys_depend_on_every_value_and_on_no_order(dependencies: dict[str, Any], data: st.DataObject) -> None:
+    assert fingerprint(dependencies) == fingerprint(dict(reversed(dependencies.items())))
+    changed = data.draw(st.sampled_from(sorted(dependencies)))
+    assert fingerprint(dependencies) != fingerprint({**dependencies, changed: [dependencies[changed]]})
 
 
 def test_what_is_put_is_got(cache: Cache) -> None:
@@ -103,11 +104,11 @@ def test_pruning_removes_what_was_used_longest_ago(cache: Cache) -> None:
 
 
 def test_explain_names_what_changed(cache: Cache) -> None:
-    ingredients = {"stage": "load", "options": {"weights": "f16"}, "version": "1"}
-    assert "nothing of the stage 'load'" in cache.explain(ingredients).reason
-    cache.put(ingredients, writing(b"x"), label="one")
-    assert cache.explain(ingredients).hit
-    explained = cache.explain({**ingredients, "options": {"weights": "f32"}})
+    dependencies = {"stage": "load", "options": {"weights": "f16"}, "version": "1"}
+    assert "nothing of the stage 'load'" in cache.explain(dependencies).reason
+    cache.put(dependencies, writing(b"x"), label="one")
+    assert cache.explain(dependencies).hit
+    explained = cache.explain({**dependencies, "options": {"weights": "f32"}})
     assert explained.differences == (("options.weights", "f16", "f32"),)
 
 
@@ -165,16 +166,20 @@ def test_pruning_drops_what_is_damaged_and_leaves_what_it_may_not_remove(
     assert [entry.label for entry in cache.entries()] == ["another user's", "mine"]
 
 
-def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+def test_digests_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, memo = tmp_path / "data", DigestMemo(tmp_path / "memo.json")
     file.write_bytes(b"one")
+    digest_file(file, memo)
+    assert memo.get(file, file.stat()) is None, "a file that has just changed may change again unseen"
+    monkeypatch.setattr(DigestMemo, "_RACY", 0.0)
     os.utime(file, (1000, 1000))
     first = digest_file(file, memo)
     assert json.loads((tmp_path / "memo.json").read_text())[str(file.resolve())][-1] == first
     assert memo.get(file, file.stat()) == first
-    file.write_bytes(b"two")
-    assert digest_file(file, memo) != first
+    with file.open("r+b") as same:  # of the same size and inode, and then of the same time
+        same.write(b"two")
     os.utime(file, (1000, 1000))
+    assert digest_file(file, memo) != first
     # The last name is one that the file system refuses to look for, as it does one in a forbidden folder.
     for damage in (
         "garbage",
@@ -184,6 +189,58 @@ def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     ):
         (tmp_path / "memo.json").write_text(damage)
         assert digest_file(file, DigestMemo(tmp_path / "memo.json")) == digest_file(file)
+
+
+def test_a_change_of_any_byte_is_found_before_a_file_is_used(cache: Cache) -> None:
+    entry = cache.put({"stage": "s"}, writing(bytes(range(200))), label="s")
+    (name,) = entry.files
+    assert entry.checked(name) == entry.path / name
+    data = bytearray((entry.path / name).read_bytes())
+    data[77] ^= 1
+    (entry.path / name).write_bytes(data)
+    again = cache.get({"stage": "s"})
+    assert again, "its size is the same, and nothing has been read yet"
+    with pytest.raises(DamagedError, match="has changed"):
+        again.checked(name)
+    manifest = (entry.path / "entry.json").read_bytes()
+    for position in range(0, len(manifest), 7):
+        changed = bytearray(manifest)
+        changed[position] ^= 4
+        (entry.path / "entry.json").write_bytes(changed)
+        found = cache.peek({"stage": "s"})
+        assert found is None or found == entry, f"byte {position} of the manifest"
+
+
+def test_what_was_made_from_a_damaged_entry_goes_with_it(cache: Cache) -> None:
+    first = cache.put({"n": 1}, writing(b"one"), label="1")
+    second = cache.put({"n": 2}, writing(b"two"), label="2", parents=[first.key])
+    third = cache.put({"n": 3}, writing(b"three"), label="3", parents=[second.key])
+    cache.put({"n": 4}, writing(b"four"), label="4")
+    (name,) = first.files
+    (first.path / name).write_bytes(b"eno")
+    assert dict(cache.verify()) == {
+        first.key: f"{name} has changed",
+        second.key: f"it was made from {first.key[:12]}",
+        third.key: f"it was made from {second.key[:12]}",
+    }
+    cache.verify(repair=True)
+    assert [entry.label for entry in cache.entries()] == ["4"]
+
+
+def test_an_entry_counts_while_the_files_that_it_was_made_from_are_the_same(cache: Cache, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat")
+
+    def make() -> bool:
+        return cache.get_or_make({"n": 1}, writing(b"one"), label="1", inputs=lambda: [labels])[1]
+
+    assert [make(), make()] == [False, True]
+    labels.write_text("dog")
+    assert cache.peek({"n": 1}) is None
+    assert cache.explain({"n": 1}).reason == f"{labels} has changed"
+    assert [make(), make()] == [False, True]
+    labels.unlink()
+    assert cache.get({"n": 1}) is None
 
 
 @pytest.mark.parametrize(("text", "size"), [("500MB", 500 * 10**6), ("2 GiB", 2**31), ("0", 0), ("1.5kb", 1500)])
@@ -263,14 +320,14 @@ warnings.simplefilter("error", CacheWarning)
 cache, draw, end = Cache(Path(sys.argv[1]), max_bytes=300), random.Random(int(sys.argv[2])), time.monotonic() + 1.5
 while time.monotonic() < end:
     number, what = draw.randrange(5), draw.random()
-    ingredients = {"stage": "crowd", "number": number}
+    dependencies = {"stage": "crowd", "number": number}
     if what < 0.6:
         data = bytes([number]) * 100
-        cache.get_or_make(ingredients, lambda folder: (folder / "data").write_bytes(data), label="crowd")
+        cache.get_or_make(dependencies, lambda folder: (folder / "data").write_bytes(data), label="crowd")
     elif what < 0.8:
         cache.prune(200)
     else:
-        cache.get(ingredients), cache.explain({**ingredients, "more": 1})
+        cache.get(dependencies), cache.explain({**dependencies, "more": 1})
 """
 
 
@@ -282,7 +339,7 @@ def test_a_crowd_that_stores_and_prunes_leaves_only_sound_entries(cache: Cache) 
     assert [process.communicate(timeout=60)[1] for process in crowd] == [""] * 4, "no error, and no false alarm"
     assert cache.verify() == []
     for entry in cache.entries():
-        assert (entry.path / "data").read_bytes() == bytes([entry.ingredients["number"]]) * 100
+        assert (entry.path / "data").read_bytes() == bytes([entry.dependencies["number"]]) * 100
     cache.prune(0)
     assert list((cache.root / "work").iterdir()) == []
 

@@ -16,6 +16,7 @@ from openvino import opset13 as ops
 from pydantic import BaseModel, ConfigDict
 
 import ovforge
+import ovforge_quality
 from ovforge import Use, hookimpl, testing
 from ovforge.config.options import InputFile
 from ovforge.contracts.extensions import GraphTransformExtension, LoaderExtension, QuantizerExtension, TaskExtension
@@ -125,7 +126,7 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         phase=lambda options: Phase.ATTACH if options.late else Phase.FUSE,
     )
     yield GraphTransformExtension(
-        name="add-lightly", summary="Adds", factory=Add, config=AddOptions, phase=Phase.LAYOUT, light=True
+        name="add-lightly", summary="Adds", factory=Add, config=AddOptions, phase=Phase.LAYOUT, recompute=True
     )
 
 
@@ -156,6 +157,7 @@ def plugins() -> Plugins:
     CALLS.clear()
     found = Plugins(Registry({}), found=())
     found.register(plugin, "small", "1.0")
+    found.register(ovforge_quality, "quality", "1.0")
     return found
 
 

@@ -26,7 +26,8 @@ from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.sources import FileSource
 from ovforge.plugins.manager import Plugins
-from ovforge.run.recipe import find_loader
+from ovforge.run.resolution import find_loader
+from ovforge.run.session import Session
 from ovforge.store.cache import Cache
 
 torch = pytest.importorskip("torch")
@@ -965,7 +966,7 @@ def test_irregular_blocks_and_pickles_are_said(small: Callable[[str], tuple[Path
     assert "config = FOLDER" in str(caught.value)
     for suffix in ("ckpt", "pth"):
         (tmp_path / f"model.{suffix}").write_bytes(b"\x80\x02junk")
-        offer = find_loader(FileSource(tmp_path / f"model.{suffix}"), None, Plugins())
+        offer = find_loader(FileSource(tmp_path / f"model.{suffix}"), None, Session(Plugins()))
         assert offer.extension.name == "diffusers"
         with pytest.raises(ModelError, match="is a pickle"):
             load(tmp_path / f"model.{suffix}")

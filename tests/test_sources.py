@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 import ovforge
+import ovforge_quality
 import test_bundle
 from ovforge import testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
@@ -31,10 +32,10 @@ from ovforge.model.results import Result
 from ovforge.model.sources import FileSource, Source, source_digest
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
-from ovforge.run.opening import open_file, open_source
 from ovforge.run.pipeline import Pipeline
 from ovforge.run.planning import plan
-from ovforge.run.recipe import read_pipeline
+from ovforge.run.resolution import read_pipeline
+from ovforge.run.session import Session
 from ovforge.store.cache import Cache
 
 
@@ -158,7 +159,7 @@ def plugins(*, encryption: bool = True) -> Plugins:
     @ovforge.hookimpl
     def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         yield GraphTransformExtension(name="triple", summary="Larger", factory=Changes, phase=Phase.FUSE)
-        yield GraphTransformExtension(name="light", summary="Larger", factory=Changes, phase=Phase.FUSE, light=True)
+        yield GraphTransformExtension(name="light", summary="Larger", factory=Changes, phase=Phase.FUSE, recompute=True)
 
     @ovforge.hookimpl
     def ovforge_quantizers() -> Iterator[QuantizerExtension]:
@@ -176,6 +177,7 @@ def plugins(*, encryption: bool = True) -> Plugins:
         setattr(module, hook.__name__, hook)
     found = Plugins(Registry({}), found=())
     found.register(module, "flips")
+    found.register(ovforge_quality, "quality", "1.0")
     return found
 
 
@@ -200,19 +202,19 @@ KEY = {"word": "open"}
 
 
 def test_sources_are_opened_by_content(plain: Path, hidden: Path) -> None:
-    source = open_source(str(hidden), Path(), key=KEY, plugins=plugins())
+    source = Session(plugins(), key=KEY).open_source(str(hidden), Path())
     assert source.files() == FileSource(plain).files() and source.read("openvino_model.xml", 5) == b"<?xml"
-    assert isinstance(open_source(str(plain), Path(), key=KEY, plugins=plugins()), FileSource)
+    assert isinstance(Session(plugins(), key=KEY).open_source(str(plain), Path()), FileSource)
     with pytest.raises(ConfigError, match="the word is missing"):
-        open_file(hidden, plugins=plugins())
+        Session(plugins()).open_file(hidden)
     with pytest.raises(ConfigError, match="no plugin here opens encrypted sources"):
-        open_source(str(plain), Path(), key=KEY, plugins=plugins(encryption=False))
+        Session(plugins(encryption=False), key=KEY).open_source(str(plain), Path())
 
 
 def test_what_stands_in_a_key_is_not_shown(hidden: Path) -> None:
     for key in ({"word": "s3cret"}, {"word": ["s3cret"]}):
         with pytest.raises(ConfigError) as caught:
-            open_source(str(hidden), Path(), key=key, plugins=plugins())
+            Session(plugins(), key=key).open_source(str(hidden), Path())
         assert "s3cret" not in str(caught.value) and caught.value.__cause__ is None
     with pytest.raises(ConfigError, match="says where the key is, as a table") as caught:
         Pipeline("multiply", source=hidden, load={"key": "s3cret"}, plugins=plugins(), cache=None)
@@ -260,7 +262,7 @@ def test_without_files_in_memory_changes_are_not_stored(
 
 
 def test_a_hidden_model_is_not_written_plain(hidden: Path, tmp_path: Path) -> None:
-    bundle = ModelBundle.open(open_source(str(hidden), Path(), key=KEY, plugins=plugins()))
+    bundle = ModelBundle.open(Session(plugins(), key=KEY).open_source(str(hidden), Path()))
     for copy in (bundle, bundle.copy()):
         with pytest.raises(ModelError, match="would be written plain"):
             copy.save(tmp_path / "saved")
@@ -344,8 +346,8 @@ def test_a_checkpoint_takes_its_tokenizer_along(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/vocab.json").write_text("{}")
     (tmp_path / "other.json").write_text("{}")
-    source = FileSource(tmp_path / "model.safetensors")
+    source = FileSource(tmp_path / "model.safetensors").with_beside(["tokenizer*/*"])
     assert list(source.files()) == ["model.safetensors", "tokenizer/vocab.json"]
     before = source_digest(source)
     (tmp_path / "tokenizer/vocab.json").write_text('{"a": 1}')
-    assert source_digest(FileSource(tmp_path / "model.safetensors")) != before
+    assert source_digest(FileSource(tmp_path / "model.safetensors", beside=["tokenizer*/*"])) != before

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from ovforge.errors import Cancelled, OvforgeError
     from ovforge.model.results import ImagesResult, Result
     from ovforge.plugins.manager import Plugins
-    from ovforge.run.opening import open_file
+    from ovforge.run.opening import find_loader, open_model
     from ovforge.run.pipeline import Pipeline, load
-    from ovforge.run.planning import plan
+    from ovforge.run.planning import Plan, plan
+    from ovforge.run.preparation import Prepared, prepare
+    from ovforge.run.session import describe_protection, open_file
     from ovforge.store.cache import Cache
 
 __all__ = [
@@ -32,15 +34,21 @@ __all__ = [
     "OvforgeError",
     "Pipeline",
     "PipelineConfig",
+    "Plan",
     "Plugins",
+    "Prepared",
     "Progress",
     "Result",
     "Use",
     "__version__",
+    "describe_protection",
+    "find_loader",
     "hookimpl",
     "load",
     "open_file",
+    "open_model",
     "plan",
+    "prepare",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -52,9 +60,11 @@ __getattr__, __dir__ = lazy(
         "errors": ["Cancelled", "OvforgeError"],
         "model.results": ["ImagesResult", "Result"],
         "plugins.manager": ["Plugins"],
-        "run.opening": ["open_file"],
+        "run.opening": ["find_loader", "open_model"],
         "run.pipeline": ["Pipeline", "load"],
-        "run.planning": ["plan"],
+        "run.planning": ["Plan", "plan"],
+        "run.preparation": ["Prepared", "prepare"],
+        "run.session": ["describe_protection", "open_file"],
         "store.cache": ["Cache"],
     },
 )

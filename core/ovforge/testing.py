@@ -15,6 +15,7 @@ Each raises AssertionError that says what is not kept, and why it matters.
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 import types
@@ -23,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ovforge.config.inputs import input_content
 from ovforge.config.options import validate_options
 from ovforge.contracts.extensions import Extension
 from ovforge.contracts.hookspecs import HOOK_OF_KIND
@@ -319,16 +321,14 @@ def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
     assert described.roles, f"{name} names no role"
     if task is None:
         return
-    from ovforge.run.examples import content_of
-
     model = described.inputs_model()
     examples = list(task.examples(8))
     assert all(isinstance(inputs, model) for inputs in examples), f"examples of {name} are no {model.__name__}"
-    written = [content_of(inputs) for inputs in examples]
-    assert len(set(written)) == len(written), (
+    written = [input_content(inputs) for inputs in examples]
+    assert len({json.dumps(one) for one in written}) == len(written), (
         f"{name} gives the same example twice: it would be calibrated and judged by"
     )
-    fewer = [content_of(inputs) for inputs in task.examples(4)]
+    fewer = [input_content(inputs) for inputs in task.examples(4)]
     same = fewer == written[:4]
     assert same, f"examples of {name} change from call to call: calibration would use what quality judges by"
 

@@ -12,7 +12,15 @@ from ovforge._exports import lazy
 if TYPE_CHECKING:
     from ovforge.cli.pipelines import print_result, progress_bar
     from ovforge.cli.program import app, main
+    from ovforge.cli.reports import print_reports, reports_as_json
 
-__all__ = ["app", "main", "print_result", "progress_bar"]
+__all__ = ["app", "main", "print_reports", "print_result", "progress_bar", "reports_as_json"]
 
-__getattr__, __dir__ = lazy(__name__, {"pipelines": ["print_result", "progress_bar"], "program": ["app", "main"]})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "pipelines": ["print_result", "progress_bar"],
+        "program": ["app", "main"],
+        "reports": ["print_reports", "reports_as_json"],
+    },
+)

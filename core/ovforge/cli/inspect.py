@@ -71,7 +71,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show a model's weights by precision, operations, parameters, inputs and outputs; and what encrypts it."""
-    from ovforge.run.opening import describe_protection
+    from ovforge.run.session import describe_protection
 
     place = _key(key)
     protection = list(describe_protection(source, Path.cwd()))
@@ -103,21 +103,10 @@ def _key(text: str | None) -> dict[str, str] | None:
 
 def _open(source: str, key: Mapping[str, Any] | None, use: str | None) -> tuple[str, ModelBundle]:
     """Return the loader's name and the bundle; a conversion comes from the cache, or goes there."""
-    from ovforge.contracts.stages import ignore_progress
-    from ovforge.plugins.manager import Plugins
-    from ovforge.run.loading import open_origin
-    from ovforge.run.opening import open_source
-    from ovforge.run.recipe import Origin, find_loader
-    from ovforge.store.cache import Cache
+    import ovforge
 
-    plugins, cache = Plugins(), Cache.default()
-    opened = open_source(source, Path.cwd(), cache.memo, key=key, plugins=plugins)
-    if key is not None and opened.protection is None:
-        raise ConfigError("a key is given, and nothing is encrypted", where="--key", hint="Take it out.")
-    loader = find_loader(opened, use, plugins)
-    model = loader.extension.options_model()
-    origin = Origin(opened, loader, model() if model else None)
-    return loader.extension.name, open_origin(origin, cache, ignore_progress)
+    bundle = ovforge.open_model(source, use=use, key=key)
+    return bundle.loader, bundle
 
 
 def _asked(bundle: ModelBundle, roles: Sequence[str] | None) -> Iterator[str]:

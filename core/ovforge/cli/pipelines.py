@@ -103,21 +103,23 @@ def convert(
     ] = None,
     use: Annotated[str | None, typer.Option("--use", help="The loader; found by content where not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Convert a model to an OpenVINO folder that ovforge, optimum-intel and openvino-genai open."""
+    import ovforge
     from ovforge.config.files import apply_overrides
-    from ovforge.config.options import validate_options
-    from ovforge.plugins.manager import Plugins
-    from ovforge.run.opening import open_source
-    from ovforge.run.recipe import find_loader
 
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
-    opened = open_source(source, Path.cwd())
-    loader = find_loader(opened, use, Plugins()).extension
-    options = validate_options(loader.options_model(), apply_overrides({}, option or []), where=loader.name)
-    bundle = loader.create(options).load(opened)
-    bundle.save(output, replace=force)
+    with progress_bar(False) as progress:
+        bundle = ovforge.open_model(
+            source,
+            use=use,
+            options=apply_overrides({}, option or []),
+            cache=_cache(no_cache),
+            progress=progress,
+        )
+        bundle.save(output, replace=force)
     print(f"{output}: {', '.join(bundle.models)}")
 
 
@@ -144,6 +146,7 @@ def _output(config: Path, pipeline: Pipeline) -> Path:
     """Return where the result goes: the config says, or beside the picture that is run again."""
     if config.suffix.lower() == ".png":
         return config.with_stem(f"{config.stem}-again")
+    assert pipeline.config.task is not None
     return Path(pipeline.config.output or f"{pipeline.config.task.use}.png")
 
 
@@ -184,18 +187,18 @@ def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
     """Print timings, what quantizers did, the precision that ran, and the files."""
     from rich.console import Console
 
-    from ovforge.cli.reports import print_quantized
+    from ovforge.cli.reports import print_reports
 
     console = Console(highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {warning}", markup=True)
     roles = [role for role, model in pipeline.compiled.all() if model.cached]
-    for name, spans in result.timings.spans.items():
+    for name, spans in pipeline.start_timings().merged(result.timings).spans.items():
         depth, title = name.count("."), name.rpartition(".")[2].replace("_", " ")
         times = f"  ({len(spans)} x {sum(spans) / len(spans):.3f} s)" if len(spans) > 1 else ""
         cached = "  from the cache" if name.startswith("compile.") and name[8:] in roles else ""
         console.print(f"{'  ' * depth}{title:<{24 - 2 * depth}}{sum(spans):9.3f} s{times}{cached}")
-    print_quantized(pipeline.recipe.steps, pipeline.reports, pipeline.quality)
+    print_reports(pipeline.resolved.steps, pipeline.reports, pipeline.outcome)
     precision = ", ".join(sorted(set(result.provenance.get("precision", {}).values())))
     device = result.provenance.get("device", {})
     console.print(f"{device.get('full_name', '')} ({device.get('name', '')}), computed in {precision}")
@@ -204,14 +207,15 @@ def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
 
 
 def _as_json(result: Result, files: list[Path], pipeline: Pipeline) -> dict[str, Any]:
-    from ovforge.cli.reports import quantized_as_json
+    from ovforge.cli.reports import reports_as_json
 
     return {
         "files": [str(file) for file in files],
+        "start": pipeline.start_timings().spans,
         "timings": result.timings.spans,
         "warnings": result.warnings,
         "provenance": result.provenance,
-        **quantized_as_json(pipeline.recipe.steps, pipeline.reports, pipeline.quality),
+        **reports_as_json(pipeline.resolved.steps, pipeline.reports, pipeline.outcome),
     }
 
 

@@ -134,10 +134,9 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-from ovforge.cli import cache, inspect, pipelines, plugins, quantize  # noqa: E402
+from ovforge.cli import cache, inspect, pipelines, plugins  # noqa: E402
 
 pipelines.register(app)
 inspect.register(app)
-app.command()(quantize.quantize)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(cache.app, name="cache")

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ovforge.contracts.quantization import Outcome
     from ovforge.contracts.stages import Report
-    from ovforge.run.quality import Outcome
-    from ovforge.run.recipe import Step
+    from ovforge.run.resolution import Step
 
-__all__ = ["print_quantized", "quantized_as_json"]
+__all__ = ["print_reports", "reports_as_json"]
 
 
-def print_quantized(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> None:
+def print_reports(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> None:
     """Print a table of each quantizer's roles, what was left alone and why, and what the gate said."""
     from rich.console import Console
     from rich.markup import escape
@@ -23,8 +23,8 @@ def print_quantized(steps: Sequence[Step], reports: Sequence[Report], outcome: O
     console = Console(highlight=False, soft_wrap=True)
     for step, report in _quantized(steps, reports):
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in (step.offer.extension.name, "layers", "before", "after", ""):
-            table.add_column(title, justify="left" if title == step.offer.extension.name else "right", no_wrap=True)
+        for title in (step.chosen.name, "layers", "before", "after", ""):
+            table.add_column(title, justify="left" if title == step.chosen.name else "right", no_wrap=True)
         for role in report.roles:
             before, after = report.sizes.get(role, (0, 0))
             layers = str(len(report.layers[role])) if role in report.layers else "?"
@@ -33,7 +33,7 @@ def print_quantized(steps: Sequence[Step], reports: Sequence[Report], outcome: O
         if report.roles:
             console.print(table)
         else:
-            console.print(f"[bold]{step.offer.extension.name}[/]: nothing was changed")
+            console.print(f"[bold]{step.chosen.name}[/]: nothing was changed")
         for line in (*report.applied, *report.notes):
             console.print(f"  {escape(line)}")
         for skip in report.skipped:
@@ -47,16 +47,14 @@ def print_quantized(steps: Sequence[Step], reports: Sequence[Report], outcome: O
             console.print(f"  kept in {role}: {escape(', '.join(names))}")
 
 
-def quantized_as_json(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> dict[str, Any]:
+def reports_as_json(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> dict[str, Any]:
     """Return the same for programs."""
     return {
-        "quantize": [
-            {"use": step.offer.extension.name, **asdict(report)} for step, report in _quantized(steps, reports)
-        ],
-        "quality": {**asdict(outcome), "passed": outcome.passed} if outcome else None,
+        "quantize": [{"use": step.chosen.name, **asdict(report)} for step, report in _quantized(steps, reports)],
+        "quality": outcome.as_json() if outcome else None,
     }
 
 
 def _quantized(steps: Sequence[Step], reports: Sequence[Report]) -> list[tuple[Step, Report]]:
     pairs = zip(steps, reports, strict=True)
-    return [(step, report) for step, report in pairs if step.kind == "quantizer"]
+    return [(step, report) for step, report in pairs if step.is_quantizer]

@@ -11,6 +11,7 @@ from ovforge._exports import lazy
 
 if TYPE_CHECKING:
     from ovforge.config.files import apply_overrides, read_config
+    from ovforge.config.inputs import input_content
     from ovforge.config.options import InputFile, checked, input_files, validate_options
     from ovforge.config.pipeline import PipelineConfig, Use
 
@@ -20,6 +21,7 @@ __all__ = [
     "Use",
     "apply_overrides",
     "checked",
+    "input_content",
     "input_files",
     "read_config",
     "validate_options",
@@ -29,6 +31,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "files": ["apply_overrides", "read_config"],
+        "inputs": ["input_content"],
         "options": ["InputFile", "checked", "input_files", "validate_options"],
         "pipeline": ["PipelineConfig", "Use"],
     },

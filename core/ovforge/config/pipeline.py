@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ovforge.config.options import checked
-from ovforge.errors import ConfigError
+from ovforge.errors import ConfigError, did_you_mean
 
-__all__ = ["CalibrationTable", "PipelineConfig", "QualityTable", "Use"]
+__all__ = ["PipelineConfig", "Use"]
 
 
 class Use(BaseModel):
@@ -75,91 +75,29 @@ class Load(BaseModel):
         return dict(self.model_extra or {})
 
 
-class _Data(BaseModel):
-    """Inputs to run a pipeline with: by default the task's own examples."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    file: str | None = Field(
-        None,
-        description="A text file with the task's first input on each line, a .jsonl of inputs, or, where the first "
-        "input is a picture, a folder of pictures. Relative to the config.",
-    )
-    inputs: tuple[dict[str, Any], ...] = Field((), description="Inputs themselves, a table for each call.")
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="What all calls have in common: steps, guidance_scale..."
-    )
-    seed: int = Field(0, ge=0, le=2**31, description="Other seeds give other random numbers and another choice.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.file is not None and self.inputs:
-            raise ValueError("give file or inputs, not both")
-        return self
-
-
-class CalibrationTable(_Data):
-    """What quantizers see: inputs of models, recorded while the pipeline runs."""
-
-    samples: int = Field(300, ge=1, le=100_000, description="Records of each role that are kept, drawn evenly.")
-    runs: int | None = Field(
-        None,
-        ge=1,
-        description="Calls of the pipeline; by default as many as give that many records of the model that runs most "
-        "often, and at least 8.",
-    )
-    spill: bool = Field(False, description="Keep records on disk, not in memory, while they are made.")
-
-
-class QualityTable(_Data):
-    """The gate: how close the quantized pipeline must come to the unquantized one."""
-
-    metric: Literal["ssim", "psnr", "gmsd", "task"] | None = Field(
-        None, description="By default ssim where results are pictures, else the task's own."
-    )
-    min_score: float | None = Field(None, description="The score to reach; psnr is in dB.")
-    max_drop: float | None = Field(None, ge=0, description="How far below the score of equal results, 1, it may lie.")
-    by: Literal["mean", "worst"] = Field("mean", description="Whose score counts: the mean's, or the worst result's.")
-    samples: int = Field(8, ge=1, le=10_000, description="Calls to compare, none of which calibration has seen.")
-    on_fail: Literal["error", "warn", "search"] = Field(
-        "error", description="search: find the layers that must stay in higher precision."
-    )
-    save: str = Field("quality", description="Folder for the worst pictures side by side. Relative to the config.")
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        if (self.min_score is None) == (self.max_drop is None):
-            raise ValueError("give min_score or max_drop, one of them")
-        if self.metric == "psnr" and self.max_drop is not None:
-            raise ValueError("max_drop is no limit for psnr, which is unbounded: give min_score in dB")
-        perfect = 100 if self.metric == "psnr" else 1
-        if self.min_score is not None and self.min_score > perfect:
-            raise ValueError(f"min_score = {self.min_score:g} is more than equal results have, {perfect}")
-        return self
-
-    @property
-    def limit(self) -> float:
-        """The score to reach."""
-        return self.min_score if self.min_score is not None else 1 - (self.max_drop or 0.0)
-
-
 class PipelineConfig(BaseModel):
-    """A whole pipeline. `input` holds what a call takes where the call itself does not say."""
+    """A whole pipeline. `input` holds what a call takes if the call itself does not say.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Other top-level tables are sections that belong to the plugin which drives quantizers, such as [calibration].
+    """
 
-    task: Use = Field(description="What the pipeline is for.")
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    task: Use | None = Field(None, description="What the pipeline is for.")
     load: Load
     transform: tuple[Use, ...] = Field((), description="Changes to the models; phases first, then this order.")
     quantize: tuple[Use, ...] = Field((), description="Lower precision for named roles.")
-    calibration: CalibrationTable | None = Field(None, description="What quantizers see.")
-    quality: QualityTable | None = Field(None, description="How close the quantized pipeline must come to the other.")
     scheduler: Use | None = Field(None, description="The sampling method; by default the model's own.")
     device: Use = Field(default_factory=lambda: Use("cpu"), description="Where to run.")
     input: dict[str, Any] = Field(default_factory=dict, description="The task's inputs: prompt, steps, seed...")
     optimize: bool = Field(True, description="Make the exact changes to models that the task brings to run faster.")
     strict: bool = Field(True, description="Refuse to go on where something asked for could not be applied.")
     output: str | None = Field(None, description="Where `ovforge run` writes its result.")
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The tables that belong to the driver of quantizers, as written."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
     @field_validator("device", mode="before")
     @classmethod
@@ -172,7 +110,15 @@ class PipelineConfig(BaseModel):
         """Check a dict, or return a config as it is. Raises ConfigError that names the key."""
         if isinstance(value, PipelineConfig):
             return value
-        return checked(cls, value, where=where)
+        config = checked(cls, value, where=where)
+        for name, section in config.sections.items():
+            if not isinstance(section, Mapping):
+                raise ConfigError(
+                    f"unknown key `{name}`.{did_you_mean(name, cls.model_fields)}",
+                    where=where,
+                    hint=f"Known keys: {', '.join(cls.model_fields)}.",
+                )
+        return config
 
     def as_dict(self) -> dict[str, Any]:
         """Return the config as it would be written: no defaults, names instead of tables without options."""

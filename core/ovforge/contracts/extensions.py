@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ __all__ = [
     "KINDS",
     "CommandExtension",
     "DeviceExtension",
+    "DriverExtension",
     "Extension",
     "GraphTransformExtension",
     "LoaderExtension",
@@ -85,13 +86,15 @@ class Extension:
 class LoaderExtension(Extension):
     """Opens a kind of source. `factory(options) -> Loader`.
 
-    `converts` says that loading is dear (a conversion), so that its result goes into the cache. `in_memory` promises
-    that a conversion leaves no part of the source in a file, so that encrypted sources may be converted.
+    `converts` says that loading is a conversion, whose result goes into the cache. `in_memory` promises that a
+    conversion leaves no part of the source in a file, so that encrypted sources may be converted. `beside` holds glob
+    patterns of files that a single file's loader reads from the file's folder, too, such as "tokenizer*/*".
     """
 
     kind: ClassVar[str] = "loader"
     converts: bool = False
     in_memory: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +114,13 @@ class GraphTransformExtension(Extension):
     `adapter` is for what is switched while a pipeline runs: `adapter(options, bundle) -> stages.Adapter`, or None where
     these options leave nothing to switch. It is called when all transforms are done, and for adapters that are loaded
     later; `bundle.adapters` tells the places that transforms made.
-    `light` says that it is quicker to make the change again than to store whole models: the cache then keeps the
+    `recompute` says that it is quicker to make the change again than to store whole models: the cache then keeps the
     report alone, and the change is made whenever a changed model is read.
     """
 
     kind: ClassVar[str] = "transform"
     phase: Phase | Callable[[Any], Phase]
-    light: bool = False
+    recompute: bool = False
     adapter: str | Callable[..., Any] | None = None
 
 
@@ -135,6 +138,23 @@ class QuantizerExtension(Extension):
     def needed(self, options: Any) -> Need:
         """Return what it asks its calibration for, with these options."""
         return self.needs(options) if callable(self.needs) else self.needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverExtension(Extension):
+    """Calibrates quantizers and judges them. `factory(context: DriverContext) -> Driver`.
+
+    `sections` maps the name of each top-level table of a config that is the driver's own to its pydantic model
+    (extra="forbid"). A pipeline has one driver: the one whose sections its config has, or the only one that is here.
+    """
+
+    kind: ClassVar[str] = "driver"
+    sections: Mapping[str, str | type[BaseModel]]
+
+    def section_model(self, name: str) -> type[BaseModel]:
+        """Return the pydantic model of one of its sections, imported if need be."""
+        model: type[BaseModel] = resolve(self.sections[name])
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +210,7 @@ KINDS: tuple[type[Extension], ...] = (
     LoaderExtension,
     GraphTransformExtension,
     QuantizerExtension,
+    DriverExtension,
     SchedulerExtension,
     DeviceExtension,
     TaskExtension,

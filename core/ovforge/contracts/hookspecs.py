@@ -13,6 +13,7 @@ import pluggy
 from ovforge.contracts.extensions import (
     CommandExtension,
     DeviceExtension,
+    DriverExtension,
     GraphTransformExtension,
     LoaderExtension,
     QuantizerExtension,
@@ -54,6 +55,12 @@ def ovforge_quantizers() -> Iterable[QuantizerExtension]:
 
 
 @hookspec
+def ovforge_drivers() -> Iterable[DriverExtension]:
+    """Ways to calibrate quantizers, and to judge what they make."""
+    return ()
+
+
+@hookspec
 def ovforge_schedulers() -> Iterable[SchedulerExtension]:
     """Sampling methods of diffusion models."""
     return ()
@@ -82,6 +89,7 @@ HOOK_OF_KIND = {
     "loader": "ovforge_loaders",
     "transform": "ovforge_graph_transforms",
     "quantizer": "ovforge_quantizers",
+    "driver": "ovforge_drivers",
     "scheduler": "ovforge_schedulers",
     "device": "ovforge_devices",
     "task": "ovforge_tasks",

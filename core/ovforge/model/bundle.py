@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ovforge.model.sources import Protection, Source
 
-__all__ = ["Control", "ModelBundle", "Places", "Roles", "read_json", "read_model"]
+__all__ = ["Control", "ModelBundle", "Places", "Roles", "is_tokenizer", "read_json", "read_model"]
 
 ASSET_LIMIT = 64 * 2**20
 """Largest file, in bytes, that is kept beside the models: vocabularies and configs are smaller."""
@@ -48,11 +48,32 @@ class Roles(MutableMapping[str, "ov.Model"]):
     def __init__(self) -> None:
         self._made: dict[str, ov.Model] = {}
         self._makers: dict[str, Callable[[], ov.Model] | None] = {}
+        self._touched: set[str] = set()
+
+    def watch(self) -> set[str]:
+        """Return a set that collects, from now on, every role that is read, set or removed."""
+        self._touched = set()
+        return self._touched
+
+    def wrap(self, wrapper: Callable[[str, Callable[[], ov.Model]], Callable[[], ov.Model]]) -> None:
+        """Let lazy roles be made by what `wrapper` returns for a role and its function."""
+        for role, make in self._makers.items():
+            if make is not None:
+                self._makers[role] = wrapper(role, make)
+
+    def is_lazy(self, role: str) -> bool:
+        """Say whether a role's model can be made again."""
+        return self._makers[role] is not None
 
     def lazy(self, role: str, make: Callable[[], ov.Model]) -> None:
         """Set `role` to what `make` returns when it is first needed."""
+        self._touched.add(role)
         self._makers[role] = make
         self._made.pop(role, None)
+
+    def is_made(self, role: str) -> bool:
+        """Say whether a role's model is in memory."""
+        return role in self._made
 
     def take(self, role: str, other: Roles, name: str) -> None:
         """Set `role` to another's role `name`, made when first needed, and by itself where it is lazy there."""
@@ -79,13 +100,16 @@ class Roles(MutableMapping[str, "ov.Model"]):
             if make is None:
                 raise KeyError(role)
             self._made[role] = make()
+        self._touched.add(role)
         return self._made[role]
 
     def __setitem__(self, role: str, model: ov.Model) -> None:
+        self._touched.add(role)
         self._makers[role] = None
         self._made[role] = model
 
     def __delitem__(self, role: str) -> None:
+        self._touched.add(role)
         del self._makers[role]
         self._made.pop(role, None)
 
@@ -131,7 +155,11 @@ class ModelBundle:
     """Name of an adapter that is switched while running -> the variables that it fills, which a transform put there."""
     identity: dict[str, str] = field(default_factory=dict)
     location: dict[str, Path] = field(default_factory=dict)
-    """Role -> its .xml, where the model lies in a plain file."""
+    """Role -> its .xml, if the model lies in a plain file."""
+    entries: dict[str, str] = field(default_factory=dict)
+    """Role -> key of the cache's entry that the model is read from."""
+    loader: str = ""
+    """Name of the loader that opened it."""
     protection: Protection | None = None
     """What keeps all that is made from it unreadable on disk, where it comes from an encrypted source."""
 
@@ -164,6 +192,59 @@ class ModelBundle:
         self.identity[role] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         if local := source.local(file.as_posix()):
             self.location[role] = local
+
+    def put(
+        self,
+        role: str,
+        model: ov.Model | Callable[[], ov.Model],
+        *,
+        config: Mapping[str, Any] | None = None,
+        identity: str | None = None,
+        location: Path | None = None,
+        entry: str | None = None,
+    ) -> None:
+        """Set a role's model, or a function that makes it when it is first needed.
+
+        What was known of the role before is forgotten, but for its config, which stays unless another is given.
+        """
+        if callable(model):
+            self.models.lazy(role, model)
+        else:
+            self.models[role] = model
+        if config is not None:
+            self.configs[role] = dict(config)
+        facts: tuple[tuple[dict[str, Any], Any], ...] = (
+            (self.identity, identity),
+            (self.location, location),
+            (self.entries, entry),
+        )
+        for known, value in facts:
+            known.pop(role, None)
+            if value is not None:
+                known[role] = value
+
+    def take(self, role: str, other: ModelBundle, name: str) -> None:
+        """Set a role to another bundle's role `name`, with all that is known of it; a lazy one stays lazy."""
+        self.models.take(role, other.models, name)
+        facts: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (self.configs, other.configs),
+            (self.identity, other.identity),
+            (self.location, other.location),
+            (self.entries, other.entries),
+        )
+        for ours, theirs in facts:
+            ours.pop(role, None)
+            if name in theirs:
+                ours[role] = theirs[name]
+
+    def changed(self, role: str) -> None:
+        """Note that a role's model was changed in place: it cannot be made again by what made it before."""
+        self.put(role, self.models[role])
+
+    def forget(self, role: str) -> None:
+        """Forget what is known of a role's content: another model was put there."""
+        for known in (self.identity, self.location, self.entries):
+            known.pop(role, None)
 
     def copy(self) -> ModelBundle:
         """Return a bundle of its own with the same content; lazy models stay so, and are made for it alone."""
@@ -241,6 +322,11 @@ class ModelBundle:
         return path
 
 
+def is_tokenizer(role: str) -> bool:
+    """Say whether a role's model works on text: it runs on the CPU alone, and is never quantized."""
+    return role.startswith(("tokenizer", "detokenizer"))
+
+
 def role_of(file: PurePosixPath) -> str:
     """Return the role that an .xml's place in the layout gives it.
 
@@ -260,7 +346,7 @@ def path_of(role: str) -> PurePosixPath:
     """Return where a role's .xml lies in the layout."""
     if role.startswith("detokenizer"):
         return PurePosixPath(role.replace("detokenizer", "tokenizer"), "openvino_detokenizer.xml")
-    if role.startswith("tokenizer"):
+    if is_tokenizer(role):
         return PurePosixPath(role, "openvino_tokenizer.xml")
     return PurePosixPath(role, f"{_MODEL}.xml")
 

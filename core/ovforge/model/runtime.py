@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import importlib.util
+import os
+import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +17,7 @@ from ovforge.errors import ModelError
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["core", "enable_tokenizers", "openvino_version"]
+__all__ = ["core", "enable_tokenizers", "instruction_set", "openvino_version"]
 
 _LIBRARY = {
     "win32": "openvino_tokenizers.dll",
@@ -47,3 +51,18 @@ def openvino_version() -> str:
     from importlib.metadata import version
 
     return version("openvino")
+
+
+@functools.cache
+def instruction_set() -> str:
+    """Return what names the processor's instructions, as far as the runtime may use them: compiled models hold them.
+
+    Two machines that share a cache must not read each other's models if one of them knows more instructions.
+    """
+    facts = [platform.machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                facts.append(line.partition(":")[2].strip())
+                break
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -1,22 +1,23 @@
 """Where bytes come from. Loaders and adapters never open paths themselves: they ask a Source.
 
 Plain files are the default. A plugin that keeps models elsewhere, or encrypted, gives another Source, and everything
-downstream works from it: models, adapters, tokenizers. `open_source` asks the plugins whether a source is theirs.
+downstream works from it: models, adapters, tokenizers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ovforge.errors import ModelError
+from ovforge.model.companions import companions
 
 if TYPE_CHECKING:
-    from ovforge.store.cache import DigestMemo
+    from ovforge.store.digests import DigestMemo
 
 __all__ = [
     "PACKAGE",
@@ -79,7 +80,12 @@ class Protection(Protocol):
 
 
 class Opener(Protocol):
-    """What a SourceExtension makes: it knows sources that are not plain, and opens them."""
+    """What a SourceExtension makes: it knows sources that are not plain, and opens them.
+
+    It is made once for a pipeline, with the options of `load.key`, and opens all of the pipeline's sources and files.
+    If it runs a program or asks somebody before it can open a source, it has a true attribute `asks`: plans, which
+    promise to do nothing, then go without.
+    """
 
     def can_open(self, source: Source) -> bool:
         """Say from names and first bytes whether `source` is ours; imports nothing heavy."""
@@ -101,18 +107,30 @@ class Describes(Protocol):
 class FileSource:
     """Plain files on disk: one file, or a folder without its hidden files.
 
-    A single `x.xml` takes its `x.bin` along, a single `x.safetensors` the folders `tokenizer*` beside it. `memo`
-    remembers digests between runs.
+    A single file takes along what it keeps in others (see `companions`), and what the glob patterns `beside`, relative
+    to its folder, name. `memo` remembers digests between runs; `on_read` is told of each file that is opened.
     """
 
     protection: Protection | None = None
 
-    def __init__(self, path: Path, name: str | None = None, memo: DigestMemo | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        memo: DigestMemo | None = None,
+        *,
+        beside: Sequence[str] = (),
+        on_read: Callable[[Path], None] = lambda path: None,
+    ) -> None:
         if not path.exists():
             raise ModelError("no such file or folder", where=name or str(path))
         self.name = name or str(path)
         self.path = path
-        self._memo = memo
+        self._memo, self._beside, self._on_read = memo, tuple(beside), on_read
+
+    def with_beside(self, patterns: Sequence[str]) -> FileSource:
+        """Return the same source with what these patterns name beside a single file."""
+        return FileSource(self.path, self.name, self._memo, beside=patterns, on_read=self._on_read)
 
     @property
     def root(self) -> Path:
@@ -122,11 +140,8 @@ class FileSource:
     @cached_property
     def _files(self) -> dict[str, int]:
         if self.path.is_file():
-            beside = [self.path]
-            if self.path.suffix == ".xml" and (weights := self.path.with_suffix(".bin")).is_file():
-                beside.append(weights)
-            if self.path.suffix == ".safetensors":
-                beside += sorted(self.root.glob("tokenizer*/*"))
+            beside = [self.path, *companions(self.path)]
+            beside += [file for pattern in self._beside for file in sorted(self.root.glob(pattern))]
             return {file.relative_to(self.root).as_posix(): file.stat().st_size for file in beside if file.is_file()}
         paths = ((file, file.relative_to(self.path)) for file in sorted(self.path.rglob("*")))
         return {
@@ -141,16 +156,12 @@ class FileSource:
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Return a file's bytes."""
-        if path not in self._files:
-            raise ModelError(f"{path} is missing", where=self.name)
-        with (self.root / path).open("rb") as file:
+        with self._checked(path).open("rb") as file:
             return file.read(-1 if limit is None else limit)
 
     def read_into(self, path: str, buffer: memoryview) -> None:
         """Fill `buffer` with the file. Raises ModelError where it no longer has that size."""
-        if path not in self._files:
-            raise ModelError(f"{path} is missing", where=self.name)
-        with (self.root / path).open("rb", buffering=0) as file:
+        with self._checked(path).open("rb", buffering=0) as file:
             done = 0
             while done < len(buffer) and (count := file.readinto(buffer[done:])):
                 done += count
@@ -159,11 +170,18 @@ class FileSource:
 
     def local(self, path: str) -> Path | None:
         """Return the file itself."""
+        self._on_read(self.root / path)
+        return self.root / path
+
+    def _checked(self, path: str) -> Path:
+        if path not in self._files:
+            raise ModelError(f"{path} is missing", where=self.name)
+        self._on_read(self.root / path)
         return self.root / path
 
     def digest(self, path: str) -> str:
         """Return the sha256 of a file."""
-        from ovforge.store.cache import digest_file
+        from ovforge.store.digests import digest_file
 
         return digest_file(self.root / path, self._memo)
 

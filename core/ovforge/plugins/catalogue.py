@@ -17,7 +17,7 @@ from ovforge.errors import ConfigError, did_you_mean
 
 __all__ = ["PluginRecord", "Registry", "set_enabled", "user_registry_path"]
 
-_KEYS = {"distribution", "entry_point", "summary", "provides", "needs", "enabled"}
+_KEYS = {"distribution", "entry_point", "summary", "provides", "needs", "sections", "enabled"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class PluginRecord:
     """One plugin of the catalogue.
 
     `provides` maps a kind ("loader", "transform", ...) to {extension name: summary}; `needs` lists the
-    distributions that only parts of the plugin need, as pip requirements.
+    distributions that only parts of the plugin need, as pip requirements; `sections` names the tables of a config
+    that its driver reads.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PluginRecord:
     summary: str
     provides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
     enabled: bool = True
 
     @property
@@ -62,6 +64,10 @@ class Registry:
     def providers(self, kind: str, name: str) -> list[PluginRecord]:
         """Return the records that say they provide extension `name` of `kind`."""
         return [record for record in self.records.values() if name in record.provides.get(kind, {})]
+
+    def section_owner(self, name: str) -> PluginRecord | None:
+        """Return the record of the plugin that reads a config's section; None if it is not known."""
+        return next((record for record in self.records.values() if name in record.sections), None)
 
     def names(self, kind: str) -> set[str]:
         """Return every extension name of `kind` in the catalogue."""
@@ -121,9 +127,10 @@ def _read(path: Path, records: Mapping[str, PluginRecord]) -> dict[str, PluginRe
             else:
                 raise ConfigError("a new plugin needs `entry_point`", where=where)
         base = known or PluginRecord(name, name, table["entry_point"], "")
-        changes = {key: value for key, value in table.items() if key not in ("needs", "provides")}
-        if "needs" in table:
-            changes["needs"] = tuple(table["needs"])
+        changes = {key: value for key, value in table.items() if key not in ("needs", "provides", "sections")}
+        for key in ("needs", "sections"):
+            if key in table:
+                changes[key] = tuple(table[key])
         if "provides" in table:
             changes["provides"] = table["provides"]
         merged[name] = replace(base, **changes)
@@ -143,9 +150,10 @@ def _check(table: Any, where: str) -> None:
     for key, kind in (("distribution", str), ("entry_point", str), ("summary", str), ("enabled", bool)):
         if key in table and not isinstance(table[key], kind):
             raise ConfigError(f"`{key}` must be a {kind.__name__}", where=where)
-    needs = table.get("needs", [])
-    if not isinstance(needs, list) or not all(isinstance(item, str) for item in needs):
-        raise ConfigError("`needs` must be a list of pip requirements", where=where)
+    for key, items in (("needs", "pip requirements"), ("sections", "names of config tables")):
+        value = table.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"`{key}` must be a list of {items}", where=where)
     provides = table.get("provides", {})
     if not isinstance(provides, dict):
         raise ConfigError("`provides` must be a table", where=where)

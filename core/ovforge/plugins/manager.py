@@ -37,6 +37,8 @@ class Offer:
     extension: Extension
     plugin: str
     version: str
+    distribution: str | None = None
+    """The installed distribution that brings it; None for a plugin that was registered by hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,11 @@ class Plugins:
         for name in self._uncatalogued():
             self._import(name)
         return [offer for (of_kind, _), offer in self._offers.items() if of_kind == kind]
+
+    def missing(self, *kinds: str) -> list[PluginRecord]:
+        """Return the plugins of the catalogue that offer any of these kinds, and are not installed."""
+        records = self.registry.records.values()
+        return [one for one in records if one.name not in self._installed and any(one.provides.get(k) for k in kinds)]
 
     def import_all(self) -> None:
         """Import every plugin that is installed and switched on."""
@@ -161,7 +168,7 @@ class Plugins:
 
     def _register_builtin(self) -> None:
         # By name: what is built in stands above this module, and comes through the same hooks as everybody's.
-        self._add(importlib.import_module(BUILT_IN), "builtin", __version__)
+        self._add(importlib.import_module(BUILT_IN), "builtin", __version__, "ovforge")
 
     def _import(self, name: str) -> None:
         """Import and register one plugin; what is wrong with it becomes its reason to be set aside."""
@@ -174,11 +181,11 @@ class Plugins:
             self._set_aside[name] = f"it cannot be imported: {type(error).__name__}: {error}"
             return
         try:
-            self._add(module, name, entry.dist.version if entry.dist else "0")
+            self._add(module, name, entry.dist.version if entry.dist else "0", entry.dist.name if entry.dist else None)
         except PluginError as error:
             self._set_aside[name] = error.what
 
-    def _add(self, module: Any, name: str, version: str) -> None:
+    def _add(self, module: Any, name: str, version: str, distribution: str | None = None) -> None:
         wanted = getattr(module, "OVFORGE_API", API_VERSION)
         if wanted != API_VERSION:
             raise PluginError(f"it is for version {wanted} of the plugin API, and this is {API_VERSION}", where=name)
@@ -186,7 +193,7 @@ class Plugins:
             self._manager.register(module, name)
             self._manager.check_pending()
             offers = {
-                (kind, extension.name): Offer(extension, name, version)
+                (kind, extension.name): Offer(extension, name, version, distribution)
                 for kind in HOOK_OF_KIND
                 for extension in self._extensions(module, kind, name)
             }

@@ -44,60 +44,28 @@ class Variables:
         """Return the values that are set of a role."""
         return self._values.get(role, {})
 
-    def given_to(self, role: str, model: ov.CompiledModel) -> ov.CompiledModel:
-        """Return a compiled model whose requests have the values; all else is the model's own."""
-        adjusted: Any = _Adjusted(model, self, role)
-        return adjusted
+    def for_request(self, role: str) -> Callable[[ov.InferRequest], None]:
+        """Return a function that gives one request, before each inference, the values that have changed."""
+        version, values_before = 0, dict[str, "NDArray[Any]"]()
 
+        def give(request: ov.InferRequest) -> None:
+            nonlocal version, values_before
+            if version == self.version:
+                return
+            import openvino as ov
 
-class _Adjusted:
-    def __init__(self, model: ov.CompiledModel, variables: Variables, role: str) -> None:
-        self._model, self._variables, self._role = model, variables, role
+            version, values = self.version, dict(self.of(role))
+            for state in request.query_state():
+                value, before = values.get(state.name), values_before.get(state.name)
+                if value is before:
+                    continue
+                if value is None:
+                    state.reset()
+                else:
+                    state.state = ov.Tensor(value)
+            values_before = values
 
-    def create_infer_request(self) -> _AdjustedRequest:
-        return _AdjustedRequest(self._model.create_infer_request(), self._variables, self._role)
-
-    def __call__(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        return self.create_infer_request().infer(inputs, *arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class _AdjustedRequest:
-    def __init__(self, request: ov.InferRequest, variables: Variables, role: str) -> None:
-        self._request, self._variables, self._role = request, variables, role
-        self._version = 0
-        self._given: dict[str, NDArray[Any]] = {}
-
-    def infer(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        self._give()
-        return self._request.infer(inputs, *arguments, **options)
-
-    def start_async(self, *arguments: Any, **options: Any) -> None:
-        self._give()
-        self._request.start_async(*arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)
-
-    def _give(self) -> None:
-        """Set the variables whose values have changed since the last run, and no others."""
-        if self._version == self._variables.version:
-            return
-        import openvino as ov
-
-        self._version = self._variables.version
-        values = dict(self._variables.of(self._role))
-        for state in self._request.query_state():
-            value, before = values.get(state.name), self._given.get(state.name)
-            if value is before:
-                continue
-            if value is None:
-                state.reset()
-            else:
-                state.state = ov.Tensor(value)
-        self._given = values
+        return give
 
 
 class Controls(MutableMapping[str, float]):

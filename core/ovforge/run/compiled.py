@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,21 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ovforge.errors import CacheError, DeviceError, InputError, ModelError
+from ovforge.model.bundle import is_tokenizer
 from ovforge.model.formats import tensor_of
-from ovforge.model.runtime import core, enable_tokenizers, openvino_version
+from ovforge.model.runtime import core, enable_tokenizers, instruction_set, openvino_version
 from ovforge.run.adapters import Variables
-from ovforge.store.cache import key_of
+from ovforge.run.requests import ObservedModel
+from ovforge.store.cache import DamagedError
+from ovforge.store.digests import fingerprint
 
 if TYPE_CHECKING:
     import openvino as ov
     from typing_extensions import Buffer
 
+    from ovforge.contracts.quantization import Observer
     from ovforge.contracts.stages import DevicePlan
     from ovforge.model.bundle import ModelBundle
     from ovforge.model.sources import Protection
     from ovforge.store.cache import Cache, Entry
 
-__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "can_store", "compile_ingredients", "compile_model"]
+__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "can_store", "compile_dependencies", "compile_model"]
 
 _BLOB = "compiled.blob"
 
@@ -54,11 +59,18 @@ class CompiledBundle:
 
     Compilation goes on in the background: `start` begins it, asking for a role waits for that role alone. A role may be
     compiled for fixed shapes, which runs faster, beside the form that takes any. With `execute=False` nothing is
-    compiled and `wanted` tells what would be, for plans.
+    compiled and `wanted` tells what would be, for plans. `observe` is told of each inference, but for tokenizers'.
     """
 
     def __init__(
-        self, bundle: ModelBundle, plan: DevicePlan, roles: Iterable[str], cache: Cache | None, *, execute: bool = True
+        self,
+        bundle: ModelBundle,
+        plan: DevicePlan,
+        roles: Iterable[str],
+        cache: Cache | None,
+        *,
+        execute: bool = True,
+        observe: Observer | None = None,
     ) -> None:
         self.source = bundle
         self.variables = Variables()
@@ -72,7 +84,7 @@ class CompiledBundle:
         self._pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
         self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
         self._released: dict[tuple[str, str], CompiledRole] = {}
-        self._wrappers: dict[str, Callable[[ov.CompiledModel], Any]] = {}
+        self._observe, self._lock = observe, threading.Lock()
         self._eager = True
         self._adjustable = {control.role for control in bundle.controls.values()}
         self._adjustable |= {role for places in bundle.adapters.values() for role in places}
@@ -111,10 +123,24 @@ class CompiledBundle:
         """Return a role's compiled model, for fixed shapes or any."""
         model = self.compiled(role, shapes).model
         assert model is not None
-        if role in self._adjustable:
-            model = self.variables.given_to(role, model)
-        wrap = self._wrappers.get(role)
-        return wrap(model) if wrap else model
+        observe = self._observe if not is_tokenizer(role) else None
+        if observe is None and role not in self._adjustable:
+            return model
+        observed: Any = ObservedModel(
+            model,
+            role,
+            variables=self.variables if role in self._adjustable else None,
+            observe=None if observe is None else self._reporter(role, observe),
+            names=() if observe is None else _input_names(self.source.models[role], model),
+        )
+        return observed
+
+    def _reporter(self, role: str, observe: Observer) -> Callable[[Callable[[], dict[str, Any]]], None]:
+        def report(copy_inputs: Callable[[], dict[str, Any]]) -> None:
+            with self._lock:
+                observe(role, copy_inputs)
+
+        return report
 
     def __getitem__(self, role: str) -> ov.CompiledModel:
         return self.get(role)
@@ -138,20 +164,22 @@ class CompiledBundle:
         """Return (role, compiled) of everything that was started, in that order, released or not; waits."""
         return [(role, self._released.get(_variant(role, s)) or self.compiled(role, s)) for role, s in self.wanted]
 
-    def wrap(self, role: str, wrapper: Callable[[ov.CompiledModel], Any]) -> None:
-        """Give users of `role` what `wrapper` makes of its compiled model."""
-        self._wrappers[role] = wrapper
-
     def scheduler_config(self) -> dict[str, Any]:
         """Return the model's scheduler_config.json, or {}."""
         return self.source.scheduler_config()
+
+
+def _input_names(model: ov.Model, compiled: ov.CompiledModel) -> list[str]:
+    """Return the names of a compiled model's inputs in the model that quantizers get: compiling may add others."""
+    known = {name for port in model.inputs for name in port.names}
+    return [min(port.names & known) for port in compiled.inputs]
 
 
 def _variant(role: str, shapes: Shapes | None) -> tuple[str, str]:
     return role, str(sorted(shapes.items())) if shapes else ""
 
 
-def compile_ingredients(
+def compile_dependencies(
     role: str, identity: str, plan: DevicePlan, shapes: Shapes | None, protection: Protection | None = None
 ) -> dict[str, Any]:
     """Return what a compiled model depends on, as the cache's key, with the name of the key that encrypts it there."""
@@ -165,13 +193,14 @@ def compile_ingredients(
         "properties": {key: str(value) for key, value in sorted(properties.items())},
         "shapes": {name: list(shape) for name, shape in sorted(shapes.items())} if shapes else None,
         "openvino": openvino_version(),
+        "instructions": instruction_set(),
         **({"encrypted": protection.identity} if protection else {}),
     }
 
 
 def placement(role: str, plan: DevicePlan) -> tuple[str, Mapping[str, Any]]:
     """Return (device, properties) for a role: tokenizers work on strings, which only the CPU has."""
-    if role.startswith(("tokenizer", "detokenizer")):
+    if is_tokenizer(role):
         return "CPU", {}
     return plan.device, plan.properties
 
@@ -190,23 +219,31 @@ def compile_model(
     """Compile one role, or read it from the cache; what was compiled is put there."""
     start = time.perf_counter()
     device, properties = placement(role, plan)
-    if role.startswith(("tokenizer", "detokenizer")):
+    if is_tokenizer(role):
         enable_tokenizers()
     identity = bundle.identity.get(role)
     if cache is None or identity is None or not can_store(bundle, role, plan):
         return _done(_compile(bundle, role, device, properties, shapes), start, cached=False)
     sealed = bundle.protection
-    ingredients = compile_ingredients(role, identity, plan, shapes, sealed)
-    if (entry := cache.get(ingredients)) is not None:
+    dependencies = compile_dependencies(role, identity, plan, shapes, sealed)
+    if (entry := cache.get(dependencies)) is not None:
         try:
             return _done(_import(entry, sealed, device, properties), start, cached=True)
+        except DamagedError as damage:
+            cache.discard(entry, damage)
         except (RuntimeError, ModelError) as error:
             warnings.warn(f"compiled {role} in the cache cannot be read and is made again: {error}", stacklevel=2)
             cache.remove(entry.key)
     model = _compile(bundle, role, device, properties, shapes)
     try:
-        key = key_of(ingredients)
-        cache.put(ingredients, lambda folder: _export(model, folder, sealed, key), label=f"{role} on {device}")
+        key = fingerprint(dependencies)
+        parents = [bundle.entries[role]] if role in bundle.entries else []
+        cache.put(
+            dependencies,
+            lambda folder: _export(model, folder, sealed, key),
+            label=f"{role} on {device}",
+            parents=parents,
+        )
     except CacheError as error:
         warnings.warn(f"compiled {role} was not stored: {error}", stacklevel=2)
     return _done(model, start, cached=False)
@@ -289,7 +326,7 @@ class _Into(io.BytesIO):
 def _import(entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
     """Read a compiled model; its weights stay in the file, or in the tensor that it was decrypted into."""
     if sealed is None:
-        path = entry.path / _BLOB
+        path = entry.checked(_BLOB)
         status = path.stat()
         tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
     else:

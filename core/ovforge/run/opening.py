@@ -1,69 +1,56 @@
-"""Opening what a config or an option names: plain files, packages, and what a plugin's opener decrypts."""
+"""The one door: opening a model of any kind, as pipelines do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ovforge.config.options import validate_options
+from ovforge.contracts.extensions import LoaderExtension
+from ovforge.contracts.stages import Progress, ignore_progress
 from ovforge.errors import ConfigError
-from ovforge.model.sources import PACKAGE, FileSource, package_path
+from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Plugins
+from ovforge.run.calls import from_caller
+from ovforge.run.resolution import resolve_source
+from ovforge.run.session import Session
+from ovforge.run.stages import LoadStage, perform
+from ovforge.store.cache import Cache, chosen_cache
 
-if TYPE_CHECKING:
-    from ovforge.model.sources import Describes, Opener, Source
-    from ovforge.store.cache import DigestMemo
-
-__all__ = ["describe_protection", "open_file", "open_source"]
+__all__ = ["find_loader", "open_model"]
 
 
-def open_source(
-    text: str,
-    base: Path,
-    memo: DigestMemo | None = None,
+def open_model(
+    source: str | Path,
     *,
+    use: str | None = None,
     key: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    cache: Cache | str | None = "default",
     plugins: Plugins | None = None,
-) -> Source:
-    """Open what a config's `source` says: a path (relative to `base`), or "package:NAME/PATH" in a Python package.
+    base: Path | None = None,
+    progress: Callable[[Progress], None] = ignore_progress,
+) -> ModelBundle:
+    """Return the models of `source`: a folder or file of any kind that a loader here opens, or "package:NAME/PATH".
 
-    What is encrypted is opened by the plugin that knows it; `key` says where it finds the key.
+    `use` names the loader, which is otherwise found by content, and `options` are the loader's. `key` says where the
+    key of an encrypted source is. A conversion comes from the cache, or goes there. Relative paths start at `base`, by
+    default the current folder. Raises ModelError, ConfigError or PluginError.
     """
-    if text.startswith(PACKAGE):
-        return _opened(FileSource(package_path(text), text, memo), key, plugins)
-    return _opened(FileSource(base / Path(text).expanduser(), text, memo), key, plugins)
+    store = chosen_cache(cache)
+    session = Session(plugins, key=key, memo=store.memo if store else None)
+    resolved = resolve_source(session, str(source), base or Path.cwd(), use, options, key=use or "load")
+    if key is not None and resolved.source.protection is None:
+        raise ConfigError("a key is given, and nothing is encrypted", where="key", hint="Take it out.")
+    stage = LoadStage(resolved, from_caller(progress))
+    stage.check()
+    return perform(stage, store)
 
 
-def describe_protection(text: str, base: Path, plugins: Plugins | None = None) -> Sequence[Mapping[str, Any]]:
-    """Return what the files of a source say of how they are protected; nothing where they are plain. Needs no key."""
-    source = FileSource(package_path(text) if text.startswith(PACKAGE) else base / Path(text).expanduser(), text)
-    for offer in (plugins or Plugins()).all("source"):
-        opener = offer.extension.create(validate_options(offer.extension.options_model(), {}, where="load.key"))
-        if opener.can_open(source) and hasattr(opener, "describe"):
-            describes: Describes = opener
-            return describes.describe(source)
-    return ()
-
-
-def open_file(path: Path, memo: DigestMemo | None = None, plugins: Plugins | None = None) -> Source:
-    """Open a file or folder that an option names; transforms read theirs through this.
-
-    What is encrypted opens with a key that this process knows already, as from `load.key`, or a default one.
-    """
-    return _opened(FileSource(path, memo=memo), None, plugins)
-
-
-def _opened(source: FileSource, key: Mapping[str, Any] | None, plugins: Plugins | None) -> Source:
-    """Return what the first plugin that knows the source makes of it; the source itself where none does."""
-    offers = (plugins or Plugins()).all("source")
-    for offer in offers:
-        options = validate_options(offer.extension.options_model(), key or {}, where="load.key", secret=True)
-        opener: Opener = offer.extension.create(options)
-        if opener.can_open(source):
-            return opener.open(source)
-    if key is not None and not offers:
-        raise ConfigError(
-            "no plugin here opens encrypted sources", where="load.key", hint="Run: pip install ovforge-aes-loader"
-        )
-    return source
+def find_loader(source: str | Path, *, plugins: Plugins | None = None, base: Path | None = None) -> LoaderExtension:
+    """Return the description of the loader that `open_model` would take for a source."""
+    resolved = resolve_source(Session(plugins), str(source), base or Path.cwd())
+    assert resolved.loader is not None
+    extension = resolved.loader.extension
+    assert isinstance(extension, LoaderExtension)
+    return extension

@@ -1,4 +1,4 @@
-"""The pipeline: config -> recipe -> bundle -> compiled models -> task.
+"""The pipeline: config -> resolved pipeline -> bundle -> compiled models -> task.
 
 Each stage's result is looked up in the cache by the content of what went in, before it is made.
 """
@@ -9,23 +9,30 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel
 
 from ovforge._version import __version__
 from ovforge.config.options import checked, input_files
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.stages import Adapter, DevicePlan, Progress, Report, ignore_progress
 from ovforge.errors import ConfigError
+from ovforge.model.bundle import is_tokenizer
 from ovforge.model.results import Result, Timings, read_provenance
 from ovforge.model.runtime import openvino_version
 from ovforge.model.sources import PACKAGE
 from ovforge.plugins.manager import Plugins
 from ovforge.run.adapters import Controls
-from ovforge.run.ingredients import content_of
-from ovforge.run.loading import open_bundle
-from ovforge.run.recipe import make_recipe, make_step, read_pipeline
-from ovforge.run.steps import check_strict
-from ovforge.run.workshop import Workshop, make_adapter, roles_of
+from ovforge.run.calls import expect, from_caller
+from ovforge.run.compiled import CompiledBundle
+from ovforge.run.identity import content_of
+from ovforge.run.planning import key_of
+from ovforge.run.resolution import make_step, read_pipeline, resolve
+from ovforge.run.session import Session
+from ovforge.run.stages import check_strict
+from ovforge.run.tasks import make_adapter, make_adapters, make_task, plan_device, require_task, roles_of
+from ovforge.run.walk import Runner, walk
 from ovforge.store.cache import Cache, chosen_cache
 
 __all__ = ["Pipeline", "load"]
@@ -49,8 +56,6 @@ class Pipeline:
         load: Mapping[str, Any] | None = None,
         transforms: Sequence[str | Use] = (),
         quantize: Sequence[str | Use] = (),
-        calibration: Mapping[str, Any] | None = None,
-        quality: Mapping[str, Any] | None = None,
         scheduler: str | Use | None = None,
         device: str | Use = "cpu",
         input: Mapping[str, Any] | None = None,
@@ -60,43 +65,84 @@ class Pipeline:
         plugins: Plugins | None = None,
         cache: Cache | str | None = "default",
         progress: Callable[[Progress], None] = ignore_progress,
+        **sections: Mapping[str, Any],
     ) -> None:
+        parts = {
+            "load": {**(load or {}), **({"source": source} if source is not None else {})},
+            "transform": tuple(transforms),
+            "quantize": tuple(quantize),
+            "scheduler": scheduler,
+            "device": device,
+            "input": dict(input or {}),
+            "optimize": optimize,
+            "strict": strict,
+            **sections,
+        }
         if isinstance(task, PipelineConfig):
-            config = task
-        else:
-            config = PipelineConfig.of(
-                {
-                    "task": task,
-                    "load": {**(load or {}), **({"source": source} if source is not None else {})},
-                    "transform": tuple(transforms),
-                    "quantize": tuple(quantize),
-                    "calibration": calibration,
-                    "quality": quality,
-                    "scheduler": scheduler,
-                    "device": device,
-                    "input": dict(input or {}),
-                    "optimize": optimize,
-                    "strict": strict,
-                },
-                where="Pipeline",
-            )
+            _refuse_parts(parts)
+        config = (
+            task if isinstance(task, PipelineConfig) else PipelineConfig.of({"task": task, **parts}, where="Pipeline")
+        )
+        self._begin(config, base, plugins, cache, progress)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PipelineConfig,
+        *,
+        base: Path | None = None,
+        plugins: Plugins | None = None,
+        cache: Cache | str | None = "default",
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> Self:
+        """Return the pipeline of a whole config; relative paths start at `base`, by default the current folder."""
+        pipeline = cls.__new__(cls)
+        pipeline._begin(config, base, plugins, cache, progress)
+        return pipeline
+
+    def _begin(
+        self,
+        config: PipelineConfig,
+        base: Path | None,
+        plugins: Plugins | None,
+        cache: Cache | str | None,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        require_task(config)
         self.config = config
         self.timings = Timings()
-        self._plugins = plugins or Plugins()
         self._cache = chosen_cache(cache)
+        base = base or Path.cwd()
+        memo = self._cache.memo if self._cache else None
         with self.timings.span("load"):
-            self.recipe = make_recipe(config, base or Path.cwd(), self._plugins, self._cache)
-            self.device_plan: DevicePlan = self.recipe.device.extension.create(self.recipe.device_options).plan()
-            self.bundle = open_bundle(self.recipe, self._cache, progress)
-            self._roles = roles_of(self.recipe, self.bundle)
-            self._workshop = Workshop(self.recipe, self.device_plan, self._roles, self._cache, self._plugins, progress)
-            self.bundle, self.reports, self.quality = self._workshop.prepare(self.bundle)
+            self._session = Session(plugins, key=key_of(config, base), memo=memo)
+            self.resolved = resolve(config, base, self._session)
+            self.device_plan: DevicePlan = plan_device(self.resolved)
+            runner = Runner(self.resolved, self.device_plan, self._cache, from_caller(progress))
+            bundle = walk(self.resolved, runner, runner.progress)
+            assert bundle is not None
+            self.bundle = bundle
+            self.reports: list[Report] = runner.reports
+            self.outcome = runner.outcome
+            self._roles = roles_of(self.resolved, self.bundle)
         self._compile_start = time.perf_counter()
-        self.compiled = self._workshop.compile(self.bundle)
+        self.compiled = CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache)
         self.controls = Controls(self.bundle.controls, self.compiled.variables)
-        self.adapters = self._workshop.adapters(self.compiled, self._load_adapter)
-        self.task = self._workshop.task(self.compiled)
+        self.adapters = make_adapters(self.resolved, self.compiled, self._load_adapter)
+        self.task = make_task(self.resolved, self.compiled)
         self._at_start = len(self.compiled.wanted)
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths start at."""
+        return self.resolved.base
+
+    @property
+    def inputs_model(self) -> type[BaseModel]:
+        """The pydantic model of what a call takes."""
+        assert self.resolved.task is not None
+        model: type[BaseModel] = self.resolved.task.extension.inputs_model()
+        return model
 
     def __call__(
         self, *arguments: Any, progress: Callable[[Progress], None] = ignore_progress, **inputs: Any
@@ -104,27 +150,29 @@ class Pipeline:
         """Run once. One positional argument is the task's first input; others go by name.
 
         What is not given comes from the config's [input], then from the task's defaults. Raises ConfigError for an
-        unknown or wrong input.
+        unknown or wrong input. `timings` of the result are those of this run alone: see `start_timings`.
         """
-        model = self.recipe.task_extension.inputs_model()
+        task = self.resolved.task
+        assert task is not None
+        model = self.inputs_model
         if len(arguments) > 1:
             raise ConfigError(
                 f"{len(arguments)} positional inputs", where="call", hint="Give all but the first by name."
             )
         first = dict(zip(model.model_fields, arguments, strict=False))
-        given = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.recipe.base)
-        result = self.task(given, progress)
-        result.timings = self.start_timings().merged(result.timings)
+        values = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.base)
+        with task.calling():
+            result = expect(Result, self.task(values, from_caller(progress)), task.offer)
         result.provenance = {**self.provenance(), **result.provenance}
         return result
 
     def _load_adapter(self, use: Use) -> Adapter:
-        """Return an adapter that a running pipeline is to take in. Raises ModelError where a part finds no place."""
-        step = make_step(self._plugins, "transform", use, "adapters.load", self.recipe.base)
+        """Return an adapter that a running pipeline is to take in. Raises ModelError if a part finds no place."""
+        step = make_step(self._session, "transform", use, "adapters.load", self.resolved.base)
         adapter = make_adapter(step, self.bundle)
         if adapter is None:
             raise ConfigError(
-                "it is no adapter that can be loaded into a running pipeline",
+                "it is not an adapter that can be loaded into a running pipeline",
                 where=f"adapters.load: {use.use}",
                 hint="Add it to the config as a transform.",
             )
@@ -144,20 +192,27 @@ class Pipeline:
     def provenance(self) -> dict[str, Any]:
         """Return what a result depends on, JSON-able, without inputs."""
         precisions = {role: model.precision for role, model in self.compiled.all()}
-        offers = [self.recipe.origin.loader, self.recipe.task, self.recipe.device]
-        offers += [step.offer for step in self.recipe.steps] + [part.loader for part in self.recipe.parts.values()]
-        offers += [self.recipe.scheduler] if self.recipe.scheduler else []
+        resolved = self.resolved
+        loaders = [source.loader for source in (resolved.source, *resolved.parts.values())]
+        chosen = [
+            *loaders,
+            resolved.task,
+            resolved.device,
+            resolved.scheduler,
+            *(step.chosen for step in resolved.steps),
+        ]
+        offers = [one.offer for one in chosen if one is not None]
+        offers += [resolved.driven_by] if resolved.driven_by else []
         # Relative paths start at the config's folder; a config without paths says nothing of this machine.
         sources = [self.config.load.source, *self.config.load.parts.values()]
         has_paths = (
-            any(input_files(step.options) for step in self.recipe.steps)
-            or bool(self.config.calibration and self.config.calibration.file)
-            or bool(self.config.quality and self.config.quality.file)
+            any(input_files(step.chosen.options) for step in resolved.steps)
+            or bool(self.config.sections)
             or bool(self.adapters.loaded)
             or not all(source.startswith(PACKAGE) for source in sources)
         )
         return {
-            **({"base": str(self.recipe.base.resolve())} if has_paths else {}),
+            **({"base": str(resolved.base.resolve())} if has_paths else {}),
             "config": {key: value for key, value in self.config.as_dict().items() if key not in ("input", "output")},
             "versions": {
                 "ovforge": __version__,
@@ -166,7 +221,7 @@ class Pipeline:
             },
             "digests": {role: self.bundle.identity.get(role) for role in self._roles},
             "device": {"name": self.device_plan.device, "full_name": self.device_plan.full_name},
-            "precision": {role: kind for role, kind in precisions.items() if not role.startswith("tokenizer")},
+            "precision": {role: kind for role, kind in precisions.items() if not is_tokenizer(role)},
             **({"controls": changed} if (changed := self.controls.changed()) else {}),
             **({"adapters": self._adapters_now()} if self.adapters else {}),
         }
@@ -176,7 +231,7 @@ class Pipeline:
         memo = self._cache.memo if self._cache else None
         now: dict[str, Any] = {name: {"weight": weight} for name, weight in self.adapters.items()}
         for name, use in self.adapters.loaded.items():
-            options = make_step(self._plugins, "transform", use, "adapters.load", self.recipe.base).options
+            options = make_step(self._session, "transform", use, "adapters.load", self.resolved.base).chosen.options
             files = [content_of(path, memo) for path in input_files(options)]
             now[name] |= {"use": use.model_dump(mode="json"), "digests": files}
         return now
@@ -193,6 +248,28 @@ class Pipeline:
             self.adapters.set({name: entry["weight"] for name, entry in adapters.items()})
 
 
+_NO_PARTS = {
+    "load": {},
+    "transform": (),
+    "quantize": (),
+    "device": "cpu",
+    "input": {},
+    "optimize": True,
+    "strict": True,
+}
+
+
+def _refuse_parts(parts: Mapping[str, Any]) -> None:
+    """Raise ConfigError for parts that are given beside a whole config, which says all of them itself."""
+    for name, value in parts.items():
+        if value != _NO_PARTS.get(name):
+            raise ConfigError(
+                f"`{name}` is given beside a whole config",
+                where="Pipeline",
+                hint="Put it into the config: Pipeline.from_config(config) takes nothing else.",
+            )
+
+
 def load(
     config: str | Path | Mapping[str, Any] | PipelineConfig,
     *,
@@ -203,7 +280,7 @@ def load(
 ) -> Pipeline:
     """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
     checked_config, base = read_pipeline(config, overrides)
-    pipeline = Pipeline(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
+    pipeline = Pipeline.from_config(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
     if isinstance(config, str | Path) and Path(config).suffix.lower() == ".png":
         provenance = read_provenance(Path(config))
         pipeline.adjust(provenance)

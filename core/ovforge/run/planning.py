@@ -5,30 +5,30 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ovforge._version import __version__
 from ovforge.config.pipeline import PipelineConfig
-from ovforge.contracts.extensions import LoaderExtension
-from ovforge.contracts.stages import DevicePlan, Scheduler
+from ovforge.contracts.stages import DevicePlan, ignore_progress
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Offer, Plugins
-from ovforge.run.compiled import CompiledBundle, Shapes, can_store, compile_ingredients
-from ovforge.run.ingredients import NONE_KEPT, Kept, load_ingredients, quality_ingredients, step_ingredients
-from ovforge.run.loading import bundle_of, check_plain, put_part
-from ovforge.run.recipe import Origin, Recipe, make_recipe, read_pipeline
-from ovforge.run.steps import take_step
-from ovforge.run.workshop import make_task, outcome_in, roles_of
-from ovforge.store.cache import Cache, chosen_cache
+from ovforge.run.compiled import CompiledBundle, Shapes, can_store, compile_dependencies
+from ovforge.run.quantizing import NO_CALIBRATION, Run
+from ovforge.run.resolution import ResolvedPipeline, Step, read_pipeline, resolve
+from ovforge.run.session import Session
+from ovforge.run.stages import LoadStage, Stage, StepStage
+from ovforge.run.tasks import make_task, plan_device, require_task, roles_of
+from ovforge.run.walk import walk
+from ovforge.store.cache import Cache, DamagedError, chosen_cache
 
 __all__ = ["Plan", "PlannedStage", "plan"]
+
+_LATER = "after the stage before it"
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One line of a plan. `state` is "cached", "to do", or "direct" where there is nothing to store."""
+    """One line of a plan. `state` is "cached", "to do", or "direct" if there is nothing to store."""
 
     stage: str
     use: str
@@ -54,119 +54,125 @@ def plan(
     plugins: Plugins | None = None,
     cache: Cache | str | None = "default",
 ) -> Plan:
-    """Return what a pipeline would do, changing nothing: no conversion, no compilation, no entry.
+    """Return what a pipeline would do, changing nothing: no conversion, no compilation, no entry, no command for a key.
 
-    Only digests of files are remembered, so that a large model is not read twice to be planned.
+    Only digests of files are remembered, so that a large model is not read twice to be planned. Raises what a run
+    would raise before its first long piece of work.
     """
     checked_config, base = read_pipeline(config, overrides)
+    require_task(checked_config)
     store = chosen_cache(cache)
-    recipe = make_recipe(checked_config, base, plugins or Plugins(), store)
+    session = Session(plugins, key=key_of(checked_config, base), memo=store.memo if store else None, planning=True)
+    pipeline = resolve(checked_config, base, session)
     with tempfile.TemporaryDirectory() as scratch:
         # Without a cache everything is to do: an empty one says so.
-        return Plan(tuple(_planned(recipe, store or Cache(Path(scratch)))), recipe.config.as_dict())
+        planner = _Planner(pipeline, store or Cache(Path(scratch)))
+        planner.compile(walk(pipeline, planner, ignore_progress))
+        return Plan(tuple(planner.stages), checked_config.as_dict())
 
 
-def _planned(recipe: Recipe, cache: Cache) -> Iterable[PlannedStage]:
-    stage, bundle = _planned_load("load", recipe.origin, cache)
-    if bundle is not None:
-        bundle.protection = recipe.protection
-    yield stage
-    for role, origin in recipe.parts.items():
-        stage, part = _planned_load(f"load {role}", origin, cache)
-        yield stage
-        if bundle is None or part is None:
-            bundle = None
+class _Planner:
+    """Sees for each stage whether it is stored, and takes what is; everything behind the first that is not is to do."""
+
+    def __init__(self, pipeline: ResolvedPipeline, cache: Cache) -> None:
+        self.stages: list[PlannedStage] = []
+        self._pipeline, self._cache = pipeline, cache
+        self._device = plan_device(pipeline)
+
+    def load(self, name: str, stage: LoadStage) -> ModelBundle | None:
+        """Open a source if that needs no conversion, or if it is stored."""
+        resolved = stage.resolved
+        if resolved.loader is None:
+            self.stages.append(PlannedStage(name, "?", "?", "", "to do", resolved.closed or ""))
+            return None
+        stage.check()
+        offer, size = resolved.loader.offer, sum(resolved.source.files().values())
+        if not resolved.loader.extension.converts:
+            self._add(name, offer, "direct", "opened where it lies", size)
+            return stage.make()
+        return self._look(name, offer, stage, size)
+
+    def step(self, step: Step, bundle: ModelBundle | None) -> ModelBundle | None:
+        """Take a step's result if it is stored."""
+        return self._step(step, bundle, {})
+
+    def quantize(self, bundle: ModelBundle | None) -> ModelBundle | None:
+        """Take the quantizers' results if they are stored, with the layers that the driver keeps."""
+        pipeline = self._pipeline
+        outcome = None
+        if pipeline.driver is not None and bundle is not None:
+            outcome = pipeline.driver.known(Run(pipeline, bundle, self._device, self._cache, ignore_progress))
+        for step in pipeline.quantizers:
+            bundle = self._step(step, bundle, outcome.kept if outcome else {})
+        if pipeline.driven_by is not None and pipeline.driver is not None and pipeline.driver.judges:
+            state, why = ("cached", str(outcome)) if outcome else ("to do", _LATER)
+            self._add(pipeline.driven_by.extension.name, pipeline.driven_by, state, why)
+        return bundle
+
+    def compile(self, bundle: ModelBundle | None) -> None:
+        """See which compiled models the task asks for, and whether they are stored."""
+        pipeline = self._pipeline
+        task, device = pipeline.task, pipeline.device.offer
+        assert task is not None
+        if bundle is None:
+            for role in task.extension.roles:
+                self._add(f"compile {role}", device, "to do", _LATER)
         else:
-            put_part(bundle, role, part, origin.source.name)
-    gate: PlannedStage | None = None
-    kept = NONE_KEPT
-    for step in recipe.steps:
-        name = f"{step.kind} ({step.phase.name.lower()})"
-        if recipe.config.quality is not None and step == recipe.quantizers[0]:
-            gate, kept = _planned_gate(recipe, bundle, cache)
-        if gate is not None and step.kind != "quantizer":
-            yield gate
-            gate = None
-        digest = bundle.digest() if bundle else None
-        if bundle is None or digest is None:
-            yield _stage(name, step.offer, "to do", "after the stage before it")
-            continue
-        ingredients = step_ingredients(step, digest, recipe, cache.memo, kept if step.kind == "quantizer" else {})
-        entry = cache.peek(ingredients)
+            compiled = CompiledBundle(bundle, self._device, roles_of(pipeline, bundle), self._cache, execute=False)
+            make_task(pipeline, compiled)
+            for role, shapes in compiled.wanted:
+                self._compilation(role, shapes, bundle, self._device, device)
+        if pipeline.scheduler:
+            self._add("scheduler", pipeline.scheduler.offer, "direct")
+        self._add("task", task.offer, "direct")
+
+    def _step(self, step: Step, bundle: ModelBundle | None, keep: Any) -> ModelBundle | None:
+        name, offer = f"{step.kind} ({step.phase.name.lower()})", step.chosen.offer
+        if bundle is None:
+            self._add(name, offer, "to do", _LATER)
+            return None
+        return self._look(name, offer, StepStage(step, bundle, self._pipeline, NO_CALIBRATION, keep))
+
+    def _look(self, name: str, offer: Offer, stage: Stage, size: int | None = None) -> ModelBundle | None:
+        dependencies = stage.dependencies
+        if dependencies is None:
+            self._add(name, offer, "to do", "nothing of it can be stored", size)
+            return None
+        entry = self._cache.peek(dependencies)
         if entry is None:
-            yield _stage(name, step.offer, "to do", cache.explain(ingredients).reason)
-            bundle = None
+            self._add(name, offer, "to do", self._cache.explain(dependencies).reason, size)
+            return None
+        try:
+            bundle = stage.take(entry)
+        except DamagedError as damage:
+            self._add(name, offer, "to do", f"damaged: {damage.what}", size)
+            return None
+        self._add(name, offer, "cached", size=entry.size)
+        return bundle
+
+    def _compilation(
+        self, role: str, shapes: Shapes | None, bundle: ModelBundle, device: DevicePlan, offer: Offer
+    ) -> None:
+        name, identity = f"compile {role}", bundle.identity.get(role)
+        if identity is None:
+            self._add(name, offer, "to do")
+        elif not can_store(bundle, role, device):
+            what = "models with adapters" if device.can_export else "this device's models"
+            self._add(name, offer, "to do", f"{what} cannot be stored when compiled")
         else:
-            take_step(entry, step, bundle)
-            yield _stage(name, step.offer, "cached", size=entry.size)
-    if gate is not None:
-        yield gate
-    device = recipe.device.extension.create(recipe.device_options).plan()
-    task = recipe.task_extension
-    if bundle is None:
-        for role in task.roles:
-            yield _stage(f"compile {role}", recipe.device, "to do", "after the stage before it")
-    else:
-        compiled = CompiledBundle(bundle, device, roles_of(recipe, bundle), cache, execute=False)
-        make_task(recipe, compiled, _no_scheduler)
-        for role, shapes in compiled.wanted:
-            yield _planned_compilation(role, shapes, bundle, device, recipe.device, cache)
-    if recipe.scheduler:
-        yield _stage("scheduler", recipe.scheduler, "direct")
-    yield _stage("task", recipe.task, "direct")
+            dependencies = compile_dependencies(role, identity, device, shapes, bundle.protection)
+            if (entry := self._cache.peek(dependencies)) is None:
+                self._add(name, offer, "to do", self._cache.explain(dependencies).reason)
+            else:
+                self._add(name, offer, "cached", size=entry.size)
+
+    def _add(self, stage: str, offer: Offer, state: str, why: str = "", size: int | None = None) -> None:
+        self.stages.append(PlannedStage(stage, offer.extension.name, offer.plugin, offer.version, state, why, size))
 
 
-def _planned_load(name: str, origin: Origin, cache: Cache) -> tuple[PlannedStage, ModelBundle | None]:
-    """Return what loading a source would do, and its bundle where that is there without work."""
-    loader = origin.loader.extension
-    assert isinstance(loader, LoaderExtension)
-    size = sum(origin.source.files().values())
-    check_plain(origin)
-    if not loader.converts:
-        bundle: ModelBundle = loader.create(origin.options).load(origin.source)
-        return _stage(name, origin.loader, "direct", "opened where it lies", size), bundle
-    ingredients = load_ingredients(origin, cache)
-    entry = cache.peek(ingredients)
-    if entry is None:
-        return _stage(name, origin.loader, "to do", cache.explain(ingredients).reason, size), None
-    return _stage(name, origin.loader, "cached", size=entry.size), bundle_of(entry, origin.source.protection)
-
-
-def _planned_gate(recipe: Recipe, bundle: ModelBundle | None, cache: Cache) -> tuple[PlannedStage, Kept]:
-    """Return what the gate would do with unquantized models, and the layers that it keeps where that is known."""
-    table = recipe.config.quality
-    assert table is not None
-    planned = partial(PlannedStage, "quality", table.metric or "quality", "builtin", __version__)
-    identity = bundle.digest() if bundle else None
-    if identity is None:
-        return planned("to do", "after the stage before it"), {}
-    ingredients = quality_ingredients(recipe, identity, cache.memo)
-    entry = cache.peek(ingredients)
-    if entry is None or (outcome := outcome_in(entry, recipe.protection)) is None:
-        return planned("to do", cache.explain(ingredients).reason), {}
-    return planned("cached", str(outcome), entry.size), outcome.kept
-
-
-def _planned_compilation(
-    role: str, shapes: Shapes | None, bundle: ModelBundle, device: DevicePlan, offer: Offer, cache: Cache
-) -> PlannedStage:
-    stage = f"compile {role}"
-    identity = bundle.identity.get(role)
-    if identity is None:
-        return _stage(stage, offer, "to do")
-    if not can_store(bundle, role, device):
-        what = "models with adapters" if device.can_export else "this device's models"
-        return _stage(stage, offer, "to do", f"{what} cannot be stored when compiled")
-    ingredients = compile_ingredients(role, identity, device, shapes, bundle.protection)
-    entry = cache.peek(ingredients)
-    if entry is None:
-        return _stage(stage, offer, "to do", cache.explain(ingredients).reason)
-    return _stage(stage, offer, "cached", size=entry.size)
-
-
-def _no_scheduler() -> Scheduler:
-    raise AssertionError("a task makes its scheduler when it is called")
-
-
-def _stage(stage: str, offer: Offer, state: str, why: str = "", size: int | None = None) -> PlannedStage:
-    return PlannedStage(stage, offer.extension.name, offer.plugin, offer.version, state, why, size)
+def key_of(config: PipelineConfig, base: Path) -> dict[str, Any] | None:
+    """Return `load.key`, its file's path starting at the config's folder like all others."""
+    key = config.load.key
+    if key and isinstance(key.get("file"), str | Path):
+        return {**key, "file": base / Path(key["file"]).expanduser()}
+    return key

@@ -1,9 +1,14 @@
 """The content-addressed store of stage results and compiled models.
 
-An entry is a folder named by the hash of everything its content depends on (its ingredients), with a manifest
+An entry is a folder named by the hash of everything its content depends on (its dependencies), with a manifest
 `entry.json` beside its files. Entries appear whole, by a rename; a lock for each key lets processes share one store
 and do no work twice; a damaged entry is a miss. On POSIX a file that somebody has open or mapped survives its removal,
 so pruning never pulls a model from under a running pipeline.
+
+Nothing that is stored is believed: a manifest carries its own checksum, and a file's content is checked against it
+(`Entry.checked`) before anybody uses it. An entry also names the files that were read while it was made, beyond those
+that its key foresaw: it counts only as long as they are the same. And it names the entries that it was made from, so
+that with a damaged one all that came of it can be found.
 
 Entries are made, and damaged ones removed, only by who holds the key's lock. A work folder is named after its key, so
 whether its maker lives is asked of the lock: a process id would mean nothing to another container or host.
@@ -13,35 +18,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import functools
 import json
 import os
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ovforge.errors import CacheError, ConfigError
+from ovforge.store.digests import Dependencies, DigestMemo, checksum, digest_file, fingerprint, state_of
 from ovforge.store.files import atomic_write, sync_file, sync_folder
 
 __all__ = [
     "Cache",
     "CacheWarning",
-    "DigestMemo",
+    "DamagedError",
     "Entry",
     "Explanation",
-    "Ingredients",
     "chosen_cache",
-    "digest_file",
-    "key_of",
+    "parse_size",
 ]
-
-Ingredients = Mapping[str, Any]
-"""JSON-able: all that a result depends on, such as stage, input digest, plugin, version, options."""
 
 _MANIFEST = "entry.json"
 _REMOVED = "removed"
@@ -60,9 +61,21 @@ class CacheWarning(UserWarning):
     """Something in the cache was damaged; it is made again."""
 
 
+class DamagedError(CacheError):
+    """An entry is not what its manifest says."""
+
+
+class _StaleError(DamagedError):
+    """An entry was made from files that have changed since."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored result. `files` maps relative name -> {"size", "sha256"}; times are seconds since the epoch."""
+    """A stored result; times are seconds since the epoch.
+
+    `files` maps relative name -> {"size", "sha256", "checksum"}. `inputs` maps the path of each file that was read
+    besides those in `dependencies` -> its sha256. `parents` are the keys of the entries that it was made from.
+    """
 
     key: str
     path: Path
@@ -71,8 +84,30 @@ class Entry:
     size: int
     created: float
     last_used: float
-    ingredients: dict[str, Any]
+    dependencies: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    inputs: dict[str, str]
+    parents: tuple[str, ...]
+
+    def checked(self, name: str) -> Path:
+        """Return the path of a stored file whose content is what was stored. Raises DamagedError otherwise.
+
+        A file is read for this once in a process, as long as it does not change.
+        """
+        path = self.path / name
+        try:
+            status = path.stat()
+            sound = _checked_before(path, tuple(state_of(status))) == self.files[name]["checksum"]
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read: {error.strerror or error}", where=str(self.path)) from error
+        if not sound:
+            raise DamagedError(f"{name} has changed", where=str(self.path))
+        return path
+
+
+@functools.cache
+def _checked_before(path: Path, state: tuple[int, ...]) -> str:
+    return checksum(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,65 +117,6 @@ class Explanation:
     hit: bool
     reason: str
     differences: tuple[tuple[str, Any, Any], ...] = ()
-
-
-def key_of(ingredients: Ingredients) -> str:
-    """Return the sha256 (hex) of the canonical JSON of `ingredients`."""
-    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(path: Path, memo: DigestMemo | None = None) -> str:
-    """Return the sha256 (hex) of a file's content; `memo` remembers it."""
-    before = path.stat()
-    if memo is not None and (known := memo.get(path, before)):
-        return known
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if memo is not None:
-        memo.put(path, before, digest)
-    return digest
-
-
-class DigestMemo:
-    """Remembers digests by path, size, time of change and inode, so that 2 GB are not hashed at each start.
-
-    A file changed within the last two seconds is not remembered: it could change again without its time showing it.
-    """
-
-    _RACY = 2.0
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[str, list[Any]] | None = None
-
-    def get(self, path: Path, stat: os.stat_result) -> str | None:
-        """Return the digest, where the file is as it was."""
-        *then, digest = self._load().get(str(path.resolve()), [None])
-        return str(digest) if then == self._state(stat) else None
-
-    def put(self, path: Path, stat: os.stat_result, digest: str) -> None:
-        """Remember a digest; failing to write is no failure."""
-        if time.time() - stat.st_mtime < self._RACY:
-            return
-        known = {name: state for name, state in self._load().items() if _is_there(Path(name))}
-        known[str(path.resolve())] = [*self._state(stat), digest]
-        self._known = known
-        with contextlib.suppress(OSError):
-            atomic_write(self.path, json.dumps(known).encode())
-
-    def _load(self) -> dict[str, list[Any]]:
-        if self._known is None:
-            try:
-                read = dict(json.loads(self.path.read_bytes()))
-            except (OSError, ValueError, TypeError):
-                read = {}
-            self._known = {name: state for name, state in read.items() if isinstance(state, list) and len(state) == 4}
-        return self._known
-
-    @staticmethod
-    def _state(stat: os.stat_result) -> list[Any]:
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 class Cache:
@@ -170,12 +146,15 @@ class Cache:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def get(self, ingredients: Ingredients) -> Entry | None:
-        """Return the entry, or None. A damaged one is removed with a CacheWarning, and is a miss."""
-        key = key_of(ingredients)
+    def get(self, dependencies: Dependencies) -> Entry | None:
+        """Return the entry, or None. A damaged one is removed with a CacheWarning, and is a miss.
+
+        What its files hold is checked when they are used: see `Entry.checked`.
+        """
+        key = fingerprint(dependencies)
         try:
             entry = self._find(key)
-        except _DamagedError as damage:
+        except DamagedError as damage:
             with self._held_if_free(key) as held:
                 # Whoever else holds the lock is making it again, and needs neither a warning nor our help.
                 entry = self._replaceable(key) if held else None
@@ -186,33 +165,35 @@ class Cache:
                 os.utime(entry.path / _MANIFEST)
         return entry
 
-    def peek(self, ingredients: Ingredients) -> Entry | None:
+    def peek(self, dependencies: Dependencies) -> Entry | None:
         """Return the entry, or None, touching and removing nothing."""
         try:
-            return self._read(key_of(ingredients))
-        except _DamagedError:
+            return self._find(fingerprint(dependencies))
+        except DamagedError:
             return None
 
     def entries(self) -> list[Entry]:
         """Return all readable entries, the one used longest ago first."""
         found = []
         for key in self._keys():
-            with contextlib.suppress(_DamagedError):
+            with contextlib.suppress(DamagedError):
                 found.append(self._read(key))
         return sorted(found, key=lambda entry: entry.last_used)
 
-    def explain(self, ingredients: Ingredients) -> Explanation:
-        """Say whether these ingredients hit, and if not, what differs from the nearest entry of the same stage."""
-        key = key_of(ingredients)
+    def explain(self, dependencies: Dependencies) -> Explanation:
+        """Say whether these dependencies hit, and if not, what differs from the nearest entry of the same stage."""
+        key = fingerprint(dependencies)
         try:
             if self._find(key) is not None:
                 return Explanation(True, "stored")
-        except _DamagedError as damage:
-            return Explanation(False, f"damaged: {damage}")
-        now = _flat(ingredients)
-        candidates = [_flat(entry.ingredients) for entry in self.entries() if entry.stage == ingredients.get("stage")]
+        except _StaleError as change:
+            return Explanation(False, change.what)
+        except DamagedError as damage:
+            return Explanation(False, f"damaged: {damage.what}")
+        now = _flat(dependencies)
+        candidates = [_flat(entry.dependencies) for entry in self.entries() if entry.stage == dependencies.get("stage")]
         if not candidates:
-            return Explanation(False, f"nothing of the stage {ingredients.get('stage')!r} is stored yet")
+            return Explanation(False, f"nothing of the stage {dependencies.get('stage')!r} is stored yet")
         # Later entries were used later: of equally near ones, the last used tells the user most.
         nearest = min(reversed(candidates), key=lambda then: len(_differences(then, now)))
         differences = _differences(nearest, now)
@@ -221,20 +202,39 @@ class Cache:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def put(self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str) -> Entry:
+    def put(
+        self,
+        dependencies: Dependencies,
+        write: Callable[[Path], Any],
+        *,
+        label: str,
+        parents: Iterable[str] = (),
+        inputs: Callable[[], Iterable[Path]] = tuple,
+    ) -> Entry:
         """Store what `write` puts into the folder it is given; what is there already stays and is returned."""
-        return self.get_or_make(ingredients, write, label=label)[0]
+        return self.get_or_make(dependencies, write, label=label, parents=parents, inputs=inputs)[0]
 
-    def get_or_make(self, ingredients: Ingredients, write: Callable[[Path], None], *, label: str) -> tuple[Entry, bool]:
+    def get_or_make(
+        self,
+        dependencies: Dependencies,
+        write: Callable[[Path], Any],
+        *,
+        label: str,
+        parents: Iterable[str] = (),
+        inputs: Callable[[], Iterable[Path]] = tuple,
+    ) -> tuple[Entry, bool]:
         """Return (entry, whether it was there). One process makes it, others that ask meanwhile wait for it.
+
+        `parents` are the keys of the entries that `write` reads; `inputs` is called after it, and tells the files that
+        it read besides those that `dependencies` foresees.
 
         Raises CacheError where the disk is full or not writable; nothing half-made is left.
         """
         from filelock import FileLock
 
-        if (entry := self.get(ingredients)) is not None:
+        if (entry := self.get(dependencies)) is not None:
             return entry, True
-        key = key_of(ingredients)
+        key = fingerprint(dependencies)
         storing = f"storing {label}"
         with self._explained(storing):
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
@@ -243,14 +243,21 @@ class Cache:
         try:
             if (entry := self._replaceable(key)) is not None:
                 return entry, True
-            entry = self._make(key, ingredients, write, label, storing)
+            entry = self._make(key, dependencies, write, label, storing, inputs, tuple(dict.fromkeys(parents)))
         finally:
             lock.release()
         self.prune(keep=key)
         return entry, False
 
     def _make(
-        self, key: str, ingredients: Ingredients, write: Callable[[Path], None], label: str, storing: str
+        self,
+        key: str,
+        dependencies: Dependencies,
+        write: Callable[[Path], Any],
+        label: str,
+        storing: str,
+        inputs: Callable[[], Iterable[Path]],
+        parents: tuple[str, ...],
     ) -> Entry:
         target = self._folder(key)
         temporary = self.root / "work" / f"{key}-{os.urandom(8).hex()}"
@@ -260,15 +267,19 @@ class Cache:
                 temporary.mkdir(parents=True)
             with self._explained(storing, temporary):
                 write(temporary)
+                read = {str(path): digest_file(path, self.memo) for path in sorted(inputs())}
             with self._explained(storing):
                 manifest = {
                     "key": key,
                     "label": label,
                     "created": time.time(),
-                    "ingredients": dict(ingredients),
+                    "dependencies": dict(dependencies),
                     "files": _settled(temporary, label),
+                    "inputs": read,
+                    "parents": list(parents),
                 }
-                atomic_write(temporary / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+                signed = {**manifest, "manifest": fingerprint(manifest)}
+                atomic_write(temporary / _MANIFEST, json.dumps(signed, indent=1, sort_keys=True).encode())
                 temporary.rename(target)
                 sync_folder(target.parent)
         finally:
@@ -346,19 +357,38 @@ class Cache:
                 removed.append(entry)
         return removed
 
+    def discard(self, entry: Entry, damage: DamagedError) -> None:
+        """Remove an entry that turned out damaged while it was used, with all that was made from it, and warn."""
+        _warn_damaged(entry.key, damage)
+        for key in (entry.key, *self._descendants({entry.key})):
+            self.remove(key)
+
     def verify(self, *, repair: bool = False) -> list[tuple[str, str]]:
-        """Read every byte again; return (key, what is wrong) of damaged entries, removed where `repair`."""
-        damaged = []
-        for key in self._keys():
-            reason = self._damage(key)
-            if reason is None:
-                continue
-            damaged.append((key, reason))
-            if repair:
-                with self._held_if_free(key) as held:
-                    if held and self._damage(key):  # and not made again meanwhile
-                        self.remove(key)
-        return damaged
+        """Read every byte again; return (key, what is wrong) of damaged entries, and of those made from them.
+
+        With `repair` they are removed.
+        """
+        damaged = {key: reason for key in self._keys() if (reason := self._damage(key)) is not None}
+        descendants = {
+            key: f"it was made from {parent[:12]}" for key, parent in self._descendants(set(damaged)).items()
+        }
+        for key in (*damaged, *descendants) if repair else ():
+            with self._held_if_free(key) as held:
+                if held and (key in descendants or self._damage(key)):  # and not made again meanwhile
+                    self.remove(key)
+        return list({**descendants, **damaged}.items())
+
+    def _descendants(self, keys: set[str]) -> dict[str, str]:
+        """Return the keys of all entries that were made from these, by whatever steps -> the parent among them."""
+        found: dict[str, str] = {}
+        entries, before = self.entries(), -1
+        while before != len(found):
+            before = len(found)
+            for entry in entries:
+                parent = next((one for one in entry.parents if one in keys or one in found), None)
+                if parent is not None and entry.key not in keys:
+                    found.setdefault(entry.key, parent)
+        return found
 
     def _damage(self, key: str) -> str | None:
         """Read an entry's every byte; return what is wrong."""
@@ -366,9 +396,11 @@ class Cache:
             entry = self._find(key)
             for name, facts in entry.files.items() if entry else ():
                 if digest_file(self._folder(key) / name) != facts["sha256"]:
-                    raise _DamagedError(f"{name} has changed")
-        except (_DamagedError, OSError) as damage:
-            return str(damage) if self._folder(key).is_dir() else None
+                    raise DamagedError(f"{name} has changed")
+        except (DamagedError, OSError) as damage:
+            if isinstance(damage, _StaleError) or not self._folder(key).is_dir():
+                return None
+            return damage.what if isinstance(damage, DamagedError) else str(damage)
         return None
 
     def _clear_damaged(self) -> None:
@@ -381,7 +413,7 @@ class Cache:
     def _is_sound(self, key: str) -> bool:
         try:
             return self._find(key) is not None
-        except _DamagedError:
+        except DamagedError:
             return False
 
     def _clear_abandoned(self) -> None:
@@ -430,59 +462,70 @@ class Cache:
         return [folder.name for group in _listing(self.root / "entries") for folder in _listing(group)]
 
     def _find(self, key: str) -> Entry | None:
-        """Return a sound entry, or None where there is none; raise _DamagedError for one that is not sound."""
+        """Return a sound entry, or None where there is none; raise DamagedError for one that is not sound."""
         if not self._folder(key).is_dir():
             return None
         try:
-            return self._read(key)
-        except _DamagedError:
+            entry = self._read(key)
+        except DamagedError:
             if not self._folder(key).is_dir():  # pruned by another process while it was read
                 return None
             raise
+        for path, digest in entry.inputs.items():
+            try:
+                same = digest_file(Path(path), self.memo) == digest
+            except OSError:
+                same = False
+            if not same:
+                raise _StaleError(f"{path} has changed")
+        return entry
 
     def _replaceable(self, key: str) -> Entry | None:
         """Return the sound entry, if any; a damaged one is removed. Only for who holds the key's lock."""
         try:
             return self._find(key)
-        except _DamagedError as damage:
+        except DamagedError as damage:
             self.remove(key)
             _warn_damaged(key, damage)
             return None
 
     def _read(self, key: str) -> Entry:
-        """Read a manifest and check that its files are there in their sizes; raise _DamagedError otherwise."""
+        """Read a manifest and check that its files are there in their sizes; raise DamagedError otherwise."""
         folder = self._folder(key)
         try:
             manifest = json.loads((folder / _MANIFEST).read_bytes())
             used = (folder / _MANIFEST).stat().st_mtime
+            if (
+                fingerprint({name: value for name, value in manifest.items() if name != "manifest"})
+                != manifest["manifest"]
+            ):
+                raise DamagedError("its manifest has changed")
             for name, facts in manifest["files"].items():
                 size = (folder / name).stat().st_size
                 if size != facts["size"]:
-                    raise _DamagedError(f"{name} has {size} bytes instead of {facts['size']}")
-            if key_of(manifest["ingredients"]) != key:
-                raise _DamagedError("its manifest belongs to another entry")
+                    raise DamagedError(f"{name} has {size} bytes instead of {facts['size']}")
+            if fingerprint(manifest["dependencies"]) != key:
+                raise DamagedError("its manifest belongs to another entry")
             return _entry(key, folder, manifest, used)
         except FileNotFoundError as error:
-            raise _DamagedError(f"{Path(error.filename).name} is missing") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _DamagedError(f"its manifest cannot be read: {error}") from error
-
-
-class _DamagedError(Exception):
-    """An entry is not what its manifest says."""
+            raise DamagedError(f"{Path(error.filename).name} is missing") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(f"its manifest cannot be read: {error}") from error
 
 
 def _entry(key: str, folder: Path, manifest: Mapping[str, Any], used: float) -> Entry:
     return Entry(
         key=key,
         path=folder,
-        stage=str(manifest["ingredients"].get("stage", "")),
+        stage=str(manifest["dependencies"].get("stage", "")),
         label=str(manifest["label"]),
         size=sum(facts["size"] for facts in manifest["files"].values()),
         created=float(manifest["created"]),
         last_used=used,
-        ingredients=manifest["ingredients"],
+        dependencies=manifest["dependencies"],
         files=manifest["files"],
+        inputs=manifest["inputs"],
+        parents=tuple(manifest["parents"]),
     )
 
 
@@ -495,16 +538,17 @@ def _settled(folder: Path, label: str) -> dict[str, dict[str, Any]]:
         else:
             sync_file(path)
             name = path.relative_to(folder).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": digest_file(path)}
+            files[name] = {"size": path.stat().st_size, "sha256": digest_file(path), "checksum": checksum(path)}
     if not files or _MANIFEST in files:
         what = f"wrote {_MANIFEST}, a name that is the cache's own" if files else "wrote no files"
         raise CacheError(f"{label} {what}", where=str(folder), hint="Report this to the author of the stage.")
     return files
 
 
-def _warn_damaged(key: str, damage: Exception) -> None:
-    message = f"cache entry {key[:12]} is damaged ({damage}) and is made again"
-    warnings.warn(message, CacheWarning, stacklevel=3)
+def _warn_damaged(key: str, damage: DamagedError) -> None:
+    if not isinstance(damage, _StaleError):
+        message = f"cache entry {key[:12]} is damaged ({damage.what}) and is made again"
+        warnings.warn(message, CacheWarning, stacklevel=3)
 
 
 def parse_size(text: str) -> int:
@@ -555,15 +599,6 @@ def _age(path: Path) -> float:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _is_there(path: Path) -> bool:
-    """Say whether there is such a path and it can be seen (Path.exists raises for one in a forbidden folder)."""
-    try:
-        path.stat()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _is_key(text: str) -> bool:

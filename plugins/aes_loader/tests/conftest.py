@@ -8,7 +8,6 @@ import openvino as ov
 import pytest
 
 from ovforge import testing
-from ovforge_aes_loader import keys
 from ovforge_aes_loader.keys import Key, Scrypt
 from ovforge_aes_loader.options import KeyOptions
 
@@ -17,12 +16,11 @@ CHEAP = Scrypt(log_n=14)
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep every test away from the user's cache, catalogue and keys, and from the keys of other tests."""
+    """Keep every test away from the user's cache, catalogue and keys."""
     monkeypatch.setenv("OVFORGE_CACHE_DIR", str(tmp_path / "default-cache"))
     monkeypatch.setenv("OVFORGE_REGISTRY", str(tmp_path / "registry.toml"))
     for name in ("OVFORGE_KEY", "OVFORGE_KEY_FILE", "OVFORGE_PASSPHRASE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(keys, "_known", [])
 
 
 @pytest.fixture

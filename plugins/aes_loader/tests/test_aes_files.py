@@ -19,11 +19,11 @@ import pytest
 
 import ovforge_aes_loader
 import test_bundle
-from ovforge import testing
+from ovforge import open_file, testing
 from ovforge.builtin.loader import NativeLoader, NativeOptions
 from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge.model.bundle import ModelBundle
-from ovforge.run.opening import open_file, open_source
+from ovforge.run.session import Session
 from ovforge_aes_loader import files
 from ovforge_aes_loader.keys import Key, Scrypt
 from ovforge_aes_loader.options import KeyOptions
@@ -32,7 +32,7 @@ X = np.full((1, 4), 2, np.float32)
 
 
 def opened(path: Path, key: Key) -> ModelBundle:
-    source = open_source(str(path), Path(), key={"function": key.options.function, "form": key.options.form})
+    source = Session(key={"function": key.options.function, "form": key.options.form}).open_source(str(path), Path())
     loader = NativeLoader(NativeOptions())
     assert loader.can_load(source)
     return loader.load(source)
@@ -135,7 +135,7 @@ def test_files_of_options_open_by_a_key_that_is_known(ir: Path, tmp_path: Path, 
 
 def test_a_missing_or_wrong_size_is_said(ir: Path, tmp_path: Path, key: Key) -> None:
     files.encrypt(ir, tmp_path / "enc", key)
-    source = open_source(str(tmp_path / "enc"), Path(), key={"function": key.options.function})
+    source = Session(key={"function": key.options.function}).open_source(str(tmp_path / "enc"), Path())
     for attempt in (source.read, source.digest, lambda path: source.read_into(path, memoryview(bytearray(1)))):
         with pytest.raises(ModelError, match="no-such-file is missing"):
             attempt("no-such-file")
@@ -289,8 +289,8 @@ def test_memory_is_that_of_the_plain_model(tmp_path: Path, key: Key) -> None:
     files.encrypt(plain, tmp_path / "enc", key)
     code = (
         "import sys, numpy as np; from pathlib import Path; import openvino as ov\n"
-        "from ovforge.model.bundle import ModelBundle; from ovforge.model.sources import open_source\n"
-        "source = open_source(sys.argv[1], Path())\n"
+        "from ovforge.model.bundle import ModelBundle; from ovforge.run.session import Session\n"
+        "source = Session().open_source(sys.argv[1], Path())\n"
         "model = next(iter(ModelBundle.open(source).models.values()))\n"
         "compiled = ov.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})\n"
         "print(float(compiled(np.ones((1, 64), np.float32))[0].sum()))\n"

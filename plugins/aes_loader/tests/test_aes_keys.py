@@ -17,7 +17,8 @@ import pytest
 from ovforge.config.options import validate_options
 from ovforge.config.pipeline import PipelineConfig
 from ovforge.errors import ConfigError, OvforgeError, PluginError
-from ovforge_aes_loader.keys import Key, Master, known_keys, remember
+from ovforge_aes_loader.keys import Key, Master, default_keys
+from ovforge_aes_loader.opener import AesOpener
 from ovforge_aes_loader.options import KeyOptions, place_of
 
 RAW = bytes(range(32))
@@ -176,13 +177,14 @@ def test_nothing_that_is_printed_is_the_key(monkeypatch: pytest.MonkeyPatch) -> 
     assert "PLACE" not in repr(config) and "PLACE" not in str(config.as_dict()) and config.as_dict()["load"] == "y"
 
 
-def test_known_keys_are_each_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLACE", SECRET)
-    for _ in range(3):
-        remember(key(env="PLACE"))
-    remember(key(function=lambda: "x"))
-    assert len(known_keys()) == 2
+def test_keys_in_default_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(default_keys()) == []
     monkeypatch.setenv("OVFORGE_KEY", SECRET)
     monkeypatch.setenv("OVFORGE_PASSPHRASE", "words")
     monkeypatch.setenv("OVFORGE_KEY_FILE", "/nowhere")
-    assert [known.is_passphrase for known in known_keys()] == [False, False, False, False, True]
+    assert [known.is_passphrase for known in default_keys()] == [False, False, True]
+
+
+@pytest.mark.parametrize(("place", "asks"), [({"env": "X"}, False), ({"command": ("pass",)}, True), ({}, False)])
+def test_an_opener_says_whether_it_would_ask(place: dict[str, Any], asks: bool) -> None:
+    assert AesOpener(KeyOptions(**place)).asks is asks

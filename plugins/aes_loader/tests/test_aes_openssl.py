@@ -18,7 +18,7 @@ from ovforge import testing
 from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Plugins
-from ovforge.run.opening import open_source
+from ovforge.run.session import Session
 from ovforge_aes_loader import files
 from ovforge_aes_loader.keys import Key
 from ovforge_aes_loader.openssl import OpensslFile
@@ -112,7 +112,7 @@ def test_the_article(ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"env": "MODEL_KEY", "cipher": "aes-128-cbc", "iv": ARTICLE}
     for place in (source, source.parent):
         with pytest.warns(UserWarning, match="no authentication") as warned:
-            bundle = ModelBundle.open(open_source(str(place), Path(), key=said))
+            bundle = ModelBundle.open(Session(key=said).open_source(str(place), Path()))
         assert len(warned) == 1
         x = np.full((1, 4), 2, np.float32)
         model = next(iter(bundle.models.values()))
@@ -137,7 +137,7 @@ def test_wrong_keys_and_damage_are_named_before_the_runtime_sees_anything(
     def attempt(key: str = ARTICLE, iv: str = ARTICLE) -> ov.Model:
         monkeypatch.setenv("MODEL_KEY", key)
         said = {"env": "MODEL_KEY", "cipher": cipher, "iv": iv}
-        source = open_source(str(tmp_path / "e.xml"), Path(), key=said, plugins=plugins)
+        source = Session(plugins, key=said).open_source(str(tmp_path / "e.xml"), Path())
         return ModelBundle.open(source).models["model"]
 
     attempt()
@@ -171,7 +171,7 @@ def test_a_graph_that_is_no_xml_inside_is_refused(ir: Path, tmp_path: Path, monk
     sealed.write_bytes(data)
     said = {"function": lambda: "0f" * 32, "cipher": "aes-256-cbc", "iv": "f0" * 16}
     with warnings.catch_warnings(action="ignore"), pytest.raises(ModelError, match="no XML when it is decrypted"):
-        open_source(str(tmp_path / "enc"), Path(), key=said)
+        Session(key=said).open_source(str(tmp_path / "enc"), Path())
 
 
 @needs_openssl
@@ -199,7 +199,7 @@ def test_a_changed_graph_ends_in_an_error_or_a_model(ir: Path, tmp_path: Path) -
         sealed.write_bytes(changed)
         with contextlib.suppress(ModelError):
             loaded += (
-                ModelBundle.open(open_source(str(sealed), Path(), key=key, plugins=plugins)).models["model"] is not None
+                ModelBundle.open(Session(plugins, key=key).open_source(str(sealed), Path())).models["model"] is not None
             )
     assert 0 < loaded < len(data) // 8
 
@@ -222,13 +222,13 @@ def test_salted_files_open_where_the_cipher_is_named(ir: Path, tmp_path: Path, m
     said = {"env": "OVFORGE_PASSPHRASE", "form": "passphrase"}
     for key in (None, said):
         with pytest.raises(ConfigError, match="only where load.key names its cipher"):
-            open_source(str(tmp_path / "enc"), Path(), key=key)
+            Session(key=key).open_source(str(tmp_path / "enc"), Path())
     with pytest.warns(UserWarning, match="no authentication"):
-        source = open_source(str(tmp_path / "enc"), Path(), key={**said, "cipher": "aes-256-cbc"})
+        source = Session(key={**said, "cipher": "aes-256-cbc"}).open_source(str(tmp_path / "enc"), Path())
     assert source.read("openvino_model.xml") == ir.read_bytes()
     monkeypatch.setenv("OVFORGE_PASSPHRASE", "other words")
     with pytest.raises(ModelError, match="another one than it was encrypted with"):
-        open_source(str(tmp_path / "enc"), Path(), key={**said, "cipher": "aes-256-cbc"})
+        Session(key={**said, "cipher": "aes-256-cbc"}).open_source(str(tmp_path / "enc"), Path())
 
 
 def test_decrypting_gives_the_files_back(ir: Path, tmp_path: Path) -> None:

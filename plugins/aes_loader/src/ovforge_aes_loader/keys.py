@@ -1,7 +1,7 @@
 """Keys: where they are, how they are written, and what is derived from them. They are never shown.
 
 An option names the place of a key. The key itself is read when it is first needed, stays inside `Key`, and is in no
-repr, error, pickle or dump. Several keys may be known to a process; a container names the one that it wants by an id.
+repr, error, pickle or dump. A container names the one that it wants by an id.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ovforge.errors import ConfigError, ModelError, OvforgeError
 from ovforge_aes_loader.options import KeyOptions
 from ovforge_aes_loader.places import fetch
 
-__all__ = ["KEY_SIZE", "Key", "Master", "Scrypt", "default_keys", "find_master", "hkdf", "known_keys", "remember"]
+__all__ = ["KEY_SIZE", "Key", "Master", "Scrypt", "default_keys", "find_master", "hkdf"]
 
 KEY_SIZE = 32
 """Bytes of a container's key."""
@@ -165,22 +165,7 @@ def _base64(text: bytes) -> bytes | None:
         return None
 
 
-# -- the keys of a process ------------------------------------------------------------------------------------------
-
-_known: list[Key] = []
-_known_lock = threading.Lock()
-
-
-def remember(key: Key) -> None:
-    """Let later files without a key of their own be opened by this one, if they ask for it by its id."""
-    with _known_lock:
-        _known[:] = [other for other in _known if not key.same_as(other)] + [key]
-
-
-def known_keys() -> list[Key]:
-    """Return the keys that this process has used, the last one first, and those in default places."""
-    with _known_lock:
-        return [*reversed(_known), *default_keys()]
+# -- finding a key --------------------------------------------------------------------------------------------------
 
 
 def default_keys() -> Iterator[Key]:
@@ -194,13 +179,13 @@ def default_keys() -> Iterator[Key]:
 
 
 def find_master(scrypt: Scrypt | None, salt: bytes, key_id: bytes, key: Key | None, where: str) -> Master:
-    """Return the master key of this id: from `key`, or else from the first known key that has it.
+    """Return the master key of this id: from `key`, or else from the first key in a default place that has it.
 
     Raises ConfigError where there is none, with the ids.
     """
     problems: list[OvforgeError] = []
     tried: list[str] = []
-    for candidate in [key] if key else known_keys():
+    for candidate in [*([key] if key else []), *default_keys()]:
         if candidate.is_passphrase != (scrypt is not None):
             kind = "a passphrase" if scrypt else "a key"
             problems.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ovforge.model import Source
-from ovforge_aes_loader.keys import Key, remember
+from ovforge_aes_loader.keys import Key
 from ovforge_aes_loader.options import KeyOptions
 
 __all__ = ["AesOpener"]
@@ -14,13 +14,17 @@ _STARTS = (b"\x89OVENC\r\n", b"Salted__")
 
 
 class AesOpener:
-    """Opens what is encrypted with the key of its options, or with one that the process knows."""
+    """Opens what is encrypted with the key of its options, or with one in a default place."""
 
     def __init__(self, options: KeyOptions) -> None:
         self.options = options
         self.key = Key(options) if options.named else None
-        if self.key is not None:
-            remember(self.key)
+
+    @property
+    def asks(self) -> bool:
+        """Whether reading the key runs a program, or may ask somebody."""
+        options = self.options
+        return any(place is not None for place in (options.command, options.keyring, options.function))
 
     def can_open(self, source: Source) -> bool:
         """Say whether a file begins like one of ours. What `openssl enc -K` writes has no beginning: options say so."""

@@ -118,7 +118,7 @@ def _pipeline_side(flags: Mapping[str, Any]) -> _Side:
     from ovforge_benchmark.whole import load
 
     pipe, inputs = load(flags)
-    fixed = {**inputs, **({"seed": 0} if "seed" in pipe.recipe.task_extension.inputs_model().model_fields else {})}
+    fixed = {**inputs, **({"seed": 0} if "seed" in pipe.inputs_model.model_fields else {})}
     if "seed" in inputs or "seed" in pipe.config.input:
         fixed = inputs
 

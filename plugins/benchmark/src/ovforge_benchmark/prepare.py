@@ -86,23 +86,15 @@ def _timed(start: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
 
 def _read(flags: Mapping[str, Any]) -> ov.Model:
     """Return the model from whatever any loader here opens."""
-    from ovforge import Cache, Plugins
-    from ovforge.contracts import ignore_progress
-    from ovforge.run.loading import open_origin
-    from ovforge.run.opening import open_source
-    from ovforge.run.recipe import Origin, find_loader
+    import ovforge
 
-    plugins, cache = Plugins(), Cache.default()
     key = None
     if flags["key"]:
         kind, colon, place = flags["key"].partition(":")
         if not colon or not kind.isalpha():
             raise ConfigError("names no place of a key", where="--key", hint="Write env:NAME or file:PATH.")
         key = {kind: place}
-    source = open_source(flags["model"], Path.cwd(), cache.memo, key=key, plugins=plugins)
-    loader = find_loader(source, None, plugins)
-    options = loader.extension.options_model()
-    bundle = open_origin(Origin(source, loader, options() if options else None), cache, ignore_progress)
+    bundle = ovforge.open_model(flags["model"], key=key)
     roles = list(bundle.models)
     role: str | None = flags["role"] or (roles[0] if len(roles) == 1 else None)
     if role is None or role not in bundle.models:

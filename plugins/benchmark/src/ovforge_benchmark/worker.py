@@ -74,7 +74,7 @@ def _timed(pipe: ovforge.Pipeline, call: Mapping[str, Any]) -> tuple[float, Resu
 
 def _with_seed(pipe: ovforge.Pipeline, call: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
     """Give a call the common seed, where its task has seeds and nobody says which."""
-    known = pipe.recipe.task_extension.inputs_model().model_fields
+    known = pipe.inputs_model.model_fields
     if seed is None or "seed" not in known or "seed" in call or "seed" in pipe.config.input:
         return dict(call)
     return {**call, "seed": seed}

@@ -135,7 +135,7 @@ def _compared(pipe: Any, result: Any, model: str, output: Path) -> list[Path]:
     if suffix not in Image.EXTENSION:
         raise InputError("only a picture shows both", where="--output", hint="Name a .png or .jpg file.")
     task = on_torch(pipe.task, model)
-    inputs = checked(pipe.recipe.task_extension.inputs_model(), pipe.config.input, where="input", base=pipe.recipe.base)
+    inputs = checked(pipe.inputs_model, pipe.config.input, where="input", base=pipe.base)
     theirs = task(inputs, ignore_progress)
     result.timings.add("torch", theirs.timings.total("detector"))
     written = []

@@ -20,6 +20,7 @@ def ovforge_loaders() -> Iterator[LoaderExtension]:
         factory="ovforge_diffusers.loader:DiffusersLoader",
         converts=True,
         in_memory=True,
+        beside=("tokenizer*/*",),
     )
 
 

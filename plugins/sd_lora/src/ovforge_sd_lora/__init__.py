@@ -23,7 +23,7 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         config="ovforge_sd_lora.options:LoraOptions",
         factory="ovforge_sd_lora.transform:LoraTransform",
         phase=_phase,
-        light=True,
+        recompute=True,
         adapter="ovforge_sd_lora.switch:running_adapter",
     )
 

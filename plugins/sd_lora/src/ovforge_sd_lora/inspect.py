@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, family_name, open_adapter
 from ovforge_sd_lora.matching import Preflight, preflight
 
@@ -38,8 +37,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an adapter is, and with --model what of it fits."""
+    import ovforge
+
     adapter = open_adapter(file, file.stem)
-    found = preflight(adapter, _opened(model)) if model else None
+    found = preflight(adapter, ovforge.open_model(model)) if model else None
     if as_json:
         print(json.dumps(inspected(adapter, found), indent=2))
     else:
@@ -111,21 +112,6 @@ def _by_text(adapter: Adapter) -> str | None:
         if module.role == "text_encoder" and module.name.endswith(("q_proj", "k_proj", "v_proj")):
             return _TEXT_WIDTHS.get(module.shape[1])
     return None
-
-
-def _opened(model: str) -> ModelBundle:
-    """Open a model as a pipeline would, from the cache where it was converted before."""
-    from ovforge import Cache, Plugins
-    from ovforge.config import validate_options
-    from ovforge.contracts import ignore_progress
-    from ovforge.run.loading import open_origin
-    from ovforge.run.opening import open_source
-    from ovforge.run.recipe import Origin, find_loader
-
-    source = open_source(model, Path.cwd())
-    loader = find_loader(source, None, Plugins())
-    options = validate_options(loader.extension.options_model(), {}, where="--model")
-    return open_origin(Origin(source, loader, options), Cache.default(), ignore_progress)
 
 
 def _show(told: Mapping[str, Any], keys: bool) -> None:

@@ -56,21 +56,21 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         config="ovforge_stable_diffusion.graph.clip_skip:ClipSkipOptions",
         factory="ovforge_stable_diffusion.graph.clip_skip:ClipSkip",
         phase=Phase.STRUCTURE,
-        light=True,
+        recompute=True,
     )
     yield GraphTransformExtension(
         name="controlnet-inputs",
         summary="Give the UNet the inputs that ControlNets add to",
         factory="ovforge_stable_diffusion.graph.controlnet_inputs:ControlNetInputs",
         phase=Phase.STRUCTURE,
-        light=True,
+        recompute=True,
     )
     yield GraphTransformExtension(
         name="fold-upsample",
         summary="Fold up-sampling into the convolution after it",
         factory="ovforge_stable_diffusion.graph.fold_upsample:FoldUpsample",
         phase=Phase.LAYOUT,
-        light=True,
+        recompute=True,
     )
 
 

@@ -153,12 +153,9 @@ def _type(text: str | None) -> tuple[str | None, bool]:
 
 def _weights(model: str, weights: str) -> dict[str, str]:
     """Return the loader's option for a source that is converted; a ready one keeps its weights as they are."""
-    from ovforge import Plugins
-    from ovforge.run.opening import open_source
-    from ovforge.run.recipe import find_loader
+    import ovforge
 
-    loader = find_loader(open_source(model, Path.cwd()), None, Plugins()).extension
-    options = loader.options_model()
+    options = ovforge.find_loader(model).options_model()
     if options is None or "weights" not in options.model_fields:
         return {}
     return {"weights": {"FP32": "f32", "FP16": "f16"}[weights]}

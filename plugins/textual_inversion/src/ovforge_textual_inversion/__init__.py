@@ -19,5 +19,5 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         # Last: quantizers see the table as it was, so that a new word changes no other word, and no calibration either;
         # and there is one order with adapters, fused or not, and quantization.
         phase=Phase.LAYOUT,
-        light=True,
+        recompute=True,
     )

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ovforge.config import InputFile
-from ovforge.model import PACKAGE, FileSource
-from ovforge.run.opening import open_source
 
 __all__ = ["TextualInversionOptions"]
 
@@ -21,20 +19,12 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
-def _in_package(value: Any) -> Any:
-    """Return the file of "package:NAME/PATH", which lies inside an installed Python package."""
-    if isinstance(value, str) and value.startswith(PACKAGE):
-        source = open_source(value, Path())
-        return source.path if isinstance(source, FileSource) else value
-    return value
-
-
 class TextualInversionOptions(BaseModel):
     """Which files, what their words are called, and where they go."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Annotated[tuple[Annotated[InputFile, BeforeValidator(_in_package)], ...], BeforeValidator(_listed)] = Field(
+    path: Annotated[tuple[InputFile, ...], BeforeValidator(_listed)] = Field(
         min_length=1, description="A file, a folder of files, or a list; package:NAME/PATH lies in a Python package."
     )
     token: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = Field(

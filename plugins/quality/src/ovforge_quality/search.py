@@ -43,7 +43,7 @@ def noise_of_layers(
     import openvino as ov
     from openvino import opset13 as ops
 
-    from ovforge.model.runtime import core
+    from ovforge.model import core
 
     ours, theirs = original.clone(), lowered.clone()
     if ours.get_sinks() or theirs.get_sinks():

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovforge.cli.pipelines import NoCache, progress_bar
+from ovforge.cli import print_reports, progress_bar, reports_as_json
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 
 if TYPE_CHECKING:
-    from ovforge.plugins.manager import Plugins
-    from ovforge.run.prepared import Prepared
+    from ovforge import Plugins, Prepared
 
 __all__ = ["quantize"]
 
 _CONFIGS = {".toml", ".json"}
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing on disk, and use nothing that is there.")]
 
 
 def quantize(
@@ -56,7 +56,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Quantize a model, calibrated by its own pipeline, and write it as a folder."""
-    from ovforge.plugins.manager import Plugins
+    from ovforge import Plugins
 
     plugins = Plugins()
     if list_:
@@ -105,7 +105,7 @@ def _tables(
 
 def _config(source: str, task: str | None, tables: dict[str, Any], plugins: Plugins) -> tuple[dict[str, Any], Path]:
     """Return a config to prepare, without what a pipeline brings to run faster: that is for who runs the result."""
-    from ovforge.config.files import read_config
+    from ovforge.config import read_config
 
     path = Path(source)
     if path.suffix.lower() in _CONFIGS:
@@ -125,7 +125,7 @@ def _config(source: str, task: str | None, tables: dict[str, Any], plugins: Plug
 
 def _options(name: str, roles: list[str], given: list[str], plugins: Plugins) -> dict[str, Any]:
     """Return a quantizer's options; one without `roles` has no choice of models."""
-    from ovforge.config.files import apply_overrides
+    from ovforge.config import apply_overrides
 
     model = plugins.find("quantizer", name).extension.options_model()
     if roles and (model is None or "roles" not in model.model_fields):
@@ -142,25 +142,36 @@ def _name(source: str) -> str:
 
 
 def _prepare(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
-    from ovforge.run.prepared import prepare
+    import ovforge
 
-    return prepare(config, base=base, plugins=plugins, cache=None if no_cache else "default", progress=progress)
+    cache = None if no_cache else "default"
+    return ovforge.prepare(config, base=base, plugins=plugins, cache=cache, progress=progress)
 
 
 def _prepare_model(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
-    """Quantize a model by itself: with the first task that runs it, or without one where no data is asked for."""
-    from ovforge.run.prepared import prepare_alone, task_for
+    """Quantize a model by itself: with the first task that runs it, or without one if no data is asked for."""
+    found = _task_for(config["load"], base, plugins, no_cache)
+    if found is None:
+        for key in ("calibration", "quality"):
+            if key in config:
+                raise PluginError(
+                    "no task here runs this model", where=f"--{key}" if key == "calibration" else key,
+                    hint="Name the task with --task, or install the plugin that has it.",
+                )  # fmt: skip
+    return _prepare({**config, **({"task": found} if found else {})}, base, plugins, no_cache, progress)
 
-    found = task_for(config["load"], base, plugins, None if no_cache else "default")
-    if found is not None:
-        return _prepare({**config, "task": found}, base, plugins, no_cache, progress)
-    for key in ("calibration", "quality"):
-        if key in config:
-            raise PluginError(
-                "no task here runs this model", where=f"--{key}" if key == "calibration" else key,
-                hint="Name the task with --task, or install the plugin that has it.",
-            )  # fmt: skip
-    return prepare_alone(config, base, plugins, progress)
+
+def _task_for(source: str, base: Path, plugins: Plugins, no_cache: bool) -> str | None:
+    """Return the first task that has all its roles in a model; None if none has."""
+    import ovforge
+    from ovforge.contracts import TaskExtension
+
+    cache = None if no_cache else "default"
+    roles = set(ovforge.open_model(source, base=base, plugins=plugins, cache=cache).models)
+    for offer in plugins.all("task"):
+        if isinstance(offer.extension, TaskExtension) and roles.issuperset(offer.extension.roles):
+            return offer.extension.name
+    return None
 
 
 def _write(prepared: Prepared, target: Path, force: bool) -> None:
@@ -178,13 +189,11 @@ def _write(prepared: Prepared, target: Path, force: bool) -> None:
 
 
 def _print(prepared: Prepared, target: Path, as_json: bool) -> None:
-    from ovforge.cli.reports import print_quantized, quantized_as_json
-
     if as_json:
-        said = quantized_as_json(prepared.steps, prepared.reports, prepared.quality)
-        print(json.dumps({"folder": str(target), **said}, indent=2))
+        reports = reports_as_json(prepared.steps, prepared.reports, prepared.outcome)
+        print(json.dumps({"folder": str(target), **reports}, indent=2))
         return
-    print_quantized(prepared.steps, prepared.reports, prepared.quality)
+    print_reports(prepared.steps, prepared.reports, prepared.outcome)
     print(target)
 
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
 from pydantic import BaseModel
 
-from ovforge.config.options import checked
-from ovforge.config.pipeline import CalibrationTable, QualityTable
+from ovforge.config import checked, input_content
 from ovforge.errors import ConfigError, PluginError, did_you_mean
-from ovforge.model.bundle import ASSET_LIMIT
-from ovforge.model.pictures import digest_picture
-from ovforge.store.cache import DigestMemo, digest_file
+from ovforge_quality.sections import CalibrationSection, QualitySection
 
 if TYPE_CHECKING:
-    from ovforge.contracts.stages import Task
+    from ovforge.contracts import Task
 
-__all__ = ["Examples", "check_apart", "content_of", "read_examples"]
+__all__ = ["Examples", "check_apart", "read_examples"]
+
+SIZE_LIMIT = 64 * 2**20
+"""Largest file of inputs, in bytes."""
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -43,6 +41,11 @@ class Examples:
     held_out: bool
     key: str
     """The table that they come from, for errors."""
+
+    @classmethod
+    def none(cls, key: str) -> Examples:
+        """Return no examples, for a model that no task runs."""
+        return cls(BaseModel, (), {}, Path(), 0, key == "quality", key)
 
     def take(self, task: Task, count: int, without: Examples | None = None) -> list[BaseModel]:
         """Return up to `count` inputs, more than are given only where a random seed makes them different.
@@ -83,15 +86,15 @@ class Examples:
             return inputs
         return inputs.model_copy(update={"seed": 2 * (self.seed + number) + self.held_out})
 
-    def content(self, memo: DigestMemo | None) -> dict[str, Any]:
+    def content(self, digest: Callable[[Path], str]) -> dict[str, Any]:
         """Return all that the inputs depend on, besides the task; files count by their content."""
-        given = None if self.given is None else [_content(inputs, memo) for inputs in self.given]
-        text = json.dumps([given, _content(dict(self.options), memo)], sort_keys=True)
+        given = None if self.given is None else [input_content(inputs, digest) for inputs in self.given]
+        text = json.dumps([given, input_content(dict(self.options), digest)], sort_keys=True)
         return {"inputs": hashlib.sha256(text.encode()).hexdigest(), "seed": self.seed}
 
 
 def read_examples(
-    table: CalibrationTable | QualityTable, model: type[BaseModel], base: Path, *, key: str, task: str
+    table: CalibrationSection | QualitySection, model: type[BaseModel], base: Path, *, key: str, task: str
 ) -> Examples:
     """Read and check what a config says of inputs. Raises ConfigError that names the file and the line."""
     fields = model.model_fields
@@ -153,8 +156,8 @@ def _read(path: Path, model: type[BaseModel], key: str, task: str) -> list[tuple
 def _lines(path: Path, key: str) -> list[tuple[int, str]]:
     where = f"{key}.file: {path}"
     try:
-        if path.stat().st_size > ASSET_LIMIT:
-            raise ConfigError(f"it is larger than {ASSET_LIMIT} bytes", where=where)
+        if path.stat().st_size > SIZE_LIMIT:
+            raise ConfigError(f"it is larger than {SIZE_LIMIT} bytes", where=where)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read as text: {error}", where=where) from error
@@ -179,30 +182,6 @@ def _is_picture(model: type[BaseModel], field: str) -> bool:
     return any(each.get("format") == "path" for each in (described, *described.get("anyOf", ())))
 
 
-def content_of(inputs: BaseModel) -> str:
-    """Return what a call's inputs hold, pictures and files by their digests."""
-    return json.dumps(_content(inputs, None), sort_keys=True)
-
-
 def _first(inputs: BaseModel) -> str:
     """Return what tells an input from others: its first field, by content."""
-    return json.dumps(_content(getattr(inputs, next(iter(type(inputs).model_fields))), None))
-
-
-def _content(value: Any, memo: DigestMemo | None) -> Any:
-    """Return a value as JSON has it, files and pictures by their digests."""
-    if isinstance(value, BaseModel):
-        return {name: _content(getattr(value, name), memo) for name in sorted(value.model_fields_set)}
-    if isinstance(value, Mapping):
-        return {str(name): _content(part, memo) for name, part in value.items()}
-    if isinstance(value, Path):
-        if not value.is_file():
-            raise ConfigError("no such file", where=str(value))
-        return digest_file(value, memo)
-    if isinstance(value, Image.Image):
-        return digest_picture(value)
-    if isinstance(value, np.ndarray):
-        return hashlib.sha256(f"{value.dtype} {value.shape}".encode() + value.tobytes()).hexdigest()
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_content(part, memo) for part in value]
-    return value
+    return json.dumps(input_content(getattr(inputs, next(iter(type(inputs).model_fields)))))

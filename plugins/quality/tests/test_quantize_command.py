@@ -119,7 +119,7 @@ def test_an_interruption_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("ovforge.cli.quantize"), "_prepare", interrupted)
+    monkeypatch.setattr(importlib.import_module("ovforge_quality.command"), "_prepare", interrupted)
     target = tmp_path / "small"
     arguments = ["quantize", MODEL, "-q", "nncf-ptq", "--task", "text-to-image", "-o", str(target)]
     done = CliRunner().invoke(app, arguments)
@@ -161,15 +161,15 @@ def test_both_halves_of_guidance_are_recorded(
     torch_sd: Path, session_cache: Any, guidance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Joint they are one batch, split they are calls of their own: the same values either way."""
-    from ovforge.run.quantization import Quantization
+    from ovforge_quality.driver import QualityDriver, _Quantization
 
     seen: list[Any] = []
 
-    def look(self: Quantization) -> Any:
-        seen.extend(self._calibration.inputs("unet", 100))
+    def look(self: QualityDriver, run: Any) -> Any:
+        seen.extend(_Quantization(self, run)._calibration.inputs("unet", 100))
         raise QualityError("seen")
 
-    monkeypatch.setattr(Quantization, "run", look)
+    monkeypatch.setattr(QualityDriver, "run", look)
     config = {
         "task": {"use": "text-to-image", "guidance": guidance},
         "load": str(torch_sd),

@@ -5,31 +5,29 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovforge.config.pipeline import QualityTable
-from ovforge.contracts.stages import Progress, Task, ignore_progress
+from ovforge.contracts import Progress, Task, ignore_progress
 from ovforge.errors import ConfigError, ModelError, QualityError
-from ovforge.model.detections import DetectionsResult
-from ovforge.model.metrics import METRICS
-from ovforge.model.results import ImagesResult, Result
-from ovforge.store.files import atomic_write
+from ovforge.model import METRICS, DetectionsResult, ImagesResult, Result
+from ovforge.store import atomic_write
+from ovforge_quality.sections import QualitySection
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ovforge.model.bundle import ModelBundle
+    from ovforge.model import ModelBundle
 
-__all__ = ["Judge", "Outcome", "Verdict", "save_worst"]
+__all__ = ["Judge", "JudgedQuality", "Verdict", "failed", "outcome_of", "save_worst"]
 
 WORST = 3
 """How many pairs of pictures are saved."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class JudgedQuality:
     """What the gate said. `kept` names the layers, by role, that a search left in higher precision."""
 
     metric: str
@@ -47,6 +45,14 @@ class Outcome:
     def passed(self) -> bool:
         """Whether the score reaches the limit."""
         return self.score >= self.limit
+
+    def as_stored(self) -> dict[str, Any]:
+        """Return it as `outcome_of` reads it."""
+        return asdict(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs."""
+        return {**asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
         unit = METRICS[self.metric].unit if self.metric in METRICS else ""
@@ -85,7 +91,7 @@ class Judge:
 
     def __init__(
         self,
-        table: QualityTable | None,
+        table: QualitySection | None,
         reference: Callable[[], ModelBundle],
         start: Callable[[ModelBundle], Task],
         inputs: Callable[[Task, int], Sequence[Any]],
@@ -222,7 +228,7 @@ def _picture(result: Result | None) -> Image.Image | None:
     return None
 
 
-def failed(outcome: Outcome, verdict: Verdict, folder: Path, more: str = "", hint: str = "") -> QualityError:
+def failed(outcome: JudgedQuality, verdict: Verdict, folder: Path, more: str = "", hint: str = "") -> QualityError:
     """Return the error of a pipeline that does not pass; its worst pictures are saved first."""
     worst = min(range(len(verdict.scores)), key=lambda n: verdict.scores[n])
     first = getattr(verdict.inputs[worst], next(iter(type(verdict.inputs[worst]).model_fields)), "")
@@ -239,6 +245,6 @@ def failed(outcome: Outcome, verdict: Verdict, folder: Path, more: str = "", hin
     return QualityError(f"the quantized pipeline scores {outcome}{more}", where="quality", hint=" ".join(said))
 
 
-def outcome_of(value: Mapping[str, Any]) -> Outcome:
+def outcome_of(value: Mapping[str, Any]) -> JudgedQuality:
     """Return an outcome from its JSON."""
-    return Outcome(**{**value, "scores": tuple(value["scores"])})
+    return JudgedQuality(**{**value, "scores": tuple(value["scores"])})

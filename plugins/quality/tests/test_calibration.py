@@ -16,8 +16,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 import ovforge
+import ovforge_quality
 from ovforge import hookimpl, testing
-from ovforge.config.pipeline import CalibrationTable
 from ovforge.contracts.extensions import QuantizerExtension, TaskExtension
 from ovforge.contracts.stages import Progress, Report
 from ovforge.errors import Cancelled, ConfigError, ModelError, OvforgeError, PluginError
@@ -26,9 +26,11 @@ from ovforge.model.pictures import Picture
 from ovforge.model.results import Result
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
-from ovforge.run.calibration import FolderStore, MemoryStore, Reservoir, priority
-from ovforge.run.examples import read_examples
+from ovforge.store import digest_file
 from ovforge.store.cache import Cache
+from ovforge_quality.examples import read_examples
+from ovforge_quality.recording import MemoryStore, Reservoir, TemporaryStore, priority
+from ovforge_quality.sections import CalibrationSection
 from test_sources import Protection
 
 
@@ -102,6 +104,7 @@ def plugins() -> Plugins:
     module.ovforge_tasks = ovforge_tasks  # type: ignore[attr-defined]
     found = Plugins(Registry({}), found=())
     found.register(module, "sees", "1.0")
+    found.register(ovforge_quality, "quality", "1.0")
     return found
 
 
@@ -159,11 +162,10 @@ def test_the_draw_is_even() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 6), st.booleans())
 def test_on_disk_is_as_in_memory_and_an_interruption_leaves_no_trace(
-    tmp_path_factory: pytest.TempPathFactory, runs: list[int], stop: int, lost: int, sealed: bool
+    runs: list[int], stop: int, lost: int, sealed: bool
 ) -> None:
     memory = fill(Reservoir(4, 7, MemoryStore()), runs)
-    folder = tmp_path_factory.mktemp("records")
-    store = FolderStore(folder, Protection() if sealed else None, "test")
+    store = TemporaryStore(Protection() if sealed else None)
     first = fill(Reservoir(4, 7, store), runs[:stop])
     for number in range(lost):  # a run that never ends
         first.offer("unet", lambda number=number: record(-1 - number))  # type: ignore[misc]
@@ -171,7 +173,7 @@ def test_on_disk_is_as_in_memory_and_an_interruption_leaves_no_trace(
     again = Reservoir(4, 7, store, json.loads(json.dumps(first.state())))
     fill(again, runs[stop:], sum(runs[:stop]))
     assert [r["x"].tolist() for r in again.records("unet")] == [r["x"].tolist() for r in memory.records("unet")]
-    assert len(list(folder.rglob("*.*"))) == len(memory.records("unet")), "what was dropped is gone"
+    assert len(list(store.root.rglob("*.*"))) == len(memory.records("unet")), "what was dropped is gone"
     assert again.state() == memory.state()
 
 
@@ -265,14 +267,14 @@ def test_records_of_encrypted_models_are_never_plain(
     from ovforge.run import pipeline
 
     config |= {"calibration": {"samples": 4, "runs": 2, "inputs": [{"x": 1234.5}], "spill": True}}
-    real = pipeline.make_recipe
+    real = pipeline.resolve
 
     def sealed(*arguments: Any, **more: Any) -> Any:
         import dataclasses
 
         return dataclasses.replace(real(*arguments, **more), protection=Protection())
 
-    monkeypatch.setattr(pipeline, "make_recipe", sealed)
+    monkeypatch.setattr(pipeline, "resolve", sealed)
     load(config, cache)
     load(config, cache)
     [entry] = [entry for entry in cache.entries() if entry.stage == "calibration"]
@@ -313,7 +315,7 @@ def test_inputs_come_from_files(
 def test_folders_hold_pictures_for_tasks_that_take_them(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    table = CalibrationTable(file="pictures", options={"label": "cat"})
+    table = CalibrationSection(file="pictures", options={"label": "cat"})
     with pytest.raises(ConfigError, match="no picture in it"):
         read_examples(table, PictureInputs, tmp_path, key="calibration", task="detect")
     for name in ("b.png", "a.jpg"):
@@ -323,11 +325,11 @@ def test_folders_hold_pictures_for_tasks_that_take_them(tmp_path: Path) -> None:
     taken = examples.take(Mute(None, None), 9)
     assert [inputs.image.name for inputs in taken] == ["a.jpg", "b.png"], "without a seed they do not come again"
     assert {inputs.label for inputs in taken} == {"cat"}
-    before = examples.content(None)
+    before = examples.content(digest_file)
     Image.new("RGB", (2, 2), "blue").save(folder / "b.png")
-    assert examples.content(None) != before
+    assert examples.content(digest_file) != before
     with pytest.raises(ConfigError, match="first input of steps is `x`"):
-        read_examples(CalibrationTable(file="pictures"), Inputs, tmp_path, key="calibration", task="steps")
+        read_examples(CalibrationSection(file="pictures"), Inputs, tmp_path, key="calibration", task="steps")
 
 
 @pytest.mark.parametrize(
@@ -341,9 +343,9 @@ def test_folders_hold_pictures_for_tasks_that_take_them(tmp_path: Path) -> None:
         ({"calibration": {"inputs": [{"y": 1}]}}, ConfigError, r"calibration.inputs.0: unknown key `y`"),
         ({"calibration": {"options": {"stepz": 1}}}, ConfigError, "unknown input `stepz`. Did you mean 'steps'"),
         ({"calibration": {"file": "words.txt", "inputs": [{"x": 1}]}}, ConfigError, "file or inputs, not both"),
-        ({"calibration": {"samples": 0}}, ConfigError, "calibration.samples"),
-        ({"calibration": {}, "quantize": []}, ConfigError, "calibration: it is of use to quantizers"),
-        ({"quality": {"max_drop": 0.1}, "quantize": []}, ConfigError, "quality: it is of use to quantizers"),
+        ({"calibration": {"samples": 0}}, ConfigError, "calibration: `samples`"),
+        ({"calibration": {}, "quantize": []}, ConfigError, "calibration: it is for quantizers"),
+        ({"quality": {"max_drop": 0.1}, "quantize": []}, ConfigError, "quality: it is for quantizers"),
         ({"quality": {}}, ConfigError, "min_score or max_drop, one of them"),
         ({"quality": {"metric": "psnr", "max_drop": 1}}, ConfigError, "min_score in dB"),
         ({"quality": {"min_score": 1.5}}, ConfigError, "more than equal results have"),

@@ -8,26 +8,25 @@ can go on after an interruption, and a smaller draw is the beginning of a larger
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
-from ovforge.contracts.stages import Progress, ignore_progress
+from ovforge.contracts import Progress, ignore_progress
 from ovforge.errors import CacheError, ModelError, did_you_mean
+from ovforge_quality.sections import CalibrationSection
 
 if TYPE_CHECKING:
     import openvino as ov
     from numpy.typing import NDArray
 
-    from ovforge.contracts.stages import Task
-    from ovforge.model.sources import Protection
-    from ovforge.run.compiled import CompiledBundle
-    from ovforge.store.cache import Cache
+    from ovforge.contracts import QuantizationRun, Task
+    from ovforge.model import Protection, Source
 
 __all__ = ["Record", "Recorder", "Records", "Reservoir", "TaskCalibration"]
 
@@ -38,6 +37,7 @@ LEAST_RUNS = 8
 """Runs of the pipeline that a recording takes in any case: a few runs of many steps would show few subjects."""
 
 _STATE = "calibration.json"
+_PURPOSE = "calibration"
 
 
 # -- where records are kept -------------------------------------------------------------------------------------------
@@ -69,44 +69,68 @@ class MemoryStore:
         del self._records[role, position]
 
 
-class FolderStore:
-    """A safetensors file for each record below `root`, encrypted for `purpose` where there is a protection."""
+class SourceStore:
+    """In a source's files, which stay as they are."""
 
-    def __init__(self, root: Path, protection: Protection | None = None, purpose: str = "") -> None:
-        self.root, self._protection, self._purpose = root, protection, purpose
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     def put(self, role: str, position: int, record: Record) -> None:
-        import numpy as np
-        from safetensors.numpy import save
+        raise AssertionError("what was stored stays as it is")
 
-        data = save({name: np.ascontiguousarray(array) for name, array in record.items()})
+    def get(self, role: str, position: int) -> Record:
+        return _decoded(self._source.read(_file(role, position)), role, self._source.name)
+
+    def drop(self, role: str, position: int) -> None:
+        raise AssertionError("what was stored stays as it is")
+
+
+class TemporaryStore:
+    """In files that go when nobody needs them any more; encrypted if there is a protection."""
+
+    def __init__(self, protection: Protection | None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ovforge-calibration-", ignore_cleanup_errors=True)
+        self.root, self._protection = Path(self._folder.name), protection
+
+    def put(self, role: str, position: int, record: Record) -> None:
         if self._protection is not None:
-            self._protection.write(self.root, _file(role, position), data, self._purpose)
+            self._protection.write(self.root, _file(role, position), _encoded(record), _PURPOSE)
             return
         path = self.root / _file(role, position)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        path.write_bytes(_encoded(record))
 
     def get(self, role: str, position: int) -> Record:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        try:
-            if self._protection is not None:
-                data = self._protection.open(self.root, self._purpose).read(_file(role, position))
-            else:
-                data = (self.root / _file(role, position)).read_bytes()
-            return load(data)
-        except (OSError, SafetensorError) as error:
-            raise CacheError(
-                f"a record of {role} cannot be read: {error}",
-                where=str(self.root),
-                hint="Run `ovforge cache verify --repair`, and start again.",
-            ) from error
+        if self._protection is not None:
+            data = self._protection.open(self.root, _PURPOSE).read(_file(role, position))
+        else:
+            data = (self.root / _file(role, position)).read_bytes()
+        return _decoded(data, role, str(self.root))
 
     def drop(self, role: str, position: int) -> None:
         for path in (self.root / role).glob(f"{position}.*"):
             path.unlink()
+
+
+def _encoded(record: Record) -> bytes:
+    import numpy as np
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(array) for name, array in record.items()})
+
+
+def _decoded(data: bytes, role: str, where: str) -> Record:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CacheError(
+            f"a record of {role} cannot be read: {error}",
+            where=where,
+            hint="Run `ovforge cache verify --repair`, and start again.",
+        ) from error
 
 
 def _file(role: str, position: int) -> str:
@@ -210,134 +234,88 @@ class Reservoir:
 class Recorder:
     """Runs a pipeline on examples, and keeps what its models are given.
 
-    `start` builds compiled models and a function that makes the task on them; `examples(task, count)` gives up to that
-    many inputs. `ingredients` is the cache's key of what is recorded, None where there is none.
+    `examples(task, count)` gives up to that many inputs; `options` is what they have in common.
     """
 
-    start: Callable[[], tuple[CompiledBundle, Callable[[CompiledBundle], Task]]]
+    run: QuantizationRun
     examples: Callable[[Task, int], Sequence[Any]]
-    samples: int
-    runs: int | None
-    seed: int
-    spill: bool = False
-    cache: Cache | None = None
-    ingredients: Mapping[str, Any] | None = None
-    protection: Protection | None = None
-    progress: Callable[[Progress], None] = ignore_progress
+    options: Mapping[str, Any]
+    section: CalibrationSection
+    content: Mapping[str, Any]
+    """What the recorded inputs depend on, besides the models and who calls them."""
 
     def record(self) -> Reservoir:
-        """Return what is kept of every role, from the cache where it was recorded before.
+        """Return what is kept of every role, from the cache if it was recorded before.
 
         An interruption leaves what whole runs gave in the cache, and the next recording goes on from there.
         """
-        if self.cache is None or self.ingredients is None:
-            store: Store = MemoryStore()
-            if self.spill:
-                store = _Temporary(self.protection)
-            return self._fill(Reservoir(self.samples, self.seed, store))
-        cache, key = self.cache, _key(self.ingredients)
-        stored = {**self.ingredients, "stage": "calibration (interrupted)"}
+        store, callers = self.run.store, self.run.callers
+        if store is None or callers is None:
+            return self._fill(self._begun(None))
+        dependencies = {"stage": "calibration", **callers, **self.content}
+        interrupted = {**dependencies, "stage": "calibration (interrupted)"}
 
-        def write(folder: Path) -> None:
-            begun = cache.get(stored)
-            reservoir = self._begun(folder, key, begun.path if begun else None)
+        def write(put: Callable[[str, bytes], None]) -> None:
+            reservoir = self._begun(store.find(interrupted))
             try:
                 self._fill(reservoir)
             except BaseException:
                 reservoir.forget()
                 if reservoir.runs:
-                    cache.remove(_key(stored))
                     label = f"calibration, {reservoir.runs} runs"
-                    cache.put(stored, lambda kept: self._settle(reservoir, kept, key), label=label)
+                    store.remove(interrupted)
+                    store.make(interrupted, lambda keep: _settle(reservoir, keep), label=label)
                 raise
-            self._settle(reservoir, folder, key)
-            cache.remove(_key(stored))
+            _settle(reservoir, put)
+            store.remove(interrupted)
 
-        entry, _ = cache.get_or_make(self.ingredients, write, label="calibration")
-        return self._opened(entry.path, key)
+        return self._opened(store.make(dependencies, write, label="calibration"))
 
-    def _begun(self, folder: Path, key: str, stored: Path | None) -> Reservoir:
-        """Return a reservoir, with what an interrupted recording left where there is one."""
-        store: Store = FolderStore(folder, self.protection, key) if self.spill else MemoryStore()
+    def _begun(self, stored: Source | None) -> Reservoir:
+        """Return a reservoir, with what an interrupted recording left if there is something."""
+        store: Store = TemporaryStore(self.run.protection) if self.section.spill else MemoryStore()
         if stored is None:
-            return Reservoir(self.samples, self.seed, store)
-        before = self._opened(stored, key)
+            return Reservoir(self.section.samples, self.section.seed, store)
+        before = self._opened(stored)
         for role, positions in before.kept.items():
             for position in positions:
                 store.put(role, position, before.store.get(role, position))
-        return Reservoir(self.samples, self.seed, store, before.state())
+        return Reservoir(self.section.samples, self.section.seed, store, before.state())
 
-    def _settle(self, reservoir: Reservoir, folder: Path, key: str) -> None:
-        """Write what is kept into an entry's folder, where it is not there already."""
-        import json
-
-        target, source = FolderStore(folder, self.protection, key), reservoir.store
-        if not (isinstance(source, FolderStore) and source.root == folder):
-            for role, positions in reservoir.kept.items():
-                for position in positions:
-                    target.put(role, position, source.get(role, position))
-        data = json.dumps(reservoir.state()).encode()
-        if self.protection is not None:
-            self.protection.write(folder, _STATE, data, key)
-        else:
-            (folder / _STATE).write_bytes(data)
-
-    def _opened(self, folder: Path, key: str) -> Reservoir:
-        import json
-
-        sealed = self.protection
-        data = sealed.open(folder, key).read(_STATE) if sealed else (folder / _STATE).read_bytes()
-        return Reservoir(self.samples, self.seed, FolderStore(folder, sealed, key), json.loads(data))
+    def _opened(self, stored: Source) -> Reservoir:
+        state = json.loads(stored.read(_STATE))
+        return Reservoir(self.section.samples, self.section.seed, SourceStore(stored), state)
 
     def _fill(self, reservoir: Reservoir) -> Reservoir:
         """Run until there is enough."""
-        compiled, make_task = self.start()
-        lock = threading.Lock()
-
-        def wrap(role: str) -> Callable[[ov.CompiledModel], _Recorded]:
-            def offer(make: Callable[[], Record]) -> None:
-                with lock:
-                    reservoir.offer(role, make)
-
-            return lambda model: _Recorded(model, _names(compiled.source.models[role], model), offer)
-
-        for role in compiled:
-            if not role.startswith(("tokenizer", "detokenizer")):  # they take text, and nobody quantizes them
-                compiled.wrap(role, wrap(role))
-        task = make_task(compiled)
+        task = self.run.start(self.run.bundle, self.options, finish=False, observe=reservoir.offer)
         first, began = reservoir.runs, time.perf_counter()
-        reservoir.total = reservoir.total or self.runs
+        reservoir.total = reservoir.total or self.section.runs
         inputs = self.examples(task, reservoir.total or 1)
         while reservoir.runs < (total := min(reservoir.total or 1, len(inputs))):
             done = reservoir.runs
             left = (time.perf_counter() - began) / (done - first) * (total - done) if done > first else None
-            self.progress(Progress("calibration", done, total, "" if left is None else f"{left:.0f} s left"))
+            self.run.progress(Progress("calibration", done, total, "" if left is None else f"{left:.0f} s left"))
             task(inputs[done], ignore_progress)
             reservoir.commit()
             if reservoir.total is None:
                 reservoir.total = self._enough(reservoir)
                 inputs = self.examples(task, reservoir.total)
-        self.progress(Progress("calibration", total, total))
+        self.run.progress(Progress("calibration", total, total))
         return reservoir
 
     def _enough(self, reservoir: Reservoir) -> int:
         """Return how many runs give as many records as are kept of the role that runs most often, after the first."""
         most = max(reservoir.seen.values(), default=0)
-        return max(LEAST_RUNS, math.ceil(self.samples / most) if most else 1)
+        return max(LEAST_RUNS, math.ceil(self.section.samples / most) if most else 1)
 
 
-class _Temporary(FolderStore):
-    """A folder that goes when nobody needs it any more."""
-
-    def __init__(self, protection: Protection | None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="ovforge-calibration-", ignore_cleanup_errors=True)
-        super().__init__(Path(self._folder.name), protection, "calibration")
-
-
-def _key(ingredients: Mapping[str, Any]) -> str:
-    from ovforge.store.cache import key_of
-
-    return key_of(ingredients)
+def _settle(reservoir: Reservoir, put: Callable[[str, bytes], None]) -> None:
+    """Write all that is kept."""
+    for role, positions in reservoir.kept.items():
+        for position in positions:
+            put(_file(role, position), _encoded(reservoir.store.get(role, position)))
+    put(_STATE, json.dumps(reservoir.state()).encode())
 
 
 class TaskCalibration:
@@ -366,50 +344,3 @@ class TaskCalibration:
     def score(self, models: Mapping[str, ov.Model]) -> float:
         """Return how close results come to the unquantized pipeline's with `models`; higher is better."""
         return self._score(models)
-
-
-Offer = Callable[[Callable[[], Record]], None]
-
-
-def _names(model: ov.Model, compiled: ov.CompiledModel) -> list[str]:
-    """Return the names of a compiled model's inputs in the model that quantizers get: compiling may add others."""
-    known = {name for port in model.inputs for name in port.names}
-    return [min(port.names & known) for port in compiled.inputs]
-
-
-class _Recorded:
-    """A compiled model whose requests tell what they are given; all else is the model's own."""
-
-    def __init__(self, model: ov.CompiledModel, names: Sequence[str], offer: Offer) -> None:
-        self._model, self._names, self._offer = model, names, offer
-
-    def create_infer_request(self) -> _RecordedRequest:
-        return _RecordedRequest(self._model.create_infer_request(), self._names, self._offer)
-
-    def __call__(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        return self.create_infer_request().infer(inputs, *arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class _RecordedRequest:
-    def __init__(self, request: ov.InferRequest, names: Sequence[str], offer: Offer) -> None:
-        self._request, self._names, self._offer = request, names, offer
-
-    def infer(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        results = self._request.infer(inputs, *arguments, **options)
-        self._offer(self._record)
-        return results
-
-    def wait(self) -> None:
-        self._request.wait()
-        self._offer(self._record)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)
-
-    def _record(self) -> Record:
-        # After the run: its inputs are set by then, however the caller sets them, and a run leaves them as they are.
-        ports = self._request.model_inputs
-        return {name: self._request.get_tensor(port).data.copy() for name, port in zip(self._names, ports, strict=True)}

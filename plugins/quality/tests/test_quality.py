@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 import ovforge
+import ovforge_quality
 from ovforge import hookimpl
 from ovforge.contracts.extensions import GraphTransformExtension, QuantizerExtension, TaskExtension
 from ovforge.contracts.stages import Phase, Progress, Report
@@ -31,9 +32,9 @@ from ovforge.model.metrics import gmsd, psnr, ssim
 from ovforge.model.results import ImagesResult, Result
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
-from ovforge.run.quality import Judge, Outcome, Verdict, failed
-from ovforge.run.search import fewest, noise_of_layers
 from ovforge.store.cache import Cache
+from ovforge_quality.gate import Judge, JudgedQuality, Verdict, failed
+from ovforge_quality.search import fewest, noise_of_layers
 from test_sources import Protection
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -261,6 +262,7 @@ def plugins() -> Plugins:
         setattr(module, hook.__name__, hook)
     found = Plugins(Registry({}), found=())
     found.register(module, "noises", "1.0")
+    found.register(ovforge_quality, "quality", "1.0")
     return found
 
 
@@ -288,19 +290,19 @@ GOOD = [{"use": "noise", "bad": []}]
 
 def test_what_is_close_passes_and_is_remembered(config: dict[str, Any], cache: Cache) -> None:
     pipe = load(config, cache, quantize=GOOD, transform=["brighten"])
-    assert pipe.quality is not None
-    assert pipe.quality.passed and pipe.quality.metric == "ssim" and len(pipe.quality.scores) == 4
+    assert pipe.outcome is not None
+    assert pipe.outcome.passed and pipe.outcome.metric == "ssim" and len(pipe.outcome.scores) == 4
     assert sorted(set(SEEN)) == [-1, 1, 3, 5, 7], "held-out examples only, and later steps are applied"
     SEEN.clear()
     again = load(config, cache, quantize=GOOD, transform=["brighten"])
-    assert again.quality == pipe.quality and SEEN == []
+    assert again.outcome == pipe.outcome and SEEN == []
     assert [report.layers for report in again.reports] == [report.layers for report in pipe.reports]
     before, after = pipe.reports[0].sizes["model"]
     assert before == after == 6 * WIDTH * WIDTH * 4
     assert pipe.reports[0].seconds is not None
     planned = ovforge.plan({**config, "quantize": GOOD, "transform": ["brighten"]}, plugins=plugins(), cache=cache)
     [stage] = [stage for stage in planned.stages if stage.stage == "quality"]
-    assert (stage.state, stage.why) == ("cached", str(pipe.quality))
+    assert (stage.state, stage.why) == ("cached", str(pipe.outcome))
     fresh = ovforge.plan({**config, "quality": {"min_score": 0.5}}, plugins=plugins(), cache=cache)
     assert next(stage.state for stage in fresh.stages if stage.stage == "quality") == "to do"
 
@@ -314,7 +316,7 @@ def test_the_worst_detections_are_drawn(tmp_path: Path) -> None:
         return DetectionsResult(detections=[one], pictures=[white])
 
     inputs = (DetectInputs(image=white),) * 2
-    outcome = Outcome("task", "mean", 0.9, 0.5, (1.0, 0.0))
+    outcome = JudgedQuality("task", "mean", 0.9, 0.5, (1.0, 0.0))
     verdict = Verdict(outcome.scores, (result(), result()), (result(), result([5, 5, 30, 25])), inputs)
     said = str(failed(outcome, verdict, tmp_path))
     assert "task 0, with input number 2" in said
@@ -359,7 +361,7 @@ def test_what_is_not_close_fails_with_the_worst_pictures(config: dict[str, Any],
     assert not any(entry.stage == "quality" for entry in cache.entries())
     with pytest.warns(UserWarning, match="below 0.9500"):
         pipe = load(config, cache, quality={**config["quality"], "on_fail": "warn"})
-    assert pipe.quality is not None and not pipe.quality.passed
+    assert pipe.outcome is not None and not pipe.outcome.passed
     with pytest.warns(UserWarning, match="below 0.9500"):
         load(config, cache, quality={**config["quality"], "on_fail": "warn"})
 
@@ -368,8 +370,8 @@ def test_limits(config: dict[str, Any]) -> None:
     """max_drop counts from 1; worst is stricter than mean; psnr is in dB."""
     table = {"samples": 6, "save": config["quality"]["save"]}
     pipe = load(config, quantize=[{"use": "noise", "bad": [2], "amount": 0.02}], quality={**table, "max_drop": 1.0})
-    assert pipe.quality is not None
-    mean, worst = np.mean(pipe.quality.scores), min(pipe.quality.scores)
+    assert pipe.outcome is not None
+    mean, worst = np.mean(pipe.outcome.scores), min(pipe.outcome.scores)
     assert worst < mean < 1
     middle = float(mean + worst) / 2
     quantize = [{"use": "noise", "bad": [2], "amount": 0.02}]
@@ -378,13 +380,13 @@ def test_limits(config: dict[str, Any]) -> None:
     with pytest.raises(QualityError, match=r"worst of 6"):
         load(config, quantize=quantize, quality={**table, "min_score": middle, "by": "worst"})
     pipe = load(config, quantize=quantize, quality={**table, "metric": "psnr", "min_score": 10})
-    assert pipe.quality is not None and " dB (mean of 6)" in str(pipe.quality)
-    assert load(config, quantize=quantize, quality={**table, "metric": "gmsd", "max_drop": 0.5}).quality
+    assert pipe.outcome is not None and " dB (mean of 6)" in str(pipe.outcome)
+    assert load(config, quantize=quantize, quality={**table, "metric": "gmsd", "max_drop": 0.5}).outcome
 
 
 def test_results_without_pictures_need_the_tasks_metric(config: dict[str, Any]) -> None:
     pipe = load(config, task="measure", quantize=GOOD)
-    assert pipe.quality is not None and pipe.quality.metric == "task"
+    assert pipe.outcome is not None and pipe.outcome.metric == "task"
     with pytest.raises(QualityError, match="task 0"):
         load(config, task="measure")
     with pytest.raises(ConfigError, match="ssim compares pictures"):
@@ -445,16 +447,16 @@ def test_a_search_keeps_the_layers_that_matter(config: dict[str, Any], cache: Ca
     table = {**config["quality"], "on_fail": "search"}
     for store in (None, cache):
         pipe = load(config, store, quality=table)
-        assert pipe.quality is not None and pipe.quality.passed
-        assert pipe.quality.kept == {"model": ["layer1", "layer4"]}
-        assert pipe.quality.lowered == 4 and pipe.quality.trials <= 4
+        assert pipe.outcome is not None and pipe.outcome.passed
+        assert pipe.outcome.kept == {"model": ["layer1", "layer4"]}
+        assert pipe.outcome.lowered == 4 and pipe.outcome.trials <= 4
         assert pipe.reports[0].layers == {"model": ["layer0", "layer2", "layer3", "layer5"]}
     stages = ovforge.plan({**config, "quality": table}, plugins=plugins(), cache=cache).stages
     assert [(s.stage, s.state) for s in stages[1:3]] == [("quantizer (precision)", "cached"), ("quality", "cached")]
     assert "2 of 6 layers kept" in stages[2].why
     SEEN.clear()
     again = load(config, cache, quality=table)
-    assert (again.quality, again.reports, SEEN) == (pipe.quality, pipe.reports, [])
+    assert (again.outcome, again.reports, SEEN) == (pipe.outcome, pipe.reports, [])
     result = again(number=3)
     plain = load({**config, "quality": None}, cache, quantize=[])(number=3)
     assert ssim(*(np.asarray(r.images[0]) for r in (result, plain))) > 0.95  # type: ignore[attr-defined]
@@ -476,7 +478,7 @@ def test_an_interrupted_search_goes_on(config: dict[str, Any], cache: Cache) -> 
     took = len(SEEN) - before
     SEEN.clear()
     whole = load(config, None, quality=table)
-    assert resumed.quality == whole.quality
+    assert resumed.outcome == whole.outcome
     assert len(SEEN) - took == 2 * 4 + 2, "two trials of four pictures, and two runs to record, are not made again"
 
 
@@ -519,7 +521,7 @@ def test_quantizers_may_ask_for_the_score(config: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = load(config, quality={**config["quality"], "on_fail": "warn"})
-    assert pipe.quality is not None and asked[2] == pytest.approx(pipe.quality.score)
+    assert pipe.outcome is not None and asked[2] == pytest.approx(pipe.outcome.score)
 
 
 def test_outcomes_on_encrypted_models_are_not_plain(
@@ -528,15 +530,15 @@ def test_outcomes_on_encrypted_models_are_not_plain(
     """They name layers, which tell of the model."""
     from ovforge.run import pipeline
 
-    real = pipeline.make_recipe
+    real = pipeline.resolve
 
     def sealed(*arguments: Any, **more: Any) -> Any:
         return dataclasses.replace(real(*arguments, **more), protection=Protection())
 
-    monkeypatch.setattr(pipeline, "make_recipe", sealed)
+    monkeypatch.setattr(pipeline, "resolve", sealed)
     first, again = (load(config, cache, quality={**config["quality"], "on_fail": "search"}) for _ in range(2))
-    assert first.quality is not None and first.quality.kept == {"model": ["layer1", "layer4"]}
-    assert again.quality == first.quality
+    assert first.outcome is not None and first.outcome.kept == {"model": ["layer1", "layer4"]}
+    assert again.outcome == first.outcome
     for entry in cache.entries():
         assert not any(b"layer4" in file.read_bytes() for file in entry.path.rglob("*") if file.is_file()), entry.label
 
@@ -544,5 +546,5 @@ def test_outcomes_on_encrypted_models_are_not_plain(
 def test_outcomes_are_json(config: dict[str, Any], cache: Cache) -> None:
     load(config, cache, quantize=GOOD)
     [entry] = [entry for entry in cache.entries() if entry.stage == "quality"]
-    assert json.loads((entry.path / "stage.json").read_text())["metric"] == "ssim"
+    assert json.loads((entry.path / "outcome.json").read_text())["metric"] == "ssim"
     assert entry.label.startswith("quality: ssim 1.0")

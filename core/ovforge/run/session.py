@@ -1,0 +1,137 @@
+"""A session: the plugins, the key and the files of one pipeline, wherever its plugins' code runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovforge.config.options import validate_options
+from ovforge.errors import ConfigError, ModelError
+from ovforge.model.sources import PACKAGE, FileSource, package_path
+from ovforge.plugins.manager import Plugins
+from ovforge.run.calls import blaming
+
+if TYPE_CHECKING:
+    from ovforge.model.sources import Describes, Opener, Source
+    from ovforge.plugins.manager import Offer
+    from ovforge.store.digests import DigestMemo
+
+__all__ = ["ClosedError", "Session", "describe_protection", "open_file"]
+
+_CURRENT: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+class ClosedError(ModelError):
+    """A source cannot be opened by a plan, since that would run something, or ask somebody."""
+
+
+class Session:
+    """Opens all that one pipeline reads, with its plugins and its key.
+
+    While plugin code runs inside `active`, `ovforge.open_file` opens files by this session. With `planning`, nothing is
+    run and nobody is asked for a key.
+    """
+
+    def __init__(
+        self,
+        plugins: Plugins | None = None,
+        *,
+        key: Mapping[str, Any] | None = None,
+        memo: DigestMemo | None = None,
+        planning: bool = False,
+    ) -> None:
+        self.plugins = plugins or Plugins()
+        self.memo, self.planning = memo, planning
+        self._key = key
+        self._read: set[Path] | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this the session that `open_file` opens files by."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[set[Path]]:
+        """Yield a set that collects the files that are opened in the block by `open_file`."""
+        before, self._read = self._read, set()
+        try:
+            yield self._read
+        finally:
+            if before is not None:
+                before |= self._read
+            self._read = before
+
+    def open_source(self, text: str, base: Path) -> Source:
+        """Open what a config's `source` says: a path relative to `base`, or "package:NAME/PATH" in a Python package.
+
+        What is encrypted is opened by the plugin that knows it. Raises ModelError or ConfigError if that cannot be.
+        """
+        return self._opened(FileSource(_path(text, base), text, self.memo))
+
+    def open_file(self, path: Path) -> Source:
+        """Open a file or folder that an option names."""
+        return self._opened(FileSource(path, memo=self.memo, on_read=self._note))
+
+    def _note(self, path: Path) -> None:
+        if self._read is not None:
+            self._read.add(path.resolve())
+
+    @cached_property
+    def _openers(self) -> list[tuple[Offer, Opener]]:
+        made = []
+        for offer in self.plugins.all("source"):
+            model = offer.extension.options_model()
+            options = validate_options(model, self._key or {}, where="load.key", secret=True)
+            with blaming(offer):
+                made.append((offer, offer.extension.create(options)))
+        if self._key is not None and not made:
+            raise ConfigError(
+                "no plugin here opens encrypted sources",
+                where="load.key",
+                hint="".join(f"Run: {record.install}" for record in self.plugins.missing("source")),
+            )
+        return made
+
+    def _opened(self, source: FileSource) -> Source:
+        """Return what the first plugin that knows the source makes of it; the source itself if none does."""
+        for offer, opener in self._openers:
+            with blaming(offer):
+                if not opener.can_open(source):
+                    continue
+                if self.planning and getattr(opener, "asks", False):
+                    raise ClosedError(
+                        "its key is asked for when it is opened, and a plan asks nobody", where=source.name
+                    )
+                return opener.open(source)
+        return source
+
+
+def open_file(path: Path) -> Source:
+    """Open a file or folder that an option names; plugins read theirs through this, so that encrypted ones open, too.
+
+    Inside a pipeline its plugins and its key count; elsewhere those that are installed, and keys in default places.
+    """
+    return (_CURRENT.get() or Session()).open_file(path)
+
+
+def describe_protection(source: str, base: Path, plugins: Plugins | None = None) -> Sequence[Mapping[str, Any]]:
+    """Return what the files of a source say of how they are protected; nothing if they are plain. Needs no key."""
+    files = FileSource(_path(source, base), source)
+    for offer in (plugins or Plugins()).all("source"):
+        opener = offer.extension.create(validate_options(offer.extension.options_model(), {}, where="load.key"))
+        if opener.can_open(files) and hasattr(opener, "describe"):
+            describes: Describes = opener
+            return describes.describe(files)
+    return ()
+
+
+def _path(text: str, base: Path) -> Path:
+    return package_path(text) if text.startswith(PACKAGE) else base / Path(text).expanduser()
