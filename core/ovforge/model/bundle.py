@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
 from ovforge.model.formats import read_from_memory
+from ovforge.model.sources import FileSource
 from ovforge.store.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -190,8 +191,8 @@ class ModelBundle:
         self.models.lazy(role, lambda: read_model(source, file.as_posix()))
         parts = [source.digest(path) for path in (file.as_posix(), weights) if path in source.files()]
         self.identity[role] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        if local := source.local(file.as_posix()):
-            self.location[role] = local
+        if isinstance(source, FileSource):
+            self.location[role] = source.root / file
 
     def put(
         self,
