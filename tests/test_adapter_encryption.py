@@ -32,7 +32,6 @@ ASKED: dict[str, Any] = {"prompt": "a <teal> unicorn", "steps": 1, "seed": 4}
 def _no_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OVFORGE_KEY", "OVFORGE_KEY_FILE", "OVFORGE_PASSPHRASE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(keys, "_known", [])
 
 
 @pytest.fixture(scope="module")

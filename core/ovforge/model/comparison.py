@@ -8,10 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovforge.model import memory
+
 if TYPE_CHECKING:
     import openvino as ov
 
 __all__ = ["same_model"]
+
+_NUMBERED = re.compile(rb' (name|id)="[^"]*"')
 
 
 def same_model(first: ov.Model, second: ov.Model) -> bool:
@@ -29,10 +33,15 @@ def _structure(model: ov.Model) -> bytes:
     """Return a model's XML, with the bodies of loops and branches inside; its weights go nowhere."""
     import openvino as ov
 
-    with tempfile.TemporaryDirectory(prefix="ovforge-compare-") as folder:
-        path = Path(folder) / "model.xml"
+    if memory.AVAILABLE:  # a model may be encrypted: not even its structure goes to a disk
+        with memory.memory_folder("comparing models") as folder:
+            ov.serialize(model, folder.place("model.xml"), os.devnull)
+            with folder.content("model.xml") as content:
+                return _NUMBERED.sub(b"", bytes(content))
+    with tempfile.TemporaryDirectory(prefix="ovforge-compare-") as plain:
+        path = Path(plain) / "model.xml"
         ov.serialize(model, path, os.devnull)
-        return re.sub(rb' (name|id)="[^"]*"', b"", path.read_bytes())
+        return _NUMBERED.sub(b"", path.read_bytes())
 
 
 def _constants(model: ov.Model) -> list[Any]:

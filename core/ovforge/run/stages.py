@@ -342,7 +342,8 @@ def _complete(report: Report, before: ModelBundle, bundle: ModelBundle, touched:
     """
     for role in sorted(touched - set(report.roles)):
         if role in before.models and role in bundle.models:
-            if same_model(before.models[role], bundle.models[role]):
+            comparable = bundle.protection is None or memory.AVAILABLE
+            if comparable and same_model(before.models[role], bundle.models[role]):
                 continue
             before.models.release(role)
         note = (

@@ -119,14 +119,16 @@ def test_formats_that_need_files_are_refused_where_there_are_none_in_memory(
         opened(tmp_path / "m.ovenc", key).models["model"]
 
 
-def test_files_of_options_open_by_a_key_that_is_known(ir: Path, tmp_path: Path, key: Key, other_key: Key) -> None:
+def test_files_of_options_open_by_the_key_of_their_pipeline(tmp_path: Path, key: Key) -> None:
     (tmp_path / "lora.safetensors").write_bytes(b"adapter")
     files.encrypt(tmp_path / "lora.safetensors", tmp_path / "lora.ovenc", key)
     with pytest.raises(ConfigError, match=f"the key {key.new_master().id.hex()}, and no key is given"):
         open_file(tmp_path / "lora.ovenc")
-    files.encrypt(ir.parent, tmp_path / "enc", key)
-    opened(tmp_path / "enc", key)  # from now on the process knows the key
-    source = open_file(tmp_path / "lora.ovenc")
+    session = Session(key={"function": key.options.function})
+    with session.active():
+        source = open_file(tmp_path / "lora.ovenc")
+    with pytest.raises(ConfigError, match="no key is given"):
+        open_file(tmp_path / "lora.ovenc")
     assert source.files() == {"lora.safetensors": 7} and source.read("lora.safetensors") == b"adapter"
     assert source.protection is not None and source.local("lora.safetensors") is None
     plain = open_file(tmp_path / "lora.safetensors")

@@ -194,7 +194,7 @@ def unescaped(text: bytes) -> bytes:
 
 def is_memory(target: bytes) -> bool:
     """Say whether a file lies in memory: it is anonymous, or in the file system that is there."""
-    return unescaped(target).startswith((b"/memfd:", b"/dev/shm/"))
+    return unescaped(target).startswith((b"/memfd:", b"/dev/shm/")) or unescaped(target) == b"/dev/null"
 
 
 def cli(*arguments: object, code: int = 0, **environment: str) -> str:

@@ -97,7 +97,7 @@ def test_pipelines_and_single_models_are_quantized_too(tmp_path: Path) -> None:
         ((MODEL, "-q", "nncf-weights", "--role", "unett"), "Did you mean 'unet'"),
         ((MODEL, "-q", "nncf-weights", "--set", "mod=int8"), "unknown key `mod`"),
         ((MODEL, "-q", "nncf-weights", "--calibration", "nowhere.txt"), "no such file"),
-        ((MODEL, "-q", "nncf-weights", "--metric", "lpips", "--max-drop", "0.1"), "quality.metric"),
+        ((MODEL, "-q", "nncf-weights", "--metric", "lpips", "--max-drop", "0.1"), "quality: `metric`"),
         ((), "no model is named"),
     ],
 )
