@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+import ovforge
+from ovforge import testing
 from ovforge.config.options import validate_options
 from ovforge.config.pipeline import PipelineConfig
 from ovforge.errors import ConfigError, OvforgeError, PluginError
+from ovforge_aes_loader import files
 from ovforge_aes_loader.keys import Key, Master, default_keys
 from ovforge_aes_loader.opener import AesOpener
 from ovforge_aes_loader.options import KeyOptions, place_of
@@ -188,3 +191,14 @@ def test_keys_in_default_places(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("place", "asks"), [({"env": "X"}, False), ({"command": ("pass",)}, True), ({}, False)])
 def test_an_opener_says_whether_it_would_ask(place: dict[str, Any], asks: bool) -> None:
     assert AesOpener(KeyOptions(**place)).asks is asks
+
+
+def test_a_plan_runs_no_command_for_a_key(tmp_path: Path) -> None:
+    testing.small_bundle().save(tmp_path / "plain")
+    files.encrypt(tmp_path / "plain", tmp_path / "enc", Key(KeyOptions(function=lambda: SECRET)))
+    command = ["sh", "-c", f"touch {tmp_path}/ran; echo {SECRET}"]
+    config = {"task": "detect", "load": {"source": str(tmp_path / "enc"), "key": {"command": command}}}
+    first, *rest = ovforge.plan(config).stages
+    assert (first.stage, first.state) == ("load", "to do") and "a plan asks nobody" in first.why
+    assert {stage.why for stage in rest if stage.state == "to do"} == {"after the stage before it"}
+    assert not (tmp_path / "ran").exists()
