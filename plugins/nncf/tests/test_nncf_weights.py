@@ -108,7 +108,21 @@ def test_a_picture_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """8 bits change a pixel by a few steps, and the command that asks for them works."""
     monkeypatch.setenv("OVFORGE_CACHE_DIR", str(tmp_path / "cache"))
     prompt = "a beautiful pink unicorn, 8k"
-    command = ["generate", "-p", prompt, "-s", "7", "-t", "INT8", "--precision", "f32", "-o", str(tmp_path / "a.png")]
+    command = [
+        "generate",
+        "-m",
+        EMBEDDED,
+        "-p",
+        prompt,
+        "-s",
+        "7",
+        "-t",
+        "INT8",
+        "--precision",
+        "f32",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     plain = ovforge.Pipeline("text-to-image", source=EMBEDDED, device=Use("cpu", precision="f32"), cache=None)
