@@ -101,7 +101,7 @@ def test_what_is_compressed_already_is_said() -> None:
     with pytest.raises(OvforgeError, match="all are already"):
         ovforge.Pipeline("text-to-image", **options)
     pipe = ovforge.Pipeline("text-to-image", strict=False, **options)
-    assert [bool(report.skipped) for report in pipe.reports] == [False, True]
+    assert [bool(report.skipped) for report in pipe.reports[-2:]] == [False, True]
 
 
 def test_a_picture_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
