@@ -141,7 +141,7 @@ def others() -> types.ModuleType:
     @hookimpl
     def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         yield GraphTransformExtension(
-            name="ramp", summary="Ramps", factory=Ramp, config=RampOptions, phase=Phase.STRUCTURE, light=True,
+            name="ramp", summary="Ramps", factory=Ramp, config=RampOptions, phase=Phase.STRUCTURE, recompute=True,
             embedders=ramps,
         )  # fmt: skip
 

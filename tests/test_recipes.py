@@ -17,8 +17,9 @@ from ovforge.config.schema import config_schema
 from ovforge.contracts import QuantizerExtension, RecipeExtension, Report
 from ovforge.errors import ConfigError, PluginError
 from ovforge.plugins.catalogue import Registry
-from ovforge.run.ingredients import versioned
-from ovforge.run.recipe import make_step
+from ovforge.run.identity import step_dependencies
+from ovforge.run.resolution import make_step
+from ovforge.run.session import Session
 
 
 class Scope(BaseModel):
@@ -84,7 +85,7 @@ def plugins(*recipes: RecipeExtension, worker: bool = True, version: str = "1") 
 
 
 def step(found: Plugins, use: str, **options: Any) -> Any:
-    return make_step(found, "quantizer", Use(use, **options), "quantize.0", Path())
+    return make_step(Session(found), "quantizer", Use(use, **options), "quantize.0", Path())
 
 
 OURS = {"limit": 0.4, "mode": "int4", "roles": ["unet"], "scope": {"names": ["a"], "check": False}}
@@ -93,16 +94,17 @@ OURS = {"limit": 0.4, "mode": "int4", "roles": ["unet"], "scope": {"names": ["a"
 def test_a_recipe_is_its_quantizer_with_other_defaults() -> None:
     found = plugins(recipe(**OURS))
     ours, plain = step(found, "mine"), step(found, "round", **OURS)
-    assert ours.options.model_dump() == plain.options.model_dump()
-    assert isinstance(ours.options, Options) and isinstance(ours.options.scope, Scope)
-    assert ours.offer.extension.create(ours.options).quantize().notes == [str(plain.options)]
-    assert ours.offer.extension.needed(ours.options) == "inputs"
-    assert step(found, "mine", roles=[]).offer.extension.needed(step(found, "mine", roles=[]).options) == "nothing"
+    assert ours.chosen.options.model_dump() == plain.chosen.options.model_dump()
+    assert isinstance(ours.chosen.options, Options) and isinstance(ours.chosen.options.scope, Scope)
+    assert ours.chosen.extension.create(ours.chosen.options).quantize().notes == [str(plain.chosen.options)]
+    assert ours.chosen.extension.needed(ours.chosen.options) == "inputs"
+    without = step(found, "mine", roles=[]).chosen
+    assert without.extension.needed(without.options) == "nothing"
 
 
 def test_every_option_can_still_be_set() -> None:
     found = plugins(recipe(**OURS))
-    changed = step(found, "mine", mode="int8", scope={"names": ["b"]}).options
+    changed = step(found, "mine", mode="int8", scope={"names": ["b"]}).chosen.options
     assert (changed.mode, changed.limit) == ("int8", 0.4)
     assert changed.scope == Scope(names=("b",))
     with pytest.raises(ConfigError, match="mine.*\n?.*mod"):
@@ -113,15 +115,16 @@ def test_every_option_can_still_be_set() -> None:
 
 def test_the_cache_goes_by_who_does_the_work() -> None:
     """By the quantizer's plugin and version, not by the recipe's name: the same options are the same result."""
-    made = {
-        name: versioned((s := step(found, name, **options)).offer, s.kind, s.options, None)
-        for found in [plugins(recipe(**OURS))]
-        for name, options in (("mine", {}), ("round", OURS))
-    }
-    assert made["mine"] == made["round"]
-    assert (made["mine"]["plugin"], made["mine"]["version"]) == ("worker", "1")
-    newer = step(plugins(recipe(**OURS), version="2"), "mine")
-    assert versioned(newer.offer, newer.kind, newer.options, None) != made["mine"]
+
+    def key(found: Plugins, use: str, **options: Any) -> dict[str, Any]:
+        pipeline: Any = types.SimpleNamespace(protection=None, driver=None)
+        return step_dependencies(step(found, use, **options), "models", pipeline)
+
+    found = plugins(recipe(**OURS))
+    assert key(found, "mine") == key(found, "round", **OURS)
+    assert (key(found, "mine")["plugin"], key(found, "mine")["version"]) == ("worker", "1")
+    assert key(found, "mine") != key(found, "mine", roles=["vae_decoder"])
+    assert key(found, "mine") != key(plugins(recipe(**OURS), version="2"), "mine")
 
 
 def test_lists_and_the_schema_know_recipes() -> None:
