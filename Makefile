@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 # Stamps say what is installed; a changed requirement installs again.
-$(VENV)/.demo: requirements.txt constraints.txt pyproject.toml plugins/*/pyproject.toml
+$(VENV)/.demo: requirements.txt constraints.txt pyproject.toml core/*/pyproject.toml plugins/*/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

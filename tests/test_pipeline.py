@@ -108,6 +108,47 @@ class RunTask:
         return [RunInputs(x=number) for number in range(count)]
 
 
+class EmbeddedTask(RunTask):
+    """Gives the model a row that somebody else computes of the input, if anybody does."""
+
+    def __call__(self, inputs: RunInputs, progress: Any) -> Result:
+        embed = self.context.embedders.get("x", lambda value: np.zeros(4, np.float32))
+        y = self.context.bundle["model"]({"x": embed(inputs.x)[None]})["y"]
+        return Result(provenance={"y": y[0].tolist()})
+
+
+class RampOptions(Strict):
+    slope: float = 1.0
+
+
+class Ramp:
+    def __init__(self, options: RampOptions) -> None: ...
+
+    def apply(self, bundle: ModelBundle) -> Report:
+        bundle.assets["ramp.txt"] = b"here"
+        return Report(applied=["a ramp"])
+
+
+def ramps(options: RampOptions, bundle: ModelBundle) -> dict[str, Any]:
+    assert bundle.assets["ramp.txt"] == b"here", "it is asked when all transforms are done"
+    return {"x": lambda value: np.arange(4, dtype=np.float32) * np.float32(value * options.slope)}
+
+
+def others() -> types.ModuleType:
+    """Return another plugin, which offers what the first one's task may have."""
+    module = types.ModuleType("other_plugin")
+
+    @hookimpl
+    def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
+        yield GraphTransformExtension(
+            name="ramp", summary="Ramps", factory=Ramp, config=RampOptions, phase=Phase.STRUCTURE, recompute=True,
+            embedders=ramps,
+        )  # fmt: skip
+
+    module.ovforge_graph_transforms = ovforge_graph_transforms  # type: ignore[attr-defined]
+    return module
+
+
 plugin = types.ModuleType("small_plugin")
 
 
@@ -145,6 +186,14 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs=RunInputs,
         roles=("model",),
         transforms=("add-lightly",),
+    )
+    yield TaskExtension(
+        name="run-embedded",
+        summary="Runs",
+        factory=EmbeddedTask,
+        inputs=RunInputs,
+        roles=("model",),
+        optional_transforms=("ramp",),
     )
 
 
@@ -211,6 +260,28 @@ def test_a_task_brings_transforms(config: dict[str, Any], plugins: Plugins, cach
     light = [entry for entry in cache.entries() if entry.label == "add-lightly"]
     assert light
     assert not any(name.endswith(".bin") for entry in light for name in entry.files)
+
+
+def test_a_task_gets_what_other_plugins_offer_for_it(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
+    """Nothing without them; with them their transforms, whatever `optimize` says, and what computes inputs."""
+
+    def given(*row: float, **changes: Any) -> bool:
+        pipe = ovforge.load({**config, "task": "run-embedded", **changes}, plugins=plugins, cache=cache)
+        wanted = testing.run(testing.small_model(), {"x": np.array([row], np.float32)})["y"][0]
+        return np.allclose(pipe(x=2.0).provenance["y"], wanted)
+
+    assert given(0, 0, 0, 0)
+    plugins.register(others(), "others", "3.0")
+    assert given(0, 2, 4, 6)
+    assert given(0, 2, 4, 6), "the same out of the cache"
+    assert given(0, 2, 4, 6, optimize=False)
+    assert given(0, 4, 8, 12, transform=[{"use": "ramp", "slope": 2.0}])
+    stages = ovforge.plan({**config, "task": "run-embedded"}, plugins=plugins, cache=cache).stages
+    assert [(stage.use, stage.plugin, stage.version) for stage in stages if stage.use == "ramp"] == [
+        ("ramp", "others", "3.0")
+    ]
+    pipe = ovforge.load({**config, "task": "run-embedded"}, plugins=plugins, cache=cache)
+    assert pipe.provenance()["versions"]["others"] == "3.0"
 
 
 def test_a_change_survives_a_release(config: dict[str, Any], plugins: Plugins) -> None:

@@ -7,10 +7,11 @@ when first used, so that listing forty plugins imports none of their dependencie
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from ovforge.contracts.stages import Phase
 from ovforge.errors import PluginError
@@ -28,6 +29,7 @@ __all__ = [
     "LoaderExtension",
     "Need",
     "QuantizerExtension",
+    "RecipeExtension",
     "SchedulerExtension",
     "SourceExtension",
     "TaskExtension",
@@ -116,12 +118,15 @@ class GraphTransformExtension(Extension):
     later; `bundle.adapters` tells the places that transforms made.
     `recompute` says that it is quicker to make the change again than to store whole models: the cache then keeps the
     report alone, and the change is made whenever a changed model is read.
+    `embedders(options, bundle)` returns stages.Embedder by the name of a model's input, for inputs that take an
+    embedding of a number which a call gives; {} if these models have none. The task computes those inputs with them.
     """
 
     kind: ClassVar[str] = "transform"
     phase: Phase | Callable[[Any], Phase]
     recompute: bool = False
     adapter: str | Callable[..., Any] | None = None
+    embedders: str | Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +163,57 @@ class DriverExtension(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeExtension(Extension):
+    """A quantizer of any plugin with options of its own, under a name of its own; yielded by `ovforge_quantizers`.
+
+    `quantizer` is the name of that quantizer, and `options` are the ones that differ from its defaults, as a config
+    says them: plain tables, lists, numbers and text. A user can set each of the quantizer's options over them.
+    """
+
+    kind: ClassVar[str] = "quantizer"
+    factory: str | Callable[..., Any] = ""
+    quantizer: str
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            json.dumps(dict(self.options))
+        except (TypeError, ValueError) as error:
+            raise PluginError(f"the options of a recipe are plain data: {error}", where=self.name) from error
+
+    def of(self, quantizer: QuantizerExtension) -> QuantizerExtension:
+        """Return `quantizer` with this name, this summary, and these options for defaults."""
+        parts = {part.name: getattr(quantizer, part.name) for part in fields(quantizer)}
+        return _WithDefaults(**{**parts, "name": self.name, "summary": self.summary}, defaults=self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithDefaults(QuantizerExtension):
+    """What a recipe makes of a quantizer."""
+
+    defaults: Mapping[str, Any]
+
+    def options_model(self) -> type[BaseModel] | None:
+        """Return the quantizer's model with these defaults. Raises PluginError for one that it does not have."""
+        from pydantic import Field, create_model
+
+        model = super().options_model()
+        known = model.model_fields if model else {}
+        if unknown := sorted(set(self.defaults) - set(known)):
+            raise PluginError(f"its quantizer has no option {unknown[0]!r}", where=f"recipe {self.name}")
+        if model is None:
+            return None
+        changed: dict[str, Any] = {}
+        for name, value in self.defaults.items():
+            # A field is told its default as it was told before, by value or by function: pydantic refuses both.
+            way = "default_factory" if known[name].default_factory else "default"
+            default: Any = {way: (lambda value=value: value) if way == "default_factory" else value}
+            changed[name] = (Annotated[known[name].annotation, known[name]], Field(**default, validate_default=True))
+        return create_model(model.__name__, __base__=model, __doc__=self.summary, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SchedulerExtension(Extension):
     """Samples. `factory(options, model_config) -> Scheduler`.
 
@@ -184,6 +240,8 @@ class TaskExtension(Extension):
     task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
     `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
     the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
+    `optional_transforms` are some that a kind of model cannot do without, and that other plugins offer: pipelines get
+    those that are here, whatever `optimize` says.
     """
 
     kind: ClassVar[str] = "task"
@@ -191,6 +249,7 @@ class TaskExtension(Extension):
     roles: tuple[str, ...]
     optional_roles: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
+    optional_transforms: tuple[str, ...] = ()
 
     def inputs_model(self) -> type[BaseModel]:
         """Return the pydantic model of the inputs, imported if need be."""

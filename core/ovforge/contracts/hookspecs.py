@@ -17,6 +17,7 @@ from ovforge.contracts.extensions import (
     GraphTransformExtension,
     LoaderExtension,
     QuantizerExtension,
+    RecipeExtension,
     SchedulerExtension,
     SourceExtension,
     TaskExtension,
@@ -49,8 +50,8 @@ def ovforge_graph_transforms() -> Iterable[GraphTransformExtension]:
 
 
 @hookspec
-def ovforge_quantizers() -> Iterable[QuantizerExtension]:
-    """Ways to lower a model's precision."""
+def ovforge_quantizers() -> Iterable[QuantizerExtension | RecipeExtension]:
+    """Ways to lower a model's precision, and recipes: somebody's quantizer with options, under a name of their own."""
     return ()
 
 

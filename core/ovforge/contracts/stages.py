@@ -27,6 +27,7 @@ __all__ = [
     "CompiledModels",
     "Device",
     "DevicePlan",
+    "Embedder",
     "GraphTransform",
     "Loader",
     "Match",
@@ -126,6 +127,14 @@ class Adapter(Protocol):
 
         Arrays that do not depend on the weight should be the same ones each time: they are then not copied again.
         """
+        ...
+
+
+class Embedder(Protocol):
+    """Computes what a model's input takes of a number that a call gives; made by a transform's `embedders`."""
+
+    def __call__(self, value: float) -> NDArray[np.float32]:
+        """Return the row for one sample of a batch, float32 (width,)."""
         ...
 
 
@@ -316,6 +325,9 @@ class TaskContext:
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """What the config says of inputs, unchecked: a hint at the sizes that calls will have."""
+
+    embedders: Mapping[str, Embedder] = field(default_factory=dict)
+    """By the name of a model's input, which takes an embedding of a number: what transforms of the pipeline offer."""
 
 
 class Task(Protocol):

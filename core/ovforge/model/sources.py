@@ -192,7 +192,9 @@ def package_path(text: str) -> Path:
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ModelError(
-            f"the Python package {package!r} is not installed", where=text, hint="Install the plugin that ships it."
+            f"the Python package {package!r} is not installed",
+            where=text,
+            hint=f"Install what ships it, by its name most likely: pip install {package.replace('_', '-')}",
         )
     return Path(found.submodule_search_locations[0]) / inside
 

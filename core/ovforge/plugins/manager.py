@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -18,7 +18,7 @@ import pluggy
 
 from ovforge._version import API_VERSION, __version__
 from ovforge.contracts import hookspecs
-from ovforge.contracts.extensions import KINDS, Extension
+from ovforge.contracts.extensions import KINDS, Extension, QuantizerExtension, RecipeExtension
 from ovforge.contracts.hookspecs import ENTRY_POINT_GROUP, HOOK_OF_KIND
 from ovforge.errors import PluginError, did_you_mean
 from ovforge.plugins.catalogue import PluginRecord, Registry
@@ -27,7 +27,10 @@ __all__ = ["Offer", "PluginStatus", "Plugins"]
 
 BUILT_IN = "ovforge.builtin"
 
-_CLASS_OF_KIND = {extension.kind: extension for extension in KINDS}
+_CLASSES_OF_KIND: dict[str, tuple[type[Extension], ...]] = {
+    **{extension.kind: (extension,) for extension in KINDS},
+    "quantizer": (QuantizerExtension, RecipeExtension),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Offer:
     version: str
     distribution: str | None = None
     """The installed distribution that brings it; None for a plugin that was registered by hand."""
+    worker: Offer | None = None
+    """The quantizer that a recipe names, whose plugin does the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +80,35 @@ class Plugins:
     def find(self, kind: str, name: str) -> Offer:
         """Return who offers `name`, importing that plugin alone where the catalogue knows it.
 
-        Raises PluginError that says what to install, enable or mend, or what was meant.
+        Raises PluginError that says what to install, enable or mend, or what was meant. A recipe is given as the
+        quantizer that it names, with the recipe's name and options.
         """
-        if (kind, name) in self._offers:
-            return self._offers[kind, name]
-        for plugins in (self._providers(kind, name), self._uncatalogued(), list(self._installed)):
+        offer = self.get(kind, name)
+        if offer is None:
+            raise self._unknown(kind, name)
+        return offer
+
+    def get(self, kind: str, name: str) -> Offer | None:
+        """Return the same; None if no plugin here offers `name`."""
+        for plugins in ((), self._providers(kind, name), self._uncatalogued(), list(self._installed)):
             for plugin in plugins:
                 self._import(plugin)
             if (kind, name) in self._offers:
-                return self._offers[kind, name]
-        raise self._unknown(kind, name)
+                return self._expanded(self._offers[kind, name])
+        return None
 
     def all(self, kind: str) -> list[Offer]:
-        """Return every offer of a kind; imports the plugins that may have one."""
+        """Return every offer of a kind; imports the plugins that may have one.
+
+        Recipes whose quantizer is not here are left out, as are plugins that are not: `find` says why.
+        """
         for name, record in self.registry.records.items():
             if record.provides.get(kind):
                 self._import(name)
         for name in self._uncatalogued():
             self._import(name)
-        return [offer for (of_kind, _), offer in self._offers.items() if of_kind == kind]
+        offers = [offer for (of_kind, _), offer in self._offers.items() if of_kind == kind]
+        return [self._expanded(offer) for offer in offers if self._can_work(offer)]
 
     def missing(self, *kinds: str) -> list[PluginRecord]:
         """Return the plugins of the catalogue that offer any of these kinds, and are not installed."""
@@ -164,6 +179,24 @@ class Plugins:
         set_aside = f" Set aside: {', '.join(self._set_aside)}; see ovforge plugins doctor." * bool(self._set_aside)
         return PluginError(f"unknown.{did_you_mean(name, known)}", where=where, hint=listing + set_aside)
 
+    def _expanded(self, offer: Offer) -> Offer:
+        """Return an offer as it is used: a recipe as its quantizer. Raises PluginError if that is not here."""
+        recipe = offer.extension
+        if not isinstance(recipe, RecipeExtension):
+            return offer
+        where = f"the recipe {recipe.name!r} of {offer.plugin}"
+        worker = self._offers.get(("quantizer", recipe.quantizer)) or self.get("quantizer", recipe.quantizer)
+        if worker is None:
+            error = self._unknown("quantizer", recipe.quantizer)
+            raise PluginError(error.what, where=f"{where}, {error.where}", hint=error.hint)
+        if not isinstance(worker.extension, QuantizerExtension):
+            raise PluginError(f"it names {recipe.quantizer!r}, which is a recipe, too", where=where)
+        return replace(offer, extension=recipe.of(worker.extension), worker=worker)
+
+    def _can_work(self, offer: Offer) -> bool:
+        recipe = offer.extension
+        return not isinstance(recipe, RecipeExtension) or self.get("quantizer", recipe.quantizer) is not None
+
     # -- importing -----------------------------------------------------------------------------------------------
 
     def _register_builtin(self) -> None:
@@ -214,8 +247,8 @@ class Plugins:
             raise PluginError(f"{HOOK_OF_KIND[kind]} raised {type(error).__name__}: {error}") from error
         seen: set[str] = set()
         for extension in offered:
-            if not isinstance(extension, _CLASS_OF_KIND[kind]):
-                wanted = _CLASS_OF_KIND[kind].__name__
+            if not isinstance(extension, _CLASSES_OF_KIND[kind]):
+                wanted = " or ".join(each.__name__ for each in _CLASSES_OF_KIND[kind])
                 raise PluginError(f"{HOOK_OF_KIND[kind]} yields {type(extension).__name__}, not {wanted}")
             self._check_free(kind, extension.name, plugin, seen)
             seen.add(extension.name)

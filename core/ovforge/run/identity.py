@@ -80,12 +80,13 @@ def _callers(pipeline: ResolvedPipeline) -> dict[str, Any]:
 def _done_by(chosen: Chosen, stage: str) -> dict[str, Any]:
     """Return who does a stage, with the versions of what does the work, and how; files count by their content."""
     files = {str(path): content_of(path, chosen.session.memo) for path in input_files(chosen.options)}
+    worker = chosen.offer.worker or chosen.offer  # a recipe is its quantizer with options, by whatever name
     return {
         "stage": stage,
-        "use": chosen.name,
-        "plugin": chosen.offer.plugin,
-        "version": chosen.offer.version,
-        "requires": installed_requirements(chosen.offer.distribution),
+        "use": worker.extension.name,
+        "plugin": worker.plugin,
+        "version": worker.version,
+        "requires": installed_requirements(worker.distribution),
         "options": _by_content(chosen.options.model_dump(mode="json"), files) if chosen.options else {},
         "openvino": openvino_version(),
     }

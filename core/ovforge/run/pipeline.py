@@ -203,6 +203,7 @@ class Pipeline:
         ]
         offers = [one.offer for one in chosen if one is not None]
         offers += [resolved.driven_by] if resolved.driven_by else []
+        offers += [offer.worker for offer in offers if offer.worker]
         # Relative paths start at the config's folder; a config without paths says nothing of this machine.
         sources = [self.config.load.source, *self.config.load.parts.values()]
         has_paths = (

@@ -70,7 +70,7 @@ class Chosen:
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
         """Call its code in this block: files open by the session, and errors name the plugin."""
-        with self.session.active(), blaming(self.offer):
+        with self.session.active(), blaming(self.offer.worker or self.offer):
             yield
 
 
@@ -284,9 +284,11 @@ def make_step(session: Session, kind: str, use: Use, key: str, base: Path) -> St
 
 
 def _implicit(session: Session, config: PipelineConfig, task: Chosen, base: Path) -> Iterator[Step]:
-    """Yield the task's own transforms, but for those that the config names itself."""
+    """Yield the task's own transforms, and those of others that it asks for, but for those that the config names."""
+    own = task.extension.transforms if config.optimize else ()
+    others = [name for name in task.extension.optional_transforms if session.plugins.get("transform", name)]
     named = {use.use for use in config.transform}
-    for name in task.extension.transforms if config.optimize else ():
+    for name in (*own, *others):
         if name not in named:
             step = make_step(session, "transform", Use(name), f"task ({task.name})", base)
             yield replace(step, implicit=True)

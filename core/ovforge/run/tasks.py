@@ -7,7 +7,7 @@ from typing import Any
 
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.extensions import GraphTransformExtension, SchedulerExtension, resolve
-from ovforge.contracts.stages import Adapter, DevicePlan, Scheduler, Task, TaskContext
+from ovforge.contracts.stages import Adapter, DevicePlan, Embedder, Scheduler, Task, TaskContext
 from ovforge.errors import ConfigError, PluginError
 from ovforge.model.bundle import ModelBundle
 from ovforge.run.adapters import Adapters
@@ -43,11 +43,25 @@ def make_task(pipeline: ResolvedPipeline, compiled: CompiledBundle) -> Task:
     task = pipeline.task
     assert task is not None
     context = TaskContext(
-        bundle=compiled, scheduler=lambda: _make_scheduler(pipeline, compiled.source), inputs=pipeline.config.input
+        bundle=compiled,
+        scheduler=lambda: _make_scheduler(pipeline, compiled.source),
+        inputs=pipeline.config.input,
+        embedders=_make_embedders(pipeline, compiled.source),
     )
     made: Task = expect("__call__", task.create(context), task.offer)
     compiled.start_rest()
     return made
+
+
+def _make_embedders(pipeline: ResolvedPipeline, bundle: ModelBundle) -> dict[str, Embedder]:
+    """Return what transforms offer to compute inputs with, by the inputs' names."""
+    embedders: dict[str, Embedder] = {}
+    for chosen in (step.chosen for step in pipeline.steps):
+        extension = chosen.extension
+        if isinstance(extension, GraphTransformExtension) and extension.embedders is not None:
+            with chosen.calling():
+                embedders |= expect("items", resolve(extension.embedders)(chosen.options, bundle), chosen.offer)
+    return embedders
 
 
 def _make_scheduler(pipeline: ResolvedPipeline, bundle: ModelBundle) -> Scheduler:

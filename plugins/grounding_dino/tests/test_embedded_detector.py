@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 import ovforge
 import ovforge_grounding_dino
 from ovforge.cli import app
-from ovforge.errors import InputError
 from ovforge.run.pipeline import Pipeline
 from ovforge.store.cache import Cache
 
@@ -129,19 +128,12 @@ def test_numbers_are_transformers_own(tmp_path: Path) -> None:
         assert np.allclose(found.boxes[: len(scores)], boxes, atol=0.5)
 
 
-def test_the_demo(tmp_path: Path) -> None:
+def test_one_command_looks_at_the_scene_that_ships(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    result = CliRunner().invoke(app, ["detect", "--demo", "-o", str(output), "--cache", str(tmp_path / "cache")])
+    result = CliRunner().invoke(app, ["grounding-dino", "-o", str(output), "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output
     coco = json.loads(output.read_text())
     names = {category["id"]: category["name"] for category in coco["categories"]}
     found = sorted(names[each["category_id"]] for each in coco["annotations"])
     # The other cloud is missed.
     assert found == ["balloon", "car", "cloud", "dog", "horse", "house", "sun", "tree", "tree"]
-
-
-def test_without_pictures_it_names_the_demo() -> None:
-    result = CliRunner().invoke(app, ["detect"])
-    assert result.exit_code != 0
-    assert isinstance(result.exception, InputError)
-    assert "--demo" in str(result.exception.hint)

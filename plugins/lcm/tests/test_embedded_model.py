@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import ovforge
 import ovforge_lcm
+from ovforge import Use
+from ovforge.cli import app
 
 MODEL = Path(ovforge_lcm.__file__).parent / "model"
 WEIGHTS = Path(__file__).parent / "data" / "embedded-diffusers"
@@ -50,3 +54,54 @@ def test_pictures_equal_diffusers(width: int, height: int) -> None:
         difference = np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16))
         assert difference.max() <= 2
         assert difference.mean() <= 0.2
+
+
+def test_the_embedded_model_draws_the_same_in_int8() -> None:
+    """The recipe in a config, calibrated by the pipeline itself: half the bytes, pictures close to those of float32."""
+    pytest.importorskip("ovforge_nncf")
+    options: dict[str, Any] = {
+        "source": ovforge_lcm.EMBEDDED_MODEL,
+        "cache": None,
+        "device": Use("cpu", precision="f32"),
+    }
+    plain = ovforge.Pipeline("text-to-image", **options)
+    small = ovforge.Pipeline(
+        "text-to-image", quantize=[Use("lcm-int8", subset_size=6)], calibration={"samples": 6, "runs": 2}, **options
+    )
+    report = next(report for report in small.reports if report.sizes)
+    before, after = report.sizes["unet"]
+    assert after < 0.55 * before
+    assert report.roles == ("unet",)
+    assert not any("time_emb" in name for name in report.layers["unet"])
+    assert any("in ignored_scope" in note for note in report.notes)
+    expected, found = (
+        np.asarray(pipe("a beautiful pink unicorn, 8k", seed=1234567, steps=4).images[0], np.float32)
+        for pipe in (plain, small)
+    )
+    assert 0 < np.abs(expected - found).mean() < 6
+
+
+def test_one_command_makes_a_picture(tmp_path: Path) -> None:
+    from PIL import Image
+
+    target = tmp_path / "car.png"
+    command = [
+        "lcm",
+        "a red car on a blue background",
+        "-o",
+        str(target),
+        "-s",
+        "7",
+        "--steps",
+        "2",
+        "--precision",
+        "f32",
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert str(target) in done.stdout
+    pipe = ovforge.Pipeline("text-to-image", source=ovforge_lcm.EMBEDDED_MODEL, device=Use("cpu", precision="f32"))
+    wanted = pipe("a red car on a blue background", seed=7, steps=2).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(target)), np.asarray(wanted))
+    done = CliRunner().invoke(app, ["lcm", "-o", str(tmp_path / "nowhere" / "a.png")])
+    assert done.exit_code and "no such folder" in str(done.exception)

@@ -629,16 +629,12 @@ def test_what_int8_brings_here_is_said(
 
 def test_recipes_are_their_base_with_other_defaults() -> None:
     article = {"model_type": "transformer", "preset": "mixed", "bias_correction": "off"}
-    same(
-        quantize("lcm-int8", {})[0],
-        quantize("nncf-ptq", {**article, "smooth_quant": {"matmul": -1}})[0],
-    )
     same(quantize("sd-int8-hybrid", {})[0], quantize("nncf-hybrid", {"bias_correction": "off"})[0])
     same(quantize("weights-int8", {})[0], quantize("nncf-weights", {})[0])
     four = {"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"}
     same(quantize("weights-int4", {})[0], quantize("nncf-weights", four)[0])
     same(quantize("detector-int8", {"roles": ["unet"]})[0], quantize("nncf-ptq", article)[0])
-    for name in ("lcm-int8", "sd-int8-hybrid", "weights-int8", "weights-int4", "detector-int8"):
+    for name in ("sd-int8-hybrid", "weights-int8", "weights-int4", "detector-int8"):
         model = testing.extension(ovforge_nncf, "quantizer", name).options_model()
         assert model is not None
         assert all(info.description for info in model.model_fields.values())
@@ -648,26 +644,6 @@ def test_contracts_hold() -> None:
     testing.check_plugin(ovforge_nncf)
     for name in ("nncf-ptq", "nncf-hybrid"):
         testing.check_quantizer(ovforge_nncf, name, {"subset_size": 2}, bundle, Recorded())
-
-
-def test_the_embedded_lcm_draws_the_same_in_int8() -> None:
-    """The recipe in a config, calibrated by the pipeline itself: half the bytes, pictures close to those of float32."""
-    options: dict[str, Any] = {"source": EMBEDDED, "cache": None, "device": Use("cpu", precision="f32")}
-    plain = ovforge.Pipeline("text-to-image", **options)
-    small = ovforge.Pipeline(
-        "text-to-image", quantize=[Use("lcm-int8", subset_size=6)], calibration={"samples": 6, "runs": 2}, **options
-    )
-    report = next(report for report in small.reports if report.sizes)
-    before, after = report.sizes["unet"]
-    assert after < 0.55 * before
-    assert report.roles == ("unet",)
-    assert not any("time_emb" in name for name in report.layers["unet"])
-    assert any("in ignored_scope" in note for note in report.notes)
-    expected, found = (
-        np.asarray(pipe("a beautiful pink unicorn, 8k", seed=1234567, steps=4).images[0], np.float32)
-        for pipe in (plain, small)
-    )
-    assert 0 < np.abs(expected - found).mean() < 6
 
 
 def test_accuracy_control_scores_the_pipeline_itself() -> None:

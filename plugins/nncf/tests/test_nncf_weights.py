@@ -101,14 +101,28 @@ def test_what_is_compressed_already_is_said() -> None:
     with pytest.raises(OvforgeError, match="all are already"):
         ovforge.Pipeline("text-to-image", **options)
     pipe = ovforge.Pipeline("text-to-image", strict=False, **options)
-    assert [bool(report.skipped) for report in pipe.reports] == [False, True]
+    assert [bool(report.skipped) for report in pipe.reports[-2:]] == [False, True]
 
 
 def test_a_picture_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 bits change a pixel by a few steps, and the command that asks for them works."""
     monkeypatch.setenv("OVFORGE_CACHE_DIR", str(tmp_path / "cache"))
     prompt = "a beautiful pink unicorn, 8k"
-    command = ["generate", "-p", prompt, "-s", "7", "-t", "INT8", "--precision", "f32", "-o", str(tmp_path / "a.png")]
+    command = [
+        "generate",
+        "-m",
+        EMBEDDED,
+        "-p",
+        prompt,
+        "-s",
+        "7",
+        "-t",
+        "INT8",
+        "--precision",
+        "f32",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     plain = ovforge.Pipeline("text-to-image", source=EMBEDDED, device=Use("cpu", precision="f32"), cache=None)

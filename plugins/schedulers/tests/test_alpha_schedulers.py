@@ -1,4 +1,4 @@
-"""DDIM, DDPM, PNDM and TCD against diffusers', whole runs over their options."""
+"""DDIM, DDPM and PNDM against diffusers', whole runs over their options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from ovforge.errors import ConfigError, InputError
 from ovforge_schedulers.ddim import DDIMOptions, DDIMScheduler, DDPMOptions, DDPMScheduler
 from ovforge_schedulers.pndm import PNDMOptions, PNDMScheduler
-from ovforge_schedulers.tcd import TCDOptions, TCDScheduler
 
 NOISE = {
     "num_train_timesteps": st.sampled_from([100, 500, 1000]),
@@ -119,22 +118,3 @@ def test_pndm(both: Any, config: dict[str, Any], steps: int, strength: float, ra
     # A step takes the difference of two terms that are 1 / sqrt(alpha) as large, and float32 keeps 6e-8 of them.
     rest = float(scheduler.alphas_cumprod[ours.timesteps.max()])
     both(ours, theirs, seed, random=random, tolerance=max(1e-5, 3e-7 / rest**0.5))
-
-
-@many
-@given(
-    config=st.fixed_dictionaries(
-        {}, optional=NOISE | SPACING | BOUNDS | {"original_inference_steps": st.sampled_from([20, 50, 100])}
-    ),
-    eta=st.sampled_from([0.0, 0.3, 1.0]),
-    **RUNS,
-)
-def test_tcd(
-    both: Any, config: dict[str, Any], eta: float, steps: int, strength: float, random: bool, seed: int
-) -> None:
-    assume(not (config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon"))
-    scheduler = TCDScheduler(TCDOptions(eta=eta), config)
-    ours = started(scheduler, steps, strength)
-    theirs = both.theirs("TCDScheduler", config, scheduler)
-    theirs.set_timesteps(steps)
-    both(ours, theirs, seed, random=random, arguments={"eta": eta})

@@ -13,9 +13,10 @@ from ovforge import testing
 from ovforge.contracts.extensions import SchedulerExtension
 from ovforge.errors import ConfigError, InputError
 from ovforge.model.random import Generator
+from ovforge_sampling.options import KEYS
 from ovforge_schedulers.beta import symmetric_beta_quantile
 from ovforge_schedulers.dpm_multistep import DPMMultistepOptions, dpm_multistep_sde
-from ovforge_schedulers.options import KEYS
+from samplers import check_rows_alone, options_beside_diffusers
 
 EXTENSIONS = {extension.name: extension for extension in ovforge_schedulers.ovforge_schedulers()}
 CLASSES = {extension.implements[0]: extension for extension in EXTENSIONS.values() if extension.implements}
@@ -42,22 +43,9 @@ def test_the_plugin_keeps_the_contract() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_options_are_those_of_diffusers_with_its_defaults(name: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
     if "SDE" in name:
         pytest.importorskip("torchsde")
-    options = CLASSES[name].options_model()
-    assert options is not None
-    ours = {key: field.default for key, field in options.model_fields.items() if key not in options.ours}
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
-    theirs = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
-    # diffusers reads these two from a config even where its class does not name them.
-    assert set(ours) - set(theirs) <= {"sigma_min", "sigma_max"}
-    assert set(theirs) <= set(ours)
-    same = {"lambda_min_clipped": -float("inf"), "disable_corrector": []}
-    for key, default in theirs.items():
-        found = list(ours[key]) if isinstance(ours[key], tuple) else ours[key]
-        assert same.get(key, found) == default, key
-    assert set(ours) <= KEYS
+    assert set(options_beside_diffusers(CLASSES[name])) <= KEYS
 
 
 def test_keys_are_known_of_every_sampler_of_latent_diffusion() -> None:
@@ -126,7 +114,6 @@ def test_sde_by_name_is_sde_whatever_the_model_says() -> None:
         ("euler-ancestral", {"prediction_type": "sample"}, 4, "prediction_type"),
         ("ddpm", {"variance_type": "fixed_large_log"}, 4, "scheduler.variance_type"),
         ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 4, "rescale_betas_zero_snr"),
-        ("tcd", {"rescale_betas_zero_snr": True}, 4, "rescale_betas_zero_snr"),
         ("lms", {"trained_betas": [0.5, 1.0], "num_train_timesteps": 2}, 1, "trained_betas"),
         ("heun", {"trained_betas": [0.5]}, 4, "1 trained_betas"),
         ("pndm", {}, 3, "too few for PNDM"),
@@ -184,19 +171,7 @@ def test_steps_out_of_order_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXTENSIONS)
 def test_a_sample_of_a_batch_is_what_it_would_be_alone(name: str) -> None:
-    from ovforge.model.random import BatchGenerator
-
-    scheduler = make(EXTENSIONS[name])
-    answers = [Generator(number).randn((2, 4, 8, 8)) for number in range(20)]
-    start = Generator(3).randn((2, 4, 8, 8))
-
-    def final(rows: slice) -> np.ndarray:
-        run, rng, latents = scheduler.start(5), BatchGenerator([7, 8][rows]), start[rows].copy()
-        for index in range(len(run.timesteps)):
-            latents = run.step(answers[index][rows], index, latents, rng)
-        return latents
-
-    np.testing.assert_array_equal(final(slice(None))[1:], final(slice(1, 2)))
+    check_rows_alone(make(EXTENSIONS[name]))
 
 
 def test_beta_quantiles_equal_scipys() -> None:

@@ -16,25 +16,10 @@ from ovforge.model import PACKAGE
 
 __all__ = ["detect"]
 
-EMBEDDED = "package:ovforge_grounding_dino/model"
-SCENE, SHOWN = "package:ovforge_grounding_dino/demo/scene.jpg", "horse. tree. cloud. sun. house. car. dog. balloon."
-"""What --demo looks at, and looks for."""
-
 
 def detect(
-    images: Annotated[
-        list[str] | None, typer.Argument(help="Pictures, or a folder of them.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A folder, file or package:NAME/PATH with a detector; by default the "
-            "embedded one, which knows drawn things.",
-            show_default=False,
-        ),
-    ] = EMBEDDED,
+    images: Annotated[list[str], typer.Argument(help="Pictures, or a folder of them.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="A folder, file or package:NAME/PATH with a detector.")],
     text: Annotated[
         str | None,
         typer.Option("--text", "-t", help='What to find: "Horse. Clouds."; or which of the model\'s classes.'),
@@ -71,7 +56,6 @@ def detect(
     compare: Annotated[
         str | None, typer.Option("--compare", metavar="torch", help="Run PyTorch, too, and draw both side by side.")
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Look at a scene that is shipped.")] = False,
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -84,10 +68,6 @@ def detect(
         raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
     if compare not in (None, "torch"):
         raise InputError(f"{compare!r} is nothing to compare with", where="--compare", hint="Give torch.")
-    if demo:
-        images, text = images or [SCENE], text or SHOWN
-    if not images:
-        raise InputError("there is no picture", where="IMAGES", hint="Name pictures or a folder, or give --demo.")
     paths = [path if path.startswith(PACKAGE) else str(Path(path).resolve()) for path in images]
     inputs: dict[str, Any] = {
         "image": paths[0] if len(paths) == 1 else paths, "text": text, "threshold": threshold,

@@ -6,13 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovforge import hookimpl
-from ovforge.contracts import Need, QuantizerExtension
+from ovforge.contracts import Need, QuantizerExtension, RecipeExtension
 
 __all__ = ["ovforge_quantizers"]
-
-_WEIGHTS = "ovforge_nncf.weights:WeightCompression"
-_PTQ = "ovforge_nncf.ptq:PostTrainingQuantization"
-_HYBRID = "ovforge_nncf.hybrid:Hybrid"
 
 
 def _needs(options: Any) -> Need:
@@ -22,20 +18,20 @@ def _needs(options: Any) -> Need:
 
 
 @hookimpl
-def ovforge_quantizers() -> Iterator[QuantizerExtension]:
-    """Yield NNCF's ways to quantize."""
+def ovforge_quantizers() -> Iterator[QuantizerExtension | RecipeExtension]:
+    """Yield NNCF's ways to quantize, and recipes: their options for a kind of model, under a name of their own."""
     yield QuantizerExtension(
         name="nncf-weights",
         summary="Weights in 8 bits or fewer; activations stay as they are",
         config="ovforge_nncf.weights_options:WeightsOptions",
-        factory=_WEIGHTS,
+        factory="ovforge_nncf.weights:WeightCompression",
         needs=_needs,
     )
     yield QuantizerExtension(
         name="nncf-ptq",
         summary="Weights and activations in INT8 or FP8, with ranges from recorded inputs",
         config="ovforge_nncf.ptq_options:PtqOptions",
-        factory=_PTQ,
+        factory="ovforge_nncf.ptq:PostTrainingQuantization",
         needs="inputs",
     )
     yield QuantizerExtension(
@@ -49,20 +45,36 @@ def ovforge_quantizers() -> Iterator[QuantizerExtension]:
         name="nncf-hybrid",
         summary="Convolutions in INT8, weights of matrix products compressed: for UNets",
         config="ovforge_nncf.hybrid:HybridOptions",
-        factory=_HYBRID,
+        factory="ovforge_nncf.hybrid:Hybrid",
         needs="inputs",
     )
-    yield from _recipes()
+    yield from _RECIPES
 
 
-def _recipes() -> Iterator[QuantizerExtension]:
-    for name, summary, options, factory in (
-        ("lcm-int8", "Recipe: latent consistency models, UNet in INT8", "LcmInt8", _PTQ),
-        ("sd-int8-hybrid", "Recipe: Stable Diffusion, UNet by nncf-hybrid", "SdInt8Hybrid", _HYBRID),
-        ("weights-int8", "Recipe: all weights in INT8, no data", "WeightsInt8", _WEIGHTS),
-        ("weights-int4", "Recipe: weights of matrices in INT4, the rest in INT8, no data", "WeightsInt4", _WEIGHTS),
-        ("detector-int8", "Recipe: detectors in INT8", "DetectorInt8", _PTQ),
-    ):
-        needs: Any = _needs if factory is _WEIGHTS else "inputs"
-        config = f"ovforge_nncf.recipes:{options}"
-        yield QuantizerExtension(name=name, summary=summary, config=config, factory=factory, needs=needs)
+_RECIPES = (
+    # Fast bias correction draws artifacts into pictures. Stable Diffusion takes many steps, nearly all in the UNet.
+    RecipeExtension(
+        name="sd-int8-hybrid",
+        summary="Recipe: Stable Diffusion, UNet by nncf-hybrid",
+        quantizer="nncf-hybrid",
+        options={"roles": ["unet"], "bias_correction": "off"},
+    ),
+    RecipeExtension(
+        name="weights-int8", summary="Recipe: all weights in INT8, no data", quantizer="nncf-weights", options={}
+    ),
+    # Embeddings and convolutions keep 8 bits; where 64 does not divide a row, groups are smaller, as low as 32.
+    RecipeExtension(
+        name="weights-int4",
+        summary="Recipe: weights of matrices in INT4, the rest in INT8, no data",
+        quantizer="nncf-weights",
+        options={"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"},
+    ),
+    # Without model_type NNCF quantizes sums between layers, which this runtime cannot compile in some detectors; fast
+    # bias correction fails where pictures, and with them inputs of matrix products, differ in shape.
+    RecipeExtension(
+        name="detector-int8",
+        summary="Recipe: detectors in INT8",
+        quantizer="nncf-ptq",
+        options={"roles": ["detector"], "preset": "mixed", "model_type": "transformer", "bias_correction": "off"},
+    ),
+)

@@ -39,7 +39,6 @@ class HybridOptions(PtqBase):
     """Options of `nncf-hybrid`: those of `nncf-ptq` for convolutions, and what weights of the rest become."""
 
     NAME: ClassVar[str] = "nncf-hybrid"
-    MEMORY: ClassVar[float] = 1.6
 
     weights_mode: Mode = Field("int8_sym", description="Type of the weights of matrix products and embeddings.")
     ratio: float | None = Field(None, gt=0, le=1, description="Below 8 bits: part of these weights; default: 1.")
@@ -54,6 +53,11 @@ class HybridOptions(PtqBase):
 
     model_type: Literal["transformer"] | None = Field("transformer", description="transformer: keep sensitive parts.")
     smooth_quant: SmoothQuant | None = Field(SmoothQuant(matmul=-1), description="Alphas of SmoothQuant.")
+
+    @property
+    def memory(self) -> float:
+        """Peak memory by that of the weights as float32, as `PtqBase.memory`."""
+        return 1.6
 
     @property
     def weights(self) -> WeightsOptions:

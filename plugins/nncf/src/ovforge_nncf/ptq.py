@@ -82,7 +82,7 @@ def foreseen_memory(model: ov.Model, options: PtqBase) -> int:
     They are in memory packed for the kernels, and as NNCF's smoothed copies; the rest is activations, more where NNCF
     looks at more of them. Records and the file's own weights, which the system can drop, come on top.
     """
-    return int(options.MEMORY * float_bytes(model))
+    return int(options.memory * float_bytes(model))
 
 
 def describe(

@@ -98,9 +98,6 @@ class PtqBase(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     NAME: ClassVar[str]
-    MEMORY: ClassVar[float] = 3.0
-    """Peak memory by that of the weights as float32, at the size of Stable Diffusion 1.5; more in small models."""
-
     roles: tuple[str, ...] = Field(
         (), description="Models to quantize; by default those of each step (unet, transformer, controlnet), else all."
     )
@@ -149,6 +146,12 @@ class PtqBase(BaseModel):
     @property
     def _fp8(self) -> bool:
         return self._mode != "int8"
+
+    @property
+    def memory(self) -> float:
+        """Peak memory by that of the weights as float32, at the size of Stable Diffusion 1.5; more in small models."""
+        smooths = self.model_type is not None and (self.smooth_quant or SmoothQuant()) != SmoothQuant(matmul=-1)
+        return 2.0 if self.model_type and self.bias_correction == "off" and not smooths else 3.0
 
     @property
     def resolved_preset(self) -> Preset:

@@ -27,10 +27,8 @@ _METHODS = (
     ("euler", "Euler's method", "euler", "Euler", "EulerDiscreteScheduler"),
     ("euler-ancestral", "Euler's method with noise", "euler", "EulerAncestral", "EulerAncestralDiscreteScheduler"),
     ("heun", "Heun's method, two calls a step", "heun", "Heun", "HeunDiscreteScheduler"),
-    ("lcm", "Latent consistency sampling, in a few steps", "lcm", "LCM", "LCMScheduler"),
     ("lms", "Linear multistep", "lms", "LMS", "LMSDiscreteScheduler"),
     ("pndm", "PNDM, with or without Runge-Kutta steps", "pndm", "PNDM", "PNDMScheduler"),
-    ("tcd", "Trajectory consistency sampling, in a few steps", "tcd", "TCD", "TCDScheduler"),
     ("unipc", "UniPC, predictor and corrector", "unipc", "UniPC", "UniPCMultistepScheduler"),
 )
 

@@ -14,14 +14,21 @@ from pydantic import Field
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import InputError
-from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, bounded, predicted_noise, predicted_picture
-from ovforge_schedulers.float32 import Array, exp, log
-from ovforge_schedulers.options import (
+from ovforge_sampling import (
+    ONE,
+    AlphaSampling,
+    Array,
     BetaSchedule,
     BoundOptions,
     NoiseOptions,
+    NoiseScheduler,
     Prediction,
     SpacingOptions,
+    bounded,
+    exp,
+    log,
+    predicted_noise,
+    predicted_picture,
     refuse,
 )
 from ovforge_schedulers.spacing import in_range, spaced

@@ -11,11 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import ONE, NoiseScheduler, SolverSampling
-from ovforge_schedulers.float32 import Array, exp
-from ovforge_schedulers.noise import sigma_table
+from ovforge_sampling import ONE, Array, NoiseScheduler, exp
+from ovforge_schedulers.runs import SolverSampling
 from ovforge_schedulers.solvers import SpacedSolverOptions, check_spreads, instead_of, noise_levels, scheduled
-from ovforge_schedulers.spacing import spaced_before_end
+from ovforge_schedulers.spacing import sigma_table, spaced_before_end
 
 __all__ = ["DEISOptions", "DEISSampling", "DEISScheduler"]
 

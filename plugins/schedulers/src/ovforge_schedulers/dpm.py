@@ -13,9 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import ONE, SolverSampling, thresholded
-from ovforge_schedulers.float32 import Array, exp
-from ovforge_schedulers.options import refuse
+from ovforge_sampling import ONE, Array, exp, refuse, thresholded
+from ovforge_schedulers.runs import SolverSampling
 from ovforge_schedulers.solvers import SolverOptions, check_spreads, instead_of
 
 __all__ = ["DPMOptions", "DPMSampling", "Weights", "check_dpm", "usable_timesteps"]

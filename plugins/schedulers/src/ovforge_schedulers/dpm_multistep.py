@@ -12,13 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import NoiseScheduler
+from ovforge_sampling import Array, NoiseScheduler, log, refuse
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
-from ovforge_schedulers.float32 import Array, log
-from ovforge_schedulers.noise import sigma_table
-from ovforge_schedulers.options import refuse
 from ovforge_schedulers.solvers import SpacedSolverOptions, noise_levels, scheduled
-from ovforge_schedulers.spacing import spaced_before_end
+from ovforge_schedulers.spacing import sigma_table, spaced_before_end
 
 __all__ = ["DPMMultistepOptions", "DPMMultistepSampling", "DPMMultistepScheduler", "dpm_multistep_sde"]
 

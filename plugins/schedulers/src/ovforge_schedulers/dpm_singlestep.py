@@ -12,14 +12,11 @@ import numpy as np
 from pydantic import Field
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import NoiseScheduler
+from ovforge_sampling import Array, NoiseScheduler, refuse
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
 from ovforge_schedulers.dpm_multistep import lambdas
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.noise import sigma_table
-from ovforge_schedulers.options import refuse
 from ovforge_schedulers.solvers import instead_of, noise_levels, scheduled
-from ovforge_schedulers.spacing import spaced_before_end
+from ovforge_schedulers.spacing import sigma_table, spaced_before_end
 
 __all__ = ["DPMSinglestepOptions", "DPMSinglestepSampling", "DPMSinglestepScheduler"]
 

@@ -15,11 +15,23 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import ONE, NoiseScheduler, Scheduling, SigmaSampling
-from ovforge_schedulers.float32 import Array, Value, exp, linspace, log
-from ovforge_schedulers.noise import sigma_table
-from ovforge_schedulers.options import BetaSchedule, NoiseOptions, Options, SigmaOptions, Spacing, SpacingOptions
-from ovforge_schedulers.spacing import check_one_spread, schedule
+from ovforge_sampling import (
+    ONE,
+    Array,
+    BetaSchedule,
+    NoiseOptions,
+    NoiseScheduler,
+    Options,
+    Scheduling,
+    Spacing,
+    SpacingOptions,
+    Value,
+    exp,
+    linspace,
+    log,
+)
+from ovforge_schedulers.runs import SigmaSampling
+from ovforge_schedulers.spacing import SigmaOptions, check_one_spread, schedule, sigma_table
 
 __all__ = [
     "EDMEulerOptions",

@@ -14,11 +14,10 @@ from pydantic import Field
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import InputError
-from ovforge_schedulers.base import NoiseScheduler, SigmaSampling, Turns, scaled
+from ovforge_sampling import Array, BetaSchedule, NoiseOptions, NoiseScheduler, Spacing, SpacingOptions, exp, log
 from ovforge_schedulers.euler import ancestral, ended
-from ovforge_schedulers.float32 import Array, exp, log
-from ovforge_schedulers.options import BetaSchedule, NoiseOptions, SigmaOptions, Spacing, SpacingOptions
-from ovforge_schedulers.spacing import check_one_spread, schedule, times_of
+from ovforge_schedulers.runs import SigmaSampling, Turns, scaled
+from ovforge_schedulers.spacing import SigmaOptions, check_one_spread, schedule, times_of
 
 __all__ = [
     "DPM2AncestralOptions",

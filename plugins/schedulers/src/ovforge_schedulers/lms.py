@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import NoiseScheduler, SigmaSampling, Turns
+from ovforge_sampling import Array, BetaSchedule, NoiseOptions, NoiseScheduler, Prediction, Spacing, SpacingOptions
 from ovforge_schedulers.euler import ended
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.options import BetaSchedule, NoiseOptions, Prediction, SigmaOptions, Spacing, SpacingOptions
-from ovforge_schedulers.spacing import check_one_spread, schedule
+from ovforge_schedulers.runs import SigmaSampling, Turns
+from ovforge_schedulers.spacing import SigmaOptions, check_one_spread, schedule
 
 __all__ = ["LMSOptions", "LMSSampling", "LMSScheduler"]
 

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import InputError
-from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, Turns
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.options import BetaSchedule, NoiseOptions, SpacingOptions
+from ovforge_sampling import ONE, AlphaSampling, Array, BetaSchedule, NoiseOptions, NoiseScheduler, SpacingOptions
+from ovforge_schedulers.runs import Turns
 from ovforge_schedulers.spacing import in_range, spaced
 
 __all__ = ["PNDMOptions", "PNDMSampling", "PNDMScheduler"]

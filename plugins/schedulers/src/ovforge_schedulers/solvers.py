@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
 from ovforge.errors import InputError
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.noise import sigma_table
-from ovforge_schedulers.options import (
-    BetaSchedule,
-    NoiseOptions,
-    SigmaOptions,
-    Spacing,
-    SpacingOptions,
-    ThresholdOptions,
-    Wide,
-    refuse,
-)
+from ovforge_sampling import Array, BetaSchedule, NoiseOptions, Spacing, SpacingOptions, ThresholdOptions, refuse
 from ovforge_schedulers.spacing import (
     Doubles,
+    SigmaOptions,
     check_one_spread,
     in_range,
     interpolated,
+    sigma_table,
     spread,
     spread_evenly,
     times_of,
@@ -35,6 +26,8 @@ from ovforge_schedulers.spacing import (
 __all__ = ["SolverOptions", "SpacedSolverOptions", "check_spreads", "instead_of", "noise_levels", "scheduled"]
 
 Times = NDArray[np.int64]
+Wide = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+"""What networks of the solvers predict: noise, the picture, Salimans and Ho's v, or a flow's velocity."""
 
 
 def instead_of(theirs: Mapping[str, str]) -> BeforeValidator:

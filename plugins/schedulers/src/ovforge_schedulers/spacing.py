@@ -7,23 +7,24 @@ Sources: Karras et al. 2022, equation 5; Lu et al. 2022 (steps of equal log sign
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from ovforge.errors import InputError
+from ovforge_sampling import Array, Options, refuse
 from ovforge_schedulers.beta import symmetric_beta_quantile
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.noise import sigma_table
-from ovforge_schedulers.options import SigmaOptions, refuse
 
 __all__ = [
     "Doubles",
+    "SigmaOptions",
     "check_one_spread",
     "in_range",
     "interpolated",
     "schedule",
+    "sigma_table",
     "spaced",
     "spaced_before_end",
     "spread",
@@ -34,6 +35,26 @@ __all__ = [
 Doubles = NDArray[np.float64]
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
+
+
+class SigmaOptions(Options):
+    """How a run's noise levels are spread; one of the three at most, else as the timesteps are."""
+
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    sigma_min: float | None = Field(None, gt=0)
+    sigma_max: float | None = Field(None, gt=0)
+
+    def without_ends(self) -> Self:
+        """Return these without ends of their own: two of diffusers' classes do not know them for Karras's spread."""
+        return self.model_copy(update={"sigma_min": None, "sigma_max": None})
+
+
+def sigma_table(alphas: Array) -> Array:
+    """Return sqrt((1 - alpha) / alpha): the noise of each timestep for a picture of unit scale, float32."""
+    table: Array = np.sqrt((np.float32(1) - alphas) / alphas)
+    return table
 
 
 def spaced(spacing: str, train: int, steps: int, offset: int = 0) -> Doubles:

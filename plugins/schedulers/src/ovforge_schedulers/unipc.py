@@ -13,12 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import ONE, NoiseScheduler, SolverSampling
-from ovforge_schedulers.float32 import Array, expm1
-from ovforge_schedulers.noise import sigma_table
-from ovforge_schedulers.options import refuse
+from ovforge_sampling import ONE, Array, NoiseScheduler, expm1, refuse
+from ovforge_schedulers.runs import SolverSampling
 from ovforge_schedulers.solvers import SpacedSolverOptions, check_spreads, instead_of, noise_levels, scheduled
-from ovforge_schedulers.spacing import Doubles, spaced_before_end
+from ovforge_schedulers.spacing import Doubles, sigma_table, spaced_before_end
 
 __all__ = ["UniPCOptions", "UniPCSampling", "UniPCScheduler"]
 

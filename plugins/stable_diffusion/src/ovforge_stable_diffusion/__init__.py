@@ -1,4 +1,4 @@
-"""The Stable Diffusion family (Rombach et al. 2022) and latent consistency models on OpenVINO."""
+"""The Stable Diffusion family (Rombach et al. 2022) on OpenVINO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _TRANSFORMS = ("controlnet-inputs", "fold-upsample")
+_OPTIONAL = ("guidance-embedding",)
 
 
 @hookimpl
@@ -24,6 +25,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         roles=("unet", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
         transforms=_TRANSFORMS,
+        optional_transforms=_OPTIONAL,
     )
     yield TaskExtension(
         name="image-to-image",
@@ -34,6 +36,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
         transforms=_TRANSFORMS,
+        optional_transforms=_OPTIONAL,
     )
     yield TaskExtension(
         name="inpainting",
@@ -44,6 +47,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS),
         transforms=_TRANSFORMS,
+        optional_transforms=_OPTIONAL,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovforge.contracts import Progress, Sampling, TaskContext, ignore_progress
+from ovforge.contracts import Embedder, Progress, Sampling, TaskContext, ignore_progress
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, ImagesResult, Timings
 from ovforge_stable_diffusion.controls import condition
@@ -23,7 +23,7 @@ from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_stable_diffusion.request import Request, make_request
 from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncoder, TextEncoders, learned_tokens
-from ovforge_stable_diffusion.unet import RESIDUALS, Denoiser, guidance_embedding, residual_shapes
+from ovforge_stable_diffusion.unet import GUIDANCE, RESIDUALS, Denoiser, residual_shapes
 from ovforge_stable_diffusion.vae import Autoencoder
 
 __all__ = ["Diffusion", "Start"]
@@ -58,6 +58,7 @@ class Diffusion:
         self._bundle, self._options = context.bundle, options
         self._make_scheduler = context.scheduler
         self.family = Family.of(context.bundle)
+        self._embed_guidance = _guidance_embedder(self.family, context)
         self._lock = threading.Lock()
         self._text: TextEncoders | None = None
         self._denoiser: tuple[tuple[int, ...], Denoiser] | None = None
@@ -248,9 +249,9 @@ class Diffusion:
         family, halves = self.family, denoiser.halves
         shared = {"encoder_hidden_states": denoiser.condition("encoder_hidden_states", conditions.states)}
         rows = len(conditions.states)
-        if family.guidance_width:
-            embedding = guidance_embedding(request.guidance_scale, family.guidance_width)
-            shared["timestep_cond"] = denoiser.condition("timestep_cond", np.tile(embedding, (rows, 1)))
+        if self._embed_guidance is not None:
+            embedding = self._embed_guidance(request.guidance_scale)
+            shared[GUIDANCE] = denoiser.condition(GUIDANCE, np.tile(embedding, (rows, 1)))
         if family.time_ids:
             assert conditions.pooled is not None
             shared["text_embeds"] = denoiser.condition("text_embeds", conditions.pooled)
@@ -322,7 +323,7 @@ class Diffusion:
         length = self._bundle.configs.get(family.encoders[0], {}).get("max_position_embeddings", DEFAULT_LENGTH)
         shapes = {"sample": sample, "timestep": (1,), "encoder_hidden_states": (sample[0], length, family.context)}
         if family.guidance_width:
-            shapes["timestep_cond"] = (sample[0], family.guidance_width)
+            shapes[GUIDANCE] = (sample[0], family.guidance_width)
         if family.time_ids:
             width = self._bundle.configs.get(family.encoders[-1], {}).get("projection_dim")
             if width is None:
@@ -417,6 +418,19 @@ class Diffusion:
                 "%s: %s %s min %.5g mean %.5g max %.5g std %.5g%s",
                 what, list(array.shape), array.dtype, array.min(), array.mean(), array.max(), array.std(), took,
             )  # fmt: skip
+
+
+def _guidance_embedder(family: Family, context: TaskContext) -> Embedder | None:
+    """Return what computes the UNet's input for a guidance scale; None if it has no such input."""
+    if not family.guidance_width:
+        return None
+    if GUIDANCE not in context.embedders:
+        raise ModelError(
+            f"the UNet takes an embedding of the guidance scale, {GUIDANCE}, and no plugin here computes it",
+            where="unet",
+            hint="Run: pip install ovforge-lcm. If it is installed, see: ovforge plugins doctor",
+        )
+    return context.embedders[GUIDANCE]
 
 
 def _tokenizer_of(encoder: str) -> str:

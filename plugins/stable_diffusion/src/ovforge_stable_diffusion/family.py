@@ -36,7 +36,7 @@ class Family:
     """Width of text states."""
 
     guidance_width: int | None
-    """Width of the guidance embedding of consistency models."""
+    """Width of the embedding of a guidance scale, for UNets that have their guidance built in."""
 
     time_ids: int
     """Numbers that tell SDXL of sizes: 6, or 5 with an aesthetic score; 0 for other models."""
@@ -71,7 +71,6 @@ class Family:
                 hint=f"Expected {latent}, or {2 * latent + 1} for inpainting.",
             )
         aesthetic = bool(bundle.index.get("requires_aesthetics_score", False))
-        guidance_width = unet.get("time_cond_proj_dim")
         width = unet.get("cross_attention_dim")
         return cls(
             channels=channels,
@@ -80,7 +79,7 @@ class Family:
             grid=factor * 2 ** (len(unet.get("block_out_channels", (0,) * 4)) - 1),
             size=int(size) * factor,
             context=width if isinstance(width, int) else None,
-            guidance_width=guidance_width,
+            guidance_width=unet.get("time_cond_proj_dim"),
             time_ids=(5 if aesthetic else 6) if xl else 0,
             zero_negative=xl and bool(bundle.index.get("force_zeros_for_empty_prompt", True)),
             encoders=tuple(role for role in ("text_encoder", "text_encoder_2") if role in bundle),
@@ -90,7 +89,7 @@ class Family:
             latents_mean=_numbers(vae.get("latents_mean")),
             latents_std=_numbers(vae.get("latents_std")),
             train_timesteps=int(bundle.scheduler_config().get("num_train_timesteps", 1000)),
-            defaults=_defaults(bundle, bool(guidance_width), xl),
+            defaults=_defaults(bundle, xl),
         )
 
     @property
@@ -103,10 +102,8 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(float(number) for number in value) if value else None
 
 
-def _defaults(bundle: CompiledModels, consistency: bool, xl: bool) -> dict[str, Any]:
+def _defaults(bundle: CompiledModels, xl: bool) -> dict[str, Any]:
     """Return the model's own defaults (ovforge.json beside model_index.json) over diffusers'."""
     defaults = {"steps": 50, "guidance_scale": 5.0 if xl else 7.5}
-    if consistency:
-        defaults = {"steps": 4, "guidance_scale": 8.5}
     own = bundle.assets.get("ovforge.json")
     return {**defaults, **(json.loads(own).get("defaults", {}) if own else {})}

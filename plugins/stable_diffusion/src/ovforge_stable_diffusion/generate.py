@@ -17,18 +17,15 @@ from ovforge.errors import InputError
 
 __all__ = ["generate"]
 
-EMBEDDED = "package:ovforge_lcm/model"
 _TYPES = ("FP32", "FP16", "INT8")
 
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the picture shows.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A folder, file or package:NAME/PATH.")],
     negative: Annotated[
         str | None, typer.Option("--negative", "-n", help="What it should not show; may be empty.")
     ] = None,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A folder, file or package:NAME/PATH; by default the embedded model.")
-    ] = EMBEDDED,
     type_: Annotated[
         str | None,
         typer.Option("--type", "-t", metavar="FP32|FP16|INT8[_static|_dyn]", help="Precision of weights, and shapes."),

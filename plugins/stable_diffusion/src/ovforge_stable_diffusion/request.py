@@ -108,7 +108,9 @@ def _negatives(
     given = inputs.negative_prompt if inputs.negative_prompt is not None else inputs.negative_prompt_2
     if given is not None and family.guidance_width:
         raise InputError(
-            "a consistency model has its guidance built in, and takes no negative prompt", where="negative_prompt"
+            "the model has its guidance built in, and takes no negative prompt",
+            where="negative_prompt",
+            hint="Leave it out.",
         )
     if given is not None and given != "" and not guided:
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,12 @@ from numpy.typing import NDArray
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 
-__all__ = ["MIDDLE_RESIDUAL", "RESIDUAL", "RESIDUALS", "Denoiser", "guidance_embedding", "residual_shapes"]
+__all__ = ["GUIDANCE", "MIDDLE_RESIDUAL", "RESIDUAL", "RESIDUALS", "Denoiser", "residual_shapes"]
 
 Array = NDArray[np.float32]
+
+GUIDANCE = "timestep_cond"
+"""The UNet's input for an embedded guidance scale: diffusers' name."""
 
 RESIDUAL = "down_block_additional_residual_"
 """The UNet's inputs for what ControlNets give, before their number: names of diffusers and OpenVINO's notebooks."""
@@ -26,19 +28,6 @@ RESIDUALS = "ovforge_residuals"
 """Key of the UNet's config.json for the number of such inputs, where the transform controlnet-inputs made them."""
 
 _FAMILIES = "A ControlNet must be made for the UNet's own architecture: one of Stable Diffusion 1.5 fits no 2.1 or XL."
-
-
-def guidance_embedding(guidance_scale: float, width: int) -> Array:
-    """Return the embedding of a guidance scale that consistency models take, float32 (width,).
-
-    Source: `get_guidance_scale_embedding` of diffusers' LatentConsistencyModelPipeline; sines, then cosines, of
-    1000 * (scale - 1) at frequencies from 1 to 1/10000.
-    """
-    half = width // 2
-    frequency = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1)))
-    angle = np.float32((guidance_scale - 1) * 1000.0) * frequency
-    embedding = np.concatenate([np.sin(angle), np.cos(angle)])
-    return np.pad(embedding, (0, width % 2))
 
 
 def residual_shapes(config: Mapping[str, Any], sample: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ovforge.contracts import RandomStream
-from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, predicted_noise, predicted_picture
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.lcm import DistilledOptions, check_distilled, distilled
+from ovforge_lcm.scheduler import DistilledOptions, check_distilled, distilled
+from ovforge_sampling import ONE, AlphaSampling, Array, NoiseScheduler, predicted_noise, predicted_picture
 
 __all__ = ["TCDOptions", "TCDSampling", "TCDScheduler"]
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ovforge.errors import ConfigError
-from ovforge_schedulers.float32 import Array, exp, linspace, running_product
+from ovforge_sampling.float32 import Array, exp, linspace, running_product
 
 if TYPE_CHECKING:
-    from ovforge_schedulers.options import NoiseOptions
+    from ovforge_sampling.options import NoiseOptions
 
-__all__ = ["alphas_cumprod", "sigma_table"]
+__all__ = ["alphas_cumprod"]
 
 TINY = np.float32(2**-24)
 """What methods that divide by alpha take for a last alpha of zero, as diffusers does."""
@@ -38,12 +38,6 @@ def alphas_cumprod(config: NoiseOptions, *, zero_snr: bool = False, never_zero: 
     if zero_snr and never_zero:
         product[-1] = TINY
     return product
-
-
-def sigma_table(alphas: Array) -> Array:
-    """Return sqrt((1 - alpha) / alpha): the noise of each timestep for a picture of unit scale, float32."""
-    table: Array = np.sqrt((np.float32(1) - alphas) / alphas)
-    return table
 
 
 def _betas(config: NoiseOptions) -> Array:

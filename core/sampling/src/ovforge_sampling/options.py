@@ -7,7 +7,7 @@ leaves out comes from the model's scheduler_config.json, and then from the defau
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,11 +21,9 @@ __all__ = [
     "NoiseOptions",
     "Options",
     "Prediction",
-    "SigmaOptions",
     "Spacing",
     "SpacingOptions",
     "ThresholdOptions",
-    "Wide",
     "merged",
     "refuse",
 ]
@@ -33,8 +31,6 @@ __all__ = [
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Spacing = Literal["leading", "linspace", "trailing"]
 Prediction = Literal["epsilon", "sample", "v_prediction"]
-Wide = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
-"""What networks of the solvers predict: noise, the picture, Salimans and Ho's v, or a flow's velocity."""
 CONFIG_FILE = "scheduler/scheduler_config.json"
 
 _KEYS = """
@@ -82,20 +78,6 @@ class SpacingOptions(Options):
 
     timestep_spacing: Spacing = "leading"
     steps_offset: int = Field(0, ge=0)
-
-
-class SigmaOptions(Options):
-    """How a run's noise levels are spread; one of the three at most, else as the timesteps are."""
-
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-    sigma_min: float | None = Field(None, gt=0)
-    sigma_max: float | None = Field(None, gt=0)
-
-    def without_ends(self) -> Self:
-        """Return these without ends of their own: two of diffusers' classes do not know them for Karras's spread."""
-        return self.model_copy(update={"sigma_min": None, "sigma_max": None})
 
 
 class ThresholdOptions(Options):

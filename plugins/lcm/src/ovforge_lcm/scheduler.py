@@ -14,14 +14,18 @@ from pydantic import Field
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import ConfigError, InputError
-from ovforge_schedulers.base import ONE, AlphaSampling, NoiseScheduler, bounded, predicted_picture
-from ovforge_schedulers.float32 import Array
-from ovforge_schedulers.options import (
+from ovforge_sampling import (
+    ONE,
+    AlphaSampling,
+    Array,
     BetaSchedule,
     BoundOptions,
     NoiseOptions,
+    NoiseScheduler,
     Prediction,
     SpacingOptions,
+    bounded,
+    predicted_picture,
     refuse,
 )
 

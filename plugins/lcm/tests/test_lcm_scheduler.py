@@ -1,4 +1,4 @@
-"""The LCM scheduler against diffusers', whole runs."""
+"""LCM and TCD against diffusers' own, whole runs over their options."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import ovforge_lcm
 from ovforge import testing
 from ovforge.errors import ConfigError, InputError
 from ovforge.model.random import Generator
-from ovforge_schedulers.lcm import LCMOptions, LCMScheduler
+from ovforge_lcm.scheduler import LCMOptions, LCMScheduler
+from ovforge_lcm.tcd import TCDOptions, TCDScheduler
+from samplers import TorchStream, check_rows_alone, options_beside_diffusers
 
 CONFIGS = st.fixed_dictionaries(
     {},
@@ -35,17 +38,6 @@ CONFIGS = st.fixed_dictionaries(
         "rescale_betas_zero_snr": st.booleans(),
     },
 )
-
-
-class TorchStream:
-    """torch's own numbers, so that what differs is the scheduler alone (ovforge.model.random has tests of its own)."""
-
-    def __init__(self, seed: int) -> None:
-        torch = pytest.importorskip("torch")
-        self._draw, self._generator = torch.randn, torch.Generator().manual_seed(seed)
-
-    def randn(self, shape: Any) -> Any:
-        return self._draw(shape, generator=self._generator).numpy()
 
 
 @settings(deadline=None, max_examples=150)
@@ -113,11 +105,52 @@ def test_configs_of_other_samplers_are_taken() -> None:
         LCMScheduler(LCMOptions(), dict(getattr(diffusers, name)().config)).start(4)
 
 
-def test_the_plugin_keeps_the_contract() -> None:
-    import ovforge_schedulers
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_each_keeps_the_contract(name: str) -> None:
+    testing.check_scheduler(ovforge_lcm, name, steps=(4, 7))
+    extension = testing.extension(ovforge_lcm, "scheduler", name)
+    options_beside_diffusers(extension)
+    check_rows_alone(extension.create(extension.options_model()(), {}))
 
-    testing.check_plugin(ovforge_schedulers)
-    testing.check_scheduler(ovforge_schedulers, "lcm")
+
+@pytest.mark.parametrize("steps", [*range(1, 11), 15, 20, 25, 28, 30, 40, 50])
+def test_runs_of_a_well_known_model(both: Any, steps: int) -> None:
+    """LCM Dreamshaper's config, at all numbers of steps that people use."""
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+              "trained_betas": None, "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1,
+              "original_inference_steps": 50, "timestep_scaling": 10.0}  # fmt: skip
+    scheduler = LCMScheduler(LCMOptions(), config)
+    theirs = both.theirs("LCMScheduler", config, scheduler)
+    theirs.set_timesteps(steps)
+    both(scheduler.start(steps), theirs, steps, random=False)
+
+
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+@given(
+    config=CONFIGS,
+    eta=st.sampled_from([0.0, 0.3, 1.0]),
+    steps=st.integers(1, 20),
+    strength=st.sampled_from([1.0, 1.0, 0.8, 0.35]),
+    random=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_tcd(
+    both: Any, config: dict[str, Any], eta: float, steps: int, strength: float, random: bool, seed: int
+) -> None:
+    assume(not (config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon"))
+    scheduler = TCDScheduler(TCDOptions(eta=eta), config)
+    try:
+        ours = scheduler.start(steps, strength)
+    except (ConfigError, InputError):  # what is refused has a test of its own
+        assume(False)
+    theirs = both.theirs("TCDScheduler", config, scheduler)
+    theirs.set_timesteps(steps)
+    both(ours, theirs, seed, random=random, arguments={"eta": eta})
 
 
 def test_trained_betas_equal_diffusers() -> None:
@@ -161,3 +194,8 @@ def test_options_win_over_the_model() -> None:
 def test_what_cannot_be_done_is_said(model_config: dict[str, Any], steps: int, message: str) -> None:
     with pytest.raises((ConfigError, InputError), match=message):
         LCMScheduler(LCMOptions(), model_config).start(steps)
+
+
+def test_tcd_refuses_what_divides_by_zero() -> None:
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):
+        TCDScheduler(TCDOptions(), {"rescale_betas_zero_snr": True})

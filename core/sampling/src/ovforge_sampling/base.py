@@ -1,0 +1,167 @@
+"""What schedulers have in common: options, the schedule of noise, where a run begins; and runs in terms of alphas.
+
+Latents of such a run are sqrt(alpha) * picture + sqrt(1 - alpha) * noise, alpha from the timestep: DDIM and its kin,
+and models that were distilled to few steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.contracts import RandomStream
+from ovforge.errors import InputError
+from ovforge_sampling import noise
+from ovforge_sampling.float32 import Array
+from ovforge_sampling.options import BoundOptions, NoiseOptions, Options, ThresholdOptions, merged, refuse
+
+__all__ = [
+    "ONE",
+    "AlphaSampling",
+    "NoiseScheduler",
+    "Run",
+    "Scheduling",
+    "bounded",
+    "predicted_noise",
+    "predicted_picture",
+    "thresholded",
+]
+
+Config = TypeVar("Config", bound=Options)
+Noisy = TypeVar("Noisy", bound=NoiseOptions)
+ONE = np.float32(1)
+
+
+class Run(Protocol):
+    """A Sampling whose first step can be set."""
+
+    timesteps: NDArray[Any]
+    init_noise_sigma: float
+    first: int
+
+    def scale_input(self, latents: Array, index: int) -> Array: ...
+    def add_noise(self, original: Array, noise: Array, index: int) -> Array: ...
+    def step(self, output: Array, index: int, latents: Array, rng: RandomStream) -> Array: ...
+
+
+class Scheduling(Generic[Config]):
+    """A method with its options. Immutable; shared between threads."""
+
+    order: ClassVar[int] = 1
+    """How often the network is called for one step; image-to-image counts its start in steps."""
+
+    def __init__(self, options: Config, model_config: Mapping[str, Any]) -> None:
+        self.config: Config = merged(options, model_config)
+
+    def start(self, steps: int, strength: float = 1.0) -> Run:
+        """Begin a run. Raises InputError where the schedule has no such number of steps, or `strength` leaves none.
+
+        With `strength` a run begins later, as in diffusers' image-to-image pipelines.
+        """
+        train = self.config.num_train_timesteps
+        if not 1 <= steps <= train:
+            raise InputError(f"{steps} is out of range", where="steps", hint=f"Give 1 to {train}.")
+        run = self.run(steps)
+        run.first = (steps - min(int(steps * strength), steps)) * self.order
+        if run.first >= len(run.timesteps):
+            raise InputError(
+                f"{strength} of {steps} steps is less than one", where="strength", hint="Give more of either."
+            )
+        return run
+
+    def run(self, steps: int) -> Run:
+        """Return a run from the first step on."""
+        raise NotImplementedError
+
+
+class NoiseScheduler(Scheduling[Noisy]):
+    """A method for networks that were trained on a schedule of noise."""
+
+    divides_by_alpha: ClassVar[bool] = True
+    """Whether a last alpha of zero must be kept off, as diffusers does."""
+
+    def __init__(self, options: Noisy, model_config: Mapping[str, Any]) -> None:
+        super().__init__(options, model_config)
+        self.alphas_cumprod: Array = noise.alphas_cumprod(
+            self.config,
+            zero_snr=getattr(self.config, "rescale_betas_zero_snr", False),
+            never_zero=self.divides_by_alpha,
+        )
+        if self.divides_by_alpha and self.alphas_cumprod[-1] <= 0:
+            what = "trained_betas that leave nothing of the picture: this method divides by what is left"
+            raise refuse(self.config, "trained_betas", what)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError for options that exclude each other."""
+
+
+class AlphaSampling:
+    """A run in terms of alphas. The arrays that `step` returns belong to the caller."""
+
+    init_noise_sigma = 1.0
+    first = 0
+
+    def __init__(self, timesteps: NDArray[np.int64], alphas: Array) -> None:
+        self.timesteps = timesteps
+        self.alphas = alphas
+
+    def scale_input(self, latents: Array, index: int) -> Array:
+        """Return the latents: these methods scale nothing."""
+        return latents
+
+    def add_noise(self, original: Array, noise: Array, index: int) -> Array:
+        """Return sqrt(alpha) * original + sqrt(1 - alpha) * noise at the timestep of step `index`."""
+        alpha = self.alphas[self.timesteps[index]]
+        noised: Array = noise * np.sqrt(ONE - alpha)
+        noised += np.sqrt(alpha) * original
+        return noised
+
+
+def predicted_picture(prediction: str, output: Array, latents: Array, alpha: np.float32) -> Array:
+    """Return the picture that a network's output stands for, a new array."""
+    if prediction == "sample":
+        return output.astype(np.float32)
+    keep, part = np.sqrt(alpha), np.sqrt(ONE - alpha)
+    if prediction == "epsilon":
+        picture: Array = latents - part * output
+        picture /= keep
+        return picture
+    picture = keep * latents
+    picture -= part * output
+    return picture
+
+
+def predicted_noise(prediction: str, output: Array, latents: Array, alpha: np.float32) -> Array:
+    """Return the noise that a network's output stands for: `output` itself, or a new array."""
+    if prediction == "epsilon":
+        return output
+    keep, part = np.sqrt(alpha), np.sqrt(ONE - alpha)
+    if prediction == "sample":
+        predicted: Array = latents - keep * output
+        predicted /= part
+        return predicted
+    predicted = keep * output
+    predicted += part * latents
+    return predicted
+
+
+def thresholded(clean: Array, config: ThresholdOptions) -> Array:
+    """Return pictures cut at a quantile of their own, and scaled to 1 (Saharia et al. 2022)."""
+    flat = clean.reshape(len(clean), -1)
+    limit = np.quantile(np.abs(flat), config.dynamic_thresholding_ratio, axis=1, keepdims=True)
+    limit = np.clip(limit, 1, config.sample_max_value).astype(np.float32)
+    result: Array = (np.clip(flat, -limit, limit) / limit).reshape(clean.shape)
+    return result
+
+
+def bounded(clean: Array, config: BoundOptions) -> Array:
+    """Apply dynamic thresholding, or clipping, where the config asks for it; may change `clean` in place."""
+    if config.thresholding:
+        return thresholded(clean, config)
+    if config.clip_sample:
+        return np.clip(clean, -config.clip_sample_range, config.clip_sample_range, out=clean)
+    return clean

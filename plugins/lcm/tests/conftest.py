@@ -1,0 +1,3 @@
+"""The comparison with diffusers, which all schedulers' tests share."""
+
+from samplers import both as both
