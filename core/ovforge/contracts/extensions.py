@@ -184,6 +184,8 @@ class TaskExtension(Extension):
     task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
     `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
     the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
+    With `threads`, one running task may be called from several threads at a time; without, a pipeline serves such calls
+    one after the other.
     """
 
     kind: ClassVar[str] = "task"
@@ -191,6 +193,7 @@ class TaskExtension(Extension):
     roles: tuple[str, ...]
     optional_roles: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
+    threads: bool = False
 
     def inputs_model(self) -> type[BaseModel]:
         """Return the pydantic model of the inputs, imported if need be."""
