@@ -1,9 +1,9 @@
-# make demo · make test · make bench · make docs · make format
+# make demo · make test · make bench · make docs · make format · make torture
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs format clean
+.PHONY: demo test lint bench docs format torture clean
 .DELETE_ON_ERROR:
 
 # Stamps say what is installed; a changed requirement installs again.
@@ -37,6 +37,10 @@ bench: $(VENV)/.demo
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Strangers' files, bent in every way; goes on where it stopped. SECONDS=600 make torture
+torture: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m torture --seconds $(or $(SECONDS),3600)
 
 clean:
 	rm -rf $(VENV) site build dist

@@ -19,7 +19,6 @@ from ovforge.errors import ModelError
 from ovforge.model.bundle import ModelBundle, path_of, role_of
 from ovforge.model.sources import FileSource
 from ovforge.run.session import Session
-from ovforge.store import files
 
 LOADER = NativeLoader(NativeOptions())
 
@@ -102,22 +101,10 @@ def test_saving_over_a_folder_keeps_the_old_one_until_the_new_is_whole(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-made is left"
 
 
-@pytest.mark.parametrize("swaps", [True, False])
-def test_a_folder_takes_the_place_of_another(swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once where the system can swap, else by two renames, of which a failed second one undoes the first."""
-    if not swaps:
-        monkeypatch.setattr(files, "_swap", lambda *_: False)
-    for text in ("old", "new"):
-        with files.atomic_folder(tmp_path / "it", replace=True) as folder:
-            (folder / text).write_text(text)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["it", "it/new"]
-
-
 def test_a_process_killed_while_saving_leaves_no_folder(tmp_path: Path) -> None:
     code = """
 import sys, time, pathlib
 from ovforge import testing
-from ovforge.store import files
 bundle = testing.small_bundle()
 def slow():
     pathlib.Path(sys.argv[2]).touch(); time.sleep(60)
@@ -153,15 +140,15 @@ def test_truncated_weights_are_said(tmp_path: Path, keep: int) -> None:
     bundle().save(tmp_path / "model")
     weights = tmp_path / "model" / "unet" / "openvino_model.bin"
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(ModelError, match="unet/openvino_model.xml cannot be read") as raised:
+    with pytest.raises(ModelError, match="unet/openvino_model.xml: layer .* the .bin has") as raised:
         run(ModelBundle.open(FileSource(tmp_path / "model")).models["unet"])
-    assert "damaged or cut off" in str(raised.value)
+    assert "missing or cut off" in str(raised.value)
 
 
 def test_damaged_files_are_said(tmp_path: Path) -> None:
     bundle().save(tmp_path / "model")
     (tmp_path / "model" / "unet" / "openvino_model.xml").write_text("<net")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="not valid XML"):
         ModelBundle.open(FileSource(tmp_path / "model")).models["unet"]
     (tmp_path / "model" / "unet" / "config.json").write_text("{")
     with pytest.raises(ModelError, match="unet/config.json: not valid JSON"):

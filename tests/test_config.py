@@ -102,9 +102,9 @@ def test_errors_name_file_key_and_what_would_be_right(change: dict[str, Any], me
     ("name", "content", "message"),
     [
         ("a.toml", b"task = ", "not valid TOML"),
-        ("a.toml", b"\xff\xfe\x00", "cannot be read as text"),
+        ("a.toml", b"\xff\xfe\x00", "is not text in UTF-8"),
         ("a.json", b"{", "not valid JSON"),
-        ("a.json", b"[1]", "expected an object"),
+        ("a.json", b"[1]", "expected a JSON object"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

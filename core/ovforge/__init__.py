@@ -7,10 +7,17 @@ and `testing`.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from ovforge._exports import lazy
 from ovforge._version import API_VERSION, __version__
+
+if os.environ.get("OVFORGE_TELEMETRY") != "1":
+    # OpenVINO's and NNCF's telemetry asks a name server and writes below ~/intel when they are imported. Both do
+    # without it if the package cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from ovforge.config.pipeline import PipelineConfig, Use

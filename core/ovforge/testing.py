@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.config.inputs import input_content
 from ovforge.config.options import validate_options
-from ovforge.contracts.extensions import Extension
+from ovforge.contracts.extensions import Extension, TaskExtension
 from ovforge.contracts.hookspecs import HOOK_OF_KIND
 from ovforge.contracts.stages import Match, Phase, Report
 from ovforge.errors import ConfigError, OvforgeError
@@ -34,6 +32,7 @@ from ovforge.model.bundle import ModelBundle
 from ovforge.model.sources import FileSource, Source
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
+from ovforge.store.processes import run_python
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -309,10 +308,9 @@ def check_device(module: types.ModuleType, name: str, options: Mapping[str, Any]
 def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
     """Check a task's description: inputs are a strict pydantic model, roles are named.
 
-    And its examples, where a running `task` is given: they are inputs, always the same, and different ones.
+    And, if a running `task` is given, its examples: they are inputs, always the same, and different ones; and that four
+    threads which call it as a pipeline does get what one thread gets.
     """
-    from ovforge.contracts.extensions import TaskExtension
-
     described = extension(module, "task", name)
     assert isinstance(described, TaskExtension)
     assert described.inputs_model().model_config.get("extra") == "forbid", (
@@ -331,6 +329,34 @@ def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
     fewer = [input_content(inputs) for inputs in task.examples(4)]
     same = fewer == written[:4]
     assert same, f"examples of {name} change from call to call: calibration would use what quality judges by"
+    _check_threads(described, task, examples[:2])
+
+
+def _check_threads(described: TaskExtension, task: Any, examples: Sequence[Any]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ovforge.contracts.stages import ignore_progress
+    from ovforge.run.turns import Turns
+
+    turns = Turns(described)
+
+    def call(inputs: Any) -> bytes:
+        with turns:
+            return _outputs(task(inputs, ignore_progress))
+
+    expected = [call(inputs) for inputs in examples]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(call, [*examples, *examples]))
+    assert found == expected * 2, f"{described.name} gives other results if several threads call it"
+
+
+def _outputs(result: Any) -> bytes:
+    """Return what a result holds but for how long it took and what it came from."""
+    import pickle
+    from dataclasses import fields
+
+    names = [field.name for field in fields(result) if field.name not in ("timings", "provenance")]
+    return pickle.dumps([getattr(result, name) for name in names])
 
 
 def _check_change(
@@ -378,7 +404,7 @@ def _plugins(module: types.ModuleType) -> Plugins:
 def _check_light(module: types.ModuleType) -> None:
     """Import the module in a fresh interpreter and look for heavy modules."""
     code = f"import sys, {module.__name__}; print(*[name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(["-c", code], capture_output=True, text=True)
     assert done.returncode == 0, f"{module.__name__} cannot be imported alone: {done.stderr[-500:]}"
     heavy = done.stdout.split()
     assert not heavy, (

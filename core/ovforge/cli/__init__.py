@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from ovforge.cli.pipelines import print_result, progress_bar
     from ovforge.cli.program import app, main
     from ovforge.cli.reports import print_reports, reports_as_json
+    from ovforge.cli.trust import Trust, check_trust
 
-__all__ = ["app", "main", "print_reports", "print_result", "progress_bar", "reports_as_json"]
+__all__ = [
+    "Trust",
+    "app",
+    "check_trust",
+    "main",
+    "print_reports",
+    "print_result",
+    "progress_bar",
+    "reports_as_json",
+]
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -22,5 +32,6 @@ __getattr__, __dir__ = lazy(
         "pipelines": ["print_result", "progress_bar"],
         "program": ["app", "main"],
         "reports": ["print_reports", "reports_as_json"],
+        "trust": ["Trust", "check_trust"],
     },
 )

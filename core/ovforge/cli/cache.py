@@ -40,9 +40,12 @@ def prune(
     size: Annotated[str, typer.Option("--size", help="Keep at most this much: 500MB, 0 for nothing.")] = "",
 ) -> None:
     """Remove what was not used for longest, until the rest fits."""
+    from ovforge.cli.clean import remove_left
     from ovforge.store.cache import Cache, parse_size
 
-    removed = Cache.default().prune(parse_size(size) if size else None)
+    cache = Cache.default()
+    removed = cache.prune(parse_size(size) if size else None)
+    remove_left(cache.root)
     print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovforge.cli.trust import Force, Trust, check_output, check_trust
 from ovforge.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def run(
         list[str] | None, typer.Option("--input", "-i", metavar="NAME=VALUE", help="Set an input: prompt='a cat'")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the result.")] = None,
+    force: Force = False,
+    trust: Trust = False,
     no_cache: NoCache = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print files, timings and provenance as JSON.")] = False,
@@ -48,9 +51,13 @@ def run(
     import ovforge
 
     overrides = [*(set_ or []), *(f"input.{item}" for item in input_ or [])]
+    check_trust(config, overrides, trust)
+    if output is not None:
+        check_output(config, output, force)
     with progress_bar(quiet or as_json) as progress:
         pipeline = ovforge.load(config, overrides=overrides, cache=_cache(no_cache), progress=progress)
         target = output or _output(config, pipeline)
+        check_output(config, target, force)
         if not target.parent.is_dir():
             raise InputError("no such folder", where=str(target.parent), hint="Make it, or name another --output.")
         result = pipeline(progress=progress)
@@ -108,9 +115,12 @@ def convert(
     """Convert a model to an OpenVINO folder that ovforge, optimum-intel and openvino-genai open."""
     import ovforge
     from ovforge.config.files import apply_overrides
+    from ovforge.model.sources import named_path
+    from ovforge.store.folders import check_apart
 
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
+    check_apart(output, named_path(source, Path.cwd()))
     with progress_bar(False) as progress:
         bundle = ovforge.open_model(
             source,

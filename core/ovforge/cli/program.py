@@ -110,9 +110,9 @@ def main() -> None:
         _print_error(error)
         sys.exit(1)
     except OSError as error:
-        where = None if error.filename is None else str(error.filename)
-        hint = "What was there before is still there; free some space or choose another place, and run it again."
-        _print_error(OvforgeError(error.strerror or str(error), where=where, hint=hint))
+        from ovforge.cli.system import system_error
+
+        _print_error(system_error(error))
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -134,9 +134,10 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-from ovforge.cli import cache, inspect, pipelines, plugins  # noqa: E402
+from ovforge.cli import cache, clean, inspect, pipelines, plugins  # noqa: E402
 
 pipelines.register(app)
 inspect.register(app)
+app.command()(clean.clean)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(cache.app, name="cache")

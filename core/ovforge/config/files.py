@@ -8,29 +8,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ovforge.errors import ConfigError
+from ovforge.errors import ConfigError, OvforgeError
+from ovforge.store.documents import parse_object, parse_toml
 
 __all__ = ["apply_overrides", "read_config"]
+
+_LIMIT = 4 * 2**20
+"""Most bytes of a config."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a TOML or JSON file. Raises ConfigError that names the file and, for syntax, the line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_LIMIT + 1)
     except FileNotFoundError as error:
         raise ConfigError("no such file", where=str(path)) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise ConfigError(
-            f"cannot be read as text: {error}", where=str(path), hint="A config is a .toml or .json file."
+            f"cannot be read: {error}", where=str(path), hint="A config is a .toml or .json file."
         ) from error
-    try:
-        value = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ConfigError(f"not valid {kind}: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise ConfigError("expected an object", where=str(path))
-    return value
+    parse = parse_object if path.suffix.lower() == ".json" else parse_toml
+    return parse(data, str(path), size=_LIMIT, error=ConfigError)
 
 
 def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -41,9 +40,15 @@ def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[st
     changed: dict[str, Any] = json.loads(json.dumps(config, default=str))
     for override in overrides:
         key, equals, text = override.partition("=")
+        if not override.isascii():
+            try:
+                override.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError("it is not text in UTF-8", where=f"--set {ascii(override)[:100]}") from error
         if not equals or not key.strip():
             raise ConfigError(f"{override!r} is not KEY=VALUE", where="--set", hint="Example: --set scheduler.use=lcm")
-        _set(changed, key.strip().split("."), _value(text.strip()), f"--set {override}")
+        where = f"--set {override if len(override) < 100 else override[:100] + '...'}"
+        _set(changed, key.strip().split("."), _value(text.strip(), where), where)
     return changed
 
 
@@ -51,7 +56,7 @@ def _set(target: Any, path: list[str], value: Any, where: str) -> None:
     for position, key in enumerate(path):
         last = position == len(path) - 1
         if isinstance(target, list):
-            index = int(key) if key.isdigit() else -1
+            index = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
             if not 0 <= index <= len(target):
                 raise ConfigError(f"{key!r} is no position in a list of {len(target)}", where=where)
             if index == len(target):
@@ -71,8 +76,17 @@ def _set(target: Any, path: list[str], value: Any, where: str) -> None:
         target = target[place]
 
 
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+def _value(text: str, where: str) -> Any:
+    """Return the TOML value in a text, or the text itself if it is none. Raises ConfigError for one out of bounds."""
+    if "\n" in text or "\r" in text:  # a value is on one line; what follows would be other keys
         return text
+    try:
+        return parse_toml(f"value = {text}", where, error=_NoTomlError)["value"]
+    except _NoTomlError as error:
+        if not isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            raise ConfigError(error.what, where=where) from error
+        return text
+
+
+class _NoTomlError(OvforgeError):
+    """A value is not TOML."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -63,6 +63,16 @@ def checked(model: type[Model], value: Any, *, where: str, base: Path | None = N
         raise explain(error, model, where, secret=secret) from None if secret else error
 
 
+def check_present(model: type[BaseModel], value: Mapping[str, Any], *, where: str, base: Path | None = None) -> None:
+    """Raise ConfigError for wrong values, of which some may come later: what is missing is no mistake yet."""
+    try:
+        model.model_validate(value, context={"base": base})
+    except ValidationError as error:
+        problems = [problem for problem in error.errors(include_url=False) if problem["type"] != "missing"]
+        if problems:
+            raise _explained(problems, model, where) from error
+
+
 def input_files(options: BaseModel | None) -> list[Path]:
     """Return the files that InputFile options name, alone, optional or in lists."""
     if options is None:
@@ -84,7 +94,10 @@ def _names_files(annotation: Any) -> bool:
 
 def explain(error: ValidationError, model: type[BaseModel], where: str, *, secret: bool = False) -> ConfigError:
     """Put pydantic's errors in words: the key, what is wrong, what would be right."""
-    shown = error.errors(include_url=False, include_input=not secret)
+    return _explained(error.errors(include_url=False, include_input=not secret), model, where)
+
+
+def _explained(shown: Sequence[Any], model: type[BaseModel], where: str) -> ConfigError:
     problems = [_problem(dict(problem), model) for problem in shown]
     return ConfigError("; ".join(dict.fromkeys(what for what, _ in problems)), where=where, hint=problems[0][1])
 

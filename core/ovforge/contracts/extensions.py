@@ -242,6 +242,8 @@ class TaskExtension(Extension):
     the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
     `optional_transforms` are some that a kind of model cannot do without, and that other plugins offer: pipelines get
     those that are here, whatever `optimize` says.
+    With `threads`, one running task may be called from several threads at a time; without, a pipeline serves such calls
+    one after the other.
     """
 
     kind: ClassVar[str] = "task"
@@ -250,6 +252,7 @@ class TaskExtension(Extension):
     optional_roles: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
     optional_transforms: tuple[str, ...] = ()
+    threads: bool = False
 
     def inputs_model(self) -> type[BaseModel]:
         """Return the pydantic model of the inputs, imported if need be."""

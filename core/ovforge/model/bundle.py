@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
 from ovforge.model.formats import read_from_memory
+from ovforge.model.reasons import OPENVINO_ERRORS, reading_error
 from ovforge.model.sources import FileSource
+from ovforge.model.validation import check_source
+from ovforge.store.documents import parse_object
 from ovforge.store.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -358,20 +361,14 @@ def read_model(source: Source, path: str) -> ov.Model:
     Plain files are mapped into memory by OpenVINO; others (encrypted) are read from memory. `path` may be "." for
     TensorFlow's SavedModel.
     """
-    from ovforge.model.runtime import core, enable_tokenizers
+    from ovforge.model.runtime import core
 
-    file = PurePosixPath(path)
-    if file.stem in ("openvino_tokenizer", "openvino_detokenizer"):
-        enable_tokenizers()
+    check_source(source, path)
     try:
         local = source.local(path)
-        return core().read_model(local) if local is not None else read_from_memory(source, file)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{path} cannot be read: {_reason(error)}",
-            where=source.name,
-            hint="The file may be damaged or cut off, or its .bin may be missing: copy or convert it again.",
-        ) from error
+        return core().read_model(local) if local is not None else read_from_memory(source, PurePosixPath(path))
+    except OPENVINO_ERRORS as error:
+        raise reading_error(error, path, source.name) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -386,21 +383,9 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
     """Return the JSON object in a source's file. Raises ModelError where it holds none."""
-    return _parse_object(source.read(path, ASSET_LIMIT), f"{source.name}: {path}")
+    return _parse_object(source.read(path, ASSET_LIMIT + 1), f"{source.name}: {path}")
 
 
 def _parse_object(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=where) from error
-    if not isinstance(value, dict):
-        raise ModelError("expected a JSON object", where=where)
-    return value
-
-
-def _reason(error: Exception) -> str:
-    """Return the informative line of OpenVINO's message, which names its own source files first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (telling or lines or ["unknown reason"])[0]
+    # Configs of transformers may hold Infinity.
+    return parse_object(data, where, size=ASSET_LIMIT, finite=False)

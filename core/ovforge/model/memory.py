@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovforge.errors import ModelError
+from ovforge.store.temporary import scratch_folder
 
 if TYPE_CHECKING:
     from ovforge.model.sources import Source
@@ -96,13 +96,12 @@ def memory_folder(purpose: str) -> Iterator[MemoryFolder]:
             f"{purpose} takes plain files, and this system has none that are in memory alone",
             hint="Run it on Linux, or convert the model to OpenVINO IR before it is encrypted.",
         )
-    root = Path(tempfile.mkdtemp(prefix="ovforge-", dir=_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None))
-    folder = MemoryFolder(root)
-    try:
-        yield folder
-    finally:
-        folder.close()
-        shutil.rmtree(root, ignore_errors=True)
+    with scratch_folder(_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None) as root:
+        folder = MemoryFolder(root)
+        try:
+            yield folder
+        finally:
+            folder.close()
 
 
 _temporary = threading.RLock()
@@ -119,8 +118,8 @@ def temporary_files(purpose: str) -> Iterator[None]:
             f"{purpose} writes temporary files, and {_SHARED_MEMORY}, which keeps them in memory, is not there",
             hint="Run it on Linux, or convert the model to OpenVINO IR before it is encrypted.",
         )
-    with _temporary, tempfile.TemporaryDirectory(prefix="ovforge-", dir=_SHARED_MEMORY) as folder:
-        before, tempfile.tempdir = tempfile.tempdir, folder
+    with _temporary, scratch_folder(_SHARED_MEMORY) as folder:
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
         try:
             yield
         finally:

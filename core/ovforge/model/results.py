@@ -6,12 +6,13 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import InputError
+from ovforge.store.documents import parse_object
 from ovforge.store.files import atomic_write
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["ImagesResult", "Provenance", "Result", "Timings", "read_provenance"]
 
 PNG_KEY = "ovforge"
+
+_PROVENANCE = {"base": str} | dict.fromkeys(
+    ("config", "inputs", "digests", "versions", "precision", "device", "controls", "adapters"), dict
+)
+"""What a reader of provenance uses, by kind."""
+
+_PROVENANCE_LIMIT = 16 * 2**20
 
 Provenance = dict[str, Any]
 """JSON-able: config, inputs (with the seeds drawn), versions, content digests, device and the precision that ran."""
@@ -151,7 +159,7 @@ def read_provenance(path: Path) -> Provenance:
             text = image.info.get(PNG_KEY)
     except FileNotFoundError as error:
         raise InputError("no such file", where=str(path)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise InputError(f"not a readable picture: {error}", where=str(path)) from error
     if not isinstance(text, str):
         raise InputError(
@@ -159,10 +167,10 @@ def read_provenance(path: Path) -> Provenance:
             where=str(path),
             hint="Only PNG files that ovforge wrote, and no other program has saved again, can be run.",
         )
-    try:
-        value: Mapping[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise InputError("the picture's provenance is damaged", where=str(path)) from error
-    if not isinstance(value, dict) or "config" not in value or "inputs" not in value:
-        raise InputError("the picture's provenance is damaged", where=str(path))
-    return dict(value)
+    value = parse_object(text, f"{path}: its provenance", size=_PROVENANCE_LIMIT, error=InputError)
+    for key, kind in _PROVENANCE.items():
+        if key in value and not isinstance(value[key], kind):
+            raise InputError(f"the picture's provenance is damaged: {key} is not a {kind.__name__}", where=str(path))
+    if "config" not in value or "inputs" not in value:
+        raise InputError("the picture's provenance is damaged: it has no config or no inputs", where=str(path))
+    return value

@@ -9,40 +9,60 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ovforge.errors import ModelError
+from ovforge.errors import DeviceError
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["core", "enable_tokenizers", "instruction_set", "openvino_version"]
+__all__ = ["check_process", "core", "instruction_set", "openvino_version"]
 
 _LIBRARY = {
     "win32": "openvino_tokenizers.dll",
     "darwin": "libopenvino_tokenizers.dylib",
 }.get(sys.platform, "libopenvino_tokenizers.so")
 
+_making = threading.Lock()
+_made: list[tuple[int, ov.Core]] = []
+"""The process that made the Core, and the Core."""
 
-@functools.cache
+
 def core() -> ov.Core:
-    """Return the process's Core; OpenVINO shares devices and thread pools between its users."""
+    """Return the process's Core; OpenVINO shares devices and thread pools between its users.
+
+    The tokenizers' operations are registered before anybody else has the Core: registering them while other threads
+    read or compile is not safe. Raises DeviceError in a process that was forked from one with a Core.
+    """
+    with _making:
+        if not _made:
+            _made.append((os.getpid(), _make()))
+    check_process()
+    return _made[0][1]
+
+
+def check_process() -> None:
+    """Raise DeviceError if this process was forked after the Core was made: its threads were not, and calls hang."""
+    if _made and _made[0][0] != os.getpid():
+        raise DeviceError(
+            "OpenVINO was started before this process was forked, and its threads are in the parent alone: a call "
+            "would wait for ever",
+            where=f"process {os.getpid()}, forked from {_made[0][0]}",
+            hint='Load the pipeline in the child, or start children with multiprocessing.get_context("spawn").',
+        )
+
+
+def _make() -> ov.Core:
     import openvino as ov
 
-    return ov.Core()
-
-
-@functools.cache
-def enable_tokenizers() -> None:
-    """Register the tokenizers' operations in the Core.
-
-    Loads the shared library alone: importing the Python package costs more and brings nothing at run time.
-    """
+    made = ov.Core()
+    # The shared library alone: importing the Python package costs more and brings nothing at run time.
     found = importlib.util.find_spec("openvino_tokenizers")
-    if found is None or found.origin is None:
-        raise ModelError("a tokenizer model needs openvino-tokenizers", hint="Run: pip install openvino-tokenizers")
-    core().add_extension(str(Path(found.origin).parent / "lib" / _LIBRARY))
+    if found is not None and found.origin is not None:
+        made.add_extension(str(Path(found.origin).parent / "lib" / _LIBRARY))
+    return made
 
 
 @functools.cache

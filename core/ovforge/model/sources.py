@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ovforge.errors import ModelError
@@ -26,6 +26,7 @@ __all__ = [
     "Opener",
     "Protection",
     "Source",
+    "named_path",
     "package_path",
     "source_digest",
 ]
@@ -112,6 +113,8 @@ class FileSource:
     """
 
     protection: Protection | None = None
+    trusted = False
+    """Whether ovforge or an installed package wrote the files, so that their graphs need no check."""
 
     def __init__(
         self,
@@ -186,10 +189,20 @@ class FileSource:
         return digest_file(self.root / path, self._memo)
 
 
+def named_path(text: str, base: Path) -> Path:
+    """Return where a config's `source` lies: a path that starts at `base`, or "package:NAME/PATH"."""
+    return package_path(text) if text.startswith(PACKAGE) else base / Path(text).expanduser()
+
+
 def package_path(text: str) -> Path:
     """Return where "package:NAME/PATH" lies. Raises ModelError where the Python package is not installed."""
     package, _, inside = text.removeprefix(PACKAGE).partition("/")
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts or "\0" in inside:
+        raise ModelError("leads out of its package", where=text, hint="Name a path inside the package, without '..'.")
+    try:
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):  # __main__ has no place
+        found = None
     if found is None or not found.submodule_search_locations:
         raise ModelError(
             f"the Python package {package!r} is not installed",

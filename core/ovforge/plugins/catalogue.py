@@ -6,7 +6,6 @@ and a name that is not installed can be answered with the `pip install` that wou
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ovforge.contracts.hookspecs import HOOK_OF_KIND
 from ovforge.errors import ConfigError, did_you_mean
+from ovforge.store.documents import parse_toml
 
 __all__ = ["PluginRecord", "Registry", "set_enabled", "user_registry_path"]
 
@@ -105,10 +105,7 @@ def _packaged_path() -> Path:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not valid TOML: {error}", where=str(path)) from error
+    return parse_toml(path.read_bytes(), str(path), error=ConfigError)
 
 
 def _read(path: Path, records: Mapping[str, PluginRecord]) -> dict[str, PluginRecord]:

@@ -154,7 +154,7 @@ def write_project(name: str, parent: Path) -> Path:
     package = f"ovforge_{name.replace('-', '_')}"
     folder = parent / f"ovforge-{name}"
     try:
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, marked=False) as temporary:
             for path, text in _FILES.items():
                 file = temporary / path.format(package=package)
                 file.parent.mkdir(parents=True, exist_ok=True)

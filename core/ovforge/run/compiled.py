@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ovforge.errors import CacheError, DeviceError, InputError, ModelError
 from ovforge.model.bundle import is_tokenizer
 from ovforge.model.formats import tensor_of
-from ovforge.model.runtime import core, enable_tokenizers, instruction_set, openvino_version
+from ovforge.model.reasons import OPENVINO_ERRORS, reason_of
+from ovforge.model.runtime import core, instruction_set, openvino_version
 from ovforge.run.adapters import Variables
 from ovforge.run.requests import ObservedModel
 from ovforge.store.cache import DamagedError
@@ -219,8 +220,6 @@ def compile_model(
     """Compile one role, or read it from the cache; what was compiled is put there."""
     start = time.perf_counter()
     device, properties = placement(role, plan)
-    if is_tokenizer(role):
-        enable_tokenizers()
     identity = bundle.identity.get(role)
     if cache is None or identity is None or not can_store(bundle, role, plan):
         return _done(_compile(bundle, role, device, properties, shapes), start, cached=False)
@@ -231,8 +230,9 @@ def compile_model(
             return _done(_import(entry, sealed, device, properties), start, cached=True)
         except DamagedError as damage:
             cache.discard(entry, damage)
-        except (RuntimeError, ModelError) as error:
-            warnings.warn(f"compiled {role} in the cache cannot be read and is made again: {error}", stacklevel=2)
+        except (*OPENVINO_ERRORS, ModelError) as error:
+            reason = reason_of(error)
+            warnings.warn(f"compiled {role} in the cache cannot be read and is made again: {reason}", stacklevel=2)
             cache.remove(entry.key)
     model = _compile(bundle, role, device, properties, shapes)
     try:
@@ -260,9 +260,9 @@ def _compile(
     model = _reshaped(bundle.models[role], role, shapes) if shapes else bundle.models[role]
     try:
         return core().compile_model(model, device, dict(properties))
-    except RuntimeError as error:
+    except OPENVINO_ERRORS as error:
         raise DeviceError(
-            f"{role} does not compile: {error}",
+            f"{role} does not compile: {reason_of(error)}",
             where=device,
             hint="Try device.use = 'cpu' and precision = 'f32' to tell the model from the device.",
         ) from error

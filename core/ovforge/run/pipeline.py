@@ -32,6 +32,7 @@ from ovforge.run.resolution import make_step, read_pipeline, resolve
 from ovforge.run.session import Session
 from ovforge.run.stages import check_strict
 from ovforge.run.tasks import make_adapter, make_adapters, make_task, plan_device, require_task, roles_of
+from ovforge.run.turns import Turns
 from ovforge.run.walk import Runner, walk
 from ovforge.store.cache import Cache, chosen_cache
 
@@ -130,6 +131,8 @@ class Pipeline:
         self.controls = Controls(self.bundle.controls, self.compiled.variables)
         self.adapters = make_adapters(self.resolved, self.compiled, self._load_adapter)
         self.task = make_task(self.resolved, self.compiled)
+        assert self.resolved.task is not None
+        self._turns = Turns(self.resolved.task.extension)
         self._at_start = len(self.compiled.wanted)
 
     @property
@@ -151,6 +154,9 @@ class Pipeline:
 
         What is not given comes from the config's [input], then from the task's defaults. Raises ConfigError for an
         unknown or wrong input. `timings` of the result are those of this run alone: see `start_timings`.
+
+        Calls from several threads are safe: they run one after the other, or side by side if the task can do that.
+        A process that was forked after the pipeline was loaded cannot call it, and is told so by a DeviceError.
         """
         task = self.resolved.task
         assert task is not None
@@ -161,7 +167,7 @@ class Pipeline:
             )
         first = dict(zip(model.model_fields, arguments, strict=False))
         values = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.base)
-        with task.calling():
+        with self._turns, task.calling():
             result = expect(Result, self.task(values, from_caller(progress)), task.offer)
         result.provenance = {**self.provenance(), **result.provenance}
         return result

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ovforge.config.files import apply_overrides, read_config
-from ovforge.config.options import checked, input_files, validate_options
+from ovforge.config.options import check_present, checked, input_files, validate_options
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.extensions import (
     DriverExtension,
@@ -170,7 +170,10 @@ def read_pipeline(
 def _recorded(path: Path) -> tuple[dict[str, Any], Path]:
     """Return the config that a picture was made by, and its base."""
     provenance = read_provenance(path)
-    value = {**provenance["config"], "input": {**provenance["config"].get("input", {}), **provenance["inputs"]}}
+    given = provenance["config"].get("input", {})
+    if not isinstance(given, Mapping):
+        raise ConfigError("its config's input is not a table", where=str(path), hint="The picture is damaged.")
+    value = {**provenance["config"], "input": {**given, **provenance["inputs"]}}
     if isinstance(value.get("load"), Mapping) and "key" in value["load"]:
         # ovforge writes none; and a key may be the output of a command, which a picture must not choose.
         raise ConfigError("a picture may not say where a key is", where=str(path), hint="Do not run it.")
@@ -193,7 +196,7 @@ def resolve(config: PipelineConfig, base: Path, session: Session) -> ResolvedPip
     """Find every name and check every option, so that a mistake is known before any work starts."""
     task = choose(session, "task", config.task, "task", base) if config.task else None
     if task is not None:
-        _check_inputs(config, task)
+        _check_inputs(config, task, base)
     driven_by, driver = _driver(config, task, base, session)
     device = choose(session, "device", config.device, "device", base)
     scheduler = choose(session, "scheduler", config.scheduler, "scheduler", base) if config.scheduler else None
@@ -294,8 +297,8 @@ def _implicit(session: Session, config: PipelineConfig, task: Chosen, base: Path
             yield replace(step, implicit=True)
 
 
-def _check_inputs(config: PipelineConfig, task: Chosen) -> None:
-    """Refuse an unknown input before any work; values are checked by the call, which may bring the missing ones."""
+def _check_inputs(config: PipelineConfig, task: Chosen, base: Path) -> None:
+    """Refuse an unknown or wrong input before any work; the call may bring those that are missing."""
     extension = task.extension
     assert isinstance(extension, TaskExtension)
     with task.calling():
@@ -307,6 +310,7 @@ def _check_inputs(config: PipelineConfig, task: Chosen) -> None:
                 where="input",
                 hint=f"{task.name} takes: {', '.join(known)}.",
             )
+    check_present(extension.inputs_model(), config.input, where="input", base=base)
 
 
 def _protection(session: Session, sources: list[ResolvedSource], steps: list[Step]) -> Protection | None:

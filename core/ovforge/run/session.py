@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.config.options import validate_options
 from ovforge.errors import ConfigError, ModelError
-from ovforge.model.sources import PACKAGE, FileSource, package_path
+from ovforge.model.sources import PACKAGE, FileSource, named_path
 from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import blaming
 
@@ -74,7 +74,9 @@ class Session:
 
         What is encrypted is opened by the plugin that knows it. Raises ModelError or ConfigError if that cannot be.
         """
-        return self._opened(FileSource(_path(text, base), text, self.memo))
+        source = FileSource(named_path(text, base), text, self.memo)
+        source.trusted = text.startswith(PACKAGE)
+        return self._opened(source)
 
     def open_file(self, path: Path) -> Source:
         """Open a file or folder that an option names."""
@@ -124,14 +126,10 @@ def open_file(path: Path) -> Source:
 
 def describe_protection(source: str, base: Path, plugins: Plugins | None = None) -> Sequence[Mapping[str, Any]]:
     """Return what the files of a source say of how they are protected; nothing if they are plain. Needs no key."""
-    files = FileSource(_path(source, base), source)
+    files = FileSource(named_path(source, base), source)
     for offer in (plugins or Plugins()).all("source"):
         opener = offer.extension.create(validate_options(offer.extension.options_model(), {}, where="load.key"))
         if opener.can_open(files) and hasattr(opener, "describe"):
             describes: Describes = opener
             return describes.describe(files)
     return ()
-
-
-def _path(text: str, base: Path) -> Path:
-    return package_path(text) if text.startswith(PACKAGE) else base / Path(text).expanduser()

@@ -12,16 +12,28 @@ from ovforge._exports import lazy
 if TYPE_CHECKING:
     from ovforge.store.cache import Cache, CacheWarning, Entry
     from ovforge.store.digests import digest_file, fingerprint
-    from ovforge.store.files import atomic_folder, atomic_write, sync_folder
+    from ovforge.store.documents import parse_json, parse_object, parse_toml
+    from ovforge.store.files import atomic_file, atomic_folder, atomic_write, sync_folder
+    from ovforge.store.folders import check_apart
+    from ovforge.store.processes import run_program, run_python
+    from ovforge.store.temporary import scratch_folder
 
 __all__ = [
     "Cache",
     "CacheWarning",
     "Entry",
+    "atomic_file",
     "atomic_folder",
     "atomic_write",
+    "check_apart",
     "digest_file",
     "fingerprint",
+    "parse_json",
+    "parse_object",
+    "parse_toml",
+    "run_program",
+    "run_python",
+    "scratch_folder",
     "sync_folder",
 ]
 
@@ -30,6 +42,10 @@ __getattr__, __dir__ = lazy(
     {
         "cache": ["Cache", "CacheWarning", "Entry"],
         "digests": ["digest_file", "fingerprint"],
-        "files": ["atomic_folder", "atomic_write", "sync_folder"],
+        "documents": ["parse_json", "parse_object", "parse_toml"],
+        "files": ["atomic_file", "atomic_folder", "atomic_write", "sync_folder"],
+        "folders": ["check_apart"],
+        "processes": ["run_program", "run_python"],
+        "temporary": ["scratch_folder"],
     },
 )

@@ -553,7 +553,7 @@ def _warn_damaged(key: str, damage: DamagedError) -> None:
 
 def parse_size(text: str) -> int:
     """Return bytes from "500MiB", "20 GB", "1000". Raises ConfigError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{text!r} is no size", hint="Write a number with a unit: 500MB, 20GB, 2GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])

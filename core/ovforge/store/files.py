@@ -1,16 +1,18 @@
-"""Writing files so that a crash or a full disk loses nothing that was there."""
+"""Writing files and folders so that a crash or a full disk loses nothing that was there."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["atomic_folder", "atomic_write", "sync_file", "sync_folder"]
+from ovforge.store.folders import carry_over, check_replaceable, mark, remove_replaced
+from ovforge.store.temporary import held_name
+
+__all__ = ["atomic_file", "atomic_folder", "atomic_write", "sync_file", "sync_folder"]
 
 
 _HERE, _RENAME_EXCHANGE = -100, 2
@@ -29,55 +31,72 @@ _UMASK = _read_umask()
 
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` under a temporary name beside it, flush it to disk, then rename."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """Give a temporary file beside `path` that takes its name when the block ends well, flushed to disk.
+
+    A `private` file is readable by its owner alone; others are as readable as any other file of the user.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
+    with held_name(path.parent, path.name) as temporary:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; a result is as readable as any other file of the user.
-        temporary.chmod(0o666 & ~_UMASK)
+        if not private:
+            temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, *, replace: bool = False, own: Iterable[str] | None = None, marked: bool = True
+) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name when the block ends well.
 
-    Where the block raises, the temporary folder is removed and `path` stays as it was.
-    Raises FileExistsError where `path` exists and `replace` is false.
+    If the block raises, the temporary folder is removed and `path` stays as it was. With `replace`, a folder that
+    ovforge wrote is replaced: the files that it wrote (or those named in `own`, by relative POSIX path) go, and all
+    others stay. A folder that is not `marked` will not count as one that ovforge wrote.
+
+    Raises FileExistsError if `path` exists and `replace` is false, InputError if it is not ovforge's to replace.
     """
+    path = path.resolve()  # a link stays a link, and what it leads to is replaced
     if path.exists() and not replace:
         raise FileExistsError(path)
+    replaced = check_replaceable(path, own) if path.exists() else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
+    with held_name(path.parent, path.name) as temporary:
+        temporary.mkdir(mode=0o700)
         yield temporary
+        if marked:
+            mark(temporary)
+        if replaced is not None:
+            carry_over(path, temporary, replaced)
         for file in temporary.rglob("*"):
-            sync_folder(file) if file.is_dir() else sync_file(file)
+            if file.is_dir() and not file.is_symlink():
+                sync_folder(file)
+            elif file.is_file() and not file.is_symlink():
+                sync_file(file)
         sync_folder(temporary)
         temporary.chmod(0o777 & ~_UMASK)
-        _exchange(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _exchange(temporary, path, replaced)
     sync_folder(path.parent)
 
 
-def _exchange(temporary: Path, path: Path) -> None:
+def _exchange(temporary: Path, path: Path, own: set[str] | None) -> None:
     """Put `temporary` in the place of `path`; what was there is removed only afterwards."""
     if not path.exists():
         temporary.rename(path)
     elif _swap(temporary, path):
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_replaced(temporary, path, own)
     else:
-        _exchange_in_two(temporary, path)
+        _exchange_in_two(temporary, path, own)
 
 
 def _swap(one: Path, other: Path) -> bool:
@@ -89,17 +108,24 @@ def _swap(one: Path, other: Path) -> bool:
     return bool(swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0)
 
 
-def _exchange_in_two(temporary: Path, path: Path) -> None:
-    """Do it where the system cannot swap: killed in between, the process leaves the old folder in a `.old` beside."""
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+def _exchange_in_two(temporary: Path, path: Path, own: set[str] | None) -> None:
+    """Do it if the system cannot swap: killed in between, the process leaves the old folder in a `.old` beside.
+
+    The next process that cleans the folder brings it back.
+    """
+    old = temporary.with_suffix(".old")
+    old.mkdir(mode=0o700)
     path.rename(old / path.name)
     try:
         temporary.rename(path)
     except BaseException:
         (old / path.name).rename(path)
         raise
+    else:
+        remove_replaced(old / path.name, path, own)
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            old.rmdir()
 
 
 def sync_file(path: Path) -> None:

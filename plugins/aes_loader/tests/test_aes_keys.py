@@ -82,7 +82,7 @@ def test_a_file_that_others_can_use_is_refused(mode: int, tmp_path: Path) -> Non
         ({"file": "/dev/zero"}, "no regular file"),
         ({"fd": 987}, "cannot be read: Bad file descriptor"),
         ({"command": ["false"]}, "the command false: it ended with exit code 1"),
-        ({"command": ["no-such-command"]}, "cannot be read: No such file"),
+        ({"command": ["no-such-command"]}, "there is no such program"),
         ({"command": ["true"]}, "nothing is there"),
         ({"command": ["head", "-c", "5000", "/dev/zero"]}, "nothing is there|more than 4096"),
         ({"function": lambda: ""}, "nothing is there"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from ovforge.errors import Cancelled, ConfigError, ModelError, OvforgeError, Plu
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.pictures import Picture
 from ovforge.model.results import Result
+from ovforge.model.runtime import core
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
 from ovforge.store import digest_file
@@ -339,7 +340,7 @@ def test_folders_hold_pictures_for_tasks_that_take_them(tmp_path: Path) -> None:
         ({"calibration": {"file": "empty.txt"}}, ConfigError, "no line with anything on it"),
         ({"calibration": {"file": "words.txt"}}, ConfigError, r"words.txt, line 2: `x` should be a valid number"),
         ({"calibration": {"file": "bad.jsonl"}}, ConfigError, "bad.jsonl, line 1: not valid JSON"),
-        ({"calibration": {"file": "list.jsonl"}}, ConfigError, "line 1: expected an object"),
+        ({"calibration": {"file": "list.jsonl"}}, ConfigError, "line 1: expected a JSON object"),
         ({"calibration": {"inputs": [{"y": 1}]}}, ConfigError, r"calibration.inputs.0: unknown key `y`"),
         ({"calibration": {"options": {"stepz": 1}}}, ConfigError, "unknown input `stepz`. Did you mean 'steps'"),
         ({"calibration": {"file": "words.txt", "inputs": [{"x": 1}]}}, ConfigError, "file or inputs, not both"),
@@ -418,7 +419,8 @@ def test_the_checks_of_contracts_catch_what_breaks_them() -> None:
     assert testing.check_quantizer(module, "see", {}, testing.small_bundle, calibration).applied == ["saw 1"]
     with pytest.raises(AssertionError, match="needs='nothing'"):
         testing.check_quantizer(module, "liar", {}, testing.small_bundle, calibration)
-    testing.check_task(module, "steps", Steps(None, None))
+    compiled = core().compile_model(testing.small_model(), "CPU")
+    testing.check_task(module, "steps", Steps(None, SimpleNamespace(bundle={"model": compiled})))
 
     class Same(Steps):
         def examples(self, count: int) -> Sequence[Inputs]:

@@ -151,7 +151,7 @@ def test_a_config_that_is_none_is_said(tmp_path: Path) -> None:
     )
     for text in ("[]", "{", '{"r": "x"}', '{"r": 2, "lora_alpha": 1e999}', '{"r": 2, "alpha_pattern": {"a": null}}'):
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(ModelError, match="not a PEFT config"):
+        with pytest.raises(ModelError, match="not a PEFT config|expected a JSON object"):
             open_adapter(tmp_path, "x")
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "use_rslora": true}')
     assert open_adapter(tmp_path, "x").modules[0].factor == pytest.approx(8 / 2**0.5)

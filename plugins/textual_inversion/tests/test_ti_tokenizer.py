@@ -18,7 +18,7 @@ import ovforge_lcm
 from ovforge import testing
 from ovforge.errors import ModelError
 from ovforge.model.bundle import ModelBundle
-from ovforge.model.runtime import core, enable_tokenizers
+from ovforge.model.runtime import core
 from ovforge.model.sources import FileSource
 from ovforge_textual_inversion.assets import add_to_files, remove_from_files
 from ovforge_textual_inversion.tokenizer import (
@@ -49,7 +49,6 @@ def numbered(words: Mapping[str, int], first: int) -> dict[str, list[int]]:
 
 def reader(model: ov.Model) -> Callable[[str], list[int]]:
     """Return a function from a prompt to its numbers, to the first end token, that one included."""
-    enable_tokenizers()
     compiled = core().compile_model(model, "CPU")
     port = next(port for port in compiled.outputs if "input_ids" in port.names)
 
@@ -206,7 +205,6 @@ def test_taken_out_again_nothing_is_left(tmp_path: Path) -> None:
         first = data(model)
         assert first != before
         ov.save_model(model, tmp_path / "again.xml", compress_to_fp16=False)
-        enable_tokenizers()
         stored = core().read_model(tmp_path / "again.xml")
         restore_tokenizer(model)
         assert data(model) == before

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ovforge.errors import ModelError, PluginError
 from ovforge.model import Source
+from ovforge.store import parse_object, scratch_folder
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -78,7 +77,7 @@ def read_safetensors(source: Source, hint: str) -> dict[str, Any]:
     files = source.files()
     if _INDEX in files:
         try:
-            names = set(json.loads(source.read(_INDEX))["weight_map"].values())
+            names = set(parse_object(source.read(_INDEX), f"{source.name}: {_INDEX}")["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError("no valid index of weights", where=f"{source.name}: {_INDEX}") from error
         paths = sorted(str(name) for name in names)
@@ -273,9 +272,9 @@ def convert_tokenizer(files: Mapping[str, bytes], kind: str, role: str, where: s
     """
     tokenizers = need("openvino_tokenizers", install)
     transformers = need("transformers", install)
-    with tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
+    with scratch_folder() as folder:
         for path, data in files.items():
-            (Path(folder) / PurePosixPath(path).name).write_bytes(data)
+            (folder / PurePosixPath(path).name).write_bytes(data)
         try:
             with quiet():
                 tokenizer = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +9,7 @@ from typing import Any, BinaryIO
 
 from ovforge.errors import ModelError
 from ovforge.model import FileSource, Source
-from ovforge.store import atomic_folder, sync_folder
+from ovforge.store import atomic_file, atomic_folder, check_apart
 from ovforge_aes_loader.container import (
     CHUNK,
     HEADER_LIMIT,
@@ -48,6 +44,7 @@ def encrypt(
     size of chunks, `scrypt` the cost of deriving a key from a passphrase.
     """
     plain = FileSource(source)
+    check_apart(output, source)
     for path in plain.files():
         with (plain.root / path).open("rb") as file:
             if file.read(len(MAGIC)) == MAGIC:
@@ -66,6 +63,7 @@ def encrypt_openssl(source: Path, output: Path, key: Key, *, replace: bool = Fal
     Raises ModelError where several files would be encrypted in counter mode with one iv: each would give away others.
     """
     plain = FileSource(source)
+    check_apart(output, source)
     cipher = key.options.cipher or ""
     if cipher.endswith("ctr") and not key.is_passphrase and len(plain.files()) > 1:
         raise ModelError(
@@ -86,6 +84,7 @@ def decrypt(source: Path, output: Path, key: Key | None, *, replace: bool = Fals
     Nothing appears under its name before all of it is found to be authentic.
     """
     opened = open_encrypted(FileSource(source), key)
+    check_apart(output, source)
     if opened.protection is None:
         raise ModelError("it is not encrypted, or options of its cipher and iv are missing", where=str(source))
     assert isinstance(opened, DecryptedSource)
@@ -120,8 +119,8 @@ def rekey(source: Path, old: Key | None, new: Key, *, scrypt: Scrypt | None = No
         write_container(file, new_header(header.name, size, master, files, chunk), pieces, master)
 
     sources = {name: (content.size, content.pieces) for name, content in contents.items()}
-    beside = _others(source) if source.is_dir() else []
-    return _write_all(sources, source, write, lambda name: name + SUFFIX, replace=True, beside=beside)
+    own = [name + SUFFIX for name in sources]
+    return _write_all(sources, source, write, lambda name: name + SUFFIX, replace=True, own=own)
 
 
 def describe(source: Source) -> list[dict[str, Any]]:
@@ -152,16 +151,6 @@ def describe(source: Source) -> list[dict[str, Any]]:
     return said
 
 
-def _others(folder: Path) -> list[Path]:
-    """Return the files of a folder that are no containers, such as README.md and hidden ones."""
-    others = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                others += [path.relative_to(folder)] if file.read(len(MAGIC)) != MAGIC else []
-    return others
-
-
 def _plain_files(source: FileSource) -> dict[str, tuple[int, Callable[[], Iterator[memoryview]]]]:
     return {path: (size, partial(_pieces, source.root / path)) for path, size in source.files().items()}
 
@@ -179,45 +168,24 @@ def _write_all(
     write: Write,
     named: Callable[[str], str],
     replace: bool,
-    beside: Iterable[Path] = (),
+    own: Iterable[str] | None = None,
 ) -> list[Path]:
-    """Write one file as `output`, or several below it; files `beside` them stay as they are."""
+    """Write one file as `output`, or several below it, in the place of `own` or of what ovforge wrote there."""
     if not files:
         raise ModelError("there are no files", where=str(output))
     if output.exists() and not replace:
         raise ModelError("is there already", where=str(output), hint="Name another, or add --force.")
     if len(files) == 1 and not output.is_dir():
         [(name, (size, content))] = files.items()
-        with _replacement(output) as file:
+        with atomic_file(output, private=True) as file:
             write(file, name, size, content())
         return [output]
     if output.is_file():
         raise ModelError("is a file, and a folder is to be written", where=str(output))
-    with atomic_folder(output, replace=replace) as folder:
+    with atomic_folder(output, replace=replace, own=own) as folder:
         for name, (size, content) in files.items():
             target = folder / named(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             with private_file(target) as file:
                 write(file, name, size, content())
-        for path in beside:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(output / path, folder / path)
     return [output / named(name) for name in files]
-
-
-@contextlib.contextmanager
-def _replacement(path: Path) -> Iterator[BinaryIO]:
-    """Give a temporary file beside `path`, for its owner alone, that takes its name when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from ovforge.errors import ConfigError, OvforgeError, PluginError
+from ovforge.store import run_program
 from ovforge_aes_loader.options import HOW, KeyOptions
 
 __all__ = ["fetch"]
@@ -49,7 +50,7 @@ def _read(options: KeyOptions) -> bytes:
             return _from_keyring(options.keyring, options)
     except KeyError:
         raise options.unfit("it is not set") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         # The cause is left out: it may hold what was read.
         raise options.unfit(f"it cannot be read: {reason}") from None
@@ -82,9 +83,9 @@ def _printed(command: tuple[str, ...], options: KeyOptions) -> bytes:
     import subprocess
 
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False, timeout=_COMMAND_SECONDS
-        )
+        done = run_program(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_COMMAND_SECONDS)
+    except ConfigError:
+        raise options.unfit("there is no such program") from None
     except subprocess.TimeoutExpired:
         raise options.unfit(f"it took longer than {_COMMAND_SECONDS} seconds") from None
     if done.returncode:

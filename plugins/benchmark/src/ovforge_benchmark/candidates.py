@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from ovforge.config import PipelineConfig, apply_overrides, read_config
 from ovforge.errors import ConfigError, InputError
 from ovforge.model import PACKAGE
+from ovforge.store import parse_toml
 
 __all__ = ["Asked", "parse", "varied"]
 
@@ -104,8 +104,8 @@ def _axis(vary: str) -> list[tuple[str, str]]:
 def _split(text: str) -> list[str]:
     """Split at commas that are in no bracket or quotes."""
     try:
-        tomllib.loads(f"value = [{text}]")
-    except tomllib.TOMLDecodeError:
+        parse_toml(f"value = [{text}]", "--vary", error=ConfigError)
+    except ConfigError:
         return [part.strip() for part in text.split(",")]
     parts, depth, quote = [""], 0, ""
     for letter in text:

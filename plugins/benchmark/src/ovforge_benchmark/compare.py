@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import ovforge
 from ovforge.contracts import Progress, ignore_progress
 from ovforge.errors import InputError
 from ovforge.model import open_picture, psnr, ssim
+from ovforge.store import scratch_folder
 from ovforge_benchmark.candidates import Asked
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import disturbances
@@ -108,8 +108,8 @@ def _prepare(
         else:
             one.calls = calls
         seed = inputs[0].get("seed") if inputs else None
-        with tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
-            job = _job(one, cache, warmup=0, runs=1, seed=seed, pictures=folder, sizes=True)
+        with scratch_folder() as folder:
+            job = _job(one, cache, warmup=0, runs=1, seed=seed, pictures=str(folder), sizes=True)
             one.facts = in_process(job, one.asked.label)
             one.pictures = [open_picture(Path(path), one.asked.label) for path in one.facts["pictures"]]
         if one.asked.kind == "pipeline":

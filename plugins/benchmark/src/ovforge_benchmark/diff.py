@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ovforge.errors import InputError
+from ovforge.store import parse_json
 from ovforge_benchmark.schema import VERSION, Benchmark, Comparison, Machine
 
 __all__ = ["Change", "changes", "read_report"]
@@ -32,14 +32,14 @@ class Change:
 def read_report(path: Path) -> Report:
     """Read a JSON report of `ovforge benchmark` or `ovforge compare`. Raises InputError where it is none."""
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = parse_json(path.read_bytes(), str(path), error=InputError)
     except FileNotFoundError as error:
         raise InputError("no such file", where=str(path)) from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"not valid JSON: {error}", where=str(path)) from error
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
     kind = value.get("kind") if isinstance(value, dict) else None
     kinds: dict[Any, type[Report]] = {"benchmark": Benchmark, "comparison": Comparison}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError("no report of ovforge benchmark or compare", where=str(path), hint="Write one with -o.")
     if value.get("schema_version") != VERSION:
         raise InputError(

@@ -12,7 +12,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError
-from ovforge.model import open_picture
+from ovforge.model import open_picture, reading_arrays
 from ovforge_benchmark.shapes import Input
 
 __all__ = ["Feed", "make_feeds"]
@@ -91,7 +91,8 @@ def _assign(inputs: Sequence[Input], paths: Sequence[str]) -> dict[str, list[Pat
     for path in list(loose):
         if path.suffix == ".npz":
             loose.remove(path)
-            keys = list(np.load(path, allow_pickle=False).keys())
+            with reading_arrays(path):
+                keys = list(np.load(path, allow_pickle=False).keys())
             named = [one for one in free if one.names & set(keys)]
             if not named and len(inputs) > 1:
                 raise InputError(
@@ -176,17 +177,12 @@ def _picture(one: Input, shape: tuple[int, ...], file: Path) -> NDArray[Any]:
 def _array(one: Input, file: Path) -> NDArray[Any]:
     """Return an array from .npy, .npz or .bin. Raises InputError where it does not fit the input."""
     kind = one.type.to_dtype()
-    try:
+    if file.suffix not in (".npy", ".npz"):
+        return _binary(one, file, kind)
+    with reading_arrays(file):
+        array = np.load(file, allow_pickle=False)
         if file.suffix == ".npz":
-            stored = np.load(file, allow_pickle=False)
-            name = next((key for key in stored if key in one.names), next(iter(stored)))
-            array = stored[name]
-        elif file.suffix == ".npy":
-            array = np.load(file, allow_pickle=False)
-        else:
-            return _binary(one, file, kind)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(file)) from error
+            array = array[next((key for key in array if key in one.names), next(iter(array)))]
     if array.dtype != kind:
         raise InputError(f"holds {array.dtype}, and {one.name} takes {kind}", where=str(file), hint="Convert it.")
     if not one.shape.compatible(ov.PartialShape(list(array.shape))):
@@ -195,7 +191,10 @@ def _array(one: Input, file: Path) -> NDArray[Any]:
 
 
 def _binary(one: Input, file: Path, kind: np.dtype[Any]) -> NDArray[Any]:
-    data = np.frombuffer(file.read_bytes(), np.uint8)
+    try:
+        data = np.frombuffer(file.read_bytes(), np.uint8)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(file)) from error
     for shape in one.shapes:
         if data.nbytes == int(np.prod(shape)) * kind.itemsize:
             return data.view(kind).reshape(shape)

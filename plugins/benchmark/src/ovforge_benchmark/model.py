@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +11,8 @@ from typing import Any
 import openvino as ov
 
 from ovforge.errors import InputError
-from ovforge.store import atomic_write
+from ovforge.model import OPENVINO_ERRORS, reason_of
+from ovforge.store import atomic_write, scratch_folder
 from ovforge_benchmark import settings
 from ovforge_benchmark.loop import Limits, Measured, run_async, run_sync
 from ovforge_benchmark.machine import machine, peak_memory
@@ -127,11 +127,10 @@ def _warm_up(prepared: Prepared, loop: _Loop) -> float:
     """Run every request once, so that all of them have their memory; return the first one's latency in seconds."""
     try:
         return loop.warm_up()
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    except OPENVINO_ERRORS as error:
         shapes = ", ".join(f"{name}{list(tensor.shape)}" for name, tensor in prepared.feeds[0].items())
         raise InputError(
-            f"the model does not run with {shapes}: {' '.join(lines[:2])}",
+            f"the model does not run with {shapes}: {reason_of(error)}",
             where=prepared.name,
             hint="Give data that it can take: -data_shape, -shape, or files with -i.",
         ) from error
@@ -223,8 +222,8 @@ def _input_facts(prepared: Prepared) -> tuple[InputFacts, ...]:
 
 def _write_graph(compiled: ov.CompiledModel, path: Path) -> None:
     """Write the graph that ran, as an .xml with its .bin."""
-    with tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
-        written = Path(folder) / path.with_suffix(".xml").name
+    with scratch_folder() as folder:
+        written = folder / path.with_suffix(".xml").name
         ov.serialize(compiled.get_runtime_model(), written)
         for file in (written.with_suffix(".bin"), written):
             atomic_write(path.parent / file.name, file.read_bytes())

@@ -12,7 +12,7 @@ import openvino as ov
 from openvino.preprocess import PrePostProcessor
 
 from ovforge.errors import ConfigError, DeviceError, InputError, ModelError
-from ovforge.model import core
+from ovforge.model import OPENVINO_ERRORS, core, reason_of
 from ovforge_benchmark import settings
 from ovforge_benchmark.feeds import Feed, make_feeds
 from ovforge_benchmark.flags import PIPELINES_ONLY, TYPES, refuse
@@ -49,8 +49,10 @@ def prepare(flags: Mapping[str, Any], tell: Tell = lambda *_: None) -> Prepared:
     for library in (flags["extensions"] or "").split(",") if flags["extensions"] else ():
         try:
             core().add_extension(library)
-        except RuntimeError as error:
-            raise InputError(f"is no library of operations: {error}", where=f"-extensions {library}") from error
+        except OPENVINO_ERRORS as error:
+            raise InputError(
+                f"is not a library of operations: {reason_of(error)}", where=f"-extensions {library}"
+            ) from error
     api = settings.api_of(flags)
     properties, remarks = settings.wanted(core(), flags, api)
     start: dict[str, float] = {}
@@ -115,10 +117,11 @@ def _name_ports(model: ov.Model) -> None:
 def _reshape(model: ov.Model, inputs: Sequence[Input]) -> None:
     try:
         model.reshape({one.name: one.shape for one in inputs})
-    except RuntimeError as error:
+    except OPENVINO_ERRORS as error:
         wanted = ", ".join(f"{one.name}{one.shape}" for one in inputs)
-        reason = next((line for line in str(error).splitlines() if line.strip() and "Exception from" not in line), "")
-        raise InputError(f"the model cannot have the shapes {wanted}: {reason}", where="-shape, -b") from error
+        raise InputError(
+            f"the model cannot have the shapes {wanted}: {reason_of(error)}", where="-shape, -b"
+        ) from error
 
 
 def _preprocess(model: ov.Model, inputs: Sequence[Input], flags: Mapping[str, Any]) -> ov.Model:
@@ -143,9 +146,10 @@ def _preprocess(model: ov.Model, inputs: Sequence[Input], flags: Mapping[str, An
             steps.output(number).tensor().set_element_type(element_type(asked))
     try:
         return steps.build()
-    except RuntimeError as error:
-        said = str(error).strip().splitlines()[-1]
-        raise InputError(f"does not fit the model: {said}", where="-ip, -op, -iop, -layout, -mean_values") from error
+    except OPENVINO_ERRORS as error:
+        raise InputError(
+            f"does not fit the model: {reason_of(error)}", where="-ip, -op, -iop, -layout, -mean_values"
+        ) from error
 
 
 def _types_by_name(model: ov.Model, text: str | None) -> dict[tuple[str, int], str]:
@@ -170,10 +174,9 @@ def _types_by_name(model: ov.Model, text: str | None) -> dict[tuple[str, int], s
 def _compile(model: ov.Model | str, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
     try:
         return core().compile_model(model, device, dict(properties))
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    except OPENVINO_ERRORS as error:
         raise DeviceError(
-            f"the model does not compile: {' '.join(lines[:3])}",
+            f"the model does not compile: {reason_of(error)}",
             where=f"-d {device}",
             hint="Try -d CPU -infer_precision f32, to tell the model from the device and the settings.",
         ) from error
@@ -195,7 +198,7 @@ def _compile_file(
         def read() -> ov.CompiledModel:
             try:
                 return core().import_model(path.read_bytes(), flags["target_device"], dict(properties))
-            except (RuntimeError, TypeError) as error:
+            except (*OPENVINO_ERRORS, TypeError) as error:
                 raise ModelError(
                     f"is no model compiled for {flags['target_device']} by this version", where=str(path)
                 ) from error

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ovforge.errors
 from ovforge.errors import ModelError, OvforgeError
+from ovforge.store import run_python, scratch_folder
 
 __all__ = ["answer", "in_process"]
 
@@ -21,16 +20,15 @@ def in_process(job: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     `name` says in errors whose job it is.
     """
-    with tempfile.TemporaryDirectory(prefix="ovforge-") as scratch:
+    with scratch_folder() as scratch:
         # An answer in a file: libraries write what they like to standard output.
-        target = Path(scratch) / "answer.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "ovforge_benchmark.worker", str(target)],
+        target = scratch / "answer.json"
+        done = run_python(
+            ["-m", "ovforge_benchmark.worker", str(target)],
             input=json.dumps(job, default=str),
             text=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            check=False,
         )
         answered: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     if "error" in answered:

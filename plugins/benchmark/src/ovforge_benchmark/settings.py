@@ -10,6 +10,7 @@ from typing import Any
 import openvino as ov
 
 from ovforge.errors import DeviceError, InputError, did_you_mean
+from ovforge.store import parse_json
 
 __all__ = ["api_of", "check_device", "dump", "ran", "wanted"]
 
@@ -117,16 +118,17 @@ def _loaded(path: str | None, device: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_bytes(), f"-load_config {path}", error=InputError)
     except FileNotFoundError as error:
         raise InputError("no such file", where=f"-load_config {path}") from error
-    except ValueError as error:
-        raise InputError(f"not valid JSON: {error}", where=f"-load_config {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=f"-load_config {path}") from error
     if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
         raise InputError("expected devices, each with its properties", where=f"-load_config {path}")
     if value and device not in value:
         raise InputError(f"has nothing for {device}", where=f"-load_config {path}", hint=f"It has: {', '.join(value)}.")
-    return {key: {"YES": True, "NO": False}.get(one, one) for key, one in value.get(device, {}).items()}
+    decided = {"YES": True, "NO": False}
+    return {key: decided.get(one, one) if isinstance(one, str) else one for key, one in value.get(device, {}).items()}
 
 
 def dump(device: str, properties: Mapping[str, Any]) -> bytes:

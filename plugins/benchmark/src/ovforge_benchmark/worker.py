@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import ovforge
 from ovforge.errors import OvforgeError
 from ovforge.model import ImagesResult, Result
+from ovforge.store import scratch_folder
 from ovforge_benchmark.machine import peak_memory
 from ovforge_benchmark.noise import Watch
 from ovforge_benchmark.process import answer
@@ -101,8 +101,8 @@ def _sizes(pipe: ovforge.Pipeline) -> dict[str, int]:
         if xml is not None and xml.exists():
             sizes[role] = sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin")) if file.exists())
         elif pipe.bundle.protection is None:
-            with tempfile.TemporaryDirectory(prefix="ovforge-") as scratch:
-                written = pipe.bundle.write_model(role, Path(scratch))
+            with scratch_folder() as scratch:
+                written = pipe.bundle.write_model(role, scratch)
                 sizes[role] = sum(file.stat().st_size for file in written.parent.iterdir())
                 pipe.bundle.models.release(role)
     return sizes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from ovforge.errors import InputError, ModelError
 from ovforge.model import DetectorSpec, Timings
+from ovforge.store import parse_object
 
 __all__ = ["Passage", "TextReader", "normalized", "phrase_masks"]
 
@@ -168,7 +168,7 @@ def _vocabulary(assets: Mapping[str, bytes]) -> dict[int, str]:
     try:
         if (data := assets.get("tokenizer/vocab.txt")) is not None:
             return dict(enumerate(data.decode("utf-8").splitlines()))
-        vocabulary = json.loads(assets["tokenizer/tokenizer.json"])["model"]["vocab"]
+        vocabulary = parse_object(assets["tokenizer/tokenizer.json"], "tokenizer/tokenizer.json")["model"]["vocab"]
         return {int(number): str(token) for token, number in vocabulary.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(

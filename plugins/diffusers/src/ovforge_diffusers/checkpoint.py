@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ovforge import open_file
 from ovforge.errors import ModelError
 from ovforge.model import Source
+from ovforge.store import parse_object
 from ovforge_diffusers import infer
 from ovforge_diffusers.families import Family, identify
 from ovforge_diffusers.folder import Folder
@@ -96,8 +97,8 @@ class Checkpoint:
 
     def optional(self, component: str, name: str) -> dict[str, Any]:
         """Return a JSON file of the scheduler or a tokenizer, {} where it is not there."""
-        value: dict[str, Any] = json.loads(self._assets.get(component, {}).get(f"{component}/{name}", b"{}"))
-        return value
+        path = f"{component}/{name}"
+        return parse_object(self._assets.get(component, {}).get(path, b"{}"), path)
 
     def assets(self, component: str) -> dict[str, bytes]:
         """Return the small files of the scheduler or a tokenizer."""

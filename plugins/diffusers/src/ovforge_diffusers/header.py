@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -10,6 +9,7 @@ from typing import Any
 
 from ovforge.errors import ModelError
 from ovforge.model import Source
+from ovforge.store import parse_object
 
 __all__ = ["Header", "Part", "Shapes", "checkpoint_file", "find_parts", "read_header"]
 
@@ -66,7 +66,7 @@ def read_header(source: Source, path: str) -> Header:
     if length > LIMIT:
         raise ModelError(f"its header says to have {length} bytes, more than {LIMIT}", where=where)
     try:
-        entries = json.loads(source.read(path, 8 + length)[8:])
+        entries = parse_object(source.read(path, 8 + length)[8:], where, size=LIMIT)
         metadata = entries.pop("__metadata__", {})
         shapes = {name: _shape(entry) for name, entry in entries.items()}
         return Header(shapes, {str(key): str(value) for key, value in metadata.items()})

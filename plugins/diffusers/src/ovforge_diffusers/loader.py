@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle, Source, temporary_files
+from ovforge.store import scratch_folder
 from ovforge_convert import settle_names
 from ovforge_diffusers.checkpoint import Checkpoint
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
@@ -224,9 +224,9 @@ class Conversion:
         transformers = need("transformers", PURPOSE)
         tokenizers = need("openvino_tokenizers", PURPOSE)
         place = temporary_files("converting a tokenizer") if self.parts.protected else contextlib.nullcontext()
-        with place, tempfile.TemporaryDirectory(prefix="ovforge-") as folder:
+        with place, scratch_folder() as folder:
             for path, data in files.items():
-                (Path(folder) / PurePosixPath(path).name).write_bytes(data)
+                (folder / PurePosixPath(path).name).write_bytes(data)
             try:
                 with quiet():
                     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ovforge.errors import ModelError
 from ovforge.model import Source
+from ovforge.store import parse_object
 
 __all__ = ["clip_files", "packaged_merges", "tokenizer_files"]
 
@@ -93,13 +94,7 @@ def _words(files: Mapping[str, bytes]) -> int | None:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"a file of the tokenizer is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError("a file of the tokenizer is no JSON object")
-    return value
+    return parse_object(data, "a file of the tokenizer")
 
 
 def _packaged() -> dict[str, bytes]:

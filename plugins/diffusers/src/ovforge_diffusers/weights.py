@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError, did_you_mean
 from ovforge.model import Source
+from ovforge.store import parse_object
 from ovforge_diffusers.requirements import need
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def weight_files(source: Source, component: str, variant: str | None) -> list[st
 
 def _shards(source: Source, index: str) -> list[str]:
     try:
-        names = set(json.loads(source.read(index))["weight_map"].values())
+        names = set(parse_object(source.read(index), f"{source.name}: {index}")["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("no valid index of weights", where=f"{source.name}: {index}") from error
     shards = [(PurePosixPath(index).parent / str(name)).as_posix() for name in sorted(names)]

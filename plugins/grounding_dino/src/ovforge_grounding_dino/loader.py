@@ -12,6 +12,7 @@ from ovforge import open_file
 from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import DetectorSpec, ModelBundle, Source
+from ovforge.store import parse_object
 from ovforge_convert import (
     Port,
     convert_module,
@@ -60,10 +61,10 @@ class GroundingDinoLoader:
         if "config.json" not in files or not any(path.endswith(".safetensors") for path in files):
             return Match.NO
         try:
-            config = json.loads(source.read("config.json"))
-        except ValueError:
+            kind = parse_object(source.read("config.json"), "config.json").get("model_type")
+        except ModelError:
             return Match.NO
-        return Match.YES if isinstance(config, dict) and config.get("model_type") in KINDS else Match.NO
+        return Match.YES if isinstance(kind, str) and kind in KINDS else Match.NO
 
     def load(self, source: Source) -> ModelBundle:
         """Return the bundle, its roles converted when they are asked for.
@@ -108,13 +109,7 @@ class _Folder:
         return _tokenizer_files(self._source, self._source.name, INCOMPLETE)
 
     def _json(self, path: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self._source.read(path))
-        except ValueError as error:
-            raise ModelError(f"not valid JSON: {error}", where=f"{self._source.name}: {path}") from error
-        if not isinstance(value, dict):
-            raise ModelError("expected a JSON object", where=f"{self._source.name}: {path}")
-        return value
+        return parse_object(self._source.read(path), f"{self._source.name}: {path}")
 
 
 class _Checkpoint:

@@ -6,12 +6,12 @@ Names follow transformers' own conversion script; what it does by hand, key by k
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ovforge.errors import ConfigError, ModelError
+from ovforge.store import parse_object
 
 __all__ = ["FUSION", "config_of", "is_original", "parse_config", "rename"]
 
@@ -171,7 +171,7 @@ def parse_config(data: bytes, where: str) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
         if text.lstrip().startswith("{"):
-            return dict(json.loads(text))
+            return parse_object(text, where, error=ConfigError)
         values = {}
         for line in ast.parse(text).body:
             if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovforge.cli import print_reports, progress_bar, reports_as_json
+from ovforge.cli import Trust, check_trust, print_reports, progress_bar, reports_as_json
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def quantize(
     search: Annotated[bool, typer.Option("--search", help="Keep the layers in higher precision that matter.")] = False,
     list_: Annotated[bool, typer.Option("--list", "-l", help="List all quantizers and recipes.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    trust: Trust = False,
     no_cache: NoCache = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -65,6 +66,8 @@ def quantize(
     if source is None:
         raise InputError("no model is named", where="SOURCE", hint="Name one, or see --list.")
     tables = _tables(calibration, samples, runs, metric, min_score, max_drop, search)
+    if Path(source).suffix.lower() in _CONFIGS:
+        check_trust(Path(source), [], trust)
     config, base = _config(source, task, tables, plugins)
     if use:
         config["quantize"] = [{"use": name, **_options(name, role or [], option or [], plugins)} for name in use]
@@ -73,6 +76,7 @@ def quantize(
     target = output or Path(f"{_name(source)}-{'-'.join(_names(config))}")
     if target.exists() and not force:
         raise InputError("is there already", where=str(target), hint="Name another folder, or add --force.")
+    _check_apart(target, config, base)
     try:
         with progress_bar(as_json) as progress:
             if "task" in config or Path(source).suffix.lower() in _CONFIGS:
@@ -85,6 +89,18 @@ def quantize(
         print(f"interrupted, nothing was written{kept}", file=sys.stderr)
         raise typer.Exit(130) from None
     _print(prepared, target, as_json)
+
+
+def _check_apart(target: Path, config: dict[str, Any], base: Path) -> None:
+    """Refuse a target that holds, or lies in, what the model is read from."""
+    from ovforge.model import named_path
+    from ovforge.store import check_apart
+
+    load = config.get("load")
+    table = load if isinstance(load, dict) else {"source": load}
+    parts = table.get("parts")
+    named = [table.get("source"), *(parts.values() if isinstance(parts, dict) else ())]
+    check_apart(target, *(named_path(text, base) for text in named if isinstance(text, str)))
 
 
 def _tables(

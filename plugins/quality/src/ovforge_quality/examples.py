@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from ovforge.config import checked, input_content
 from ovforge.errors import ConfigError, PluginError, did_you_mean
+from ovforge.store import parse_object
 from ovforge_quality.sections import CalibrationSection, QualitySection
 
 if TYPE_CHECKING:
@@ -168,13 +169,7 @@ def _lines(path: Path, key: str) -> list[tuple[int, str]]:
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"not valid JSON: {error}", where=where) from error
-    if not isinstance(value, dict):
-        raise ConfigError("expected an object of inputs", where=where)
-    return value
+    return parse_object(line, where, error=ConfigError)
 
 
 def _is_picture(model: type[BaseModel], field: str) -> bool:

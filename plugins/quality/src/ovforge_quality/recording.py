@@ -7,18 +7,19 @@ can go on after an interruption, and a smaller draw is the beginning of a larger
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from ovforge.contracts import Progress, ignore_progress
 from ovforge.errors import CacheError, ModelError, did_you_mean
+from ovforge.store import scratch_folder
 from ovforge_quality.sections import CalibrationSection
 
 if TYPE_CHECKING:
@@ -89,8 +90,9 @@ class TemporaryStore:
     """In files that go when nobody needs them any more; encrypted if there is a protection."""
 
     def __init__(self, protection: Protection | None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="ovforge-calibration-", ignore_cleanup_errors=True)
-        self.root, self._protection = Path(self._folder.name), protection
+        held = contextlib.ExitStack()
+        self.root, self._protection = held.enter_context(scratch_folder()), protection
+        weakref.finalize(self, held.close)
 
     def put(self, role: str, position: int, record: Record) -> None:
         if self._protection is not None:

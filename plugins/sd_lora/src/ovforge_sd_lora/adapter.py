@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from ovforge import open_file
 from ovforge.contracts import Skipped
 from ovforge.errors import ModelError
 from ovforge.model import Source
+from ovforge.store import parse_object
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.names import Key, flat, foreign_kind, parse_key
 from ovforge_sd_lora.tensors import TensorFile
@@ -180,7 +180,7 @@ def _peft_config(source: Source, file: str, metadata: Mapping[str, str]) -> dict
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = parse_object(text, where)
         roles = {""}
         if any("." in key for key in value):
             roles = {key.partition(".")[0] for key in value}

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ovforge.errors import ModelError
+from ovforge.store import parse_object
 from ovforge_sd_lora.adapter import Adapter, family_name, open_adapter
 from ovforge_sd_lora.matching import Preflight, preflight
 
@@ -93,11 +95,11 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         return [word.strip() for word in said.split(",") if word.strip()]
     count: Counter[str] = Counter()
     try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        folders = parse_object(metadata.get("ss_tag_frequency", "{}"), "ss_tag_frequency")
         for tags in folders.values():
             for tag, number in tags.items():
                 count[str(tag).strip()] += int(number)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ModelError, ValueError, TypeError, AttributeError):
         return []
     return [tag for tag, _ in count.most_common(_SHOWN_WORDS)]
 

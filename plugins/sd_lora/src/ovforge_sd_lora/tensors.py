@@ -6,7 +6,6 @@ read here. Source of the format: https://github.com/huggingface/safetensors (REA
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ovforge.errors import ModelError
 from ovforge.model import Source
+from ovforge.store import parse_object
 
 __all__ = ["TensorFile", "TensorInfo"]
 
@@ -84,11 +84,9 @@ class TensorFile:
 
     def _parse(self, header: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         try:
-            value = json.loads(header)
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(f"its header is no JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise self._damaged("its header is no JSON object")
+            value = parse_object(header, self.where, size=len(header))
+        except ModelError as error:
+            raise self._damaged(f"its header is {error.what}") from error
         metadata = value.pop("__metadata__", {})
         if not isinstance(metadata, dict):
             raise self._damaged("its metadata is no JSON object")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from ovforge.config import checked
 from ovforge.contracts import CompiledModels
 from ovforge.errors import ModelError
+from ovforge.store import parse_object
+from ovforge_stable_diffusion.damage import explained
 
 __all__ = ["CONTROLNETS", "Family"]
 
@@ -54,6 +58,7 @@ class Family:
     defaults: Mapping[str, Any]
 
     @classmethod
+    @explained
     def of(cls, bundle: CompiledModels) -> Family:
         """Read the configs. Raises ModelError for a model that is no such one."""
         unet, vae = bundle.configs.get("unet", {}), bundle.configs.get("vae_decoder", {})
@@ -98,6 +103,15 @@ class Family:
         return self.channels != self.latent_channels
 
 
+class _Own(BaseModel):
+    """What a model may say of itself in ovforge.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    steps: int = Field(50, ge=1, le=100_000)
+    guidance_scale: float = Field(7.5, ge=0)
+
+
 def _numbers(value: Any) -> tuple[float, ...] | None:
     return tuple(float(number) for number in value) if value else None
 
@@ -105,5 +119,5 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
 def _defaults(bundle: CompiledModels, xl: bool) -> dict[str, Any]:
     """Return the model's own defaults (ovforge.json beside model_index.json) over diffusers'."""
     defaults = {"steps": 50, "guidance_scale": 5.0 if xl else 7.5}
-    own = bundle.assets.get("ovforge.json")
-    return {**defaults, **(json.loads(own).get("defaults", {}) if own else {})}
+    own = parse_object(bundle.assets.get("ovforge.json", b"{}"), "ovforge.json").get("defaults", {})
+    return {**defaults, **checked(_Own, own, where="ovforge.json: defaults").model_dump(exclude_unset=True)}

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError
+from ovforge.model import reading_arrays
 
 __all__ = ["read_latents"]
 
@@ -46,7 +47,8 @@ def _read(path: Path) -> NDArray[Any]:
         if path.stat().st_size > _LIMIT:
             raise InputError(f"is larger than {_LIMIT} bytes", where=str(path))
         if path.suffix.lower() == ".npy":
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
+            with reading_arrays(path):
+                array: NDArray[Any] = np.load(path, allow_pickle=False)
             return array
         return np.array(path.read_text().replace(",", " ").split(), np.float32)
     except FileNotFoundError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
+from ovforge.store import parse_object
 from ovforge_stable_diffusion.prompts import Span, parse
 
 __all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders", "learned_tokens"]
@@ -36,7 +36,7 @@ Learned = Mapping[str, Sequence[int]]
 def learned_tokens(assets: Mapping[str, bytes]) -> dict[str, Learned]:
     """Return the words that each tokenizer was taught, with their ids; {} where there are none."""
     try:
-        roles = json.loads(assets.get(LEARNED, b"{}"))
+        roles = parse_object(assets.get(LEARNED, b"{}"), LEARNED)
         return {
             role: {word: [int(id_) for id_ in ids] for word, ids in taught.items()} for role, taught in roles.items()
         }

@@ -6,7 +6,7 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
-from ovforge.errors import ModelError
+from ovforge.store import parse_object
 from ovforge_textual_inversion.tokenizer import Words, parts_of
 
 __all__ = ["LIST", "add_to_files", "read_list", "remove_from_files", "write_list"]
@@ -74,13 +74,7 @@ def _entry(name: str) -> dict[str, Any]:
 
 
 def _read(assets: Assets, path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(assets[path])
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=path) from error
-    if not isinstance(content, dict):
-        raise ModelError("expected a JSON object", where=path)
-    return content
+    return parse_object(assets[path], path)
 
 
 def _written(content: dict[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from openvino import opset15 as ops
 
 from ovforge.errors import ModelError
-from ovforge.model import core, enable_tokenizers
+from ovforge.model import core
 from ovforge_textual_inversion.graph import append, mark, named_alike, redirect, remove_marked, values
 
 __all__ = ["TokenizerGraph", "extend_detokenizer", "normalized", "parts_of", "restore_tokenizer"]
@@ -221,7 +221,6 @@ def _operations() -> Any:
     """Return a factory of the tokenizers' operations."""
     from openvino.utils.node_factory import NodeFactory
 
-    enable_tokenizers()
     found = importlib.util.find_spec("openvino_tokenizers")
     assert found is not None
     assert found.origin is not None
