@@ -401,7 +401,7 @@ def test_bad_input(pipe: Pipeline, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=match):
             pipe(image)
     (tmp_path / "text.png").write_text("this is no picture")
-    with pytest.raises(InputError, match="no readable picture"):
+    with pytest.raises(InputError, match="not a readable picture"):
         pipe(tmp_path / "text.png")
     with pytest.raises(ConfigError, match="threshold"):
         pipe(Image.new("RGB", (9, 9)), threshold=1.5)
