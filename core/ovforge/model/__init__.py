@@ -11,6 +11,7 @@ from ovforge._exports import lazy
 
 if TYPE_CHECKING:
     from ovforge.model.bundle import Control, ModelBundle, Places, Roles, read_json, read_model
+    from ovforge.model.companions import external_data
     from ovforge.model.detections import DetectInputs, Detections, DetectionsResult, DetectorSpec, draw
     from ovforge.model.memory import temporary_files
     from ovforge.model.metrics import MAX_PSNR, METRICS, Metric, gmsd, psnr, ssim
@@ -48,6 +49,7 @@ __all__ = [
     "digest_picture",
     "draw",
     "enable_tokenizers",
+    "external_data",
     "fresh_seed",
     "gmsd",
     "open_picture",
@@ -67,6 +69,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "bundle": ["Control", "ModelBundle", "Places", "Roles", "read_json", "read_model"],
+        "companions": ["external_data"],
         "detections": ["DetectInputs", "Detections", "DetectionsResult", "DetectorSpec", "draw"],
         "memory": ["temporary_files"],
         "metrics": ["MAX_PSNR", "METRICS", "Metric", "gmsd", "psnr", "ssim"],

@@ -73,6 +73,7 @@ def quantize(
     target = output or Path(f"{_name(source)}-{'-'.join(_names(config))}")
     if target.exists() and not force:
         raise InputError("is there already", where=str(target), hint="Name another folder, or add --force.")
+    _check_plain(config, base, plugins)
     try:
         with progress_bar(as_json) as progress:
             if "task" in config or Path(source).suffix.lower() in _CONFIGS:
@@ -85,6 +86,19 @@ def quantize(
         print(f"interrupted, nothing was written{kept}", file=sys.stderr)
         raise typer.Exit(130) from None
     _print(prepared, target, as_json)
+
+
+def _check_plain(config: dict[str, Any], base: Path, plugins: Plugins) -> None:
+    """Refuse an encrypted model before any work: what is written of it would be plain."""
+    from ovforge import PipelineConfig, describe_protection
+
+    load = PipelineConfig.of({"task": "none", **config}).load
+    for name in (load.source, *load.parts.values()):
+        if load.key is not None or describe_protection(name, base, plugins):
+            raise ModelError(
+                "it is encrypted, and the quantized folder would be plain", where=name,
+                hint="Decrypt it first (ovforge decrypt), quantize, and encrypt the result (ovforge encrypt).",
+            )  # fmt: skip
 
 
 def _tables(
