@@ -287,14 +287,14 @@ def test_base64_is_read(how: str, ir: Path, tmp_path: Path) -> None:
         )
     key = {"function": lambda: "pass words", "form": "passphrase", "cipher": "aes-256-cbc"}
     with pytest.warns(UserWarning, match="no authentication"):
-        source = open_source(str(folder), Path(), key=key, plugins=Plugins())
+        source = Session(key=key).open_source(str(folder), Path())
     assert source.read("m.bin") == ir.with_suffix(".bin").read_bytes()
     assert source.read("m.xml") == ir.read_bytes()
     damaged = folder / "m.bin.enc"
     damaged.write_bytes(damaged.read_bytes() + b"!")
     with pytest.raises(ModelError, match="is not base64 to its end"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        open_source(str(folder), Path(), key=key, plugins=Plugins())
+        Session(key=key).open_source(str(folder), Path())
 
 
 @needs_openssl
@@ -304,4 +304,4 @@ def test_base64_by_key_and_iv(tmp_path: Path) -> None:
     openssl("-aes-128-cbc", "-a", "-in", plain, "-out", sealed, "-K", "0f" * 16, "-iv", "f0" * 16)
     key = {"function": lambda: "0f" * 16, "cipher": "aes-128-cbc", "iv": "f0" * 16}
     with pytest.warns(UserWarning, match="no authentication"):
-        assert open_source(str(sealed), Path(), key=key, plugins=Plugins()).read("x.bin") == plain.read_bytes()
+        assert Session(key=key).open_source(str(sealed), Path()).read("x.bin") == plain.read_bytes()

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -427,3 +429,19 @@ def test_prepared_models_are_fed_what_the_flags_say(models: Path) -> None:
     prepared = prepare(flags_of(models / "image.xml", "-ip", "f16", "-op", "f32", "-iop", "y:f16", "-api", "sync"))
     assert prepared.inputs[0].type == ov.Type.f16
     assert prepared.compiled.output(0).get_element_type() == ov.Type.f16, "-iop comes first"
+
+
+def test_the_documented_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every `ovforge benchmark` of the page that names a model, on those that are shipped; two iterations of each."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/plugins/benchmark.md").read_text()
+    model = re.search(r"^MODEL=(.*)$", page, re.MULTILINE)
+    assert model
+    text = page.replace("\\\n", " ").replace("$MODEL", model[1])
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^ovforge benchmark .*$", text, re.MULTILINE)]
+    models = [command for command in commands if not command[0].endswith(".toml")]
+    assert len(models) >= 3 and all(Path(one[0]).exists() for one in commands if not one[0].startswith("package:"))
+    for command in models:
+        short = command[: command.index("--against")] if "--against" in command else command
+        done = report(*[part for part in short if part not in ("-pc", "-t", "10")], "-niter", 2)
+        assert done.iterations >= 2 and done.precision

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openvino import opset13 as ops
 from PIL import Image
+from typer.testing import CliRunner
 
 import ovforge
 import ovforge_detection
 from ovforge import testing
+from ovforge.cli import app
 from ovforge.errors import ConfigError, ModelError
 from ovforge_detection.description import Picture, read_description, spec_of
 from ovforge_detection.outputs import decode_described
@@ -598,3 +600,20 @@ def test_contract(tmp_path: Path) -> None:
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "clip"}')
     testing.check_loader(ovforge_detection, "model-proc", write_model(tmp_path / "m", *ssd()), other)
+
+
+def test_flags_of_the_command_mean_what_the_model_needs(tmp_path: Path) -> None:
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["detect", *map(str, arguments), "--cache", str(tmp_path / "cache"), "-q"])
+
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "picture.png")
+    folder = write_model(tmp_path / "open", *ssd(), inputs={"data": [1, 3, -1, -1]})
+    flags = (tmp_path / "picture.png", "-m", folder / "model.xml", "-o", tmp_path / "found.csv")
+    assert "--model-proc FILE" in str(run(*flags).exception)
+    described = (*flags, "--model-proc", folder / "model-proc.json")
+    assert "--size HEIGHTxWIDTH" in str(run(*described).exception)
+    assert "converted already" in str(run(*described, "--weights", "f32").exception)
+    done = run(*described, "--size", f"{HEIGHT}x{WIDTH}")
+    assert done.exit_code == 0, done.exception
+    rows = (tmp_path / "found.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["cat", "dog"]

@@ -153,7 +153,7 @@ def describe(source: Source) -> list[dict[str, Any]]:
 
 
 def _plain(path: Path) -> FileSource:
-    """Return a file, with what it keeps in others, or a folder. Raises ModelError if weights are missing or elsewhere."""
+    """Return a file, with what it keeps in others, or a folder. Raises ModelError if weights are missing."""
     source = FileSource(path)
     if path.suffix == ".onnx" and path.is_file():
         lost = [*external_data(path, outside=True), *(set(external_data(path)) - set(source.files()))]
