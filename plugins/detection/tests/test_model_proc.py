@@ -317,7 +317,9 @@ def converted(image: np.ndarray, params: dict[str, Any]) -> tuple[np.ndarray, An
             scale_x = scale_y = min(scale_x, scale_y)
         if crop:
             scale_x, scale_y = scale_x * 1.125, scale_y * 1.125
-        image = cv2.resize(image, (int(width * scale_x), int(height * scale_y)))
+        # A stretched picture fills the input here; DL Streamer cuts sides of 127.99 to 127, and fills up a column.
+        exact = resize == "no-aspect-ratio"
+        image = cv2.resize(image, inner if exact else (int(width * scale_x), int(height * scale_y)))
     left = top = 0
     if crop:
         over_x, over_y = max(0, image.shape[1] - inner[0]), max(0, image.shape[0] - inner[1])
