@@ -150,6 +150,17 @@ def test_thin_pictures(pipe: Pipeline, size: tuple[int, int]) -> None:
     assert (found.boxes <= [*size, *size]).all()
 
 
+def test_labels_of_a_list_come_back_as_given(pipe: Pipeline) -> None:
+    given = ["Clouds", "Red Cat", "a horse.", "red  cat"]
+    result: Any = pipe(picture(), text=given, threshold=0.0, nms=1.0)
+    found = result.detections[0]
+    assert list(found.names) == given
+    assert set(found.labels) <= {"Clouds", "Red Cat", "a horse."}, "of two that are alike, the first"
+    plain: Any = pipe(picture(), text="clouds. red cat. a horse.", threshold=0.0, nms=1.0)
+    assert [label.lower().rstrip(".") for label in found.labels] == plain.detections[0].labels
+    assert "read as: clouds. red cat. a horse." in result.warnings[0]
+
+
 def test_nothing_to_look_for(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="say what to look for"):
         pipe(picture())

@@ -12,6 +12,7 @@ from ovforge._exports import lazy
 if TYPE_CHECKING:
     from ovforge.model.arrays import reading_arrays
     from ovforge.model.bundle import Control, ModelBundle, Places, Roles, read_json, read_model
+    from ovforge.model.companions import external_data
     from ovforge.model.detections import DetectInputs, Detections, DetectionsResult, DetectorSpec, draw
     from ovforge.model.memory import temporary_files
     from ovforge.model.metrics import MAX_PSNR, METRICS, Metric, gmsd, psnr, ssim
@@ -59,6 +60,7 @@ __all__ = [
     "core",
     "digest_picture",
     "draw",
+    "external_data",
     "fresh_seed",
     "gmsd",
     "named_path",
@@ -83,6 +85,7 @@ __getattr__, __dir__ = lazy(
     {
         "arrays": ["reading_arrays"],
         "bundle": ["Control", "ModelBundle", "Places", "Roles", "read_json", "read_model"],
+        "companions": ["external_data"],
         "detections": ["DetectInputs", "Detections", "DetectionsResult", "DetectorSpec", "draw"],
         "memory": ["temporary_files"],
         "metrics": ["MAX_PSNR", "METRICS", "Metric", "gmsd", "psnr", "ssim"],

@@ -34,19 +34,22 @@ def companions(path: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def external_data(path: Path) -> list[str]:
+def external_data(model: Path | bytes, *, outside: bool = False) -> list[str]:
     """Return the relative paths of the files that an ONNX model keeps weights in, in the order of their first use.
 
-    Paths that leave the model's folder are left out: the runtime refuses them.
+    Paths that leave the model's folder, which the runtime refuses, are left out, or are the only ones (`outside`).
     """
-    if path.stat().st_size == 0:
+    if isinstance(model, bytes):
+        found = dict.fromkeys(_locations(model))
+    elif model.stat().st_size == 0:
         return []
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = dict.fromkeys(_locations(content))
-    return [location for location in found if _stays_inside(location)]
+    else:
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = dict.fromkeys(_locations(content))
+    return [location for location in found if _stays_inside(location) != outside]
 
 
-def _locations(content: mmap.mmap) -> Iterator[str]:
+def _locations(content: mmap.mmap | bytes) -> Iterator[str]:
     position = content.find(_LOCATION)
     while position >= 0:
         begin = position + len(_LOCATION)

@@ -46,7 +46,7 @@ class DetectorSpec(BaseModel):
 
     kind "classes": input pixel_values; outputs logits (pictures, queries, classes) and boxes as above.
 
-    kind "described": any input and outputs; `outputs` are the descriptions of output_postproc in Intel's model-proc.
+    kind "described": any input and outputs; `inputs` and `outputs` are what a model-proc of DL Streamer says of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,35 +54,54 @@ class DetectorSpec(BaseModel):
     kind: Literal["text", "classes", "described"]
     shortest: int | None = Field(None, gt=0, description="Shortest side that pictures are scaled to, in pixels.")
     longest: int | None = Field(None, gt=0, description="Longest side that it may lead to.")
-    height: int | None = Field(None, gt=0, description="Height that all pictures are scaled to, in pixels.")
-    width: int | None = Field(None, gt=0, description="Width that all pictures are scaled to, in pixels.")
-    keep_ratio: bool = Field(False, description="Scale into height and width and fill up below and right.")
-    fill: int = Field(0, ge=0, le=255, description="What it is filled up with.")
+    height: int | None = Field(None, gt=0, description="Height of the input, in pixels; without it any.")
+    width: int | None = Field(None, gt=0, description="Width of the input, in pixels.")
+    resize: Literal["stretch", "fit", "none"] = Field(
+        "stretch",
+        description="Without `shortest`: to the input's size, into it with the picture's shape, or not at all.",
+    )
+    bounds: tuple[int, int] | None = Field(
+        None, description="Height and width that pictures are scaled to or into, if they are not the input's."
+    )
+    resample: Literal["linear", "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = Field(
+        "bilinear", description="Filter that scales. All average what they shrink, but linear, which is OpenCV's."
+    )
+    crop: Literal["none", "central", "central-resize", "top_left", "top_right", "bottom_left", "bottom_right"] = Field(
+        "none", description="Part that is kept of a scaled picture that is larger than the input."
+    )
+    margin: tuple[int, int] = Field((0, 0), description="Pixels left and right, above and below, that stay empty.")
+    centred: bool = Field(False, description="Whether a picture smaller than the input lies in its middle.")
+    multiple: int = Field(1, gt=0, description="The sides of the input are multiples of it.")
+    fill: tuple[float, ...] = Field((0.0,), description="Pixel around the picture, before it is normalized.")
     colours: Literal["RGB", "BGR"] = "RGB"
+    channels: Literal[1, 3, 4] = Field(3, description="Of the input: grey, colours, or colours and opacity.")
     scale: float = Field(1 / 255, description="Pixels are multiplied by it, ...")
-    mean: tuple[float, float, float] = Field((0.0, 0.0, 0.0), description="... the mean is taken off, ...")
-    std: tuple[float, float, float] = Field((1.0, 1.0, 1.0), description="... and the rest divided by the deviation.")
-    threshold: float = Field(0.5, ge=0, le=1, description="Score that boxes need, where the user names none.")
+    mean: tuple[float, ...] = Field((0.0, 0.0, 0.0), description="... the mean is taken off, ...")
+    std: tuple[float, ...] = Field((1.0, 1.0, 1.0), description="... and the rest divided by the deviation.")
+    threshold: float = Field(0.5, ge=0, le=1, description="Score that boxes need if the user names none.")
     nms: float | None = Field(None, ge=0, le=1, description="Overlap (IoU) above which the lower score goes.")
     labels: tuple[str, ...] = Field((), description="Names of classes, by their number.")
-    queries: int = Field(0, ge=0, description="Places that the picture must have at the least.")
+    queries: int = Field(0, ge=0, description="Fewest places that the picture may have.")
     strides: tuple[int, ...] = Field((), description="Strides of the feature maps.")
     max_tokens: int = Field(256, gt=2)
     delimiters: tuple[int, ...] = Field((), description="Ids of the tokens that end phrases; the first begins a text.")
     outputs: tuple[dict[str, Any], ...] = ()
     input: str = Field("pixel_values", description="Name of the input that takes pictures.")
+    inputs: tuple[dict[str, Any], ...] = Field((), description="Further inputs, and what they are filled with.")
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    notes: tuple[str, ...] = Field((), description="What results say of how the model was described.")
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str = "detector/config.json") -> DetectorSpec:
-        """Return the spec in a role's config. Raises ModelError where there is none."""
+        """Return the spec in a role's config. Raises ModelError if there is none."""
         try:
             return cls.model_validate(config[KEY])
         except KeyError:
             raise ModelError(
                 f'it does not say how it is used: the key "{KEY}" is missing',
                 where=where,
-                hint='Give a model of another origin with load.use = "model-proc", and a description of its outputs.',
+                hint="Describe a model of another origin by a model-proc file: `ovforge detect --model-proc FILE`, or "
+                'load.use = "model-proc" with load.proc.',
             ) from None
         except ValidationError as error:
             first = error.errors()[0]

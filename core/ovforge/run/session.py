@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
@@ -74,13 +75,23 @@ class Session:
 
         What is encrypted is opened by the plugin that knows it. Raises ModelError or ConfigError if that cannot be.
         """
-        source = FileSource(named_path(text, base), text, self.memo)
-        source.trusted = text.startswith(PACKAGE)
-        return self._opened(source)
+        return self._open(named_path(text, base), name=text, trusted=text.startswith(PACKAGE))
 
     def open_file(self, path: Path) -> Source:
         """Open a file or folder that an option names."""
-        return self._opened(FileSource(path, memo=self.memo, on_read=self._note))
+        return self._open(path, on_read=self._note)
+
+    def _open(self, path: Path, *, trusted: bool = False, **how: Any) -> Source:
+        """Open what lies at a path; a file that is there in an encrypted form alone opens by its plain name, too."""
+        if not path.exists():
+            longer = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*") if file.is_file()]
+            for file in longer if len(longer) == 1 else ():
+                source = self._opened(FileSource(file, memo=self.memo, **how))
+                if source.protection is not None:
+                    return source
+        plain = FileSource(path, memo=self.memo, **how)
+        plain.trusted = trusted
+        return self._opened(plain)
 
     def _note(self, path: Path) -> None:
         if self._read is not None:

@@ -95,18 +95,33 @@ def test_onnx_with_weights_in_other_files(tmp_path: Path, key: Key, monkeypatch:
     graph = onnx.helper.make_graph([node], "g", [x], [y], [onnx.numpy_helper.from_array(weights, "w")])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     plain = tmp_path / "plain"
-    plain.mkdir()
-    onnx.save(model, plain / "m.onnx", save_as_external_data=True, location="m.onnx_data", size_threshold=0)
-    files.encrypt(plain, tmp_path / "enc", key)
+    (plain / "weights").mkdir(parents=True)
+    onnx.save(model, plain / "m.onnx", save_as_external_data=True, location="weights/m.onnx_data", size_threshold=0)
     ones = np.ones((1, 3), np.float32)
-    found = testing.run(opened(tmp_path / "enc", key).models["model"], {"x": ones})["y"]
-    np.testing.assert_allclose(found, ones @ weights)
-    # Alone it has no weights; those that somebody laid into the current folder are not taken.
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "m.onnx_data").write_bytes(bytes(12000))
+    # A folder, or the model by itself, which takes its weights along; then the folder, or the model in it by its name.
+    for source in (plain, plain / "m.onnx"):
+        target = tmp_path / f"enc-{source.name}"
+        files.encrypt(source, target, key)
+        assert sorted(path.name for path in target.rglob("*.ovenc")) == ["m.onnx.ovenc", "m.onnx_data.ovenc"]
+        for named in (target, target / "m.onnx.ovenc", target / "m.onnx"):
+            found = testing.run(opened(named, key).models["model"], {"x": ones})["y"]
+            np.testing.assert_allclose(found, ones @ weights)
+    files.decrypt(tmp_path / "enc-m.onnx", tmp_path / "back", key)
+    assert (tmp_path / "back" / "weights" / "m.onnx_data").read_bytes() == weights.tobytes()
+    # Without them it is refused; those that somebody laid into the current folder are not taken.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "enc-m.onnx" / "m.onnx.ovenc", alone)
+    (tmp_path / "here" / "weights").mkdir(parents=True)
+    (tmp_path / "here" / "weights" / "m.onnx_data").write_bytes(bytes(12000))
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ModelError, match="m.onnx_data is missing"):
-        opened(tmp_path / "enc" / "m.onnx.ovenc", key).models["model"]
+        opened(alone / "m.onnx.ovenc", key).models["model"]
+    (plain / "weights" / "m.onnx_data").unlink()
+    with pytest.raises(ModelError, match="its weights are not in its folder"):
+        files.encrypt(plain / "m.onnx", tmp_path / "none", key)
+    with pytest.raises(ModelError, match="no such file"):
+        opened(tmp_path / "enc-plain" / "n.onnx", key)
 
 
 def test_formats_that_need_files_are_refused_where_there_are_none_in_memory(

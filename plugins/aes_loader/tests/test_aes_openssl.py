@@ -239,3 +239,69 @@ def test_decrypting_gives_the_files_back(ir: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in written) == ["openvino_model.bin", "openvino_model.xml"]
     for path in written:
         assert path.read_bytes() == (ir.parent / path.name).read_bytes() and path.stat().st_mode & 0o777 == 0o600
+
+
+LEGACY = ["-aes-256-cbc", "-pass", "pass:pass words"]
+
+
+def with_words(**options: Any) -> Key:
+    return Key(KeyOptions(function=lambda: "pass words", form="passphrase", cipher="aes-256-cbc", **options))
+
+
+@needs_openssl
+@pytest.mark.parametrize("digest", ["sha256", "md5", "sha512"])
+def test_files_made_without_pbkdf2_are_named_and_open(digest: str, tmp_path: Path) -> None:
+    plain, sealed, back = tmp_path / "x.bin", tmp_path / "x.bin.enc", tmp_path / "back"
+    plain.write_bytes(os.urandom(5003))
+    openssl(*LEGACY, "-md", digest, "-in", plain, "-out", sealed)
+    legacy = with_words(kdf="legacy", digest=digest)
+    assert content(opened(sealed, legacy)) == plain.read_bytes()
+    files.encrypt_openssl(plain, tmp_path / "ours", legacy)
+    openssl("-d", *LEGACY, "-md", digest, "-in", tmp_path / "ours", "-out", back)
+    assert back.read_bytes() == plain.read_bytes()
+    with pytest.raises(ModelError, match="made without -pbkdf2") as caught:
+        for _ in range(8):  # one wrong key in 256 passes for padding: then another salt is tried
+            opened(sealed, with_words(digest="sha512" if digest == "sha512" else "sha256"))
+            openssl(*LEGACY, "-md", digest, "-in", plain, "-out", sealed)
+    assert 'kdf = "legacy"' in str(caught.value) and ("md5" in str(caught.value)) == (digest == "md5")
+
+
+@needs_openssl
+@pytest.mark.parametrize("how", ["-a", "-A"])
+def test_base64_is_read(how: str, ir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    flags = ["-a", "-A"] if how == "-A" else ["-a"]
+    for suffix in (".xml", ".bin"):
+        plain = ir.with_suffix(suffix)
+        openssl(
+            "-aes-256-cbc",
+            "-pbkdf2",
+            "-pass",
+            "pass:pass words",
+            *flags,
+            "-in",
+            plain,
+            "-out",
+            folder / f"m{suffix}.enc",
+        )
+    key = {"function": lambda: "pass words", "form": "passphrase", "cipher": "aes-256-cbc"}
+    with pytest.warns(UserWarning, match="no authentication"):
+        source = Session(key=key).open_source(str(folder), Path())
+    assert source.read("m.bin") == ir.with_suffix(".bin").read_bytes()
+    assert source.read("m.xml") == ir.read_bytes()
+    damaged = folder / "m.bin.enc"
+    damaged.write_bytes(damaged.read_bytes() + b"!")
+    with pytest.raises(ModelError, match="is not base64 to its end"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Session(key=key).open_source(str(folder), Path())
+
+
+@needs_openssl
+def test_base64_by_key_and_iv(tmp_path: Path) -> None:
+    plain, sealed = tmp_path / "x.bin", tmp_path / "x.bin.enc"
+    plain.write_bytes(os.urandom(4000))
+    openssl("-aes-128-cbc", "-a", "-in", plain, "-out", sealed, "-K", "0f" * 16, "-iv", "f0" * 16)
+    key = {"function": lambda: "0f" * 16, "cipher": "aes-128-cbc", "iv": "f0" * 16}
+    with pytest.warns(UserWarning, match="no authentication"):
+        assert Session(key=key).open_source(str(sealed), Path()).read("x.bin") == plain.read_bytes()

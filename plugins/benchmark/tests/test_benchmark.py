@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -29,7 +31,9 @@ from ovforge.errors import DeviceError, InputError, ModelError, OvforgeError
 from ovforge_benchmark.against import interval
 from ovforge_benchmark.feeds import make_feeds
 from ovforge_benchmark.flags import parser
+from ovforge_benchmark.operators import counters
 from ovforge_benchmark.prepare import prepare
+from ovforge_benchmark.reports import write_counters
 from ovforge_benchmark.schema import Benchmark
 from ovforge_benchmark.shapes import describe_inputs
 from ovforge_benchmark.statistics import histogram, percentile, summary, timeline
@@ -144,11 +148,80 @@ def test_a_model_is_run_as_often_as_asked_and_all_is_counted(api: str, models: P
         "benchmark_detailed_counters_report.csv",
         "benchmark_report.csv",
     ]
-    rows = list(csv.DictReader((folder / "benchmark_detailed_counters_report.csv").open()))
-    assert {row["request"] for row in rows} == {str(n) for n in range(said.ran["requests"])}
+    text = (folder / "benchmark_detailed_counters_report.csv").read_text()
+    assert text.count("\nTotal;;;;") == said.ran["requests"]
     assert Benchmark.model_validate_json((tmp_path / "r.json").read_text()) == said
     again = report(models / "image.xml", "-load_config", config, "-niter", 1, "-api", api)
     assert again.ran["NUM_STREAMS"] == "1"
+
+
+def test_layers_are_reported_as_benchmark_app_does(models: Path, tmp_path: Path) -> None:
+    """The same request's counters through the reports of openvino.tools.benchmark, byte for byte."""
+    theirs = pytest.importorskip("openvino.tools.benchmark.utils.statistics_report")
+    compiled = ov.Core().compile_model(models / "image.xml", "CPU", {"PERF_COUNT": True})
+    requests = [compiled.create_infer_request() for _ in range(2)]
+    for request in requests:
+        request.infer([np.ones((1, 3, 16, 24), np.float32)])
+    infos = [request.profiling_info for request in requests]
+    each = [counters(one) for one in infos]
+    done = report(models / "image.xml", "-niter", 1, "-api", "sync")
+    for kind in ("detailed_counters", "average_counters"):
+        for suffix, made in (("csv", theirs.CsvStatisticsReport), ("json", theirs.JsonStatisticsReport)):
+            ours, other = tmp_path / kind / suffix, tmp_path / f"app-{kind}" / suffix
+            for folder in (ours, other):
+                folder.mkdir(parents=True)
+            flags = {
+                "report_folder": ours,
+                "report_type": kind,
+                "json_stats": suffix == "json",
+                "perf_counts_sort": "sort",
+            }
+            write_counters(flags, done, each)
+            made(theirs.StatisticsReport.Config(kind, str(other))).dump_performance_counters(
+                [request.profiling_info for request in requests]
+            )
+            name = f"benchmark_{kind}_report.{suffix}"
+            if (kind, suffix) != ("average_counters", "json"):  # of which benchmark_app writes the first layer alone
+                assert _parsed(ours / name) == _parsed(other / name)
+            ordered = (ours / f"benchmark_sorted_report.{suffix}").read_text()
+            assert ("layerName,execStatus,layerType,execType,realTime (ms),cpuTime (ms)," in ordered) == (
+                suffix == "csv"
+            )
+            assert "Convolution" in ordered
+
+
+def _parsed(path: Path) -> Any:
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else text
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "MULTI:CPU", "HETERO:CPU"])
+def test_settings_of_combined_devices_go_round(device: str, models: Path, tmp_path: Path) -> None:
+    theirs = pytest.importorskip("openvino.tools.benchmark.utils.utils")
+    config, again = tmp_path / "config.json", tmp_path / "again.json"
+    asked = ("-d", device, "-niter", 1, "-api", "async")
+    first = report(
+        models / "image.xml", *asked, "-nstreams", "CPU:2", "-infer_precision", "CPU:f32", "-dump_config", config
+    )
+    second = report(models / "image.xml", *asked, "-load_config", config, "-dump_config", again)
+    assert first.precision == second.precision == {"CPU": "f32"}
+    assert first.ran["CPU.NUM_STREAMS"] == second.ran["CPU.NUM_STREAMS"] == "2"
+    assert json.loads(config.read_text()) == json.loads(again.read_text())
+    read: dict[str, Any] = {}
+    theirs.load_config(config, read)
+    name = device.partition(":")[0]
+    assert read[name]["DEVICE_PROPERTIES"] == {"CPU": {"NUM_STREAMS": "2", "INFERENCE_PRECISION_HINT": "f32"}}
+    nested = {name: {"PERFORMANCE_HINT": "", "PERF_COUNT": "NO", "DEVICE_PROPERTIES": {"CPU": {"NUM_STREAMS": "2"}}}}
+    for value in (nested, {name: {"DEVICE_PROPERTIES": "{'CPU': {'NUM_STREAMS': '2'}}"}}):
+        config.write_text(json.dumps(value))
+        assert report(models / "image.xml", *asked, "-load_config", config).ran["CPU.NUM_STREAMS"] == "2"
+
+
+def test_pictures_of_any_size_are_not_taken_for_bytes(models: Path) -> None:
+    said = report(models / "open.xml", "-data_shape", "[1,3,8,8]", "-niter", 1)
+    assert said.inputs[0].type == "f32"
+    limited = report(models / "open.xml", "-shape", "[1,3,1..8,1..8]", "-data_shape", "[1,3,8,8]", "-niter", 1)
+    assert limited.inputs[0].type == "u8"
 
 
 def test_groups_of_shapes_are_fed_in_turn(models: Path) -> None:
@@ -225,6 +298,12 @@ def test_inputs_come_from_files_and_numbers_stay_in_the_table(models: Path, tmp_
         (["image.xml", "-i", "nowhere"], InputError, "no such file"),
         (["image.xml", "-infer_precision", "f99"], OvforgeError, ""),
         (["image.xml", "-load_config", "nowhere.json"], InputError, "no such file"),
+        (["image.xml", "-data_shape", "[1,3,8,8]"], InputError, "does not fit"),
+        (["image.xml", "-b", "0"], InputError, "a batch of 0"),
+        (["open.xml", "-shape", "[0,3,8,8]"], InputError, "a side is 0"),
+        (["open.xml", "-data_shape", "[1,3,0,8]"], InputError, "a side is 0"),
+        (["image.xml", "-i", "nope:a.npy"], InputError, "has no input 'nope'"),
+        (["image.xml", "-i", "imag:a.npy"], InputError, "Did you mean 'image'"),
         (["image.xml", "-o", "nowhere/r"], InputError, "no such folder"),
         (["two.xml", "-i", "a:wrong.npy"], InputError, "holds float64"),
         (["two.xml", "-data_shape", "[2,4]", "-i", "short.bin"], InputError, "3 bytes"),
@@ -350,3 +429,19 @@ def test_prepared_models_are_fed_what_the_flags_say(models: Path) -> None:
     prepared = prepare(flags_of(models / "image.xml", "-ip", "f16", "-op", "f32", "-iop", "y:f16", "-api", "sync"))
     assert prepared.inputs[0].type == ov.Type.f16
     assert prepared.compiled.output(0).get_element_type() == ov.Type.f16, "-iop comes first"
+
+
+def test_the_documented_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every `ovforge benchmark` of the page that names a model, on those that are shipped; two iterations of each."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/plugins/benchmark.md").read_text()
+    model = re.search(r"^MODEL=(.*)$", page, re.MULTILINE)
+    assert model
+    text = page.replace("\\\n", " ").replace("$MODEL", model[1])
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^ovforge benchmark .*$", text, re.MULTILINE)]
+    models = [command for command in commands if not command[0].endswith(".toml")]
+    assert len(models) >= 3 and all(Path(one[0]).exists() for one in commands if not one[0].startswith("package:"))
+    for command in models:
+        short = command[: command.index("--against")] if "--against" in command else command
+        done = report(*[part for part in short if part not in ("-pc", "-t", "10")], "-niter", 2)
+        assert done.iterations >= 2 and done.precision

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openvino import opset13 as ops
 from PIL import Image
 
 import ovforge
@@ -26,8 +26,9 @@ from ovforge.run.pipeline import Pipeline
 from ovforge_detection.decode import Found, decode_classes, suppress
 from ovforge_detection.detr import DetrLoader, DetrOptions
 from ovforge_detection.examples import scene
-from ovforge_detection.phrases import normalized, phrase_masks
+from ovforge_detection.phrases import phrase_masks, wanted
 from ovforge_detection.prepare import prepare
+from ovforge_detection.task import Detect, DetectOptions
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -56,14 +57,18 @@ def test_masks_of_phrases_are_those_of_transformers(inside: list[int]) -> None:
 
 
 def test_texts_are_normalized_and_said() -> None:
-    assert normalized("horse. red cat.") == (["horse", "red cat"], [])
-    assert normalized(["horse", "red cat"]) == (["horse", "red cat"], [])
-    phrases, said = normalized(" Horse.  RED  cat.. horse?")
-    assert phrases == ["horse", "red cat"]
-    assert said == ["the text is read as: horse. red cat."]
-    for nothing in ("", " . ", [], [""]):
+    for text in ("horse. red cat.", ["horse", "red cat"]):
+        assert (wanted(text).names, wanted(text).notes) == (["horse", "red cat"], ())
+    sought = wanted(" Horse.  RED  cat.. horse?")
+    assert sought.names == sought.phrases == ["horse", "red cat"]
+    assert list(sought.notes) == ["the text is read as: horse. red cat."]
+    names = ["Red House", "Dr. Pepper can", "Red  house", "x"]
+    sought = wanted(names)
+    assert (sought.names, sought.phrases) == (names, ["red house", "dr pepper can", "x"])
+    assert (list(sought.firsts), len(sought.notes)) == ([0, 1, 3], 1)
+    for nothing in ("", " . ", [], [""], ["cat", " ."]):
         with pytest.raises(InputError, match="nothing to look for"):
-            normalized(nothing)
+            wanted(nothing)
 
 
 @settings(max_examples=15, deadline=None)
@@ -131,10 +136,10 @@ def test_outputs_of_rt_detr_are_those_of_transformers(rt_detr: tuple[Path, Any])
     agree(*rt_detr)
 
 
-def agree(folder: Path, model: Any) -> None:
+def agree(folder: Path, model: Any, height: int = 192, width: int = 256) -> None:
     """Check logits and boxes of three pictures. Queries are a set: places that score alike come in any order."""
     converted = DetrLoader(DetrOptions(weights="f32")).load(FileSource(folder)).models["detector"]
-    pixels = torch.rand(3, 3, 192, 256, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(3, 3, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(pixel_values=pixels)
     found = core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({0: pixels.numpy()})
@@ -142,6 +147,73 @@ def agree(folder: Path, model: Any) -> None:
     theirs = np.concatenate([expected.logits.numpy(), expected.pred_boxes.numpy()], -1)
     nearest = np.abs(ours[:, :, None] - theirs[:, None]).max(-1).min(2)
     assert np.quantile(nearest, 0.97) < 1e-3
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "plain": {"size": {"height": 96, "width": 128}, "resample": 3},
+    "nearest": {"size": {"height": 96, "width": 128}, "resample": 0, "do_rescale": False},
+    "normalized": {"size": {"height": 96, "width": 128}, "do_normalize": True, "image_mean": [0.4, 0.5, 0.6]},
+    "edges": {"size": {"shortest_edge": 96, "longest_edge": 128}},
+    "most": {"size": {"max_height": 96, "max_width": 200}},
+    "as it is": {"do_resize": False},
+    "padded": {
+        "size": {"shortest_edge": 90, "longest_edge": 120},
+        "do_pad": True,
+        "pad_size": {"height": 160, "width": 128},
+    },
+    "padded as it is": {"do_resize": False, "do_pad": True, "pad_size": {"height": 224, "width": 192}},
+    "stretched, padded": {"size": {"height": 80, "width": 70}, "do_pad": True, "pad_size": {"height": 96, "width": 96}},
+}
+
+
+def spec_of(folder: Path, **options: Any) -> DetectorSpec:
+    return DetectorSpec.of(DetrLoader(DetrOptions(**options)).load(FileSource(folder)).configs["detector"])
+
+
+@pytest.fixture
+def detr_files(rt_detr: tuple[Path, Any], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(rt_detr[0], tmp_path / "m"))
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_pictures_are_prepared_whatever_the_processor_does(kind: str, detr_files: Path) -> None:
+    processor = transformers.RTDetrImageProcessorPil(**PROCESSORS[kind])
+    processor.save_pretrained(detr_files)
+    size = {"as it is": (160, 128), "edges": (256, 192), "most": (160, 120)}.get(kind, (160, 192))
+    image = scene(3)[0].resize(size)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    prepared = prepare(image, spec_of(detr_files))
+    np.testing.assert_allclose(prepared.pixels, expected, atol=1e-5)
+    whole = np.array([[0, 0, prepared.content[1], prepared.content[0]]], np.float32)
+    np.testing.assert_allclose(prepared.restored(whole), [[0, 0, *size]], rtol=1e-6)
+
+
+def test_outputs_at_any_size_are_those_of_transformers(rt_detr: tuple[Path, Any], detr_files: Path) -> None:
+    transformers.RTDetrImageProcessorPil(do_resize=False).save_pretrained(detr_files)
+    agree(detr_files, rt_detr[1], 160, 224)
+    with pytest.raises(InputError, match="comes to 100x90, and the model takes multiples of 32"):
+        prepare(Image.new("RGB", (100, 90)), spec_of(detr_files))
+    fixed = spec_of(detr_files, height=96, width=128)
+    assert prepare(Image.new("RGB", (100, 90)), fixed).canvas == (96, 128)
+
+
+def test_image_processors_that_are_not_understood(detr_files: Path) -> None:
+    for change, match in (({"image_processor_type": "CLIPImageProcessor"}, "not known"), ({"size": 7}, "scaled")):
+        (detr_files / "preprocessor_config.json").write_text(json.dumps(change))
+        with pytest.raises(ModelError, match=match):
+            spec_of(detr_files)
+
+
+def test_anchors_of_another_size(rt_detr: tuple[Path, Any], detr_files: Path) -> None:
+    config = json.loads((detr_files / "config.json").read_text())
+    (detr_files / "config.json").write_text(json.dumps({**config, "anchor_image_size": [640, 640]}))
+    agree(detr_files, rt_detr[1])
+
+
+def test_a_size_for_a_model_that_has_one(pipe: Pipeline) -> None:
+    context: Any = pipe.task._bundle  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="the model's input is 192x256"):
+        Detect(DetectOptions(size=(64, 64)), SimpleNamespace(bundle=context))  # type: ignore[arg-type]
 
 
 def test_classes_are_decoded_as_transformers_does() -> None:
@@ -207,7 +279,7 @@ def test_which_of_the_models_classes(pipe: Pipeline) -> None:
     assert set(cars.detections[0].labels) <= {"car", "person"}
     expected = [label for label in everything.detections[0].labels if label in ("car", "person")]
     assert cars.detections[0].labels == expected
-    with pytest.raises(InputError, match="knows no 'cars'. Did you mean 'car'"):
+    with pytest.raises(InputError, match="does not know 'cars'. Did you mean 'car'"):
         pipe(image, text="cars")
 
 
@@ -223,132 +295,10 @@ def test_several_at_once_are_the_same(rt_detr: tuple[Path, Any], pipe: Pipeline)
     testing.check_task(ovforge_detection, "detect", pipe.task)
 
 
-# -- described models ---------------------------------------------------------------------------------------------
+# -- results ------------------------------------------------------------------------------------------------------
+
 
 BOXES = np.array([[20, 30, 80, 90], [100, 10, 120, 60]], np.float32)
-CLASSES = [1, 2]
-
-
-def write_model(folder: Path, output: np.ndarray, description: dict[str, Any], **preprocessing: Any) -> Path:
-    """Write a model of input (1, 3, 96, 128) that always answers `output`, and its model-proc."""
-    image = ops.parameter([1, 3, 96, 128], np.float32, name="data")
-    nothing = ops.multiply(ops.reduce_mean(image, np.array([0, 1, 2, 3]), False), np.float32(0))
-    answer = ops.add(ops.constant(output.astype(np.float32)), nothing)
-    model = ov.Model([answer], [image], "answers")
-    model.inputs[0].get_tensor().set_names({"data"})
-    model.outputs[0].get_tensor().set_names({"out"})
-    folder.mkdir(exist_ok=True)
-    ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
-    proc = {
-        "json_schema_version": "2.2.0",
-        "input_preproc": [{"format": "image", "layer_name": "data", "params": preprocessing}] if preprocessing else [],
-        "output_postproc": [{"layer_name": "out", "labels": ["background", "cat", "dog"], **description}],
-    }
-    (folder / "model-proc.json").write_text(json.dumps(proc))
-    return folder
-
-
-def ssd() -> tuple[np.ndarray, dict[str, Any]]:
-    rows = [[0, c, 0.9, *(box / [128, 96, 128, 96])] for c, box in zip(CLASSES, BOXES, strict=True)]
-    rows += [[0, 1, 0.1, 0, 0, 1, 1], [-1, 0, 0, 0, 0, 0, 0], [0, 1, 0.99, 0, 0, 1, 1]]
-    return np.array([[rows]]), {"converter": "detection_output"}
-
-
-def centres() -> np.ndarray:
-    return np.concatenate([(BOXES[:, :2] + BOXES[:, 2:]) / 2, BOXES[:, 2:] - BOXES[:, :2]], 1)
-
-
-def yolo_v8() -> tuple[np.ndarray, dict[str, Any]]:
-    output = np.zeros((1, 7, 50))
-    output[0, :4, 3:5] = centres().T
-    output[0, [4 + c for c in CLASSES], [3, 4]] = 0.9
-    output[0, :4, 5], output[0, 5, 5] = centres()[0] + 2, 0.8  # the same cat again
-    return output, {"converter": "yolo_v8", "iou_threshold": 0.5}
-
-
-def yolo_v5() -> tuple[np.ndarray, dict[str, Any]]:
-    output = np.zeros((1, 50, 8))
-    output[0, 7:9, :4], output[0, 7:9, 4] = centres(), 0.95
-    output[0, [7, 8], [5 + c for c in CLASSES]] = 0.95
-    return output, {"converter": "yolo_v5", "iou_threshold": 0.5}
-
-
-def grid(v5: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    """Write boxes into a grid of 4 x 3 cells with two anchors, by YOLO's formulas turned round."""
-    anchors = np.array([[30, 30], [20, 50]], np.float32)
-    output = np.full((2, 8, 3, 4), -8.0)
-    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
-    for (x, y, w, h), c in zip(centres(), CLASSES, strict=True):
-        anchor, column, row = c - 1, int(x / 32), int(y / 32)
-        inside = np.array([x / 32 - column, y / 32 - row])
-        extent = np.array([w, h]) / anchors[anchor]
-        cell = output[anchor, :, row, column]
-        cell[:2] = logit((inside + 0.5) / 2) if v5 else logit(np.clip(inside, 1e-4, 1 - 1e-4))
-        cell[2:4] = logit(np.sqrt(extent) / 2) if v5 else np.log(extent)
-        cell[[4, 5 + c]] = 4
-    description = {"anchors": anchors.ravel().tolist(), "masks": {"4": [0, 1]}, "bbox_number_on_cell": 2, "classes": 3}
-    kind = "yolo_v5" if v5 else "tensor_to_bbox_yolo_v3"
-    return output.reshape(1, 16, 3, 4), {"converter": kind, "output_sigmoid_activation": True, **description}
-
-
-DESCRIBED = {
-    "ssd": ssd, "yolo-v8": yolo_v8, "yolo-v5": yolo_v5, "yolo-v5-grid": lambda: grid(True),
-    "yolo-v3-grid": lambda: grid(False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", DESCRIBED)
-def test_ready_models_are_decoded_by_their_description(kind: str, tmp_path: Path) -> None:
-    output, description = DESCRIBED[kind]()
-    folder = write_model(tmp_path / "m", output, description)
-    pipe = ovforge.load(config_of(folder, use="model-proc"), cache=None)
-    result: Any = pipe(Image.new("RGB", (256, 96)))
-    found = result.detections[0]
-    order = np.argsort(found.classes)
-    assert [found.labels[n] for n in order] == ["cat", "dog"]
-    np.testing.assert_allclose(found.boxes[order], BOXES * [2, 1, 2, 1], atol=0.05)
-
-
-def test_pictures_are_fitted_as_the_description_says(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m", *yolo_v8(), resize="aspect-ratio", color_space="RGB", range=[0.0, 1.0])
-    pipe = ovforge.load(config_of(folder, use="model-proc"), cache=None)
-    spec: DetectorSpec = pipe.task.spec  # type: ignore[attr-defined]
-    assert (spec.colours, spec.keep_ratio, round(1 / spec.scale)) == ("RGB", True, 255)
-    found: Any = pipe(Image.new("RGB", (256, 96)), text="cat").detections[0]  # type: ignore[attr-defined]
-    np.testing.assert_allclose(found.boxes, [[40, 60, 160, 96]], atol=0.1)  # below, the picture ends
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"converter": "tensor_to_label"}, "converter 'tensor_to_label' is not known"),
-        ({"layer_name": "other"}, "has no output 'other'"),
-        ({"colour": 1}, "'colour' is not understood"),
-        ({"converter": "yolo_v5"}, "no anchors|a grid"),
-        ({"converter": "yolo_v8"}, "no output as it is described"),
-    ],
-)
-def test_descriptions_that_do_not_fit(change: dict[str, Any], match: str, tmp_path: Path) -> None:
-    output, description = ssd()
-    folder = write_model(tmp_path / "m", output, {**description, **change})
-    with pytest.raises(ModelError, match=match):
-        ovforge.load(config_of(folder, use="model-proc"), cache=None)(Image.new("RGB", (20, 20)))
-
-
-def test_a_model_that_says_nothing_of_itself(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m", *ssd())
-    (folder / "model-proc.json").unlink()
-    with pytest.raises(ModelError, match="no model-proc"):
-        ovforge.load(config_of(folder, use="model-proc"), cache=None)
-    (folder / "model-proc.json").write_text('{"output_postproc": []}')
-    with pytest.raises(ModelError, match="no list of descriptions"):
-        ovforge.load(config_of(folder, use="model-proc"), cache=None)
-    with pytest.raises(ConfigError, match="the model's own is 96"):
-        write_model(tmp_path / "m", *ssd())
-        ovforge.load(config_of(folder, use="model-proc", height=64), cache=None)
-
-
-# -- results ------------------------------------------------------------------------------------------------------
 
 
 def result_of(*pictures: Any) -> DetectionsResult:
@@ -389,7 +339,6 @@ def test_contract(rt_detr: tuple[Path, Any], tmp_path: Path) -> None:
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "clip"}')
     testing.check_loader(ovforge_detection, "detr", rt_detr[0], other)
-    testing.check_loader(ovforge_detection, "model-proc", write_model(tmp_path / "m", *ssd()), other)
 
 
 def test_bad_input(pipe: Pipeline, tmp_path: Path) -> None:
@@ -401,7 +350,7 @@ def test_bad_input(pipe: Pipeline, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=match):
             pipe(image)
     (tmp_path / "text.png").write_text("this is no picture")
-    with pytest.raises(InputError, match="no readable picture"):
+    with pytest.raises(InputError, match="not a readable picture"):
         pipe(tmp_path / "text.png")
     with pytest.raises(ConfigError, match="threshold"):
         pipe(Image.new("RGB", (9, 9)), threshold=1.5)

@@ -18,6 +18,7 @@ from ovforge_stable_diffusion.controls import condition
 from ovforge_stable_diffusion.inputs import Control, ImageToImageInputs, InpaintingInputs
 from ovforge_stable_diffusion.latents import read_latents
 from ovforge_stable_diffusion.prompts import parse
+from ovforge_stable_diffusion.request import resized_mask
 from ovforge_stable_diffusion.vae import _fade, _starts, _tiled
 
 TEXT = st.text(st.characters(blacklist_characters="\\()[]:"), max_size=12).filter(lambda text: "BREAK" not in text)
@@ -136,3 +137,16 @@ def test_pictures_are_checked() -> None:
         checked(ImageToImageInputs, {"prompt": "x", "image": "sha256:00"}, where="input")
     with pytest.raises(ConfigError, match="must be uint8"):
         checked(ImageToImageInputs, {"prompt": "x", "image": [np.zeros((4, 4, 3))]}, where="input")
+
+
+def test_transparent_parts_of_a_mask_stay() -> None:
+    strokes = np.zeros((24, 16), bool)
+    strokes[4:12, 3:9] = True
+    clear = np.where(strokes[..., None], np.uint8(255), np.array([255, 255, 255, 0], np.uint8))
+    for size in ((16, 24), (8, 16)):
+        one, other = (
+            np.asarray(resized_mask(Image.fromarray(mask), "mask", *size))
+            for mask in (strokes.astype(np.uint8) * 255, clear)
+        )
+        np.testing.assert_array_equal(one, other)
+        assert 0 < (one > 127).mean() < 0.5

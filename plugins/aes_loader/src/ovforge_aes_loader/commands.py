@@ -25,6 +25,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it i
 CipherName = Annotated[str | None, typer.Option("--cipher", help=f"openssl: {', '.join(CIPHERS)}.", show_default=False)]
 Iv = Annotated[str | None, typer.Option("--iv", metavar="HEX", help="openssl, with a key: the initialization vector.")]
 Iterations = Annotated[int, typer.Option("--iterations", help="openssl, with a passphrase: -iter.")]
+Kdf = Annotated[str, typer.Option("--kdf", help="openssl, with a passphrase: pbkdf2, or legacy without -pbkdf2.")]
 Digest = Annotated[str, typer.Option("--digest", help="openssl, with a passphrase: -md.")]
 
 
@@ -41,6 +42,7 @@ def encrypt(
     iv: Iv = None,
     iterations: Iterations = 10_000,
     digest: Digest = "sha256",
+    kdf: Kdf = "pbkdf2",
     force: Force = False,
 ) -> None:
     """Encrypt a model, a folder or any file."""
@@ -50,7 +52,7 @@ def encrypt(
         raise InputError(f"unknown format {format!r}", where="--format", hint="Use ovenc or openssl.")
     if format == "ovenc" and (cipher or iv):
         raise InputError("a container has its own cipher", where="--cipher, --iv", hint="Add: --format openssl")
-    options = _openssl(cipher, iv, iterations, digest) if format == "openssl" else {}
+    options = _openssl(cipher, iv, iterations, digest, kdf) if format == "openssl" else {}
     if make_key:
         _make_key(key)
     chosen = _key(key, passphrase, **options)
@@ -70,12 +72,13 @@ def decrypt(
     iv: Iv = None,
     iterations: Iterations = 10_000,
     digest: Digest = "sha256",
+    kdf: Kdf = "pbkdf2",
     force: Force = False,
 ) -> None:
     """Write an encrypted model as plain files, which only their owner can read."""
     from ovforge_aes_loader import files
 
-    options = _openssl(cipher, iv, iterations, digest)
+    options = _openssl(cipher, iv, iterations, digest, kdf)
     chosen = _key(key, passphrase, **options) if key or passphrase or cipher or iv else None
     _say(files.decrypt(source, output, chosen, replace=force))
 
@@ -111,8 +114,8 @@ def _key(place: str | None, passphrase: bool, **options: Any) -> Key:
     )
 
 
-def _openssl(cipher: str | None, iv: str | None, iterations: int, digest: str) -> dict[str, Any]:
-    given = {"cipher": cipher, "iv": iv, "iterations": iterations, "digest": digest}
+def _openssl(cipher: str | None, iv: str | None, iterations: int, digest: str, kdf: str) -> dict[str, Any]:
+    given = {"cipher": cipher, "iv": iv, "iterations": iterations, "digest": digest, "kdf": kdf}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ovforge.errors import ModelError
-from ovforge.model import FileSource, Source
+from ovforge.model import FileSource, Source, external_data
 from ovforge.store import atomic_file, atomic_folder, check_apart
 from ovforge_aes_loader.container import (
     CHUNK,
@@ -24,7 +24,7 @@ from ovforge_aes_loader.container import (
 )
 from ovforge_aes_loader.keys import Key, Scrypt
 from ovforge_aes_loader.opening import open_encrypted, plain_name
-from ovforge_aes_loader.openssl import SALTED, write_openssl
+from ovforge_aes_loader.openssl import SALTED, SALTED_TEXT, write_openssl
 from ovforge_aes_loader.source import SUFFIX, DecryptedSource
 
 __all__ = ["decrypt", "describe", "encrypt", "encrypt_openssl", "rekey"]
@@ -40,10 +40,10 @@ def encrypt(
 ) -> list[Path]:
     """Write a file or folder as containers that belong together; return what was written.
 
-    One file becomes one; a folder, or an .xml with its .bin, becomes a folder. `chunk` is the binary logarithm of the
-    size of chunks, `scrypt` the cost of deriving a key from a passphrase.
+    One file becomes one; a folder, an .xml with its .bin or an .onnx with its weights becomes a folder. `chunk` is the
+    binary logarithm of the size of chunks, `scrypt` the cost of deriving a key from a passphrase.
     """
-    plain = FileSource(source)
+    plain = _plain(source)
     check_apart(output, source)
     for path in plain.files():
         with (plain.root / path).open("rb") as file:
@@ -62,7 +62,7 @@ def encrypt_openssl(source: Path, output: Path, key: Key, *, replace: bool = Fal
 
     Raises ModelError where several files would be encrypted in counter mode with one iv: each would give away others.
     """
-    plain = FileSource(source)
+    plain = _plain(source)
     check_apart(output, source)
     cipher = key.options.cipher or ""
     if cipher.endswith("ctr") and not key.is_passphrase and len(plain.files()) > 1:
@@ -144,11 +144,23 @@ def describe(source: Source) -> list[dict[str, Any]]:
                     else {"n": 2**header.scrypt.log_n, "r": header.scrypt.r, "p": header.scrypt.p},
                 }
             )
-        elif start.startswith(SALTED):
+        elif start.startswith((SALTED, SALTED_TEXT)):
             said.append({"file": path, "form": "openssl enc, with a salt; not authenticated", "name": plain_name(path)})
         else:
             said.append({"file": path, "form": "plain, or openssl enc without a salt", "name": plain_name(path)})
     return said
+
+
+def _plain(path: Path) -> FileSource:
+    """Return a file, with what it keeps in others, or a folder. Raises ModelError if weights are missing."""
+    source = FileSource(path)
+    if path.suffix == ".onnx" and path.is_file():
+        lost = [*external_data(path, outside=True), *(set(external_data(path)) - set(source.files()))]
+        if lost:
+            raise ModelError(
+                f"its weights are not in its folder: {lost[0]}", where=str(path), hint="Put them beside the model."
+            )
+    return source
 
 
 def _plain_files(source: FileSource) -> dict[str, tuple[int, Callable[[], Iterator[memoryview]]]]:

@@ -10,7 +10,7 @@ from ovforge_aes_loader.options import KeyOptions
 
 __all__ = ["AesOpener"]
 
-_STARTS = (b"\x89OVENC\r\n", b"Salted__")
+_STARTS = (b"\x89OVENC\r\n", b"Salted__", b"U2FsdGVk")
 
 
 class AesOpener:

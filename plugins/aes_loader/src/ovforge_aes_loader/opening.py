@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ovforge.errors import ConfigError, ModelError
-from ovforge.model import FileSource, Source
+from ovforge.model import FileSource, Source, external_data
 from ovforge_aes_loader.container import MAGIC, Container, listing_of, with_key
 from ovforge_aes_loader.keys import Key, Master, hkdf
-from ovforge_aes_loader.openssl import SALTED, OpensslFile, check_graph
+from ovforge_aes_loader.openssl import SALTED, SALTED_TEXT, OpensslFile, binary_of, check_graph
 from ovforge_aes_loader.source import SUFFIX, Content, DecryptedSource, Sealer, open_file
 
 __all__ = ["open_encrypted", "plain_name"]
@@ -35,9 +36,17 @@ def open_encrypted(source: Source, key: Key | None) -> Source:
     for path in files:
         with open_file(source, path) as file:
             starts[path] = file.read(len(MAGIC))
-    if MAGIC in starts.values():
-        return _containers(source, files, starts, key)
-    return _openssl_files(source, files, starts, key)
+    opened = (_containers if MAGIC in starts.values() else _openssl_files)(source, files, starts, key)
+    more = _external(source, files, opened) if isinstance(source, FileSource) and source.path.is_file() else []
+    return open_encrypted(source.with_beside([glob.escape(path) for path in more]), key) if more else opened
+
+
+def _external(source: FileSource, files: Mapping[str, int], opened: Source) -> list[str]:
+    """Return the encrypted files beside a single ONNX model that hold its weights."""
+    graphs = [path for path in opened.files() if path.endswith(".onnx")]
+    names = [name for path in graphs for name in external_data(opened.read(path))]
+    sealed = (f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
+    return [path for path in sealed if path not in files and (source.root / path).is_file()]
 
 
 def plain_name(path: str) -> str:
@@ -95,7 +104,12 @@ def _names(source: Source, opened: Mapping[str, Container], single: bool) -> dic
     if len({header.set.id for header in headers.values()}) > 1:
         raise refuse("its files are of several models, or of one that was encrypted several times")
     if single:
-        return {path: PurePosixPath(header.name).name for path, header in headers.items()}
+        plain = {path: PurePosixPath(header.name) for path, header in headers.items()}
+        folder = next(iter(plain.values())).parent  # that of the model in its folder
+        return {
+            path: (name.relative_to(folder) if name.is_relative_to(folder) else PurePosixPath(name.name)).as_posix()
+            for path, name in plain.items()
+        }
     names = {path: path.removesuffix(SUFFIX) for path in headers}
     above = set()
     for path, header in headers.items():
@@ -163,7 +177,7 @@ def _openssl_files(source: Source, files: Mapping[str, int], starts: Mapping[str
 
 def _is_plain(name: str, start: bytes, key: Key | None) -> bool:
     """Say whether a file is not encrypted: where options name an iv, all are but .xml and .json that begin as such."""
-    if start == SALTED:
+    if start in (SALTED, SALTED_TEXT):
         return False
     if key is None or key.options.iv is None:
         return True
@@ -184,7 +198,7 @@ def _openssl_file(open_file: Callable[[], BinaryIO], size: int, where: str, name
             hint='If you trust the files: load.key = {env = "NAME", form = "passphrase", cipher = "aes-256-cbc"}, '
             "or --cipher.",
         )
-    content = OpensslFile(open_file, size, where, key)
+    content = OpensslFile(*binary_of(open_file, size, where), where, key)
     content.check_form(name)
     return content
 

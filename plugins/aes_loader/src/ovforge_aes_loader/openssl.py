@@ -6,9 +6,11 @@ of .xml and .json files, and whether a .bin has the size that its graph uses.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,9 +22,20 @@ from ovforge.errors import ConfigError, ModelError
 from ovforge_aes_loader.keys import Key
 from ovforge_aes_loader.parallel import for_each
 
-__all__ = ["SALTED", "OpensslFile", "Parameters", "check_graph", "parameters_of", "write_openssl"]
+__all__ = [
+    "SALTED",
+    "SALTED_TEXT",
+    "OpensslFile",
+    "Parameters",
+    "binary_of",
+    "check_graph",
+    "parameters_of",
+    "write_openssl",
+]
 
 SALTED = b"Salted__"
+SALTED_TEXT = b"U2FsdGVk"
+"""How a salted file begins in base64, which `openssl enc -a` writes."""
 BLOCK = 16
 _PIECE = 2**20
 _DEFAULT = "aes-256-cbc"
@@ -63,7 +76,10 @@ def parameters_of(key: Key, salt: bytes | None) -> Parameters:
     size = key_size(cipher)
     if salt is not None:
         # `openssl enc` derives key and iv together.
-        derived = _pbkdf2(said.digest, key.passphrase(), salt, said.iterations, size + BLOCK)
+        if said.kdf == "legacy":
+            derived = _legacy(said.digest, key.passphrase(), salt, size + BLOCK)
+        else:
+            derived = _pbkdf2(said.digest, key.passphrase(), salt, said.iterations, size + BLOCK)
         return Parameters(cipher, derived[:size], derived[size:], begin=len(SALTED) + len(salt))
     if said.iv is None:
         raise ConfigError(
@@ -77,6 +93,15 @@ def _pbkdf2(digest: str, passphrase: bytes, salt: bytes, iterations: int, size: 
     return hashlib.pbkdf2_hmac(digest, passphrase, salt, iterations, size)
 
 
+def _legacy(digest: str, passphrase: bytes, salt: bytes, size: int) -> bytes:
+    """Return what `openssl enc` derives without -pbkdf2: OpenSSL's EVP_BytesToKey with a count of one."""
+    derived = block = b""
+    while len(derived) < size:
+        block = hashlib.new(digest, block + passphrase + salt, usedforsecurity=False).digest()
+        derived += block
+    return derived[:size]
+
+
 class OpensslFile:
     """A file's content, decrypted when it is asked for. Raises ModelError where this key cannot have made it."""
 
@@ -87,24 +112,45 @@ class OpensslFile:
             salted = start.startswith(SALTED)
             if salted and len(start) < BLOCK:
                 raise self._wrong("it ends inside its salt")
-            self.parameters = parameters_of(key, start[len(SALTED) :] if salted else None)
+            self._key, self._salt = key, start[len(SALTED) :] if salted else None
+            self.parameters = parameters_of(key, self._salt)
             self._sealed = size - self.parameters.begin
-            self.size = self._sealed - self._padding(file) if self.parameters.is_cbc else self._sealed
+            if self.parameters.is_cbc:
+                count = self._padding(file, self.parameters)
+                if count is None:
+                    raise self._without_pbkdf2(file) or self._wrong("its padding is wrong")
+                self.size = self._sealed - count
+            else:
+                self.size = self._sealed
 
-    def _padding(self, file: BinaryIO) -> int:
-        """Return how many bytes the last block is filled up with (PKCS 7)."""
-        sealed, begin = self._sealed, self.parameters.begin
+    def _padding(self, file: BinaryIO, parameters: Parameters) -> int | None:
+        """Return how many bytes the last block is filled up with (PKCS 7); None if it is not filled up so."""
+        sealed, begin = self._sealed, parameters.begin
         if sealed <= 0 or sealed % BLOCK:
-            raise self._wrong(f"its {sealed} bytes are no whole blocks of {BLOCK}")
+            raise self._wrong(f"its {sealed} bytes are not whole blocks of {BLOCK}")
         offset = sealed - BLOCK
         before = self._bytes(file, begin + offset - BLOCK, BLOCK) if offset else b""
         last = self._bytes(file, begin + offset, BLOCK)
-        decryptor = self.parameters.at(offset, before).decryptor()
+        decryptor = parameters.at(offset, before).decryptor()
         block = decryptor.update(last) + decryptor.finalize()
         count = block[-1]
-        if not 1 <= count <= BLOCK or block[-count:] != bytes([count]) * count:
-            raise self._wrong("its padding is wrong")
-        return count
+        return count if 1 <= count <= BLOCK and block[-count:] == bytes([count]) * count else None
+
+    def _without_pbkdf2(self, file: BinaryIO) -> ModelError | None:
+        """Return the error of a file that this passphrase opens as one made without -pbkdf2; None for any other."""
+        if self._salt is None or self._key.options.kdf == "legacy":
+            return None
+        for digest in (self._key.options.digest, "sha256", "md5"):
+            size = key_size(self.parameters.cipher)
+            derived = _legacy(digest, self._key.passphrase(), self._salt, size + BLOCK)
+            legacy = Parameters(self.parameters.cipher, derived[:size], derived[size:], self.parameters.begin)
+            if self._padding(file, legacy) is not None:
+                more = "" if digest == "sha256" else f', digest = "{digest}"'
+                return ModelError(
+                    "it was made without -pbkdf2, whose keys are quick to guess", where=self.where,
+                    hint=f'Open it with load.key = {{..., kdf = "legacy"{more}}} or --kdf legacy, and encrypt it anew.',
+                )  # fmt: skip
+        return None
 
     def read_into(self, buffer: memoryview) -> None:
         """Fill `buffer` with the file's first bytes, or all."""
@@ -168,6 +214,24 @@ class OpensslFile:
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError(what, where=self.where, hint=_WRONG)
+
+
+def binary_of(open_file: Callable[[], BinaryIO], size: int, where: str) -> tuple[Callable[[], BinaryIO], int]:
+    """Return how to open a file, and its size, as bytes if it is base64 (`openssl enc -a`, -base64, -A)."""
+    with open_file() as file:
+        start = file.read(65)
+    if not start or not set(start) <= _BASE64:
+        return open_file, size
+    with open_file() as file:
+        text = b"".join(iter(functools.partial(file.read, _PIECE), b""))
+    try:
+        data = base64.b64decode(b"".join(text.split()), validate=True)
+    except ValueError as error:
+        raise ModelError(f"it is not base64 to its end: {error}", where=where, hint="Fetch it again.") from None
+    return lambda: io.BytesIO(data), len(data)
+
+
+_BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n")
 
 
 def check_graph(xml: bytes, weights: int, padded: bool, where: str) -> None:

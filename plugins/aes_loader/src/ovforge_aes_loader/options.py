@@ -46,7 +46,12 @@ class KeyOptions(BaseModel):
         None, pattern="^[0-9a-fA-F]{32}$", description="OpenSSL's form without a salt: the initialization vector, hex."
     )
     iterations: int = Field(10_000, ge=1, le=10_000_000, description="OpenSSL's salted form: -iter.")
-    digest: Literal["sha1", "sha256", "sha384", "sha512"] = Field("sha256", description="OpenSSL's salted form: -md.")
+    digest: Literal["md5", "sha1", "sha256", "sha384", "sha512"] = Field(
+        "sha256", description="OpenSSL's salted form: -md; md5 is what versions before 1.1 took without -pbkdf2."
+    )
+    kdf: Literal["pbkdf2", "legacy"] = Field(
+        "pbkdf2", description="OpenSSL's salted form: legacy if it was made without -pbkdf2, which derives a weak key."
+    )
 
     @field_validator("command", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from ovforge_benchmark.loop import Limits, run_async, run_sync
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import Watch, disturbances
 from ovforge_benchmark.schema import Versus
-from ovforge_benchmark.settings import ran
+from ovforge_benchmark.settings import precision_of, ran
 from ovforge_benchmark.statistics import summary
 
 __all__ = ["interval", "run_against"]
@@ -158,7 +158,7 @@ def _model_side(flags: Mapping[str, Any]) -> _Side:
         def run() -> float:
             return _each(run_async(queue, given, limits, quiet))
 
-    precision = {"model": str(ran(prepared.compiled).get("INFERENCE_PRECISION_HINT", "unknown"))}
+    precision = precision_of(ran(prepared.compiled))
     return _Side(flags["label"], run, precision)
 
 

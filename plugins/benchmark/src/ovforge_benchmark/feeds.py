@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovforge.errors import InputError
+from ovforge.errors import InputError, did_you_mean
 from ovforge.model import open_picture, reading_arrays
 from ovforge_benchmark.shapes import Input
 
@@ -85,6 +85,12 @@ def _assign(inputs: Sequence[Input], paths: Sequence[str]) -> dict[str, list[Pat
         one = next((known for known in inputs if colon and name in known.names), None)
         if one is not None:
             found.setdefault(one.name, []).extend(itertools.chain(*(_files(part) for part in rest.split(","))))
+        elif colon and not Path(text).exists() and not set(name) & set("/\\") and len(name) > 1:
+            known = sorted(set().union(*(one.names for one in inputs)))
+            raise InputError(
+                f"the model has no input {name!r}.{did_you_mean(name, known)}", where=f"-i {text}",
+                hint=f"Inputs: {', '.join(known)}.",
+            )  # fmt: skip
         else:
             loose += _files(text)
     free = [one for one in inputs if one.name not in found]
@@ -108,7 +114,10 @@ def _assign(inputs: Sequence[Input], paths: Sequence[str]) -> dict[str, list[Pat
         mine = [path for path in loose if path.suffix.lower() in kinds]
         takers = takers or ([one for one in free if one.name not in found] if mine else [])
         if mine and not takers:
-            raise InputError(f"no input is left for {mine[0].name}", where="-i")
+            raise InputError(
+                f"no input is left for {mine[0].name}", where="-i",
+                hint="An input takes pictures or arrays, not both; INPUT:FILE says which file is whose.",
+            )  # fmt: skip
         for number, path in enumerate(mine):
             found.setdefault(takers[number % len(takers)].name, []).append(path)
     return found
@@ -129,6 +138,10 @@ def _from_files(one: Input, files: Sequence[Path]) -> list[NDArray[Any]]:
     """Return arrays, one a group: pictures are stacked to batches, others are taken as they are."""
     if all(path.suffix.lower() in _PICTURES for path in files):
         return _pictures(one, files)
+    if pictures := [path.name for path in files if path.suffix.lower() in _PICTURES]:
+        raise InputError(
+            f"{one.name} is given {pictures[0]} and arrays", where="-i", hint="Give pictures or arrays, not both."
+        )
     arrays = [_array(one, path) for path in files]
     one.shapes = one.shapes or [tuple(array.shape) for array in arrays]
     return arrays

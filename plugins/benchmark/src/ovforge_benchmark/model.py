@@ -17,7 +17,7 @@ from ovforge_benchmark import settings
 from ovforge_benchmark.loop import Limits, Measured, run_async, run_sync
 from ovforge_benchmark.machine import machine, peak_memory
 from ovforge_benchmark.noise import Watch, disturbances
-from ovforge_benchmark.operators import average, operators
+from ovforge_benchmark.operators import average, counters, operators
 from ovforge_benchmark.prepare import Prepared, Tell, prepare
 from ovforge_benchmark.reports import write_counters
 from ovforge_benchmark.schema import Benchmark, Group, InputFacts, Operator
@@ -54,7 +54,7 @@ def measure(prepared: Prepared, tell: Tell, before: Sequence[str] = ()) -> Bench
         "ran": {**settings.ran(prepared.compiled), "api": prepared.api},
         "start": prepared.start,
     }
-    facts["precision"] = {"model": str(facts["ran"].get("INFERENCE_PRECISION_HINT", "unknown"))}
+    facts["precision"] = settings.precision_of(facts["ran"])
     if flags["number_iterations"] == 0:
         return Benchmark(**facts, inputs=_input_facts(prepared), warnings=tuple(prepared.remarks))
     loop = _loop(prepared)
@@ -181,8 +181,8 @@ def _report(
     ]
     counted: list[Operator] = []
     if prepared.properties.get("PERF_COUNT") in (True, "YES"):
-        prepared.counted = [operators("model", request.profiling_info) for request in requests]
-        counted = average("model", prepared.counted)
+        prepared.counted = [counters(request.profiling_info) for request in requests]
+        counted = average("model", [operators("model", request.profiling_info) for request in requests])
     percent = flags["latency_percentile"]
     return Benchmark(
         **facts,

@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from ovforge_benchmark.schema import Operator
 
-__all__ = ["average", "by_type", "operators"]
+__all__ = ["Counter", "average", "average_counters", "by_type", "counters", "operators"]
 
 _SECOND = timedelta(seconds=1)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A layer of one inference as the device counts it, one that did not run as well; times in milliseconds."""
+
+    name: str
+    status: str
+    type: str
+    kernel: str
+    real: float
+    cpu: float
+
+
+def counters(infos: Sequence[Any]) -> list[Counter]:
+    """Return all layers of one inference, in the order of the graph; `infos` is a request's profiling_info."""
+    millisecond = timedelta(milliseconds=1)
+    return [
+        Counter(
+            info.node_name, str(info.status), info.node_type, info.exec_type, info.real_time / millisecond,
+            info.cpu_time / millisecond,
+        )
+        for info in infos
+    ]  # fmt: skip
+
+
+def average_counters(runs: Sequence[Sequence[Counter]]) -> list[Counter]:
+    """Return each layer once, its times the sums over all inferences by their number."""
+    found: dict[str, list[Counter]] = {}
+    for run in runs:
+        for one in run:
+            found.setdefault(one.name, []).append(one)
+    return [
+        replace(each[0], real=sum(one.real for one in each) / len(runs), cpu=sum(one.cpu for one in each) / len(runs))
+        for each in found.values()
+    ]
 
 
 def operators(role: str, infos: Sequence[Any]) -> list[Operator]:

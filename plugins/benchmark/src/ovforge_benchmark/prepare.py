@@ -16,7 +16,7 @@ from ovforge.model import OPENVINO_ERRORS, core, reason_of
 from ovforge_benchmark import settings
 from ovforge_benchmark.feeds import Feed, make_feeds
 from ovforge_benchmark.flags import PIPELINES_ONLY, TYPES, refuse
-from ovforge_benchmark.schema import Operator
+from ovforge_benchmark.operators import Counter
 from ovforge_benchmark.shapes import Input, describe_inputs, element_type
 
 __all__ = ["Prepared", "Tell", "prepare"]
@@ -39,7 +39,7 @@ class Prepared:
     remarks: list[str]
     feeds: list[Feed] = field(default_factory=list)
     filled: dict[str, str] = field(default_factory=dict)
-    counted: list[list[Operator]] = field(default_factory=list)
+    counted: list[list[Counter]] = field(default_factory=list)
     """Layers of each request's last inference, where they are counted."""
 
 
@@ -125,12 +125,12 @@ def _reshape(model: ov.Model, inputs: Sequence[Input]) -> None:
 
 
 def _preprocess(model: ov.Model, inputs: Sequence[Input], flags: Mapping[str, Any]) -> ov.Model:
-    """Set types of inputs and outputs, means and scales; pictures are fed as u8 where nothing else is asked for."""
+    """Set types of inputs and outputs, means and scales; pictures of a known size are fed as u8 unless asked for."""
     steps = PrePostProcessor(model)
     by_name = _types_by_name(model, flags["input_output_precision"])
     for number, one in enumerate(inputs):
         asked = by_name.get(("input", number)) or flags["input_precision"]
-        if asked or one.is_image:
+        if asked or (one.is_image and one.sides_known):
             one.type = element_type(asked or "u8")
             steps.input(number).tensor().set_element_type(one.type)
         if one.mean or one.scale:

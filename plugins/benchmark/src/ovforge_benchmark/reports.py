@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ovforge.store import atomic_write
-from ovforge_benchmark.operators import by_type
+from ovforge_benchmark.operators import Counter, average_counters, by_type
 from ovforge_benchmark.schema import Benchmark, Operator, Statistics
 from ovforge_benchmark.tables import duration, machine_line, markdown_table, size
 
@@ -135,13 +135,17 @@ def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return buffer.getvalue()
 
 
-def write_counters(flags: Mapping[str, Any], report: Benchmark, each: Sequence[Sequence[Operator]]) -> None:
-    """Write what -report_type asks for, into -report_folder: benchmark_report, and layers beside it."""
-    folder, as_json = Path(flags["report_folder"]), flags["json_stats"]
+def write_counters(flags: Mapping[str, Any], report: Benchmark, each: Sequence[Sequence[Counter]]) -> None:
+    """Write what -report_type asks for, into -report_folder: benchmark_report, and layers beside it.
+
+    The files of layers are those of benchmark_app: their names, columns, separators and totals. With -pcsort there is
+    benchmark_sorted_report, too.
+    """
+    folder, kind = Path(flags["report_folder"]), flags["report_type"]
 
     def write(name: str, value: Any, text: str) -> None:
-        data = json.dumps(value, indent=2) + "\n" if as_json else text
-        atomic_write(folder / f"{name}.{'json' if as_json else 'csv'}", data.encode())
+        data = json.dumps(value, indent=2) + "\n" if flags["json_stats"] else text
+        atomic_write(folder / f"{name}.{'json' if flags['json_stats'] else 'csv'}", data.encode())
 
     facts: dict[str, Any] = {
         "model": report.what, "iterations": report.iterations, "duration (s)": report.duration,
@@ -152,9 +156,67 @@ def write_counters(flags: Mapping[str, Any], report: Benchmark, each: Sequence[S
         **{f"ran {name}": value for name, value in report.ran.items()},
     }  # fmt: skip
     write("benchmark_report", report.model_dump(mode="json"), _csv(["name", "value"], facts.items()))
-    lists = {"average_counters": [report.operators], "detailed_counters": each}.get(flags["report_type"], [])
-    if lists:
-        head = ["request", *Operator.model_fields]
-        rows = [[n, *one.model_dump().values()] for n, layers in enumerate(lists) for one in layers]
-        value = [[one.model_dump() for one in layers] for layers in lists]
-        write(f"benchmark_{flags['report_type']}_report", value, _csv(head, rows))
+    if kind not in ("average_counters", "detailed_counters") or not each:
+        return
+    mean = average_counters(each)
+    if kind == "average_counters":
+        value: dict[str, Any] = {"report_type": "average", "avg_performance": _nodes(mean)}
+        write("benchmark_average_counters_report", value, _counters_csv([mean]))
+    else:
+        value = {"report_type": "detailed", "detailed_performance": [_nodes(one) for one in each]}
+        write("benchmark_detailed_counters_report", value, _counters_csv(each))
+    if flags["perf_counts_sort"]:
+        ordered = _ordered(mean, flags["perf_counts_sort"])
+        value = {"report_type": "sorted", "avg_performance": _nodes(ordered, shares=True)}
+        write("benchmark_sorted_report", value, _sorted_csv(ordered))
+
+
+_COLUMNS = ("layerName", "execStatus", "layerType", "execType", "realTime (ms)", "cpuTime (ms)")
+
+
+def _counters_csv(runs: Sequence[Sequence[Counter]]) -> str:
+    lines: list[str] = []
+    for layers in runs:
+        rows = [(one.name, one.status, one.type, one.kernel, f"{one.real:.3f}", f"{one.cpu:.3f}") for one in layers]
+        real, cpu = _totals(layers)
+        lines += [";".join(row) for row in (_COLUMNS, *rows, ("Total", "", "", "", f"{real:.3f}", f"{cpu:.3f}"))]
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def _sorted_csv(layers: Sequence[Counter]) -> str:
+    real, cpu = _totals(layers)
+    rows: list[Sequence[str]] = [
+        (one.name, one.status, one.type, one.kernel, f"{one.real:.3f}", f"{one.cpu:.3f}", _share(one, real))
+        for one in layers
+    ]
+    rows += [(), (f"Total time: {real:.2f} milliseconds",), (f"Total CPU time: {cpu:.2f} milliseconds",)]
+    return _csv([*_COLUMNS, "proportion (%)"], rows)
+
+
+def _ordered(layers: Sequence[Counter], order: str) -> Sequence[Counter]:
+    """Return layers in -pcsort's order: no_sort, the longest first, or likewise without those that did not run."""
+    if order == "no_sort":
+        return layers
+    ran = [one for one in layers if order != "simple_sort" or "NOT_RUN" not in one.status]
+    return sorted(ran, key=lambda one: -one.real)
+
+
+def _nodes(layers: Sequence[Counter], *, shares: bool = False) -> dict[str, Any]:
+    real, cpu = _totals(layers)
+    nodes = [
+        {
+            "name": one.name, "node_type": one.type, "status": one.status, "real_time": f"{one.real:.3f}",
+            "cpu_time": f"{one.cpu:.3f}", "exec_type": one.kernel, **({"%": _share(one, real)} if shares else {}),
+        }
+        for one in layers
+    ]  # fmt: skip
+    return {"nodes": nodes, "total_real_time": f"{real:.3f}", "total_cpu_time": f"{cpu:.3f}"}
+
+
+def _totals(layers: Sequence[Counter]) -> tuple[float, float]:
+    return sum(one.real for one in layers), sum(one.cpu for one in layers)
+
+
+def _share(one: Counter, total: float) -> str:
+    return f"{one.real / (total or 1) * 100:.2f}%"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import openvino as ov
 from ovforge.errors import DeviceError, InputError, did_you_mean
 from ovforge.store import parse_json
 
-__all__ = ["api_of", "check_device", "dump", "ran", "wanted"]
+__all__ = ["api_of", "check_device", "dump", "precision_of", "ran", "wanted"]
 
 _VIRTUAL = ("AUTO", "MULTI", "HETERO", "BATCH")
 _HINTS = {
@@ -27,10 +28,12 @@ def api_of(flags: Mapping[str, Any]) -> str:
 
 
 def check_device(core: ov.Core, text: str) -> list[str]:
-    """Return the devices that -d names, without what combines them. Raises DeviceError for one that is not here."""
+    """Return the devices that -d names, without what combines them; AUTO alone means all. Raises DeviceError."""
     kind, _, rest = text.partition(":")
-    names = [name.lstrip("-").partition("(")[0] for name in rest.split(",") if name] if kind in _VIRTUAL else [text]
     here = core.available_devices
+    names = [name.lstrip("-").partition("(")[0] for name in rest.split(",") if name] if kind in _VIRTUAL else [text]
+    if kind in _VIRTUAL and not names:
+        return list(here)
     for name in names:
         if not any(known == name or known.partition(".")[0] == name for known in here):
             raise DeviceError(
@@ -62,6 +65,8 @@ def wanted(core: ov.Core, flags: Mapping[str, Any], api: str) -> tuple[dict[str,
         said.append(f"-hint was not given: {properties['PERFORMANCE_HINT'].lower()}, as -api {api} suggests")
     elif hint is not None and hint != "none":
         properties["PERFORMANCE_HINT"] = _HINTS[hint]
+    if properties.get("PERFORMANCE_HINT") in _UNSET:  # so a config says that there is to be none
+        properties.pop("PERFORMANCE_HINT", None)
     if flags["number_infer_requests"]:
         properties["PERFORMANCE_HINT_NUM_REQUESTS"] = str(flags["number_infer_requests"])
     if flags["perf_counts"] or flags["perf_counts_sort"] or flags["exec_graph_path"] or (
@@ -127,14 +132,85 @@ def _loaded(path: str | None, device: str) -> dict[str, Any]:
         raise InputError("expected devices, each with its properties", where=f"-load_config {path}")
     if value and device not in value:
         raise InputError(f"has nothing for {device}", where=f"-load_config {path}", hint=f"It has: {', '.join(value)}.")
-    decided = {"YES": True, "NO": False}
-    return {key: decided.get(one, one) if isinstance(one, str) else one for key, one in value.get(device, {}).items()}
+    where = f"-load_config {path}: {device}"
+    properties = {key: _read(one, f"{where}.{key}") for key, one in value.get(device, {}).items()}
+    return {key: one for key, one in properties.items() if key == "PERFORMANCE_HINT" or one not in _UNSET}
+
+
+_UNSET: tuple[Any, ...] = ("", None, {})
+
+
+def _read(value: Any, where: str) -> Any:
+    """Return a value of a config as OpenVINO takes it; what is empty is not set.
+
+    Properties of devices stand as an object, or as text without quotation marks: "{CPU:{NUM_STREAMS:2}}".
+    """
+    if isinstance(value, str) and value.startswith("{"):
+        value = _read_braces(value, where)
+    if isinstance(value, dict):
+        parts = {str(key): _read(one, f"{where}.{key}") for key, one in value.items()}
+        return {key: one for key, one in parts.items() if one not in _UNSET}
+    if isinstance(value, list):
+        raise InputError("is a list, and properties are single values", where=where)
+    return {"YES": True, "NO": False}.get(value, value)
+
+
+def _read_braces(text: str, where: str) -> dict[str, Any]:
+    """Return the properties in "{NAME:VALUE,DEVICE:{NAME:VALUE}}", as benchmark_app writes them."""
+    tokens = re.findall(r"[{}:,]|[^{}:,]+", text)
+
+    def group(place: int) -> tuple[dict[str, Any], int]:
+        found: dict[str, Any] = {}
+        while place < len(tokens) and tokens[place] != "}":
+            if tokens[place] == ",":
+                place += 1
+                continue
+            if tokens[place].isspace():
+                place += 1
+                continue
+            name, colon, rest = tokens[place : place + 1], tokens[place + 1 : place + 2], tokens[place + 2 : place + 3]
+            if rest and rest[0].isspace() and tokens[place + 3 : place + 4] == ["{"]:
+                rest, place = ["{"], place + 1
+            if colon != [":"] or not rest or rest[0] in "}:,":
+                raise InputError(f"{text!r} cannot be read", where=where, hint="Write {CPU:{NUM_STREAMS:2}}.")
+            inner, place = group(place + 3) if rest[0] == "{" else (_bare(rest[0]), place + 3)
+            found[_bare(name[0])] = inner
+        return found, place + 1
+
+    found, end = group(1)
+    if end != len(tokens):
+        raise InputError(f"{text!r} cannot be read", where=where, hint="Write {CPU:{NUM_STREAMS:2}}.")
+    return found
+
+
+def _bare(text: str) -> str:
+    return text.strip(" '\"")
 
 
 def dump(device: str, properties: Mapping[str, Any]) -> bytes:
-    """Return -dump_config's JSON, which benchmark_app reads as well."""
-    said = {key: ("YES" if one else "NO") if isinstance(one, bool) else str(one) for key, one in properties.items()}
+    """Return -dump_config's JSON, which benchmark_app reads as well: properties of devices are text in braces.
+
+    That there is no hint is written, too: else a run that reads it would choose one.
+    """
+    said = {key: _write(value) for key, value in {"PERFORMANCE_HINT": "", **properties}.items()}
     return (json.dumps({device.partition(":")[0]: said}, indent=4) + "\n").encode()
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_write(one)}" for key, one in value.items()) + "}"
+    return ("YES" if value else "NO") if isinstance(value, bool) else str(value)
+
+
+def precision_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the model is computed in, by device if several combine; {} if the device does not say."""
+    if "INFERENCE_PRECISION_HINT" in facts:
+        return {"model": str(facts["INFERENCE_PRECISION_HINT"])}
+    return {
+        name.partition(".")[0]: str(value)
+        for name, value in facts.items()
+        if name.endswith(".INFERENCE_PRECISION_HINT")
+    }
 
 
 def ran(model: ov.CompiledModel) -> dict[str, Any]:
@@ -147,6 +223,14 @@ def ran(model: ov.CompiledModel) -> dict[str, Any]:
             value = model.get_property(key)
         except (RuntimeError, TypeError):  # of types that Python has not
             continue
-        name = getattr(value, "get_type_name", None)
-        found[key] = name() if name else getattr(value, "name", None) or str(value)
+        if key == "DEVICE_PROPERTIES":  # of AUTO, MULTI and HETERO: a table for each device that runs
+            found |= {f"{device}.{name}": _text(one) for device, table in value.items() for name, one in table.items()
+                      if name not in ("SUPPORTED_PROPERTIES", "MODEL_PRIORITY")}  # fmt: skip
+        else:
+            found[key] = _text(value)
     return found
+
+
+def _text(value: Any) -> str:
+    name = getattr(value, "get_type_name", None)
+    return str(name() if name else getattr(value, "name", None) or value)

@@ -35,10 +35,16 @@ class Input:
     @property
     def is_image(self) -> bool:
         """Whether it looks like a picture of three channels."""
-        if str(self.layout) not in _IMAGE_LAYOUTS:
+        if str(self.layout) not in _IMAGE_LAYOUTS or self.shape.rank.is_dynamic:
             return False
         channels = self.shape[self.layout.get_index_by_name("C")]
         return bool(channels.is_static and channels.get_length() == 3)
+
+    @property
+    def sides_known(self) -> bool:
+        """Whether height and width are fixed, or have a limit."""
+        sides = [self.shape[self.layout.get_index_by_name(letter)] for letter in "HW"]
+        return all(side.get_max_length() > 0 for side in sides)
 
     def batch(self, shape: Sequence[int]) -> int | None:
         """Return the batch of data of this shape; None where there is no such dimension."""
@@ -118,11 +124,14 @@ def _numbers(text: str, flag: str) -> list[float]:
 
 def _shape(text: str, flag: str) -> ov.PartialShape:
     try:
-        return ov.PartialShape(f"[{text}]")
+        shape = ov.PartialShape(f"[{text}]")
     except RuntimeError as error:
         raise InputError(
-            f"{text!r} is no shape", where=flag, hint="Write whole numbers, ? or a range: [1..8,3,?,224]"
+            f"{text!r} is not a shape", where=flag, hint="Write whole numbers, ? or a range: [1..8,3,?,224]"
         ) from error
+    if shape.rank.is_static and any(side.get_max_length() == 0 for side in shape):
+        raise InputError(f"[{text}] holds nothing: a side is 0", where=flag, hint="Write sides of 1 or more.")
+    return shape
 
 
 def _layout(port: Any, shape: ov.PartialShape, asked: list[str] | None) -> ov.Layout:
@@ -155,7 +164,11 @@ def _set_batch(inputs: list[Input], text: str, data_shapes: bool) -> bool:
     try:
         batch = ov.Dimension(text)
     except RuntimeError as error:
-        raise InputError(f"{text!r} is no batch size", where="-b", hint="A whole number, or a range: 1..8") from error
+        raise InputError(
+            f"{text!r} is not a batch size", where="-b", hint="A whole number, or a range: 1..8"
+        ) from error
+    if batch.get_max_length() == 0:
+        raise InputError("a batch of 0 holds nothing", where="-b", hint="Write 1 or more.")
     if batch.is_static and data_shapes:
         return False
     found = changed = False
@@ -179,14 +192,17 @@ def _set_data_shapes(inputs: list[Input], asked: Mapping[int, list[str]]) -> Non
     for position, one in enumerate(inputs):
         if one.shape.is_static:
             one.shapes = [tuple(one.shape.to_shape())]
-            continue
         for text in asked.get(position, []):
             shape = _shape(text, "-data_shape")
             if shape.is_dynamic:
                 raise InputError(f"[{text}] is open, and data has whole sizes", where=f"-data_shape {one.name}")
             if not one.shape.compatible(shape):
-                raise InputError(f"[{text}] does not fit {one.shape}", where=f"-data_shape {one.name}")
-            one.shapes.append(tuple(shape.to_shape()))
+                raise InputError(
+                    f"[{text}] does not fit {one.shape}", where=f"-data_shape {one.name}",
+                    hint="-shape changes the shape of the model itself.",
+                )  # fmt: skip
+            if one.shape.is_dynamic:
+                one.shapes.append(tuple(shape.to_shape()))
 
 
 def _largest(port: Any) -> int | None:

@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ovforge.errors import InputError
-from ovforge.model import PACKAGE
+from ovforge.model import PACKAGE, package_path
 
 __all__ = ["detect"]
+
+MODELS = (".xml", ".onnx", ".pdmodel", ".tflite", ".pb")
+"""Suffixes of ready models, which a description tells how to use."""
 
 
 def detect(
@@ -44,11 +47,17 @@ def detect(
         float | None, typer.Option("--nms", help="Overlap above which the lower score goes. 1 keeps all.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", metavar="HEIGHTxWIDTH", help="Compile for this size, which runs faster.")
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="HEIGHTxWIDTH",
+            help="Size of the model's input, if it takes any: needed by ready models, and faster for others.",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures of one size that run at once.")] = 1,
     proc: Annotated[
-        Path | None, typer.Option("--model-proc", help="A ready model's description, in Intel's model-proc format.")
+        Path | None,
+        typer.Option("--model-proc", help="A ready model's description, in DL Streamer's model-proc format."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="An original checkpoint's: bert-base-uncased, or its vocab.txt.")
@@ -73,14 +82,10 @@ def detect(
         "image": paths[0] if len(paths) == 1 else paths, "text": text, "threshold": threshold,
         "text_threshold": text_threshold, "nms": nms,
     }  # fmt: skip
+    load, task = _tables(model, proc, _size(size) if size else None, weights)
     config = {
-        "task": {"use": "detect", "batch": batch, **({"size": _size(size)} if size else {})},
-        "load": {
-            "source": model,
-            **({"use": "model-proc", "proc": str(proc.resolve())} if proc else {}),
-            **({"weights": weights} if weights else {}),
-            **({"tokenizer": str(tokenizer.resolve())} if tokenizer else {}),
-        },
+        "task": {"use": "detect", "batch": batch, **task},
+        "load": {**load, **({"tokenizer": str(tokenizer.resolve())} if tokenizer else {})},
         "device": {"use": device.lower(), **({"precision": precision} if precision != "auto" else {})},
         "input": {name: value for name, value in inputs.items() if value is not None},
     }
@@ -94,10 +99,47 @@ def detect(
         _print_found(result)
 
 
+def _tables(
+    model: str, proc: Path | None, size: tuple[int, int] | None, weights: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tables `load` and `task` of a config: whose option a flag is depends on what is loaded."""
+    load: dict[str, Any] = {"source": model}
+    ready = proc is not None or (Path(model).suffix in MODELS and not model.startswith(PACKAGE))
+    if ready:
+        load |= {"use": "model-proc", **({"proc": str(proc.resolve())} if proc else {})}
+    if weights:
+        if ready or _holds(model, "*.xml", "*/*.xml"):
+            raise InputError(
+                "the model is converted already, and its weights stay as they are", where="--weights",
+                hint="Leave it out; or name the model that it was converted from.",
+            )  # fmt: skip
+        load["weights"] = weights
+    if size and (ready or _converts(model)):
+        return {**load, "height": size[0], "width": size[1]}, {}
+    return load, {"size": size} if size else {}
+
+
+def _holds(model: str, *patterns: str) -> bool:
+    """Say whether a folder, or one in a package, holds files of these names."""
+    folder = package_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+def _converts(model: str) -> bool:
+    """Say whether the model is one that `detr` converts, for a size of input."""
+    from ovforge import open_file
+    from ovforge.contracts import Match
+    from ovforge_detection.detr import DetrLoader, DetrOptions
+
+    if model.startswith(PACKAGE) or _holds(model, "*.xml", "*/*.xml") or not _holds(model, "config.json"):
+        return False
+    return DetrLoader(DetrOptions.model_construct()).can_load(open_file(Path(model).expanduser())) is Match.YES
+
+
 def _size(text: str) -> tuple[int, int]:
     height, cross, width = text.lower().partition("x")
     if not (cross and height.isdigit() and width.isdigit()):
-        raise InputError(f"{text!r} is no HEIGHTxWIDTH", where="--size", hint="For example 800x1216.")
+        raise InputError(f"{text!r} is not a HEIGHTxWIDTH", where="--size", hint="For example 800x1216.")
     return int(height), int(width)
 
 

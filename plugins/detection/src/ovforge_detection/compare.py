@@ -67,6 +67,8 @@ def on_torch(task: Detect, source: str) -> Detect:
     auto = "AutoModelForZeroShotObjectDetection" if task.spec.kind == "text" else "AutoModelForObjectDetection"
     with quiet():
         model = getattr(transformers, auto).from_pretrained(folder, local_files_only=True, dtype="float32").eval()
+    if getattr(model.config, "anchor_image_size", None):
+        model.config.anchor_image_size = None  # else it takes pictures of that size alone
     return _OnTorch(task, model)
 
 

@@ -103,7 +103,7 @@ def corners(boxes: Floats) -> Floats:
 
 def sigmoid(values: Floats) -> Floats:
     """Return 1 / (1 + exp(-x)), without overflow."""
-    return np.exp(-np.logaddexp(0, -values)).astype(np.float32)
+    return np.exp(-np.logaddexp(np.float32(0), -values)).astype(np.float32)
 
 
 def overlap(one: Floats, others: Floats) -> Floats:
@@ -116,13 +116,16 @@ def overlap(one: Floats, others: Floats) -> Floats:
     return shares
 
 
-def suppress(found: Found, most: float) -> Found:
-    """Return what is left where, of two boxes of a class that overlap by more than `most`, the lower score goes."""
+def suppress(found: Found, most: float, *, across: bool = False) -> Found:
+    """Return what is left if, of two boxes of a class that overlap by more than `most`, the lower score goes.
+
+    With `across`, whatever their classes are.
+    """
     left = np.argsort(-found.scores, kind="stable")
     kept: list[int] = []
     while len(left):
         first, left = left[0], left[1:]
         kept.append(int(first))
-        same = found.classes[left] == found.classes[first]
-        left = left[~(same & (overlap(found.boxes[first], found.boxes[left]) > most))]
+        rivals = across | (found.classes[left] == found.classes[first])
+        left = left[~(rivals & (overlap(found.boxes[first], found.boxes[left]) > most))]
     return found.take(np.array(kept, np.int64))

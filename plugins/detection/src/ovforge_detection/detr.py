@@ -1,4 +1,7 @@
-"""The loader of RT-DETR (Zhao et al. 2023), RT-DETRv2 (Lv et al. 2024) and D-FINE (Peng et al. 2024)."""
+"""The loader of RT-DETR (Zhao et al. 2023), RT-DETRv2 (Lv et al. 2024) and D-FINE (Peng et al. 2024).
+
+Pictures are scaled, padded and normalized as preprocessor_config.json says. Source: transformers' image processors.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,18 @@ KINDS = {
     "rt_detr_v2": "RTDetrV2ForObjectDetection",
     "d_fine": "DFineForObjectDetection",
 }
+TRACED = (192, 256)
+"""Height and width that a model for any size is converted with."""
+STRIDE = 32
+"""Of the coarsest feature map: sides of the input are multiples of it."""
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "RTDetrImageProcessor": {"size": {"height": 640, "width": 640}},
+    "DetrImageProcessor": {"size": {"shortest_edge": 800, "longest_edge": 1333}, "do_normalize": True},
+}
+"""Kind of image processor -> what it does unless the file says otherwise."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's filters, by their numbers."""
 INCOMPLETE = "The folder may be an incomplete download: fetch it again."
 
 
@@ -37,7 +52,7 @@ class DetrOptions(BaseModel):
 
 
 class DetrLoader:
-    """Converts detectors with classes of their own, for one size of input and any number of pictures."""
+    """Converts detectors with classes of their own, for the sizes of input that their image processor gives."""
 
     def __init__(self, options: DetrOptions) -> None:
         self.options = options
@@ -63,45 +78,81 @@ class DetrLoader:
                 where=source.name,
                 hint=f"This loader converts {', '.join(KINDS)}.",
             )
-        processor = {}
-        if "preprocessor_config.json" in source.files():
-            processor = read_json(source, "preprocessor_config.json")
-        spec = self._spec(config, processor, source.name)
+        spec = self._spec(config, _processor(source), source.name)
         bundle = ModelBundle()
         bundle.configs["detector"] = spec.put({key: value for key, value in config.items() if key != "_name_or_path"})
         bundle.models.lazy("detector", partial(self._convert, source, config, spec))
         return bundle
 
     def _spec(self, config: dict[str, Any], processor: dict[str, Any], where: str) -> DetectorSpec:
-        size = processor.get("size") or {"height": 640, "width": 640}
-        normal = processor.get("do_normalize", False)
+        normal, rescaled = processor.get("do_normalize", False), processor.get("do_rescale", True)
         try:
             labels = {int(number): str(label) for number, label in (config.get("id2label") or {}).items()}
             return DetectorSpec(
                 kind="classes",
-                height=self.options.height or size["height"],
-                width=self.options.width or size["width"],
-                scale=processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0,
-                mean=processor["image_mean"] if normal else (0, 0, 0),
-                std=processor["image_std"] if normal else (1, 1, 1),
+                **self._size(processor),
+                multiple=STRIDE,
+                resample=RESAMPLE[processor.get("resample", 2)],
+                scale=processor.get("rescale_factor", 1 / 255) if rescaled else 1.0,
+                mean=processor.get("image_mean", MEAN) if normal else (0, 0, 0),
+                std=processor.get("image_std", STD) if normal else (1, 1, 1),
                 labels=tuple(labels.get(number, f"class {number}") for number in range(max(labels, default=-1) + 1)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ModelError(
-                f"says nothing usable of pictures: {error}", where=f"{where}: preprocessor_config.json"
+                f"it does not say how pictures are scaled: {error}", where=f"{where}: preprocessor_config.json"
             ) from error
 
+    def _size(self, processor: dict[str, Any]) -> dict[str, Any]:
+        """Return the spec's keys for a processor's size, or for the size that the options ask for."""
+        size, canvas = dict(processor["size"]), {}
+        if self.options.height or self.options.width:
+            own = size if "height" in size else {}
+            return {
+                "height": self.options.height or own.get("height") or self.options.width,
+                "width": self.options.width or own.get("width") or self.options.height,
+            }
+        if processor.get("do_pad") and (padded := processor.get("pad_size")):
+            canvas = {"height": padded["height"], "width": padded["width"]}
+        if not processor.get("do_resize", True):
+            return {"resize": "none", **canvas}
+        if size.get("shortest_edge") and size.get("longest_edge"):
+            return {"shortest": size["shortest_edge"], "longest": size["longest_edge"], **canvas}
+        if size.get("max_height") and size.get("max_width"):
+            return {"resize": "fit", "bounds": (size["max_height"], size["max_width"]), **canvas}
+        fixed = {"height": size["height"], "width": size["width"]}
+        if canvas in ({}, fixed):
+            return fixed
+        return {"bounds": (size["height"], size["width"]), **canvas}
+
     def _convert(self, source: Source, config: dict[str, Any], spec: DetectorSpec) -> ov.Model:
+        # Anchors that are made for one size are the same ones that the model makes for that size when it runs.
+        config = {**config, "anchor_image_size": None}
         module = pretrained(KINDS[config["model_type"]], config, read_safetensors(source, INCOMPLETE), source.name)
-        assert spec.height is not None
-        assert spec.width is not None
         own = module.forward
 
         def forward(pixel_values: Any) -> tuple[Any, Any]:
             found = own(pixel_values=pixel_values, return_dict=True)
             return found.logits, found.pred_boxes
 
-        # Its anchors, and its encoder's positions, are made for the size that it is traced with.
-        sides = (spec.height, spec.width)
-        inputs = [Port("pixel_values", (None, 3, *sides), (2, 3, *sides))]
+        sides = (spec.height, spec.width) if spec.height and spec.width else (None, None)
+        traced = (spec.height or TRACED[0], spec.width or TRACED[1])
+        inputs = [Port("pixel_values", (None, 3, *sides), (2, 3, *traced))]
         return convert_module("detector", module, forward, inputs, ["logits", "boxes"], self.options.weights)
+
+
+def _processor(source: Source) -> dict[str, Any]:
+    """Return the image processor's settings with its kind's defaults. Raises ModelError for an unknown kind."""
+    found: dict[str, Any] = {}
+    if "preprocessor_config.json" in source.files():
+        found = read_json(source, "preprocessor_config.json")
+    elif "processor_config.json" in source.files():
+        found = read_json(source, "processor_config.json").get("image_processor") or {}
+    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "RTDetrImageProcessor")
+    for name, defaults in PROCESSORS.items():
+        if kind in (name, f"{name}Fast", f"{name}Pil"):
+            return {**defaults, **{key: value for key, value in found.items() if value is not None}}
+    raise ModelError(
+        f"the image processor {kind!r} is not known", where=f"{source.name}: preprocessor_config.json",
+        hint=f"Known: {', '.join(PROCESSORS)}. Set load.height and load.width, and take the file out of the folder.",
+    )  # fmt: skip

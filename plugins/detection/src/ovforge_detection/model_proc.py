@@ -1,40 +1,33 @@
-"""The loader of ready models with a description in Intel's model-proc format (DL Streamer)."""
+"""The loader of ready models with a description: a model-proc file of DL Streamer, or an IR's own `model_info`."""
 
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge import open_file
 from ovforge.config import InputFile
 from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
-from ovforge.model import DetectorSpec, ModelBundle, Source, read_model, source_digest
-from ovforge_detection.outputs import Description
+from ovforge.model import ModelBundle, Source, read_model, source_digest
+from ovforge_detection.description import FILLED, ExtraInput, ModelProc, Picture, read_description, spec_of
+from ovforge_detection.model_info import model_info, proc_of_info
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["ModelProcLoader", "ModelProcOptions", "parse_model_proc"]
+__all__ = ["ModelProcLoader", "ModelProcOptions"]
 
 LIMIT = 2**20
+"""Largest description or list of labels, in bytes."""
+
 _MODELS = (".xml", ".onnx", ".pdmodel", ".tflite", ".pb")
-_CONVERTERS = {
-    "detection_output": "ssd", "tensor_to_bbox_ssd": "ssd", "boxes_labels": "boxes_labels",
-    "tensor_to_bbox_atss": "boxes_labels", "tensor_to_bbox_yolo_v3": "yolo_v3", "yolo_v3": "yolo_v3",
-    "tensor_to_bbox_yolo_v4": "yolo_v3", "yolo_v4": "yolo_v3", "tensor_to_bbox_yolo_v5": "yolo_v5",
-    "yolo_v5": "yolo_v5", "yolo_v7": "yolo_v5", "tensor_to_bbox_yolo_v7": "yolo_v5", "yolo_v8": "yolo_v8",
-    "tensor_to_bbox_yolo_v8": "yolo_v8",
-}  # fmt: skip
-_OTHER = frozenset({
-    "attribute_name", "labels", "labels_file", "converter", "layer_name", "classes", "anchors", "masks",
-    "iou_threshold", "confidence_threshold", "output_sigmoid_activation", "bbox_number_on_cell", "cells_number",
-    "do_cls_softmax", "nms",
-})  # fmt: skip
-"""Keys of output_postproc that are understood; the numbers of cells and boxes are read from the outputs' shapes."""
+_KNOWN = {"image_info": "image_info", "im_info": "image_info"} | {name: name for name in ("im_shape", "scale_factor")}
+"""Names of inputs that say what they are filled with."""
 
 
 class ModelProcOptions(BaseModel):
@@ -42,9 +35,11 @@ class ModelProcOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    proc: InputFile | None = Field(None, description="The model-proc .json; by default the one beside the model.")
-    height: int | None = Field(None, gt=0, description="Height of the input, where the model leaves it open.")
-    width: int | None = Field(None, gt=0, description="Width of the input, where the model leaves it open.")
+    proc: InputFile | None = Field(
+        None, description="The model-proc .json; by default the one beside the model, or what the model says of itself."
+    )
+    height: int | None = Field(None, gt=0, description="Height of the input, if the model leaves it open.")
+    width: int | None = Field(None, gt=0, description="Width of the input, if the model leaves it open.")
 
 
 class ModelProcLoader:
@@ -58,131 +53,191 @@ class ModelProcLoader:
         return Match.MAYBE if _models(source) and _described(source) else Match.NO
 
     def load(self, source: Source) -> ModelBundle:
-        """Return the bundle. Raises ModelError where model and description do not fit, or one of them is missing."""
+        """Return the bundle. Raises ModelError if model and description do not fit, or one of them is missing."""
         models = _models(source)
         if len(models) != 1:
             raise ModelError(
                 f"expected one model, found {', '.join(models) or 'none'}", where=source.name,
                 hint=f"Name a file or folder with one of {', '.join(_MODELS)}.",
             )  # fmt: skip
-        data, beside, where = self._proc(source)
         model = read_model(source, models[0])
+        _name_ports(model)
+        proc, labels = self._description(source, model)
+        notes: list[str] = []
+        picture, port = self._picture(model, proc, source.name, notes)
+        inputs = _inputs(model, port, proc, source.name, notes)
+        shapes = {name: _shape(output) for output in model.outputs for name in output.names}
+        spec = spec_of(proc, picture, inputs, shapes, labels.read, notes)
         bundle = ModelBundle()
-        spec = parse_model_proc(data, beside, where, _Input(model, self.options, source.name))
         bundle.models["detector"] = model
         bundle.configs["detector"] = spec.put({})
         bundle.identity["detector"] = source_digest(source)
         return bundle
 
-    def _proc(self, source: Source) -> tuple[dict[str, Any], Source, str]:
-        """Return the description, where files that it names lie, and what it is called in messages."""
+    def _description(self, source: Source, model: ov.Model) -> tuple[ModelProc, _Labels]:
+        """Return the description, and where files that it names lie. What a model-proc leaves out, the model says."""
+        own = model_info(model)
         if self.options.proc is not None:
+            where, labels = str(self.options.proc), _Labels(self.options.proc, None)
             beside = open_file(self.options.proc)
-            path = next(iter(beside.files()))
-            found = _json(beside, path)
-            if found is None or "output_postproc" not in found:
-                raise ModelError("it is no model-proc: output_postproc is missing", where=str(self.options.proc))
-            return found, beside, str(self.options.proc)
-        described = _described(source)
-        if not described:
+            data = _json(beside, next(iter(beside.files()), ""))
+            if data is None or "output_postproc" not in data:
+                raise ModelError("it is not a model-proc: output_postproc is missing", where=where)
+        elif described := _described(source):
+            if len(described) > 1:
+                raise ConfigError(f"several model-procs: {', '.join(described)}", where="load.proc", hint="Name one.")
+            path, data = next(iter(described.items()))
+            where, labels = f"{source.name}: {path}", _Labels(PurePosixPath(path), source)
+        elif own:
+            where, labels = f"{source.name}: model_info", _Labels(PurePosixPath("."), source)
+            return read_description(proc_of_info(own, _metadata(source), where), where), labels
+        else:
             raise ModelError(
-                "no model-proc (.json with output_postproc) lies beside the model", where=source.name,
-                hint="Name it with load.proc.",
+                "nothing says how its input and outputs are used", where=source.name,
+                hint="Name a model-proc (a .json): `ovforge detect --model-proc FILE`, or load.proc.",
             )  # fmt: skip
-        if len(described) > 1:
-            raise ConfigError(f"several model-procs: {', '.join(described)}", where="load.proc", hint="Name one.")
-        path, found = next(iter(described.items()))
-        return found, source, f"{source.name}: {path}"
+        if own and not data["output_postproc"]:
+            data = {**data, "output_postproc": proc_of_info(own, _metadata(source), where)["output_postproc"]}
+        return read_description(data, where), labels
 
-
-class _Input:
-    """The input of a model that takes pictures."""
-
-    def __init__(self, model: ov.Model, options: ModelProcOptions, where: str) -> None:
-        fitting = [port for port in model.inputs if port.get_partial_shape().rank.get_length() == 4]
-        if len(fitting) != 1:
-            raise ModelError(f"it has {len(fitting)} inputs of four dimensions, and one is the picture", where=where)
-        shape = fitting[0].get_partial_shape()
-        self.layout = "NHWC" if shape[3].is_static and shape[3].get_length() == 3 else "NCHW"
-        places = (1, 2) if self.layout == "NHWC" else (2, 3)
-        sides = []
-        for place, key in zip(places, ("height", "width"), strict=True):
-            own = shape[place].get_length() if shape[place].is_static else None
-            asked = getattr(options, key)
-            if own is None and asked is None:
-                raise ConfigError(f"the model leaves the {key} of its input open", where=f"load.{key}", hint="Set it.")
-            if own is not None and asked not in (None, own):
+    def _picture(self, model: ov.Model, proc: ModelProc, where: str, notes: list[str]) -> tuple[Picture, ov.Output]:
+        port = _picture_port(model, proc, where, notes)
+        shape = port.get_partial_shape()
+        layout = _layout(port)
+        channel, *sides = (3, 1, 2) if layout == "NHWC" else (1, 2, 3)
+        channels = _length(shape[channel])
+        if channels == -1:
+            channels = 1 if proc.image.color_space == "GRAYSCALE" else 3
+        if channels not in (1, 3, 4):
+            raise ModelError(f"its input has {channels} channels; pictures have 1, 3 or 4", where=where)
+        size = []
+        for place, key, described in zip(
+            sides, ("height", "width"), proc.image.reshape_size or (None, None), strict=True
+        ):
+            own, asked = _length(shape[place]), getattr(self.options, key)
+            if own == -1 and asked is None and described is None:
+                raise ConfigError(
+                    f"the model leaves the {key} of its input open", where=f"load.{key}",
+                    hint="Set load.height and load.width; `ovforge detect --size HEIGHTxWIDTH` does both.",
+                )  # fmt: skip
+            if own != -1 and asked not in (None, own):
                 raise ConfigError(f"the model's own is {own}", where=f"load.{key}", hint="Leave it out.")
-            sides.append(own or asked)
-        self.height, self.width = sides
-        if not fitting[0].names:
-            fitting[0].get_tensor().set_names({"image"})
-        self.name = sorted(fitting[0].names)[0]
-        for port in model.outputs:
-            if not port.names:
-                port.get_tensor().set_names({port.get_node().input_value(0).get_node().get_friendly_name()})
+            size.append(own if own != -1 else asked or described)
+        return Picture(sorted(port.names)[0], layout, channels, *size), port
 
 
-def parse_model_proc(data: dict[str, Any], beside: Source, where: str, given: _Input) -> DetectorSpec:
-    """Return the spec of a detector that a model-proc describes. Raises ModelError for what is not understood."""
-    processing = data.get("output_postproc")
-    entries = [entry for entry in processing if isinstance(entry, dict)] if isinstance(processing, list) else []
-    if not entries:
-        raise ModelError("output_postproc is no list of descriptions", where=where)
-    inputs = data.get("input_preproc") or [{}]
-    params = inputs[0].get("params", {}) if isinstance(inputs[0], dict) else {}
-    outputs = [_output(entry, where) for entry in entries]
-    low, high = params.get("range", (0, 255))
-    thresholds = [entry["confidence_threshold"] for entry in entries if "confidence_threshold" in entry]
-    overlaps = [entry["iou_threshold"] for entry in entries if "iou_threshold" in entry]
-    yolo = any(entry["converter"].startswith("yolo") for entry in outputs)
-    try:
-        return DetectorSpec(
-            kind="described", height=given.height, width=given.width, layout=given.layout, input=given.name,
-            keep_ratio=str(params.get("resize", "no")) == "aspect-ratio",
-            fill=int(params.get("padding", {}).get("fill_value", [0])[0]) if "padding" in params else 0,
-            colours=str(params.get("color_space", "BGR")).upper(),
-            scale=(high - low) / 255,
-            mean=[m - low for m in params.get("mean", (0, 0, 0))], std=params.get("std", (1, 1, 1)),
-            threshold=thresholds[0] if thresholds else 0.5,
-            nms=overlaps[0] if overlaps else 0.5 if yolo else None,
-            labels=tuple(_labels(entries, beside, where)), outputs=tuple(outputs),
-        )  # fmt: skip
-    except (ValidationError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"its description cannot be used: {error}", where=where) from error
+class _Labels:
+    """Files of labels, a line each, that a description names: beside it, or below."""
+
+    def __init__(self, proc: Path | PurePosixPath, source: Source | None) -> None:
+        self._proc, self._source = proc, source
+
+    def read(self, path: str) -> Sequence[str]:
+        """Return the lines of a file. Raises ModelError if it is missing, elsewhere or not text."""
+        inside = PurePosixPath(path)
+        where = f"{self._proc}: labels"
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ModelError(f"{path} lies elsewhere", where=where, hint="Put it beside the model-proc.")
+        if self._source is None:
+            file = Path(self._proc).parent / inside
+            if not file.is_file():
+                raise ModelError(f"{path} is missing", where=where, hint="Put it beside the model-proc.")
+            source, name = open_file(file), file.name
+        else:
+            source, name = self._source, (PurePosixPath(self._proc).parent / inside).as_posix()
+            if name not in source.files():
+                raise ModelError(f"{path} is missing", where=where, hint="Put it beside the model-proc.")
+        try:
+            return source.read(name, LIMIT).decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{path} is not text in UTF-8: {error}", where=where) from error
 
 
-def _output(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    converter = str(entry.get("converter"))
-    if converter not in _CONVERTERS:
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _name_ports(model: ov.Model) -> None:
+    """Give ports without a name that of their node."""
+    for place, port in enumerate(model.inputs):
+        if not port.names:
+            port.get_tensor().set_names({port.get_node().get_friendly_name() or f"input_{place}"})
+    for port in model.outputs:
+        if not port.names:
+            port.get_tensor().set_names({port.get_node().input_value(0).get_node().get_friendly_name()})
+
+
+def _picture_port(model: ov.Model, proc: ModelProc, where: str, notes: list[str]) -> ov.Output:
+    """Return the input that takes pictures: the one that the description names, or the only one of four dimensions."""
+    named = [port for port in model.inputs if proc.image_layer in port.names]
+    others = {each.layer_name for each in proc.inputs if each.format != "image"}
+    fitting = named or [port for port in model.inputs if len(_shape(port)) == 4 and not others & port.names]
+    if len(fitting) != 1 or len(_shape(fitting[0])) != 4:
+        listed = ", ".join(f"{sorted(port.names)[0]} {_shape(port)}" for port in model.inputs)
         raise ModelError(
-            f"the converter {converter!r} is not known", where=where, hint=f"Known: {', '.join(_CONVERTERS)}."
-        )
-    if unknown := sorted(set(entry) - _OTHER):
-        raise ModelError(f"{unknown[0]!r} is not understood", where=f"{where}: output_postproc")
-    layer = entry.get("layer_name")
-    described = {
-        "converter": _CONVERTERS[converter], "layer_name": None if layer in (None, "ANY") else layer,
-        "classes": entry.get("classes"), "anchors": entry.get("anchors", ()), "masks": entry.get("masks", {}),
-        "sigmoid": entry.get("output_sigmoid_activation", False),
-    }  # fmt: skip
-    try:
-        return Description.model_validate(described).model_dump(mode="json", exclude_defaults=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from error
+            "which of its inputs takes pictures is not clear", where=where,
+            hint=f'Name one of four dimensions in input_preproc: "format": "image", "layer_name"; it has {listed}.',
+        )  # fmt: skip
+    if proc.image_layer not in (None, "ANY") and not named:
+        notes.append(f"the model has no input {proc.image_layer!r}; pictures go to {sorted(fitting[0].names)[0]!r}")
+    return fitting[0]
 
 
-def _labels(entries: list[dict[str, Any]], beside: Source, where: str) -> list[str]:
+def _inputs(model: ov.Model, picture: ov.Output, proc: ModelProc, where: str, notes: list[str]) -> list[ExtraInput]:
+    """Return what the inputs beside the picture are filled with. Raises ModelError for one that nothing fills."""
+    entries = [each for each in proc.inputs if each.format != "image"]
+    rest = [port for port in model.inputs if port.node.get_friendly_name() != picture.node.get_friendly_name()]
+    found = []
+    for port in rest:
+        entry = next((each for each in entries if each.layer_name in port.names), None)
+        if entry is None and len(rest) == len(entries) == 1 and entries[0].layer_name is None:
+            entry = entries[0]
+        content = entry.format if entry else next((_KNOWN[name] for name in sorted(port.names) if name in _KNOWN), None)
+        name = sorted(port.names)[0]
+        if content is None:
+            raise ModelError(
+                f"nothing fills its input {name!r}", where=where,
+                hint=f'Describe it in input_preproc: "layer_name": "{name}", "format": one of {", ".join(FILLED)}.',
+            )  # fmt: skip
+        scale = float(entry.params.get("scale", 1.0)) if entry else 1.0
+        found.append(ExtraInput(name=name, content=content, shape=_filled_shape(port, content, where), scale=scale))
+    known = {name for port in model.inputs for name in port.names}
     for entry in entries:
-        if isinstance(labels := entry.get("labels"), list):
-            return [str(label) for label in labels]
-        if name := entry.get("labels_file"):
-            path = PurePosixPath(str(name)).as_posix()
-            if path not in beside.files():
-                raise ModelError(f"{path} is missing, labels_file names it", where=where)
-            return beside.read(path, LIMIT).decode("utf-8", "replace").splitlines()
-    return []
+        if entry.layer_name is not None and entry.layer_name not in known:
+            notes.append(f"the model has no input {entry.layer_name!r}, which input_preproc describes")
+    return found
+
+
+def _filled_shape(port: ov.Output, content: str, where: str) -> tuple[int, ...]:
+    """Return the fixed shape of an input beside the picture: one picture, and as many values as its content has."""
+    values = {"image_info": 3, "im_shape": 2, "scale_factor": 2}.get(content, 1)
+    sides = _shape(port)
+    last = len(sides) - 1
+    shape = [side if side != -1 else values if place == last else 1 for place, side in enumerate(sides)]
+    if content != "sequence_index" and (len(shape) > 2 or shape[-1] < 2 or (len(shape) == 2 and shape[0] != 1)):
+        raise ModelError(f"its input {sorted(port.names)[0]!r} of {shape} cannot hold {content}", where=where)
+    return tuple(shape)
+
+
+def _layout(port: ov.Output) -> Literal["NCHW", "NHWC"]:
+    """Return an input's layout: its own, or what its shape shows; up to four channels, before or after the sides."""
+    own = str(port.node.layout).strip("[]").replace(",", "")
+    if own in ("NCHW", "NHWC"):
+        return "NHWC" if own == "NHWC" else "NCHW"
+    _, first, _, last = _shape(port)
+    return "NHWC" if 1 <= last <= 4 and not 1 <= first <= 4 else "NCHW"
+
+
+def _shape(port: ov.Output) -> list[int]:
+    """Return a port's shape, -1 for what is open; [] for any rank."""
+    shape = port.get_partial_shape()
+    return [_length(side) for side in shape] if shape.rank.is_static else []
+
+
+def _length(side: ov.Dimension) -> int:
+    return int(side.get_length()) if side.is_static else -1
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def _models(source: Source) -> list[str]:
@@ -194,6 +249,14 @@ def _described(source: Source) -> dict[str, dict[str, Any]]:
     small = [path for path, size in source.files().items() if path.endswith(".json") and size <= LIMIT]
     found = {path: _json(source, path) for path in small}
     return {path: value for path, value in found.items() if value is not None and "output_postproc" in value}
+
+
+def _metadata(source: Source) -> str:
+    """Return Ultralytics' metadata.yaml beside a model, "" if there is none."""
+    files = source.files()
+    if "metadata.yaml" in files and files["metadata.yaml"] <= LIMIT:
+        return source.read("metadata.yaml", LIMIT).decode("utf-8", "replace")
+    return ""
 
 
 def _json(source: Source, path: str) -> dict[str, Any] | None:

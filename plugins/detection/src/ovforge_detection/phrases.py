@@ -15,7 +15,7 @@ from ovforge.errors import InputError, ModelError
 from ovforge.model import DetectorSpec, Timings
 from ovforge.store import parse_object
 
-__all__ = ["Passage", "TextReader", "normalized", "phrase_masks"]
+__all__ = ["Passage", "TextReader", "Wanted", "phrase_masks", "phrase_of", "wanted"]
 
 REMEMBERED = 64
 """How many texts' features are kept."""
@@ -58,20 +58,47 @@ class Passage:
         )
 
 
-def normalized(text: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return phrases in the form that the models were trained on, and what was changed, in words.
+@dataclass(frozen=True)
+class Wanted:
+    """What to look for: `names` as they come back in results, and `phrases` as the models were trained on them.
 
-    They are in lower case, end with full stops, and come once. Raises InputError where there is none.
+    Phrases are in lower case, without full stops, and come once; `firsts` has the place of each among the names, and
+    `notes` say what was changed.
     """
-    given = [text] if isinstance(text, str) else list(text)
-    parts = [part for each in given for part in re.split(r"[.?]", each)]
-    phrases = [" ".join(part.lower().split()) for part in parts]
-    phrases = list(dict.fromkeys(phrase for phrase in phrases if phrase))
-    if not phrases:
-        raise InputError("there is nothing to look for", where="text", hint='Name things: "horse. clouds."')
-    read = " ".join(f"{phrase}." for phrase in phrases)
-    same = text == read if isinstance(text, str) else given in (phrases, [f"{phrase}." for phrase in phrases])
-    return phrases, [] if same else [f"the text is read as: {read}"]
+
+    names: Sequence[str]
+    phrases: Sequence[str]
+    firsts: Sequence[int]
+    notes: Sequence[str] = ()
+
+
+def wanted(text: str | Sequence[str]) -> Wanted:
+    """Return what a text names: phrases that full stops end, or each item of a list, whose names stay as they are.
+
+    Raises InputError if there is nothing.
+    """
+    if isinstance(text, str):
+        parts = [phrase_of(part) for part in re.split(r"[.?]", text)]
+        names = list(dict.fromkeys(part for part in parts if part))
+        phrases = names
+    else:
+        names = list(text)
+        phrases = [phrase_of(name) for name in names]
+    if not names or not all(phrases):
+        missing = next((repr(name) for name, phrase in zip(names, phrases, strict=True) if not phrase), "the text")
+        raise InputError(
+            f"there is nothing to look for in {missing}", where="text", hint='Name things: "horse. clouds."'
+        )
+    once = list(dict.fromkeys(phrases))
+    read = " ".join(f"{phrase}." for phrase in once)
+    same = text == read if isinstance(text, str) else names in (once, [f"{phrase}." for phrase in once])
+    notes = () if same else (f"the text is read as: {read}",)
+    return Wanted(names, once, [phrases.index(phrase) for phrase in once], notes)
+
+
+def phrase_of(text: str) -> str:
+    """Return a name as a phrase: in lower case, blanks joined, without full stops."""
+    return " ".join(re.sub(r"[.?]", " ", text.lower()).split())
 
 
 def phrase_masks(ids: Ids, delimiters: Sequence[int]) -> tuple[Bools, Ids]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge.contracts import Progress, TaskContext
-from ovforge.errors import InputError, did_you_mean
+from ovforge.errors import ConfigError, InputError, did_you_mean
 from ovforge.model import DetectInputs, Detections, DetectionsResult, DetectorSpec, Timings, open_picture, picture_name
 from ovforge_detection.decode import Found, decode_classes, decode_text, join, overlap, suppress
+from ovforge_detection.description import ExtraInput
 from ovforge_detection.examples import examples
 from ovforge_detection.outputs import decode_described
-from ovforge_detection.phrases import Passage, TextReader, normalized
-from ovforge_detection.prepare import Prepared, prepare
+from ovforge_detection.phrases import Passage, TextReader, Wanted, phrase_of, wanted
+from ovforge_detection.prepare import Prepared, mode_of, prepare
 
 __all__ = ["Detect", "DetectOptions"]
 
@@ -60,23 +61,29 @@ class Detect:
         self.spec = DetectorSpec.of(context.bundle.configs.get("detector", {}))
         self._requests: dict[str, ov.InferRequest] = {}
         self._reader: TextReader | None = None
-        if self.spec.kind == "classes" or (self.spec.kind == "described" and self.spec.height):
-            context.bundle.start("detector", self._shapes(1))
-        elif options.size is None:
-            context.bundle.start("detector")
+        self._inputs = [ExtraInput.model_validate(entry) for entry in self.spec.inputs]
+        if options.size and self.spec.height:
+            raise ConfigError(
+                f"the model's input is {self.spec.height}x{self.spec.width}, whatever the picture's size",
+                where="task.size",
+                hint="Take it out, or load the model for another size: load.height and load.width.",
+            )
+        shapes = self._shapes(1)
+        if shapes or options.size is None:
+            context.bundle.start("detector", shapes)
 
     def __call__(self, inputs: DetectInputs, progress: Callable[[Progress], None]) -> DetectionsResult:
         """Find things in every picture. Raises InputError for one that cannot be read; in a folder it is passed over.
 
         Raises InputError for an empty text, a text where the model knows classes, and classes that it does not know.
         """
-        timings, said = Timings(), list[str]()
-        names, passages, wanted = self._looked_for(inputs, timings, said)
+        timings, said = Timings(), list(self.spec.notes)
+        names, passages, classes = self._looked_for(inputs, timings, said)
         paths, whole = _pictures(inputs.image)
         found: dict[int, Detections] = {}
         progress(Progress("detect", 0, len(paths)))
         for jobs in self._batches(paths, whole, timings, said):
-            for job, each in zip(jobs, self._run(jobs, passages, wanted, inputs, timings), strict=True):
+            for job, each in zip(jobs, self._run(jobs, passages, classes, inputs, timings), strict=True):
                 found[job.place] = self._sorted(each, job, names, inputs)
             progress(Progress("detect", max(job.place for job in jobs) + 1, len(paths), jobs[-1].name))
         if not found:
@@ -119,29 +126,33 @@ class Detect:
         if self.spec.kind == "text":
             if inputs.text is None:
                 raise InputError("say what to look for", where="text", hint='For example "horse. clouds."')
-            phrases, changes = normalized(inputs.text)
-            passages = self._text_reader().read(phrases, timings)
-            said += changes
+            sought = wanted(inputs.text)
+            passages = [_renumbered(each, sought) for each in self._text_reader().read(sought.phrases, timings)]
+            said += sought.notes
             if len(passages) > 1:
                 said.append(
                     f"the text is longer than {self.spec.max_tokens} tokens, and is read in {len(passages)} parts"
                 )
-            return phrases, passages, None
-        if inputs.text is None:
-            return self.spec.labels, (), None
-        phrases, _ = normalized(inputs.text)
-        known = {label.lower(): number for number, label in enumerate(self.spec.labels)}
-        for phrase in phrases:
-            if phrase not in known:
+            return sought.names, passages, None
+        return self.spec.labels, (), None if inputs.text is None else self._own_classes(inputs.text)
+
+    def _own_classes(self, text: str | list[str]) -> NDArray[np.bool_]:
+        """Return which of the model's own classes a text names, in any case. Raises InputError for an unknown one."""
+        labels = [label.lower() for label in self.spec.labels]
+        whole = isinstance(text, str) and text.lower() in labels  # though it may hold a full stop
+        sought = Wanted([str(text)], [str(text)], [0]) if whole else wanted(text)
+        found = np.zeros(len(labels), bool)
+        for name in sought.names:
+            same = np.array([label in (name.lower(), phrase_of(name)) for label in labels], bool)
+            if not same.any():
                 raise InputError(
-                    f"the model knows no {phrase!r}.{did_you_mean(phrase, known)}",
+                    f"the model does not know {name!r}.{did_you_mean(name.lower(), labels)}",
                     where="text",
-                    hint=f"It has {len(known)} classes of its own: {', '.join(list(self.spec.labels)[:8])}, ... "
+                    hint=f"It has {len(labels)} classes of its own: {', '.join(list(self.spec.labels)[:8])}, ... "
                     "A GroundingDINO finds anything.",
                 )
-        wanted = np.zeros(len(self.spec.labels), bool)
-        wanted[[known[phrase] for phrase in phrases]] = True
-        return self.spec.labels, (), wanted
+            found |= same
+        return found
 
     def _text_reader(self) -> TextReader:
         if self._reader is None:
@@ -157,7 +168,7 @@ class Detect:
         for place, path in enumerate(paths):
             with timings.span("pictures"):
                 try:
-                    image = open_picture(path, "image")
+                    image = open_picture(path, "image", mode_of(self.spec))
                 except InputError as error:
                     if not whole:
                         raise
@@ -174,29 +185,31 @@ class Detect:
         self,
         jobs: Sequence[_Job],
         passages: Sequence[Passage],
-        wanted: NDArray[np.bool_] | None,
+        classes: NDArray[np.bool_] | None,
         inputs: DetectInputs,
         timings: Timings,
     ) -> list[Found]:
         """Return what is found in each of the pictures, which have one size."""
+        if self.spec.kind == "described":
+            return [self._described(job, classes, inputs, timings) for job in jobs]
         threshold = self.spec.threshold if inputs.threshold is None else inputs.threshold
         if self.spec.kind == "text":
             return self._run_text(jobs, passages, threshold, inputs.text_threshold, timings)
         pixels = np.stack([job.prepared.pixels for job in jobs])
-        if self.spec.kind == "classes":
-            outputs = self._infer({"pixel_values": pixels}, self._shapes(len(jobs)), timings)
-            return [
-                decode_classes(outputs["logits"][n], outputs["boxes"][n], job.prepared, threshold, wanted)
-                for n, job in enumerate(jobs)
-            ]
-        return [self._described(job, threshold, wanted, timings) for job in jobs]
+        outputs = self._infer({"pixel_values": pixels}, self._shapes(len(jobs)), timings)
+        return [
+            decode_classes(outputs["logits"][n], outputs["boxes"][n], job.prepared, threshold, classes)
+            for n, job in enumerate(jobs)
+        ]
 
-    def _described(self, job: _Job, threshold: float, wanted: NDArray[np.bool_] | None, timings: Timings) -> Found:
+    def _described(self, job: _Job, classes: NDArray[np.bool_] | None, inputs: DetectInputs, timings: Timings) -> Found:
         pixels = job.prepared.pixels[None]
         given = pixels if self.spec.layout == "NCHW" else pixels.transpose(0, 2, 3, 1)
-        outputs = self._infer({self.spec.input: np.ascontiguousarray(given)}, self._shapes(1), timings)
-        found = decode_described(outputs, self.spec, job.prepared, threshold)
-        return found if wanted is None else found.take(np.flatnonzero(wanted[found.classes]))
+        values = {self.spec.input: np.ascontiguousarray(given)}
+        values |= {each.name: _filled(each, job.prepared) for each in self._inputs}
+        outputs = self._infer(values, self._shapes(1), timings)
+        found = decode_described(outputs, self.spec, job.prepared, inputs.threshold, suppressed=inputs.nms is None)
+        return found if classes is None else found.take(np.flatnonzero(_named(classes, found.classes)))
 
     def _run_text(
         self,
@@ -245,22 +258,21 @@ class Detect:
         if key not in self._requests:
             self._requests[key] = self._bundle.get("detector", shapes).create_infer_request()
         request = self._requests[key]
+        types = {name: port.element_type for port in request.model_inputs for name in port.names}
+        given = {name: _as_type(value, types[name]) for name, value in given.items()}
         with timings.span("detector"):
             request.infer(given)
-        return {
-            name: np.array(request.get_tensor(port).data, np.float32)
-            for port in request.model_outputs
-            for name in port.names
-        }
+        values = [(port.names, _copied(request.get_tensor(port).data)) for port in request.model_outputs]
+        return {name: value for names, value in values for name in names}
 
     def _shapes(self, count: int) -> dict[str, Any] | None:
-        """Return the shapes of a detector of one size."""
-        if not (self.spec.height and self.spec.width):
+        """Return the shapes of a detector of one size, or one that knows classes and is to have one; else None."""
+        own = (self.spec.height, self.spec.width) if self.spec.height and self.spec.width else None
+        size = own or (self._options.size if self.spec.kind == "classes" else None)
+        if size is None:
             return None
-        sides = (3, self.spec.height, self.spec.width)
-        if self.spec.layout == "NHWC":
-            sides = (self.spec.height, self.spec.width, 3)
-        return {self.spec.input: (count, *sides)}
+        sides = (*size, self.spec.channels) if self.spec.layout == "NHWC" else (self.spec.channels, *size)
+        return {self.spec.input: (count, *sides), **{each.name: each.shape for each in self._inputs}}
 
     def _sorted(self, found: Found, job: _Job, names: Sequence[str], inputs: DetectInputs) -> Detections:
         """Return the best ones, after the suppression that was asked for, or that the model needs."""
@@ -273,6 +285,45 @@ class Detect:
         return Detections(
             job.name, (width, height), kept.boxes, kept.scores, kept.classes, known, kept.words, kept.spans
         )
+
+
+def _renumbered(passage: Passage, sought: Wanted) -> Passage:
+    """Return a passage whose phrases have the numbers of their names."""
+    firsts = np.array([*sought.firsts, -1], np.int64)
+    return replace(passage, phrases=firsts[passage.phrases])
+
+
+def _named(wanted_classes: NDArray[np.bool_], classes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Say which classes are wanted; those without a label are not."""
+    known = (classes >= 0) & (classes < len(wanted_classes))
+    which: NDArray[np.bool_] = known & np.append(wanted_classes, False)[np.where(known, classes, -1)]
+    return which
+
+
+def _filled(extra: ExtraInput, picture: Prepared) -> NDArray[np.float32]:
+    """Return an input beside the picture: DL Streamer's `image_info`, ones, or PaddleDetection's sizes and scales."""
+    if extra.content == "im_shape":
+        values: list[float] = list(picture.content)
+    elif extra.content == "scale_factor":
+        values = [picture.scale[1], picture.scale[0]]
+    else:
+        values = [*picture.canvas] if extra.content == "image_info" else []
+    filled = np.full(extra.shape, extra.scale, np.float32)
+    filled.reshape(-1)[: len(values)] = values
+    return filled
+
+
+def _as_type(value: NDArray[Any], kind: ov.Type) -> NDArray[Any]:
+    """Return values in the type that an input has, rounded if it takes whole numbers."""
+    dtype = np.dtype(kind.to_dtype())
+    if np.issubdtype(dtype, np.integer) and np.issubdtype(value.dtype, np.floating):
+        value = np.rint(value)
+    return value.astype(dtype, copy=False)
+
+
+def _copied(value: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy of an output, floating-point numbers as float32."""
+    return np.array(value) if np.issubdtype(value.dtype, np.integer) else np.array(value, np.float32)
 
 
 def _pictures(given: Any) -> tuple[list[Any], bool]:

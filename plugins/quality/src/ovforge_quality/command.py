@@ -77,6 +77,7 @@ def quantize(
     if target.exists() and not force:
         raise InputError("is there already", where=str(target), hint="Name another folder, or add --force.")
     _check_apart(target, config, base)
+    _check_plain(config, base, plugins)
     try:
         with progress_bar(as_json) as progress:
             if "task" in config or Path(source).suffix.lower() in _CONFIGS:
@@ -101,6 +102,19 @@ def _check_apart(target: Path, config: dict[str, Any], base: Path) -> None:
     parts = table.get("parts")
     named = [table.get("source"), *(parts.values() if isinstance(parts, dict) else ())]
     check_apart(target, *(named_path(text, base) for text in named if isinstance(text, str)))
+
+
+def _check_plain(config: dict[str, Any], base: Path, plugins: Plugins) -> None:
+    """Refuse an encrypted model before any work: what is written of it would be plain."""
+    from ovforge import PipelineConfig, describe_protection
+
+    load = PipelineConfig.of({"task": "none", **config}).load
+    for name in (load.source, *load.parts.values()):
+        if load.key is not None or describe_protection(name, base, plugins):
+            raise ModelError(
+                "it is encrypted, and the quantized folder would be plain", where=name,
+                hint="Decrypt it first (ovforge decrypt), quantize, and encrypt the result (ovforge encrypt).",
+            )  # fmt: skip
 
 
 def _tables(

@@ -13,7 +13,7 @@ from ovforge.model import fresh_seed, open_picture, picture_name
 from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import Control, DiffusionInputs
 
-__all__ = ["Request", "make_request", "resized"]
+__all__ = ["Request", "make_request", "resized", "resized_mask"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,15 @@ def _controls(inputs: DiffusionInputs, family: Family) -> tuple[Control, ...]:
     return given
 
 
-def resized(image: Any, where: str, width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Return a picture in `mode` at a size, by Lanczos where it has another, as diffusers' image processor does."""
-    opened = open_picture(image, where, mode)
+def resized(image: Any, where: str, width: int, height: int) -> Image.Image:
+    """Return an RGB picture at a size, by Lanczos if it has another, as diffusers' image processor does."""
+    return _scaled(open_picture(image, where), width, height)
+
+
+def resized_mask(image: Any, where: str, width: int, height: int) -> Image.Image:
+    """Return a mask at a size, mode L: its brightness times its opacity, so that what is transparent is black."""
+    return _scaled(open_picture(image, where, "L", background="black"), width, height)
+
+
+def _scaled(opened: Image.Image, width: int, height: int) -> Image.Image:
     return opened if opened.size == (width, height) else opened.resize((width, height), Image.Resampling.LANCZOS)

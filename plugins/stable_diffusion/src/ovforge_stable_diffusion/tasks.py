@@ -16,7 +16,7 @@ from ovforge_stable_diffusion.diffusion import Diffusion, Start
 from ovforge_stable_diffusion.examples import drawing, hole, prompts
 from ovforge_stable_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
 from ovforge_stable_diffusion.latents import read_latents
-from ovforge_stable_diffusion.request import Request, resized
+from ovforge_stable_diffusion.request import Request, resized, resized_mask
 from ovforge_stable_diffusion.vae import pixels_of
 
 __all__ = ["ImageToImage", "Inpainting", "TextToImage"]
@@ -131,7 +131,7 @@ class Inpainting(TextToImage):
 
     def _size_of(self, inputs: Any) -> tuple[int, int]:
         size = open_picture(inputs.image, "image").size
-        mask = open_picture(inputs.mask, "mask", "L").size
+        mask = open_picture(inputs.mask, "mask").size
         if size != mask:
             raise InputError(
                 f"is {mask[0]}x{mask[1]}, and the picture is {size[0]}x{size[1]}",
@@ -197,5 +197,5 @@ class _Paste:
 
 def _mask(image: Any, request: Request) -> Array:
     """Return a mask, float32 (1, height, width): 1 where the picture is painted anew, else 0."""
-    grey = resized(image, "mask", request.width, request.height, "L")
+    grey = resized_mask(image, "mask", request.width, request.height)
     return (np.asarray(grey, np.float32)[None] / np.float32(255) >= 0.5).astype(np.float32)
