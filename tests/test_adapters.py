@@ -107,6 +107,7 @@ class Rows:
 class RunningRows:
     def __init__(self, options: RowsOptions) -> None:
         self.name, self.weight = options.name, options.weight
+        self.notes: list[str] = []
         self.skipped = [] if options.place == "rows" else [Skipped("a part", "there is no place")]
         self._options = options
 

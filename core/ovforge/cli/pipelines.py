@@ -78,6 +78,7 @@ def plan(
     from dataclasses import asdict
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     import ovforge
@@ -99,7 +100,11 @@ def plan(
             stage.why,
         )
     # Below this width the reasons would fall into a column of single letters.
-    Console(highlight=False, width=max(Console().width, 120)).print(table)
+    console = Console(highlight=False, width=max(Console().width, 120))
+    console.print(table)
+    for stage in planned.stages:
+        for warning in stage.warnings:
+            console.print("[yellow]warning:[/]", escape(warning), soft_wrap=True)
 
 
 def convert(
@@ -196,19 +201,20 @@ def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None]]:
 def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
     """Print timings, what quantizers did, the precision that ran, and the files."""
     from rich.console import Console
+    from rich.markup import escape
 
     from ovforge.cli.reports import print_reports
 
     console = Console(highlight=False, soft_wrap=True)
     for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", markup=True)
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     roles = [role for role, model in pipeline.compiled.all() if model.cached]
     for name, spans in pipeline.start_timings().merged(result.timings).spans.items():
         depth, title = name.count("."), name.rpartition(".")[2].replace("_", " ")
         times = f"  ({len(spans)} x {sum(spans) / len(spans):.3f} s)" if len(spans) > 1 else ""
         cached = "  from the cache" if name.startswith("compile.") and name[8:] in roles else ""
         console.print(f"{'  ' * depth}{title:<{24 - 2 * depth}}{sum(spans):9.3f} s{times}{cached}")
-    print_reports(pipeline.resolved.steps, pipeline.reports, pipeline.outcome)
+    print_reports(pipeline.resolved.steps, pipeline.reports, pipeline.outcome, warnings=False)
     precision = ", ".join(sorted(set(result.provenance.get("precision", {}).values())))
     device = result.provenance.get("device", {})
     console.print(f"{device.get('full_name', '')} ({device.get('name', '')}), computed in {precision}")

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["print_reports", "reports_as_json"]
 
 
-def print_reports(steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None) -> None:
-    """Print a table of each quantizer's roles, what was left alone and why, and what the gate said."""
+def print_reports(
+    steps: Sequence[Step], reports: Sequence[Report], outcome: Outcome | None, *, warnings: bool = True
+) -> None:
+    """Print a table of each quantizer's roles, what was left alone and why, and what the gate said.
+
+    Without `warnings`, notes and what was left alone are printed elsewhere.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -34,9 +39,9 @@ def print_reports(steps: Sequence[Step], reports: Sequence[Report], outcome: Out
             console.print(table)
         else:
             console.print(f"[bold]{step.chosen.name}[/]: nothing was changed")
-        for line in (*report.applied, *report.notes):
+        for line in (*report.applied, *(report.notes if warnings else ())):
             console.print(f"  {escape(line)}")
-        for skip in report.skipped:
+        for skip in report.skipped if warnings else ():
             console.print(f"  [yellow]ignored[/] {escape(skip.item)}: {escape(skip.reason)}")
         if report.seconds is not None:
             console.print(f"  took {report.seconds:.1f} s")

@@ -122,6 +122,9 @@ class Adapter(Protocol):
     skipped: Sequence[Skipped]
     """What of it found no place in the models."""
 
+    notes: Sequence[str]
+    """What people should know of it."""
+
     def values(self, weight: float) -> Mapping[str, Mapping[str, NDArray[np.float32]]]:
         """Return role -> variable -> what it puts there at a weight other than 0.
 

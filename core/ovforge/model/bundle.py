@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from ovforge.errors import ModelError
 from ovforge.model.formats import read_from_memory
 from ovforge.model.reasons import OPENVINO_ERRORS, reading_error
-from ovforge.model.sources import FileSource
 from ovforge.model.validation import check_source
 from ovforge.store.documents import parse_object
 from ovforge.store.files import atomic_folder
@@ -194,8 +193,8 @@ class ModelBundle:
         self.models.lazy(role, lambda: read_model(source, file.as_posix()))
         parts = [source.digest(path) for path in (file.as_posix(), weights) if path in source.files()]
         self.identity[role] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        if isinstance(source, FileSource):
-            self.location[role] = source.root / file
+        if local := source.local(file.as_posix()):
+            self.location[role] = local
 
     def put(
         self,
@@ -363,6 +362,8 @@ def read_model(source: Source, path: str) -> ov.Model:
     """
     from ovforge.model.runtime import core
 
+    if hasattr(source, "check"):  # a cache's entry, whose content may be damaged
+        source.check(path)
     check_source(source, path)
     try:
         local = source.local(path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.config.pipeline import Use
 from ovforge.errors import InputError, ModelError, did_you_mean
+from ovforge.run.notices import skipped_lines
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -177,6 +178,14 @@ class Adapters(Mapping[str, float]):
             del self._adapters[name]
             self.loaded.pop(name, None)
         self.set({name: weight for name, weight in self._weights.items() if name in self._adapters})
+
+    def warnings(self) -> list[str]:
+        """Return what of the adapters that were loaded later found no place, and their notes."""
+        lines: list[str] = []
+        for name in self.loaded:
+            adapter = self._adapters[name]
+            lines += [*skipped_lines(name, adapter.skipped), *(f"{name}: {note}" for note in adapter.notes)]
+        return lines
 
     def _fill(self, weights: Mapping[str, float]) -> None:
         """Give every place what the adapters put there."""

@@ -30,12 +30,11 @@ class EntrySource(FileSource):
         """Return the sha256 of a file, as the manifest has it."""
         return str(self._entry.files[path]["sha256"])
 
-    def local(self, path: str) -> Path:
-        """Return the file itself, and with an .xml check the .bin that its readers will open."""
+    def check(self, path: str) -> None:
+        """Compare a file with what was stored, and with an .xml the .bin that its reader opens, too."""
         weights = str(Path(path).with_suffix(".bin"))
-        if path.endswith(".xml") and weights in self._entry.files:
-            self._entry.checked(weights)
-        return self._entry.checked(path)
+        for name in (path, weights) if path.endswith(".xml") and weights in self._entry.files else (path,):
+            self._entry.checked(name)
 
     def _checked(self, path: str) -> Path:
         return self._entry.checked(path) if path in self._entry.files else super()._checked(path)

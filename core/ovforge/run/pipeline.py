@@ -27,6 +27,7 @@ from ovforge.run.adapters import Controls
 from ovforge.run.calls import expect, from_caller
 from ovforge.run.compiled import CompiledBundle
 from ovforge.run.identity import content_of
+from ovforge.run.notices import warnings_of
 from ovforge.run.planning import key_of
 from ovforge.run.resolution import make_step, read_pipeline, resolve
 from ovforge.run.session import Session
@@ -169,6 +170,7 @@ class Pipeline:
         values = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.base)
         with self._turns, task.calling():
             result = expect(Result, self.task(values, from_caller(progress)), task.offer)
+        result.warnings = [*result.warnings, *self.warnings()]
         result.provenance = {**self.provenance(), **result.provenance}
         return result
 
@@ -231,7 +233,12 @@ class Pipeline:
             "precision": {role: kind for role, kind in precisions.items() if not is_tokenizer(role)},
             **({"controls": changed} if (changed := self.controls.changed()) else {}),
             **({"adapters": self._adapters_now()} if self.adapters else {}),
+            **({"warnings": said} if (said := self.warnings()) else {}),
         }
+
+    def warnings(self) -> list[str]:
+        """Return what the stages did not apply, and their notes, with those of adapters that were loaded later."""
+        return [*warnings_of(self.resolved.steps, self.reports), *self.adapters.warnings()]
 
     def _adapters_now(self) -> dict[str, Any]:
         """Return the weight of each adapter, and of those that were loaded later where they came from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ovforge.contracts.stages import DevicePlan, ignore_progress
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Offer, Plugins
 from ovforge.run.compiled import CompiledBundle, Shapes, can_store, compile_dependencies
+from ovforge.run.notices import warnings_of
 from ovforge.run.quantizing import NO_CALIBRATION, Run
 from ovforge.run.resolution import ResolvedPipeline, Step, read_pipeline, resolve
 from ovforge.run.session import Session
@@ -37,6 +38,8 @@ class PlannedStage:
     state: str
     why: str = ""
     size: int | None = None
+    warnings: tuple[str, ...] = ()
+    """What a step that is stored did not apply, and its notes."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,10 @@ class _Planner:
         if bundle is None:
             self._add(name, offer, "to do", _LATER)
             return None
-        return self._look(name, offer, StepStage(step, bundle, self._pipeline, NO_CALIBRATION, keep))
+        stage = StepStage(step, bundle, self._pipeline, NO_CALIBRATION, keep)
+        taken = self._look(name, offer, stage)
+        self.stages[-1] = replace(self.stages[-1], warnings=tuple(warnings_of([step], [stage.report])))
+        return taken
 
     def _look(self, name: str, offer: Offer, stage: Stage, size: int | None = None) -> ModelBundle | None:
         dependencies = stage.dependencies

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from ovforge.errors import ModelError
+from ovforge.errors import ModelError, OvforgeError
 from ovforge.model.sources import FileSource
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import open_adapter
@@ -45,6 +45,15 @@ def entry(shape: list[Any], begin: int, end: int, kind: str = "F32") -> dict[str
         {UP: entry([True, 4], 0, 16)},
         {UP: entry([2, 2], -16, 0)},
         {UP: entry([2, 2], 0, 16, "F31")},
+        {UP: {"dtype": ["F32"], "shape": [2, 2], "data_offsets": [0, 16]}},
+        {UP: {"dtype": {"F32": 1}, "shape": [2, 2], "data_offsets": [0, 16]}},
+        {UP: {"dtype": "F32", "shape": "22", "data_offsets": [0, 16]}},
+        {UP: {"dtype": "F32", "shape": [2, 2], "data_offsets": {"0": 1, "16": 2}}},
+        {UP: entry([1] * 98 + [2, 2], 0, 16)},
+        {UP: entry([float("inf"), 2], 0, 16)},
+        {UP: entry([2, 2], 0, 16), DOWN: entry([2, 1], 8, 16)},
+        {UP: entry([2, 2], 0, 16), DOWN: entry([2, 2], 0, 16)},
+        {"\ud800.lora_up.weight": entry([2, 2], 0, 16)},
         {UP: {"shape": [2, 2]}},
         {UP: [1, 2]},
         {UP: entry([2, 2], 0, 16), "__metadata__": 3},
@@ -100,9 +109,31 @@ def test_every_type_is_read_exactly(tmp_path: Path) -> None:
     for kind, stored in raw.items():
         path = written(tmp_path / f"{kind}.safetensors", {"a": entry([2, 2], 0, stored.nbytes, kind)}, stored.tobytes())
         assert np.array_equal(TensorFile(FileSource(path), path.name).read("a"), values)
-    path = written(tmp_path / "f8.safetensors", {"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4))
-    with pytest.raises(ModelError, match="F8_E4M3"):
+    path = written(tmp_path / "u64.safetensors", {"a": entry([1], 0, 8, "U64")}, bytes(8))
+    with pytest.raises(ModelError, match="U64"):
         TensorFile(FileSource(path), path.name).read("a")
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("end", [".scale_weight", ".weight_scale", None])
+def test_float8_is_read_as_torch_reads_it(tmp_path: Path, kind: str, end: str | None) -> None:
+    """Every byte that is a number; scaled by one number, or by one for each row."""
+    torch = pytest.importorskip("torch")
+    theirs = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[kind]
+    every = torch.arange(256, dtype=torch.uint8).view(theirs).float()
+    bytes_ = torch.arange(256, dtype=torch.uint8)[torch.isfinite(every)]
+    bytes_ = bytes_[: len(bytes_) // 2 * 2].reshape(2, -1)
+    wanted, data = bytes_.view(theirs).float().numpy(), bytes_.numpy().tobytes()
+    for scale in (np.array(0.25, np.float32), np.array([[0.5], [3.0]], np.float32)):
+        header = {"x.lora_up.weight": entry(list(wanted.shape), 0, len(data), kind)}
+        if end is not None:
+            begin = len(data) + len(data) % 4
+            header[f"x.lora_up{end}"] = entry(list(scale.shape), begin, begin + scale.nbytes)
+            header["scaled_fp8"] = entry([0], begin + scale.nbytes, begin + scale.nbytes, kind)
+        path = written(tmp_path / "f8.safetensors", header, data + bytes(len(data) % 4) + scale.tobytes())
+        file = TensorFile(FileSource(path), path.name)
+        assert set(file.tensors) == {"x.lora_up.weight"}
+        assert np.array_equal(file.read("x.lora_up.weight"), wanted * scale if end else wanted)
 
 
 class Explosive:
@@ -133,7 +164,12 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
         ({"lora_unet_conv_in.lokr_w1": (2, 2)}, "neither lokr_w2"),
         ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, "it has no"),
         ({"lora_unet_conv_in.alpha": ()}, "alpha alone"),
-        ({"lora_unet_conv_in.oft_blocks": (2, 2)}, "'oft_blocks' is not supported"),
+        ({"lora_unet_conv_in.oft_diag": (2, 2)}, "'oft_diag' is not supported"),
+        ({"lora_unet_conv_in.lambda_layer": (2, 2)}, "'lambda_layer' is not supported"),
+        ({"base_model.model.conv_in.waveft_spectrum": (2,)}, "'waveft_spectrum' is not supported"),
+        ({"base_model.model.conv_in.oft_R.weight": (2, 3)}, "adapter_config.json, .* is not there"),
+        ({"base_model.model.conv_in.vera_lambda_b": (2,), "base_model.model.conv_in.vera_lambda_d": (2,)}, "no vera_A"),
+        ({"lora_unet_conv_in.a1.weight": (2, 2)}, "it has no a2, b1, b2"),
         ({"lora_unet_conv_in.dora_scale": (2, 1)}, "alone change nothing"),
         ({"first_stage_model.decoder.weight": (2, 2)}, "no adapter's tensor"),
     ],
@@ -155,6 +191,158 @@ def test_a_config_that_is_none_is_said(tmp_path: Path) -> None:
             open_adapter(tmp_path, "x")
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "use_rslora": true}')
     assert open_adapter(tmp_path, "x").modules[0].factor == pytest.approx(8 / 2**0.5)
+
+
+def peft_folder(folder: Path, **values: Any) -> Path:
+    """Write a folder of PEFT with one linear layer's LoRA of rank 2."""
+    name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{name}.lora_A.weight": (2, 4), f"{name}.lora_B.weight": (4, 2)}
+    folder.mkdir(exist_ok=True)
+    save_file({key: np.ones(shape, np.float32) for key, shape in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"peft_type": "WAVEFT"}, "of the kind WAVEFT"),
+        ({"peft_type": "PROMPT_TUNING"}, "of the kind PROMPT_TUNING"),
+        ({"peft_type": ["LORA"]}, "of the kind"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights = 'corda'"),
+        ({"init_lora_weights": "loftq"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
+        ({"init_lora_weights": "lora_ga"}, "changed the base"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"kasa_config": {"x": 1}}, "KaSA"),
+        ({"r": 1e999}, "not a PEFT config"),
+        ({"r": 0}, "not a PEFT config"),
+        ({"lora_alpha": 10**400}, "not a PEFT config"),
+        ({"alpha_pattern": ["to_q"]}, "not a PEFT config"),
+        ({"alpha_pattern": {"to_(q": 2}}, "not a valid pattern"),
+    ],
+    ids=str,
+)
+def test_what_peft_has_and_cannot_be_applied_is_named(tmp_path: Path, values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ModelError, match=why):
+        open_adapter(peft_folder(tmp_path / "adapter", **values), "x")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "factor"),
+    [
+        ({"to_q": 8}, 4),
+        ({"q": 8}, 1),  # a pattern is a whole name, or begins behind a dot
+        ({r"attn\d\.to_q": 8}, 4),
+        ({r"down_blocks\..*\.to_(q|k)": 8}, 4),
+        ({r".*to_k": 8, "attn1.to_q": 6, "to_q": 10}, 3),  # the first that fits
+        ({"to_k|.*to_q": 8}, 4),
+        ({r"attn1\.(to_q|to_v)|x": 8}, 4),
+    ],
+    ids=str,
+)
+def test_patterns_match_as_in_peft(tmp_path: Path, patterns: dict[str, float], factor: float) -> None:
+    other = pytest.importorskip("peft.utils.other")
+    found = open_adapter(peft_folder(tmp_path / "adapter", alpha_pattern=patterns), "x").modules[0]
+    key = other.get_pattern_key(patterns.keys(), found.name)
+    assert found.factor == patterns.get(key, 2) / 2 == factor
+
+
+def test_a_pattern_that_takes_for_ever_does_not(tmp_path: Path) -> None:
+    """Python's own module would try every way to split the name."""
+    folder = peft_folder(tmp_path / "adapter", alpha_pattern={r"([a-z._0-9]|[a-z0-9._])+(?<!q)": 8})
+    assert open_adapter(folder, "x").modules[0].factor == 1
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def lora_at(*names: str, half: str = "lora_down.weight lora_up.weight") -> dict[str, Any]:
+    down, up = half.split()
+    pairs = [(f"{name}.{down}", (2, 4)) for name in names] + [(f"{name}.{up}", (4, 2)) for name in names]
+    return {key: np.full(shape, 1 + number, np.float32) for number, (key, shape) in enumerate(pairs)}
+
+
+def test_one_of_several_adapters_is_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "several.safetensors"
+    named = {f"unet.{LAYER}.lora_{half}.{name}.weight": np.full((2, 4) if half == "A" else (4, 2), n, np.float32)
+             for n, name in enumerate(("hero", "style"), 1) for half in "AB"}  # fmt: skip
+    save_file(named, path)
+    with pytest.raises(ModelError, match=r"several adapters: hero, style\n.*adapter = \"hero\""):
+        open_adapter(path, "x")
+    assert [float(open_adapter(path, "x", name).modules[0].delta()[0, 0]) for name in ("hero", "style")] == [2, 8]
+    with pytest.raises(OvforgeError, match=r"no adapter 'villain'\n.*hero, style"):
+        open_adapter(path, "x", "villain")
+
+
+def test_two_keys_for_one_tensor(tmp_path: Path) -> None:
+    """Under two prefixes they are two modules, which add up; under the same the second is refused."""
+    path = tmp_path / "twice.safetensors"
+    save_file(
+        lora_at("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"), path
+    )
+    found = open_adapter(path, "x")
+    assert {(m.role, m.keys["down"][:9]) for m in found.modules} == {
+        ("text_encoder", "lora_te_t"), ("text_encoder", "lora_te1_")
+    }  # fmt: skip
+    save_file(lora_at(f"unet.{LAYER}") | lora_at(f"unet.{LAYER}", half="lora_A.weight lora_B.weight"), path)
+    assert all("the same tensor as" in skipped.reason for skipped in open_adapter(path, "x").unknown)
+    assert len(open_adapter(path, "x").unknown) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "role", "module"),
+    [
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder", "encoder_layers_0_mlp_fc1"),
+        ("text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2", "encoder_layers_0_mlp_fc1"),
+        ("clip_l.text_model.encoder.layers.0.mlp.fc1", "text_encoder", "encoder_layers_0_mlp_fc1"),
+        ("clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2", "encoder_layers_0_mlp_fc1"),
+        (f"state_dict.unet.{LAYER}", "unet", LAYER.replace(".", "_")),
+        ("state_dict.lora_unet_conv_in", "unet", "conv_in"),
+        (f"module.base_model.model.{LAYER}", "unet", LAYER.replace(".", "_")),
+    ],
+)  # fmt: skip
+def test_prefixes_of_other_programs(key: str, role: str, module: str) -> None:
+    found = parse_key(f"{key}.lora_down.weight")
+    assert found is not None
+    assert (found.role, flat(found.module)) == (role, module)
+
+
+def test_words_in_an_adapter_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "bundle.safetensors"
+    words = {f"bundle_emb.{name}.string_to_param.*": np.ones((2, 4), np.float32) for name in ("zork", "hero-face")}
+    save_file(lora_at("lora_unet_conv_in") | words, path)
+    found = open_adapter(path, "x")
+    assert (sorted(found.words), len(found.modules), found.unknown) == (["hero-face", "zork"], 1, ())
+    assert any("zork" in note and "textual-inversion" in note for note in found.notes)
+    save_file(words, path)
+    with pytest.raises(ModelError, match=r'the words .*\n.*"textual-inversion"'):
+        open_adapter(path, "x")
+
+
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_3_linear1"), "FLUX.1"),
+        (("transformer.single_transformer_blocks.0.attn.to_q",), "FLUX.1"),
+        (("diffusion_model.double_blocks.0.img_mlp.fc1", "diffusion_model.double_blocks.0.img_attn_qkv"), "HunyuanVideo"),
+        (("transformer.transformer_blocks.0.attn.add_q_proj",), "Stable Diffusion 3"),
+        (("lora_unet_joint_blocks_1_x_block_attn_qkv",), "Stable Diffusion 3"),
+        (("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.img_mlp.net.0.proj"), "Qwen-Image"),
+        (("diffusion_model.blocks.0.self_attn.q", "diffusion_model.blocks.0.ffn.0"), "Wan"),
+        (("lora_unet_blocks_0_cross_attn_k",), "Wan"),
+        (("diffusion_model.layers.0.attention.to_q",), "Z-Image or Lumina"),
+        (("base_model.model.model.layers.0.self_attn.q_proj",), "a language model"),
+        (("transformer.transformer_blocks.0.attn1.to_q",), "a diffusion transformer (as LTX-Video, CogVideoX or PixArt)"),
+        (("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",), None),
+        (("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_unet_middle_block_1_proj_in"), None),
+        (("lora_te_text_model_encoder_layers_0_self_attn_q_proj",), None),
+        (("conv_in", "unet.up_blocks.1.resnets.0.conv1", "time_embedding.linear_1"), None),
+    ],
+)  # fmt: skip
+def test_adapters_of_other_families_are_named(tmp_path: Path, names: tuple[str, ...], family: str | None) -> None:
+    save_file(lora_at(*names), tmp_path / "other.safetensors")
+    assert open_adapter(tmp_path / "other.safetensors", "x").family == family
 
 
 ranks, sides = st.integers(1, 5), st.integers(1, 9)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ovforge
 import ovforge_sd_lora
 from ovforge import Use, testing
 from ovforge.errors import ConfigError, ModelError, OvforgeError
@@ -371,6 +372,14 @@ def test_a_partial_match_is_refused_unless_told_otherwise(
     with pytest.raises(ModelError, match=r"could not be applied.* and 3 more"):
         ours(family("sd1"), cache, Use("lora", path=path))
     pipe = ours(family("sd1"), cache, Use("lora", path=path), strict=False)
+    result = pictures(pipe)
+    lines = ["lora: mystery was not applied: no adapter's tensor", "lora: the file names no alpha"]
+    config = {"task": "text-to-image", "load": str(family("sd1").converted), "strict": False,
+              "transform": [{"use": "lora", "path": str(path)}]}  # fmt: skip
+    planned = [line for stage in ovforge.plan(config, cache=cache).stages for line in stage.warnings]
+    for warnings in (result.warnings, result.provenance["warnings"], planned):
+        assert all(any(line.startswith(start) for line in warnings) for start in lines), warnings
+        assert len(warnings) == len(pipe.reports[0].skipped) + len(pipe.reports[0].notes)
     skipped = {item.item.split(": ")[-1]: item.reason for item in pipe.reports[0].skipped}
     assert skipped["down_blocks.7.conv"] == "the model has no such layer"
     assert skipped["mystery"] == "no adapter's tensor"

@@ -35,7 +35,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora-inputs": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
     "doha": {"algo": "loha", "dora_wd": True},
     "dokr": {"algo": "lokr", "dora_wd": True, "factor": 4},
+    "ia3-outputs": {"algo": "ia3", "train_on_input": False},
+    "ia3-inputs": {"algo": "ia3", "train_on_input": True},
+    "glora": {"algo": "glora"},
+    "glora-tucker": {"algo": "glora", "use_tucker": True},
+    "oft": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "rescaled": True},
+    "oft-bounded": {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "constraint": 0.02},
+    "boft": {"algo": "boft", "linear_dim": 4, "conv_dim": 4, "rescaled": True},
 }
+BENT = ("oft", "oft-bounded", "boft", "glora", "glora-tucker")
+"""Kinds that LyCORIS runs at other strengths than 1 in ways of its own."""
+
 PAIRS = [("loha", "lokr-tucker"), ("doha", "locon-tucker"), ("full-norms", "loha-tucker")]
 
 
@@ -121,27 +131,100 @@ def test_kinds_of_lycoris(
 ) -> None:
     """Strengths are 1 where magnitudes are apart: between 0 and 1 everybody bends them otherwise."""
     pipe = family("small").pipe()
-    strengths = [1.0 if KINDS[kind].get("dora_wd") else 0.7 - 1.1 * place for place, kind in enumerate(kinds)]
+    strengths = [
+        1.0 if KINDS[kind].get("dora_wd") or kind in BENT else 0.7 - 1.1 * place for place, kind in enumerate(kinds)
+    ]
     paths = [tmp_path / f"{kind}.safetensors" for kind in kinds]
     networks = [lycoris(pipe.unet, *each) for each in zip(kinds, strengths, paths, strict=True)]
     compare(family("small"), cache, pipe, dict(zip(paths, strengths, strict=True)), switched)
     del networks
 
 
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
-def test_kinds_of_peft(family: Families, cache: Cache, tmp_path: Path, kind: str) -> None:
-    """A PEFT folder, whose alpha stands in adapter_config.json alone."""
+LINEAR = ["to_q", "to_v", "to_out.0", "ff.net.2"]
+CONV = [*LINEAR, "conv1"]
+TURNED = [*LINEAR, "proj_in"]
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "loha": ("LoHaConfig", {"r": 3, "alpha": 5, "target_modules": ["to_q", "to_v", "conv1"], "init_weights": False}),
+    "lokr": ("LoKrConfig", {"r": 3, "alpha": 5, "target_modules": ["to_q", "to_v", "conv1"], "init_weights": False}),
+    "lokr-patterns": (
+        "LoKrConfig",
+        {"r": 64, "alpha": 5, "target_modules": ["to_q", "to_v"], "init_weights": False,
+         "rank_pattern": {r".*attn1\.to_q": 40}, "alpha_pattern": {"up_blocks.*to_v": 30}},
+    ),
+    "patterns": (
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "init_lora_weights": False, "use_rslora": True,
+         "rank_pattern": {r"attn\d\.to_q": 2, "to_q": 3}, "alpha_pattern": {r"down_blocks\..*\.to_(q|v)": 20}},
+    ),
+    "biases": ("LoraConfig", {"r": 2, "target_modules": LINEAR, "init_lora_weights": False, "bias": "all"}),
+    "own-biases": (
+        "LoraConfig", {"r": 2, "target_modules": LINEAR, "init_lora_weights": False, "bias": "lora_only"}
+    ),
+    "whole-layers": (
+        "LoraConfig",
+        {"r": 2, "target_modules": LINEAR, "init_lora_weights": False, "modules_to_save": ["time_embedding.linear_1"]},
+    ),
+    "pissa": ("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "init_lora_weights": "pissa"}),
+    "olora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "init_lora_weights": "olora"}),
+    "pissa-dora": ("LoraConfig", {"r": 4, "target_modules": LINEAR, "init_lora_weights": "pissa", "use_dora": True}),
+    "adalora": ("AdaLoraConfig", {"init_r": 5, "lora_alpha": 9, "target_modules": CONV, "total_step": 10}),
+    "ia3": ("IA3Config", {"target_modules": CONV, "feedforward_modules": ["ff.net.2", "conv1"]}),
+    "oft": ("OFTConfig", {"target_modules": TURNED, "oft_block_size": 4}),
+    "oft-exact": ("OFTConfig", {"target_modules": TURNED, "oft_block_size": 4, "use_cayley_neumann": False,
+                                "block_share": True}),
+    "coft": ("OFTConfig", {"target_modules": TURNED, "oft_block_size": 4, "coft": True, "eps": 1.5}),
+    "boft": ("BOFTConfig", {"target_modules": CONV, "boft_block_size": 4}),
+    "hra": ("HRAConfig", {"target_modules": CONV, "r": 4}),
+    "hra-gs": ("HRAConfig", {"target_modules": CONV, "r": 4, "apply_GS": True}),
+    "hira": ("HiraConfig", {"target_modules": CONV, "r": 4}),
+    "glora": ("GloraConfig", {"target_modules": LINEAR, "r": 3}),
+    "glora-vectors": ("GloraConfig", {"target_modules": LINEAR, "config_A_B": "vector", "config_C": "vector",
+                                      "config_D_E": "vector"}),
+    "vera": ("VeraConfig", {"target_modules": LINEAR, "r": 4}),
+    "randlora": ("RandLoraConfig", {"target_modules": LINEAR, "r": 5, "randlora_alpha": 60}),
+    "fourierft": ("FourierFTConfig", {"target_modules": LINEAR, "n_frequency": 20, "random_loc_seed": 9}),
+    "miss": ("MissConfig", {"target_modules": LINEAR, "r": 5}),
+    "miss-bat": ("MissConfig", {"target_modules": LINEAR, "r": 4, "init_weights": "bat"}),
+    "miss-mini": ("MissConfig", {"target_modules": LINEAR, "r": 4, "mini_r": 4, "init_weights": "mini"}),
+    "shira": ("ShiraConfig", {"target_modules": LINEAR, "r": 2}),
+    "c3a": ("C3AConfig", {"target_modules": LINEAR, "block_size": 4}),
+    "road": ("RoadConfig", {"target_modules": LINEAR, "group_size": 4}),
+    "road-2": ("RoadConfig", {"target_modules": LINEAR, "group_size": 8, "variant": "road_2"}),
+    "road-4": ("RoadConfig", {"target_modules": LINEAR, "group_size": 4, "variant": "road_4"}),
+    "delora": ("DeloraConfig", {"target_modules": LINEAR, "r": 4}),
+    "gralora": ("GraloraConfig", {"target_modules": LINEAR, "r": 4, "alpha": 9}),
+    "gralora-hybrid": ("GraloraConfig", {"target_modules": LINEAR, "r": 4, "hybrid_r": 2}),
+    "ln-tuning": ("LNTuningConfig", {"target_modules": ["norm1", "norm3"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_kinds_of_peft(family: Families, cache: Cache, switched: Any, tmp_path: Path, kind: str) -> None:
+    """A folder of PEFT, trained from where peft lets a kind begin: by what torch's layers then make of their inputs."""
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     torch.manual_seed(3)
     pipe = family("small").pipe()
-    config = getattr(peft, kind)(r=3, alpha=5, target_modules=["to_q", "to_v", "conv1"], init_weights=False)
-    model = peft.get_peft_model(pipe.unet, config)  # it changes the UNet itself
-    for name, parameter in model.named_parameters():
-        if "hada_" in name or "lokr_" in name:  # peft's own random ones are too large, or too small
-            parameter.data = 0.4 * torch.randn_like(parameter)
+    name, options = PEFT[kind]
+    model = peft.get_peft_model(pipe.unet, getattr(peft, name)(**options))  # it changes the UNet itself
+    size = {
+        "ia3": 0.5,
+        "oft": 0.15,
+        "shira": 0.3,
+        "hira": 0.4,
+        "c3a": 3,
+        "delora": 0.5,
+        "vera": 1.0,
+        "road-2": 0.8,
+        "coft": 0.6,
+    }.get(kind, 0.25)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += size * torch.randn_like(parameter)
     model.save_pretrained(tmp_path)
-    compare(family("small"), cache, pipe, {tmp_path: 1.0})
+    model.eval()
+    # The running pipeline has places for the biases of attention layers, and none for embeddings of time.
+    compare(family("small"), cache, pipe, {tmp_path: 1.0}, None if kind in ("biases", "whole-layers") else switched)
 
 
 @pytest.mark.parametrize("name", ["sd1", "xl"])

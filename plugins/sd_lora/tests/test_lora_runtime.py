@@ -221,6 +221,16 @@ def test_generate_takes_an_adapter(family: Families, lora: Lora, tmp_path: Path)
     assert (adapter["use"], adapter["scale"]) == ("lora", 0.5)
 
 
+def test_inspect_opens_what_a_package_ships() -> None:
+    shown = CliRunner().invoke(
+        app, ["lora", "inspect", "package:ovforge_sd_lora/examples/pencil.safetensors", "--json"]
+    )
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(shown.stdout)
+    assert told["roles"]["unet"]["kinds"]
+    assert (told["words"], told["adapters"], told["unknown"]) == ([], [], [])
+
+
 def test_inspect_tells_what_fits(family: Families, lora: Lora, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

@@ -18,7 +18,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 LIMIT = 16 * 2**20
 """Largest header, in bytes, that is looked at: that of SDXL with two sets of weights has less than 1 MiB."""
 
-_ADAPTERS = ("lora", ".hada_", ".lokr_", ".diff_b", "motion_modules", "ip_adapter")
+_ADAPTERS = ("lora", ".hada_", ".lokr_", ".diff_b")
+_ADDITIONS = ("motion_modules", "ip_adapter")
+_SHARE = 0.05
+"""Above this share of tensors with an adapter's marks, a file is an adapter, or a model that one still lies beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ def find_parts(shapes: Shapes) -> dict[str, Part]:
 
     That is a UNet, an autoencoder or a ControlNet, alone or with text encoders; never an adapter or an embedding.
     """
-    if any(mark in name for name in shapes for mark in _ADAPTERS):
+    marked = sum(any(mark in name for mark in _ADAPTERS) for name in shapes)
+    if marked > _SHARE * len(shapes) or any(mark in name for name in shapes for mark in _ADDITIONS):
         return {}
     found = _text_encoders(shapes)
     for component, kind, naming, prefixes, marks in _MODELS:

@@ -1,4 +1,4 @@
-"""LoRA, LoCon, LoHa, LoKr and DoRA adapters on OpenVINO models: fused, or switched while running."""
+"""LoRA and its kin, of PEFT, LyCORIS and kohya, on OpenVINO models: fused, or switched while running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
     """The adapters."""
     yield GraphTransformExtension(
         name="lora",
-        summary="LoRA, LoCon, LoHa, LoKr, DoRA and full-difference adapters, fused or switched while running",
+        summary="LoRA and its kin, of PEFT, LyCORIS and kohya: fused, or switched while running",
         config="ovforge_sd_lora.options:LoraOptions",
         factory="ovforge_sd_lora.transform:LoraTransform",
         phase=_phase,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from ovforge.errors import ModelError
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.adapter import Module
+from ovforge_sd_lora.relative import RELATIVE
 from ovforge_sd_lora.requantize import requantize
+from ovforge_sd_lora.structured import initial
 from ovforge_sd_lora.sums import Room, add_product
 from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes, weight_of
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["Opened", "after", "difference", "fuse"]
+__all__ = ["Opened", "after", "bias_difference", "difference", "fuse"]
 
 Array = NDArray[np.float32]
 
@@ -41,18 +43,40 @@ class Opened:
 def changed_weight(weight: Array, module: Module, strength: float) -> Array:
     """Return a weight, in torch's layout, with a module applied at a strength. Float32.
 
-    Every kind is linear in its strength: DoRA, too, goes straight from the weight to what it makes of it.
+    Every kind is linear in its strength: DoRA and rotations, too, go straight from the weight to what they make of it.
     """
     return weight + np.float32(strength) * difference(weight, module)
 
 
 def difference(weight: Array, module: Module) -> Array:
-    """Return what a module adds to a weight at strength 1; that depends on the weight for DoRA alone."""
+    """Return what a module adds to a weight at strength 1; of relative kinds, that depends on the weight.
+
+    Raises ModelError where a relative kind's numbers, which only now are read, do not fit it.
+    """
+    if module.kind in RELATIVE:
+        try:
+            return RELATIVE[module.kind].delta(weight, module.tensors(), module.settings)
+        except (kinds.Misshapen, np.linalg.LinAlgError) as error:
+            raise ModelError(
+                f"{module.name}: {error}", where=module.file.where, hint="The file is damaged: fetch it again."
+            ) from error
     added = module.delta().reshape(weight.shape)
+    begun = weight
+    if module.start:
+        begun = weight - initial(weight, module.start, module.rank or 1, module.factor)
     if not module.dora:
-        return added
+        return added + begun - weight if module.start else added
     by_input, magnitude = magnitudes(module)
-    return kinds.decompose(weight, added, magnitude, by_input=by_input) - weight
+    return kinds.decompose(begun, added, magnitude, by_input=by_input) - weight
+
+
+def bias_difference(module: Module, bias: Callable[[], Array], weight: Callable[[], Array]) -> Array:
+    """Return what a module adds to a bias at strength 1; relative kinds ask for the layer's bias and weight."""
+    if module.kind in RELATIVE:
+        change = RELATIVE[module.kind].bias
+        assert change is not None
+        return change(weight(), bias(), module.tensors(), module.settings)
+    return module.delta().reshape(-1)
 
 
 def magnitudes(module: Module) -> tuple[bool, Array]:
@@ -73,14 +97,19 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]], room: Room, ag
     """
     opened = None
     pairs = list(modules)
-    weights = [(module, strength) for module, strength in pairs if module.kind != "bias"]
+    weights = [(module, strength) for module, strength in pairs if not module.on_bias]
+    biases = [  # before the weight is changed, which some are made from
+        np.float32(strength) * bias_difference(module, target.bias, target.weight)
+        for module, strength in pairs
+        if module.on_bias
+    ]
     while weights and _add_low_rank(target, *weights[0], room):
         weights = weights[1:]
     if weights:
         opened = _change(target, weights, again)
-    for module, strength in pairs:
-        if module.kind == "bias":
-            _add_bias(target, np.float32(strength) * module.delta().reshape(-1))
+    added = np.sum(biases, axis=0) if biases else np.zeros(1, np.float32)
+    if added.any():
+        _add_bias(target, added)
     return opened
 
 
@@ -113,7 +142,7 @@ def _add_low_rank(target: Target, module: Module, strength: float, room: Room) -
     """Add a plain LoRA to a plain weight, as most are; say whether it was one."""
     ports = target.weight_inputs()
     constant = plain_constant(ports[0].get_source_output()) if ports else None
-    if constant is None or module.kind != "LoRA" or module.dora or "mid" in module.keys:
+    if constant is None or module.kind != "LoRA" or module.relative or "mid" in module.keys:
         return False
     tensors = module.tensors()
     up, down = (tensors[name].reshape(len(tensors[name]), -1) for name in ("up", "down"))

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from ovforge.errors import ModelError
+from ovforge.model import PACKAGE, package_path
 from ovforge.store import parse_object
 from ovforge_sd_lora.adapter import Adapter, family_name, open_adapter
 from ovforge_sd_lora.matching import Preflight, preflight
 
 __all__ = ["app", "inspected"]
 
-app = typer.Typer(help="Adapters: LoRA, LoCon, LoHa, LoKr, DoRA, full differences.", no_args_is_help=True)
+app = typer.Typer(help="Adapters: LoRA and its kin, as PEFT, LyCORIS and kohya write them.", no_args_is_help=True)
 
 _TEXT_WIDTHS = {768: "CLIP ViT-L", 1024: "OpenCLIP ViT-H", 1280: "OpenCLIP ViT-bigG"}
 _SHOWN_WORDS = 12
@@ -31,9 +32,14 @@ def _group() -> None:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of PEFT or diffusers.")],
+    file: Annotated[
+        str, typer.Argument(help="A .safetensors file, a folder of PEFT or diffusers, or package:NAME/PATH.")
+    ],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Look up each key in this model: a folder or package:NAME/PATH.")
+    ] = None,
+    chosen: Annotated[
+        str | None, typer.Option("--adapter", help="Which one, of several that PEFT has named in one file.")
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="With --model: list what fits, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -41,7 +47,8 @@ def inspect(
     """Show what an adapter is, and with --model what of it fits."""
     import ovforge
 
-    adapter = open_adapter(file, file.stem)
+    path = package_path(file) if file.startswith(PACKAGE) else Path(file).expanduser()
+    adapter = open_adapter(path, path.stem, chosen)
     found = preflight(adapter, ovforge.open_model(model)) if model else None
     if as_json:
         print(json.dumps(inspected(adapter, found), indent=2))
@@ -57,16 +64,18 @@ def inspected(adapter: Adapter, found: Preflight | None = None) -> dict[str, Any
         roles[role] = {
             "kinds": dict(Counter(module.label for module in modules)),
             "ranks": dict(sorted(Counter(module.rank for module in modules if module.rank).items())),
-            "factors": sorted({round(module.factor, 6) for module in modules}),
+            "factors": sorted({round(module.factor, 6) for module in modules if module.rank and module.shape}),
         }
     width = adapter.width()
     told: dict[str, Any] = {
         "file": adapter.where,
-        "made_for": family_name(width) if width else _by_text(adapter),
+        "made_for": adapter.family or (family_name(width) if width else _by_text(adapter)),
         "cross_attention": width,
         "base_model": _said(adapter.metadata, "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name"),
         "title": _said(adapter.metadata, "modelspec.title", "ss_output_name"),
         "trigger_words": trigger_words(adapter.metadata),
+        "words": list(adapter.words),
+        "adapters": list(adapter.names),
         "numbers": sum(math.prod(info.shape) for info in adapter.modules[0].file.tensors.values()),
         "roles": roles,
         "notes": list(adapter.notes),
@@ -111,7 +120,8 @@ def _said(metadata: Mapping[str, str], *keys: str) -> str | None:
 def _by_text(adapter: Adapter) -> str | None:
     """Return a guess from the text encoder's width, where the UNet's part tells nothing."""
     for module in adapter.modules:
-        if module.role == "text_encoder" and module.name.endswith(("q_proj", "k_proj", "v_proj")):
+        attends = module.name.endswith(("q_proj", "k_proj", "v_proj")) and len(module.shape) > 1
+        if module.role == "text_encoder" and attends:
             return _TEXT_WIDTHS.get(module.shape[1])
     return None
 
@@ -127,6 +137,8 @@ def _show(told: Mapping[str, Any], keys: bool) -> None:
         "Says of its base": told["base_model"],
         "Title": told["title"],
         "Trigger words": ", ".join(told["trigger_words"]) or None,
+        "Words it brings": ", ".join(told["words"]) or None,
+        "Adapters in it": ", ".join(told["adapters"]) or None,
         "Numbers": f"{told['numbers']:,}",
     }
     console.print(f"[bold]{escape(told['file'])}[/]")

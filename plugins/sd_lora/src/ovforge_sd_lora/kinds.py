@@ -1,8 +1,9 @@
 """The kinds of adapters: what each adds to a weight, as published. Pure functions of numpy arrays, float32.
 
 Weights are in torch's layout: (out, in) of a linear layer, (out, in, height, width) of a convolution. Sources:
-LoRA: Hu et al. 2021, arXiv 2106.09685. LoCon, LoHa, LoKr, and their Tucker forms: Yeh et al. 2023 (LyCORIS), arXiv
-2309.14859; LoHa after Hyeon-Woo et al. 2021 (FedPara), arXiv 2108.06098. DoRA: Liu et al. 2024, arXiv 2402.09353.
+LoRA: Hu et al. 2021, arXiv 2106.09685. AdaLoRA: Zhang et al. 2023, arXiv 2303.10512. LoCon, LoHa, LoKr, and their
+Tucker forms: Yeh et al. 2023 (LyCORIS), arXiv 2309.14859; LoHa after Hyeon-Woo et al. 2021 (FedPara), arXiv 2108.06098.
+DoRA: Liu et al. 2024, arXiv 2402.09353.
 Names of tensors are those of the files of kohya-ss/sd-scripts, KohakuBlueleaf/LyCORIS and huggingface/peft.
 """
 
@@ -21,6 +22,7 @@ Array = NDArray[np.float32]
 Shape = tuple[int, ...]
 
 FACTORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "AdaLoRA": (("singular", "down", "up"), ()),
     "LoRA": (("down", "up"), ("mid",)),
     "LoHa": (("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2")),
     "LoKr": ((), ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
@@ -29,6 +31,9 @@ FACTORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Kind -> tensors that it must have, tensors that it may have."""
 
+_INNER = {"LoRA": ("down",), "AdaLoRA": ("down",), "LoHa": ("w1_b",), "LoKr": ("lokr_w1_b", "lokr_w2_b")}
+"""Kind -> tensors whose first side is the rank."""
+
 
 class Misshapen(ValueError):
     """The factors of one module do not belong together; the message says why."""
@@ -36,7 +41,8 @@ class Misshapen(ValueError):
 
 def kind_of(names: set[str]) -> str:
     """Return the kind of a module's tensors. Raises Misshapen where some are missing."""
-    kind = next((kind for kind, parts in FACTORS.items() if names & {*parts[0], *parts[1]}), None)
+    kind = next((kind for kind, (needed, more) in FACTORS.items() if names & {*needed[:1], *more}), None)
+    kind = kind or next((kind for kind, (needed, _) in FACTORS.items() if names & {*needed}), None)
     if kind is None:
         raise Misshapen(f"{', '.join(sorted(names))} alone change nothing")
     if missing := set(FACTORS[kind][0]) - names:
@@ -52,8 +58,7 @@ def kind_of(names: set[str]) -> str:
 
 def rank_of(kind: str, shapes: Mapping[str, Shape]) -> int | None:
     """Return the rank that alpha is divided by; None where alpha has no part in it."""
-    inner = {"LoRA": ("down",), "LoHa": ("w1_b",), "LoKr": ("lokr_w1_b", "lokr_w2_b")}.get(kind, ())
-    return next((shapes[name][0] for name in inner if shapes.get(name)), None)
+    return next((shapes[name][0] for name in _INNER.get(kind, ()) if shapes.get(name)), None)
 
 
 def delta_shape(kind: str, shapes: Mapping[str, Shape]) -> Shape:
@@ -65,7 +70,10 @@ def delta_shape(kind: str, shapes: Mapping[str, Shape]) -> Shape:
         return shapes["diff"]
     if kind == "bias":
         return shapes["diff_b"]
-    if kind == "LoRA":
+    if kind == "AdaLoRA":
+        singular, down = shapes["singular"], shapes["down"]
+        _need(singular == (down[0], 1), "the singular values", singular, "down", down)
+    if kind in ("LoRA", "AdaLoRA"):
         if "mid" in shapes:
             return _tucker_shape(shapes["mid"], _flat2(shapes["up"])[::-1], _flat2(shapes["down"]))
         up, down = shapes["up"], shapes["down"]
@@ -97,6 +105,8 @@ def delta(kind: str, tensors: Mapping[str, Array]) -> Array:
         return tensors["diff" if kind == "full" else "diff_b"]
     if kind == "LoRA":
         return _lora(tensors["down"], tensors["up"], tensors.get("mid"))
+    if kind == "AdaLoRA":
+        return _lora(tensors["down"] * tensors["singular"], tensors["up"], None)
     if kind == "LoHa":
         return _half(tensors, "w1", "t1") * _half(tensors, "w2", "t2")
     return _kron(*_lokr_halves(tensors))
@@ -113,6 +123,8 @@ def factors(kind: str, tensors: Mapping[str, Array], limit: int) -> tuple[Array,
         if "mid" in tensors:  # up @ mid are the columns; down is folded into the kernel
             return _kernel(tensors["mid"], _flat2(tensors["down"])), up
         return tensors["down"], up
+    if kind == "AdaLoRA":
+        return tensors["down"] * tensors["singular"], tensors["up"]
     if kind == "LoHa" and tensors["w1_b"].shape[0] * tensors["w2_b"].shape[0] <= limit:
         (a1, b1), (a2, b2) = (_columns(tensors, n) for n in (1, 2))
         rows = (a1[:, None] * a2[None, :]).reshape(-1, *a1.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, Module, family_name
 from ovforge_sd_lora.names import ROLES, aliases, flat
 from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.relative import RELATIVE
 from ovforge_sd_lora.targets import Target, find_targets, kept_targets
 
 __all__ = ["Match", "Preflight", "Scales", "preflight"]
@@ -36,6 +38,7 @@ class Preflight:
     """Role -> weights (numbers) in the layers touched, and in all layers where adapters can act."""
     names: dict[str, dict[str, str]] = field(default_factory=dict)
     """Role -> every name of a module, flat -> its path."""
+    notes: list[str] = field(default_factory=list)
 
     def of(self, role: str) -> list[Match]:
         """Return the matches of a role."""
@@ -71,12 +74,28 @@ def preflight(
             reason = "the model has no such layer" if path is None else _misfit(module, targets[path])
             if path is None or reason:
                 found.skipped.append(Skipped(_shown(module, role), reason))
-            else:
+            elif not _idle(module, targets[path]):
                 found.matches.append(Match(role, module, targets[path]))
         paths = {match.target.path for match in found.of(role)}
+        found.notes += _named_twice(role, found.of(role))
         sizes = {path: math.prod(target.shape) for path, target in targets.items()}
         found.touched[role] = sum(sizes[path] for path in paths), sum(sizes.values())
     return found
+
+
+def _idle(module: Module, target: Target) -> bool:
+    """Say whether a module scales or turns a bias that the layer does not have."""
+    kind = RELATIVE.get(module.kind)
+    return module.on_bias and kind is not None and not kind.makes_bias and not target.has_bias
+
+
+def _named_twice(role: str, matches: Iterable[Match]) -> list[str]:
+    """Return a note where several of the file's modules mean one layer: they add up."""
+    count = Counter((match.target.path, match.module.on_bias) for match in matches)
+    twice = [path for (path, _), number in count.items() if number > 1]
+    if not twice:
+        return []
+    return [f"{role}: the file names {len(twice)} layers in more than one way ({twice[0]}): what it says adds up"]
 
 
 def _shown(module: Module, role: str) -> str:
@@ -94,6 +113,12 @@ def _check_roles(wanted: set[str], found: Mapping[str, object], adapter: Adapter
 
 
 def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
+    if adapter.family is not None:
+        raise ModelError(
+            f"the adapter is for {adapter.family}, and this is a UNet of Stable Diffusion's kind",
+            where=adapter.where,
+            hint="An adapter works on the family it was trained on: take another adapter, or another model.",
+        )
     ours = next((t.shape[1] for path, t in targets.items() if path.endswith("attn2.to_k")), None)
     theirs = adapter.width()
     if ours is not None and theirs is not None and ours != theirs:
@@ -108,7 +133,11 @@ def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
 def _misfit(module: Module, target: Target) -> str:
     """Return why a module's numbers do not fit a layer's; "" where they do."""
     size, shape = math.prod(module.shape), module.shape
-    if module.kind == "bias":
+    if module.kind in RELATIVE:
+        if target.kind == "norm" and not RELATIVE[module.kind].norms:
+            return f"{module.label} cannot act on a norm"
+        return module.misfit(target.shape)
+    if module.on_bias:
         return "" if size == target.shape[0] else f"a bias of {size}, and the layer has {target.shape[0]} outputs"
     if target.kind == "norm" and module.kind != "full":
         return f"a {module.label} cannot act on a norm"

@@ -12,18 +12,24 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Key", "aliases", "canonical", "flat", "parse_key"]
+__all__ = ["Key", "aliases", "canonical", "flat", "foreign_kind", "parse_key", "word_of"]
 
 ROLES = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of a file: `role` is None where the key does not say; `module` is as written, without prefixes."""
+    """A key of a file: `role` is None where the key does not say; `module` is as written, without prefixes.
+
+    `adapter` is the name that PEFT gave the adapter, None where there is none; `prefixes` are what was taken off the
+    module, so that two keys that name one thing in two ways can be told apart.
+    """
 
     role: str | None
     module: str
     tensor: str
+    adapter: str | None = None
+    prefixes: str = ""
 
 
 _PREFIXES = (
@@ -34,36 +40,68 @@ _PREFIXES = (
     ("model.diffusion_model.", "unet"),
     ("diffusion_model.", "unet"),
     ("unet.", "unet"),
+    ("text_encoders.clip_l.", "text_encoder"),
+    ("text_encoders.clip_g.", "text_encoder_2"),
+    ("text_encoders.clip_h.", "text_encoder"),
+    ("clip_l.", "text_encoder"),
+    ("clip_g.", "text_encoder_2"),
+    ("clip_h.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
     ("lycoris_", None),
+    ("base_model.model.", None),
+    ("state_dict.", None),
+    ("module.", None),
 )
 
-_ADAPTER = r"(\.[\w-]+)?"  # PEFT may put the adapter's name in
+_NAME = r"(?:\.(?!weight$|bias$)(?P<adapter>[\w-]+))?"  # PEFT may put the adapter's name in
 _TENSORS = tuple(
     (re.compile(rf"{pattern}$"), name)
     for pattern, name in (
         (r"\.lora_down\.weight", "down"),
         (r"\.lora_up\.weight", "up"),
         (r"\.lora_mid\.weight", "mid"),
-        (r"(\.lora|_lora|\.lora_linear_layer)\.down\.weight", "down"),
-        (r"(\.lora|_lora|\.lora_linear_layer)\.up\.weight", "up"),
-        (rf"\.lora_A{_ADAPTER}\.weight", "down"),
-        (rf"\.lora_B{_ADAPTER}\.weight", "up"),
-        (rf"\.lora_B{_ADAPTER}\.bias", "up_bias"),
-        (rf"\.lora_magnitude_vector{_ADAPTER}", "magnitude"),
+        (r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight", "down"),
+        (r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight", "up"),
+        (rf"\.lora_A{_NAME}(?:\.weight)?", "down"),  # AdaLoRA leaves out ".weight"
+        (rf"\.lora_B{_NAME}(?:\.weight)?", "up"),
+        (rf"\.lora_E{_NAME}", "singular"),
+        (rf"\.lora_B{_NAME}\.bias", "up_bias"),
+        (rf"\.lora_magnitude_vector{_NAME}(?:\.weight)?", "magnitude"),
         (r"\.dora_scale", "dora_scale"),
         (r"\.alpha", "alpha"),
-        (rf"\.hada_(w[12]_[ab]|t[12]){_ADAPTER}", r"\1"),
-        (rf"\.(lokr_(?:w[12](?:_[ab])?|t2)){_ADAPTER}", r"\1"),
+        (rf"\.hada_(?P<tensor>w[12]_[ab]|t[12]){_NAME}", ""),
+        (rf"\.(?P<tensor>lokr_(?:w[12](?:_[ab])?|t2)){_NAME}", ""),
         (r"\.diff", "diff"),
         (r"\.diff_b", "diff_b"),
         (r"\.w_norm", "diff"),
         (r"\.b_norm", "diff_b"),
+        (r"\.(?P<tensor>oft_blocks|rescale|on_input)", ""),
+        (r"\.(?P<tensor>[ab][12]|bm)\.weight", ""),
+        (rf"\.(?P<tensor>oft_R|gralora_[AB]_general){_NAME}\.weight", ""),
+        (rf"\.(?P<tensor>ia3_l|boft_[Rs]|hra_u|hira_[AB]|miss_block|fourierft_spectrum|c3a_kernel){_NAME}", ""),
+        (rf"\.(?P<tensor>shira_(?:weight|indices)|road_(?:theta|alpha)|gralora_[AB]){_NAME}", ""),
+        (rf"\.(?P<tensor>(?:vera|randlora)_(?:A|B|lambda|gamma|lambda_[bd])){_NAME}", ""),
+        (rf"\.(?P<tensor>delora_(?:A|B|lambda|w_norm)){_NAME}", ""),
+        (rf"\.(?P<tensor>glora_[A-E]){_NAME}\.(?P<part>Xd|Xu|X|zeros)", ""),
+        (rf"\.ln_tuning_layers{_NAME}\.weight", "new"),
+        (rf"\.ln_tuning_layers{_NAME}\.bias", "new_b"),
     )
 )
+_WHOLE = tuple(
+    (re.compile(rf"(?:\.base_layer|\.modules_to_save{_NAME})?\.{end}$"), name)
+    for end, name in (("weight", "new"), ("bias", "new_b"))
+)
+"""Whole weights and biases beside an adapter's tensors, which PEFT writes under the module's own name."""
 
-_UNKNOWN = re.compile(r"\.(?=oft_|boft|ia3|on_input|lora_embedding|glora|a1\.|bias_(?:indices|values|size))")
+_SCALED = re.compile(r"\.weight$")
+_WORDS = re.compile(r"(?:state_dict\.)?bundle_emb\.([^.]+)\.")
+
+_UNKNOWN = re.compile(
+    r"\.(?=oft_|bone_|lora_embedding|waveft_|vblora_|unilora_|psoft_|lily_|peanut_|deft_|frod_|beft_|adamss_|tinylora_|"
+    r"pvera_|osf_|super_|trainable_tokens|prompt_embeddings|[qp]_layer\.|lambda_layer|set_weight|reshape_weight|"
+    r"bias_(?:indices|values|size))"
+)
 
 _UNET = re.compile(
     r"(?:^|\.)(?=(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)(?:\.|$))"
@@ -76,15 +114,27 @@ _UNET_START = re.compile(
 _TEXT_START = re.compile(r"(text_model_)?(encoder_layers|embeddings|final_layer_norm|text_projection)")
 
 
-def parse_key(key: str) -> Key | None:
-    """Return what a key names; None where no adapter that is known here has such a tensor."""
-    for pattern, name in _TENSORS:
+def parse_key(key: str, *, scales: bool = False, whole: bool = False) -> Key | None:
+    """Return what a key names; None where no adapter that is known here has such a tensor.
+
+    `scales` says that a bare `.weight` is the vector of LyCORIS' (IA)3; `whole` that bare weights and biases are of a
+    file of PEFT, which replaces them.
+    """
+    patterns = _TENSORS + (((_SCALED, "ia3_w"),) if scales else _WHOLE if whole else ())
+    for pattern, name in patterns:
         found = pattern.search(key)
         if found:
-            tensor = found.expand(name)
-            role, module = _module(key[: found.start()])
-            return Key(role, module, tensor)
+            groups = found.groupdict()
+            tensor = name or f"{groups['tensor']}{'.' + groups['part'] if groups.get('part') else ''}"
+            role, module, prefixes = _module(key[: found.start()])
+            return Key(role, module, tensor, groups.get("adapter"), prefixes)
     return None
+
+
+def word_of(key: str) -> str | None:
+    """Return the word whose embedding a key of an adapter file is; None where it is none."""
+    found = _WORDS.match(key)
+    return found[1] if found else None
 
 
 def foreign_kind(key: str) -> str | None:
@@ -93,20 +143,24 @@ def foreign_kind(key: str) -> str | None:
     return key[found.end() :].split(".")[0] if found else None
 
 
-def _module(name: str) -> tuple[str | None, str]:
-    """Split prefixes off. They may stand one after another: `unet.base_model.model.down_blocks...`."""
-    role: str | None = None
+def _module(name: str) -> tuple[str | None, str, str]:
+    """Return (role, module, prefixes). They may stand one after another: `unet.base_model.model.down_blocks...`."""
+    role, whole = None, name
     while True:
-        name = name.removeprefix("base_model.model.")
         for prefix, meant in _PREFIXES:
             if name.startswith(prefix):
                 role, name = role or meant, name.removeprefix(prefix)
                 break
         else:
             break
+    if role in ("text_encoder", "text_encoder_2"):  # ComfyUI keeps the level of transformers' class
+        name = name.removeprefix("transformer.")
+    if name == "base_model":  # what all layers share
+        name = ""
+    prefixes = whole.removesuffix(name)
     if ".processor." in name:  # diffusers before peft, which left out that to_out is a list
         name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor", ""))
-    return role or _role_of(name), name
+    return role or _role_of(name), name, prefixes
 
 
 def _role_of(module: str) -> str | None:

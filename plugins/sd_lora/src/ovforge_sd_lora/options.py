@@ -20,6 +20,9 @@ class LoraOptions(BaseModel):
 
     path: InputFile = Field(description="The adapter: a .safetensors file, or a folder of PEFT or diffusers.")
     scale: float = Field(1.0, ge=-_LARGEST, le=_LARGEST, description="Strength; 0 is none, 1 is as trained.")
+    adapter: str | None = Field(
+        None, description="Which one, where PEFT has put several, each with a name, into one file."
+    )
     name: str | None = Field(None, pattern=r"^[\w.+-]+$", description="Its name at run time; the file's by default.")
     roles: tuple[str, ...] | None = Field(None, description="Only these models; by default all that the file is for.")
     role_scales: dict[str, float] = Field(
@@ -60,4 +63,4 @@ class LoraOptions(BaseModel):
     @property
     def label(self) -> str:
         """The adapter's name."""
-        return self.name or self.path.stem
+        return self.name or (f"{self.path.stem}-{self.adapter}" if self.adapter else self.path.stem)

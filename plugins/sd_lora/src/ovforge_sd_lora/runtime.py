@@ -62,18 +62,18 @@ def attach(model: ov.Model, target: Target, what: str) -> dict[str, list[int]]:
 
 
 def strengths(module: Module, strength: float, rank: int) -> Array:
-    """Return what each rank is multiplied by: (1, rank). The factors of DoRA have alpha / rank in them."""
-    return np.full((1, rank), strength * (1.0 if module.dora else module.factor), np.float32)
+    """Return what each rank is multiplied by: (1, rank). Those of relative kinds have alpha / rank in them."""
+    return np.full((1, rank), strength * (1.0 if module.relative else module.factor), np.float32)
 
 
 def module_factors(target: Target, module: Module, weight: Callable[[], Array]) -> tuple[Array, Array]:
     """Return (A, B) of what a module adds, before its factor: exact, of its own rank where it has one.
 
-    Where it has none (a full difference; DoRA), the smaller side of the layer is the rank, and one of the factors the
-    identity. `weight` gives the layer's weight, and is called for DoRA alone.
+    Where it has none (a full difference; relative kinds), the smaller side of the layer is the rank, and one of the
+    factors the identity. `weight` gives the layer's weight, and is called for relative kinds alone.
     """
     out, flat = target.shape[0], math.prod(target.shape[1:])
-    if module.dora:
+    if module.relative:
         whole = difference(weight(), module)
     else:
         tensors = module.tensors()

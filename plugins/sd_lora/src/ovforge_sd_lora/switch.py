@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ovforge.contracts import Skipped
 from ovforge.errors import ModelError
 from ovforge.model import ModelBundle
-from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.adapter import Module, open_adapter
+from ovforge_sd_lora.fuse import bias_difference, difference
 from ovforge_sd_lora.matching import Match, Preflight, Scales, preflight
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.runtime import module_factors, strengths, variables_of
@@ -30,7 +31,7 @@ def running_adapter(options: LoraOptions, bundle: ModelBundle) -> RunningAdapter
     planned = bundle.adapters.get(options.label)
     if planned is None and (options.mode == "fuse" or not bundle.adapters):
         return None
-    adapter = open_adapter(options.path, options.label)
+    adapter = open_adapter(options.path, options.label, options.adapter)
     found = preflight(adapter, bundle, options.roles, kept=True)
     known: dict[str, set[str]] = {}
     for places in [planned] if planned is not None else bundle.adapters.values():
@@ -47,7 +48,9 @@ def running_adapter(options: LoraOptions, bundle: ModelBundle) -> RunningAdapter
             for match in found.matches
             if match not in matches
         ]
-    return RunningAdapter(options, bundle, matches, Scales(options, found), found, skipped)
+    return RunningAdapter(
+        options, bundle, matches, Scales(options, found), found, skipped, [*adapter.notes, *found.notes]
+    )
 
 
 class RunningAdapter:
@@ -61,12 +64,15 @@ class RunningAdapter:
         scales: Scales,
         found: Preflight,
         skipped: list[Skipped],
+        notes: list[str],
     ) -> None:
         self.name = options.label
         self.weight = options.scale
         self.skipped = skipped
+        self.notes = notes
         self._bundle, self._matches, self._scales = bundle, matches, scales
         self._factors: dict[int, tuple[Array, Array]] = {}
+        self._added: dict[int, Array] = {}
         self._layers: dict[str, dict[str, Target]] = {}
         self._joined: dict[tuple[str, str], Array] = {}
 
@@ -85,11 +91,13 @@ class RunningAdapter:
 
     def _values(self, number: int, match: Match, strength: float) -> dict[str, Array]:
         names = _variables(match)
+        layer = functools.partial(self._layer, match.role, match.target.path)
         if len(names) == 1:
-            return {names[0]: np.float32(strength) * match.module.delta().reshape(-1)}
+            if number not in self._added:
+                self._added[number] = _added(match.module, layer)
+            return {names[0]: np.float32(strength) * self._added[number]}
         if number not in self._factors:
-            weight = functools.partial(self._weight, match.role, match.target.path)
-            self._factors[number] = module_factors(match.target, match.module, weight)
+            self._factors[number] = module_factors(match.target, match.module, lambda: layer().weight())
         a, b = self._factors[number]
         return dict(zip(names, (a, strengths(match.module, strength, b.shape[1]), b), strict=True))
 
@@ -106,18 +114,25 @@ class RunningAdapter:
             self._joined[place] = joined
         return self._joined[place]
 
-    def _weight(self, role: str, path: str) -> Array:
-        """Return a layer's own weight, which DoRA measures its magnitudes by."""
+    def _layer(self, role: str, path: str) -> Target:
+        """Return a layer, whose own weight or bias relative kinds start from."""
         if role not in self._layers:
             self._layers[role] = find_targets(role, self._bundle.models[role])
         if path not in self._layers[role]:
             raise ModelError(
-                f"{role} has no {path} any more, whose weight DoRA needs: a later transform has replaced it",
+                f"{role} has no {path} any more, whose weight the adapter needs: a later transform has replaced it",
                 where=f"adapters: {self.name}",
                 hint='Set mode = "fuse".',
             )
-        return self._layers[role][path].weight()
+        return self._layers[role][path]
+
+
+def _added(module: Module, layer: Callable[[], Target]) -> Array:
+    """Return what a module adds to a bias or a norm at strength 1, flat."""
+    if module.on_bias:
+        return bias_difference(module, lambda: layer().bias(), lambda: layer().weight())
+    return (difference(layer().weight(), module) if module.relative else module.delta()).reshape(-1)
 
 
 def _variables(match: Match) -> list[str]:
-    return list(variables_of(match.target, "bias" if match.module.kind == "bias" else "weight"))
+    return list(variables_of(match.target, "bias" if match.module.on_bias else "weight"))

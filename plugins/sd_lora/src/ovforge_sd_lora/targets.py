@@ -54,6 +54,13 @@ class Target:
     shape: tuple[int, ...]
     transposed: bool = False
     nodes: list[ov.Node] = field(default_factory=list)
+    kept_bias: bool = False
+    """Whether it has a bias, of a target that was written down without its operations."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model stores a bias that is not zero."""
+        return bool(self.bias_inputs()) if self.nodes else self.kept_bias
 
     def weight_inputs(self) -> list[ov.Input]:
         """Return the inputs that take the weight; [] where a norm's weight is 1 and left out."""
@@ -77,8 +84,15 @@ class Target:
         ports = self.weight_inputs()
         if not ports:  # a norm without weights multiplies by 1
             return np.ones(self.shape, np.float32)
-        value = weight_of(ports[0].get_source_output())
+        value = weight_of(_own(ports[0].get_source_output()))
         return value.T if self.transposed else value.reshape(self.shape)
+
+    def bias(self) -> Array:
+        """Return the bias as the model computes with it, float32, (out,); zeros where there is none."""
+        ports = self.bias_inputs()
+        if not ports:
+            return np.zeros(self.shape[0], np.float32)
+        return weight_of(_own(ports[0].get_source_output())).reshape(-1)
 
 
 def find_targets(role: str, model: ov.Model) -> dict[str, Target]:
@@ -102,7 +116,7 @@ def find_targets(role: str, model: ov.Model) -> dict[str, Target]:
 
 def keep_targets(bundle: ModelBundle, role: str, targets: Mapping[str, Target]) -> None:
     """Write down where adapters act, so that a later adapter is matched without the model's being read."""
-    written = {path: [target.kind, list(target.shape)] for path, target in targets.items()}
+    written = {path: [target.kind, list(target.shape), target.has_bias] for path, target in targets.items()}
     bundle.assets[_KEPT.format(role)] = json.dumps(written, sort_keys=True).encode()
 
 
@@ -111,7 +125,10 @@ def kept_targets(bundle: ModelBundle, role: str) -> dict[str, Target] | None:
     data = bundle.assets.get(_KEPT.format(role))
     if data is None:
         return None
-    return {path: Target(path, kind, tuple(shape)) for path, (kind, shape) in json.loads(data).items()}
+    return {
+        path: Target(path, kind, tuple(shape), kept_bias=biased)
+        for path, (kind, shape, biased) in json.loads(data).items()
+    }
 
 
 def _layer(role: str, node: ov.Node) -> Target | None:
@@ -243,6 +260,14 @@ def _constant_user(node: ov.Node, kind: str, size: int) -> ov.Input | None:
     if shape.is_static and int(np.prod(list(shape.to_shape()))) == size and (is_stored(source) or _adjustable(source)):
         return other
     return None
+
+
+def _own(output: ov.Output) -> ov.Output:
+    """Return what the model itself stores, where an adapter's variable is added to it."""
+    if not _adjustable(output):
+        return output
+    terms = output.get_node().input_values()
+    return next((term for term in terms if is_stored(term)), output)
 
 
 def _adjustable(output: ov.Output) -> bool:

@@ -1,16 +1,18 @@
 """A .safetensors file as numpy arrays: the header is checked before anything else is read.
 
-The library's own numpy reader knows no bfloat16, and reads other sources than plain files whole; hence the header is
-read here. Source of the format: https://github.com/huggingface/safetensors (README, "Format").
+The library's own numpy reader reads other sources than plain files whole; hence the header is read here. Source of the
+format: https://github.com/huggingface/safetensors (README, "Format"). Scaled tensors are those of ComfyUI: a number, or
+one for each row, stands under the tensor's name with `scale_weight` or `weight_scale` and is multiplied in.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,11 +27,19 @@ Array = NDArray[np.float32]
 _HEADER_LIMIT = 16 * 2**20
 """Largest header, in bytes: that of an adapter with 10000 tensors has about one million."""
 
-_TYPES: dict[str, str] = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U8": "u1", "BOOL": "?",
+_DIMENSIONS = 8
+"""Most dimensions of a tensor; those of adapters have up to five."""
+
+_TYPES: dict[str, Any] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "i1", "U8": "u1", "BOOL": "?", "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }  # fmt: skip
-_OTHER_SIZES = {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+_OTHER_SIZES = {"U16": 2, "U32": 4, "U64": 8, "F8_E8M0": 1, "C64": 8}
+
+_SCALES = (".scale_weight", ".weight_scale")
+_UNUSED = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
+"""Ends of names that say how a layer may be computed in float8, and change no weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,7 @@ class TensorInfo:
 class TensorFile:
     """A file's tensors by name, each read when asked for. Plain files are mapped into memory, not read.
 
+    `tensors` leaves out what belongs to scaled storage: scales are multiplied in when a tensor is read.
     Raises ModelError for a header that does not describe the file.
     """
 
@@ -56,31 +67,57 @@ class TensorFile:
             raise self._damaged(f"its header would have {length} bytes, and the file has {size}")
         if length > _HEADER_LIMIT:
             raise self._damaged(f"its header has {length} bytes, more than {_HEADER_LIMIT}")
-        self.metadata, self.tensors = self._parse(source.read(path, 8 + length)[8:], size - 8 - length)
+        self.metadata, tensors = self._parse(source.read(path, 8 + length)[8:], size - 8 - length)
+        self._scales = {
+            scaled: tensors[name]
+            for name in tensors
+            for end in _SCALES
+            if name.endswith(end)
+            for scaled in (f"{name.removesuffix(end)}.weight", name.removesuffix(end))
+            if scaled in tensors
+        }
+        storage = {info.begin for info in self._scales.values()}
+        self.tensors = {
+            name: info
+            for name, info in tensors.items()
+            if not name.endswith(_UNUSED) and not (name.endswith(_SCALES) and info.begin in storage)
+        }
         local = source.local(path)
         data = np.memmap(local, np.uint8, "r") if local else np.frombuffer(source.read(path), np.uint8)
         self._data = data[8 + length :]
 
     def read(self, name: str) -> Array:
         """Return a tensor as float32, in its shape. Raises ModelError where it holds no finite numbers."""
-        info = self.tensors[name]
-        if info.type not in _TYPES:
-            raise ModelError(
-                f"{name} has the type {info.type}", where=self.where, hint="Adapters are F32, F16 or BF16: convert it."
-            )
-        raw = self._data[info.begin : info.begin + info.size].view(_TYPES[info.type])
-        if info.type == "BF16":
-            values: Array = (raw.astype(np.uint32) << 16).view(np.float32)
-        else:
-            with np.errstate(over="ignore"):
-                values = raw.astype(np.float32)
+        values = self._values(name, self.tensors[name])
+        if (scale := self._scales.get(name)) is not None:
+            factor = self._values(f"the scale of {name}", scale)
+            if factor.size == 1:
+                values = values * factor.reshape(())
+            elif values.ndim and factor.size == len(values):
+                values = values * factor.reshape(-1, *[1] * (values.ndim - 1))
+            else:
+                raise ModelError(
+                    f"{name} is {list(values.shape)}, and its scale {list(factor.shape)}: neither one number nor one "
+                    "for each row",
+                    where=self.where,
+                    hint="Store the adapter as F32, F16 or BF16.",
+                )
         if not np.isfinite(values).all():
             raise ModelError(
                 f"{name} holds NaN or infinite numbers",
                 where=self.where,
                 hint="The training went wrong, or the file is damaged.",
             )
-        return values.reshape(info.shape)
+        return values
+
+    def _values(self, name: str, info: TensorInfo) -> Array:
+        if info.type not in _TYPES:
+            raise ModelError(
+                f"{name} has the type {info.type}", where=self.where, hint="Store the adapter as F32, F16 or BF16."
+            )
+        raw = self._data[info.begin : info.begin + info.size].view(_TYPES[info.type])
+        with np.errstate(over="ignore", invalid="ignore"):
+            return raw.astype(np.float32).reshape(info.shape)  # a copy: OpenVINO takes no read-only memory
 
     def _parse(self, header: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         try:
@@ -90,20 +127,25 @@ class TensorFile:
         metadata = value.pop("__metadata__", {})
         if not isinstance(metadata, dict):
             raise self._damaged("its metadata is no JSON object")
-        return {str(key): str(text) for key, text in metadata.items()}, {
-            name: self._info(name, entry, room) for name, entry in value.items()
-        }
+        tensors = {name: self._info(name, entry, room) for name, entry in value.items()}
+        ordered = sorted((info.begin, info.begin + info.size, name) for name, info in tensors.items())
+        for (_, end, name), (begin, _, other) in itertools.pairwise(ordered):
+            if begin < end:
+                raise self._damaged(f"{_shown(name)} and {_shown(other)} overlap")
+        return {_text(key): _text(text) for key, text in metadata.items()}, tensors
 
     def _info(self, name: str, entry: Any, room: int) -> TensorInfo:
         try:
-            kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            name.encode()
+            kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = isinstance(kind, str) and isinstance(shape, list) and len(shape) <= _DIMENSIONS
+            whole = whole and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         except (TypeError, KeyError, ValueError) as error:
-            raise self._damaged(f"its header does not describe {name!r}") from error
-        width = _OTHER_SIZES.get(kind) or (np.dtype(_TYPES[kind]).itemsize if kind in _TYPES else None)
-        if width is None or not whole or end > room or end - begin != math.prod(shape) * width:
-            raise self._damaged(f"its header says of {name!r}: {kind} {list(shape)}, bytes {begin} to {end} of {room}")
-        return TensorInfo(kind, shape, begin, end - begin)
+            raise self._damaged(f"its header does not describe {_shown(name)}") from error
+        width = (_OTHER_SIZES.get(kind) or (kind in _TYPES and np.dtype(_TYPES[kind]).itemsize)) if whole else None
+        if not width or end > room or end - begin != math.prod(shape) * width:
+            raise self._damaged(f"its header says of {_shown(name)}: {_shown(entry)}, and there are {room} bytes")
+        return TensorInfo(kind, tuple(shape), begin, end - begin)
 
     def _damaged(self, what: str) -> ModelError:
         return ModelError(
@@ -113,6 +155,12 @@ class TensorFile:
         )
 
 
-def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape."""
-    return {name: info.shape for name, info in tensors.items()}
+def _text(value: Any) -> str:
+    """Return a text that can be encoded: JSON can hold halves of characters, which nothing prints."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _shown(value: Any) -> str:
+    """Return what a stranger's header says, short."""
+    text = ascii(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

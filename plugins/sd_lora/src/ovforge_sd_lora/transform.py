@@ -28,7 +28,7 @@ class LoraTransform:
 
     def apply(self, bundle: ModelBundle) -> Report:
         """Change the models of the adapter's roles."""
-        adapter = open_adapter(self._options.path, self._options.label)
+        adapter = open_adapter(self._options.path, self._options.label, self._options.adapter)
         found = preflight(adapter, bundle, self._options.roles)
         if not found.matches:
             first = found.skipped[0]
@@ -37,7 +37,7 @@ class LoraTransform:
                 where=adapter.where,
                 hint="Run `ovforge lora inspect FILE --model MODEL` for the whole table.",
             )
-        report = Report(skipped=list(found.skipped), notes=list(adapter.notes))
+        report = Report(skipped=list(found.skipped), notes=[*adapter.notes, *found.notes])
         scales = Scales(self._options, found)
         for role in dict.fromkeys(match.role for match in found.matches):
             beside = [match for match in found.of(role) if self._beside(match)]
@@ -52,7 +52,7 @@ class LoraTransform:
         """Say whether a module acts beside the weight rather than in it."""
         if self._options.mode == "auto":
             fused = self._options.compressed == "requantize"
-            return not fused and match.module.kind != "bias" and match.target.compressed
+            return not fused and not match.module.on_bias and match.target.compressed
         return self._options.mode == "runtime"
 
     def _attach(self, role: str, matches: Sequence[Match], bundle: ModelBundle, report: Report) -> None:
@@ -65,7 +65,7 @@ class LoraTransform:
         keep_targets(bundle, role, targets)
         variables: dict[str, list[int]] = {}
         for match in matches:
-            variables |= attach(model, match.target, "bias" if match.module.kind == "bias" else "weight")
+            variables |= attach(model, match.target, "bias" if match.module.on_bias else "weight")
         if self._options.places == "all":
             for target in targets.values():
                 variables |= attach(model, target, "weight") if target.kind != "norm" else {}
