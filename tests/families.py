@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,6 @@ def _make_xl(folder: Path, build: Any, *, refiner: bool) -> None:
         names |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
     build.write_index(folder, **names)
     index = folder / "model_index.json"
-    import json
-
     kept = {key: value for key, value in json.loads(index.read_text()).items() if value is not None}
     index.write_text(json.dumps(kept))
 
@@ -108,6 +107,8 @@ def _scheduler(folder: Path, prediction: str) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
 
 
 def _make_controlnet(folder: Path) -> None:

@@ -654,6 +654,41 @@ def test_what_the_unet_predicts(small: Callable[[str], tuple[Path, Path]], tmp_p
     assert prediction("xl", extra=marks) == ("v_prediction", "trailing", False)
     given = {"config": small("xl")[0], "prediction_type": "v_prediction"}
     assert prediction("xl", **given) == ("v_prediction", "leading", False)
+    folder = {"config": small("xl")[0]}
+    assert prediction("xl", extra=marks, **folder) == ("v_prediction", "trailing", False), "the file's marks count"
+    assert prediction("xl", {"modelspec.prediction_type": "v"}, **folder)[0] == "v_prediction"
+    assert prediction("xl", **folder) == ("epsilon", "leading", False)
+
+
+@KNOWN
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_a_checkpoint_without_text_encoders(
+    small: Callable[[str], tuple[Path, Path]], tmp_path: Path, session_cache: Cache, family: str
+) -> None:
+    """It says how to bring them, and they come with their tokenizers."""
+    folder, file = small(family)
+    stems = ("cond_stage_model.", "conditioner.")
+    save_file({n: t for n, t in load_file(file).items() if not n.startswith(stems)}, tmp_path / "model.safetensors")
+    full = {"weights": "f32"} | ({"config": str(folder)} if family == "xl" else {})
+    call: dict[str, Any] = {"steps": 2, "width": 16, "height": 16, "seed": 1}
+    with pytest.raises(ModelError, match="no text encoder") as failed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ovforge.Pipeline(
+            "text-to-image", source=tmp_path / "model.safetensors", load=full, device=F32, cache=session_cache
+        )
+    assert "[load.parts]" in failed.value.hint
+    roles = ["text_encoder", "tokenizer"] + ["text_encoder_2", "tokenizer_2"] * (family == "xl")
+    parts = dict.fromkeys(roles, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = ovforge.Pipeline(
+            "text-to-image", source=tmp_path / "model.safetensors", load={**full, "parts": parts}, device=F32,
+            cache=session_cache,
+        )("a pink cat", **call)  # fmt: skip
+        wanted = ovforge.Pipeline("text-to-image", source=file, load={**full}, device=F32, cache=session_cache)(
+            "a pink cat", **call
+        )
+    np.testing.assert_allclose(ours.latents, wanted.latents, atol=2e-2)
 
 
 @KNOWN

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from ovforge.contracts.stages import (
         Adapter,
+        Adapters,
         Calibration,
         CompiledModels,
         Device,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         GraphTransform,
         Loader,
         Match,
+        Notes,
         Phase,
         Progress,
         Quantizer,
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Adapters",
     "Calibration",
     "CommandExtension",
     "CompiledModels",
@@ -78,6 +81,7 @@ __all__ = [
     "LoaderExtension",
     "Match",
     "Need",
+    "Notes",
     "Observer",
     "Outcome",
     "Phase",
@@ -132,6 +136,7 @@ __getattr__, __dir__ = lazy(
         ],
         "stages": [
             "Adapter",
+            "Adapters",
             "Calibration",
             "CompiledModels",
             "Device",
@@ -140,6 +145,7 @@ __getattr__, __dir__ = lazy(
             "GraphTransform",
             "Loader",
             "Match",
+            "Notes",
             "Phase",
             "Progress",
             "Quantizer",

@@ -6,10 +6,10 @@ Nothing here imports openvino: the names of its types are for readers and type c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Adapters",
     "Calibration",
     "CompiledModels",
     "Device",
@@ -31,6 +32,7 @@ __all__ = [
     "GraphTransform",
     "Loader",
     "Match",
+    "Notes",
     "Phase",
     "Progress",
     "Quantizer",
@@ -138,6 +140,18 @@ class Embedder(Protocol):
 
     def __call__(self, value: float) -> NDArray[np.float32]:
         """Return the row for one sample of a batch, float32 (width,)."""
+        ...
+
+
+class Adapters(Protocol):
+    """The adapters of a running pipeline: name -> weight, 0 where one is off."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, name: str, /) -> float: ...
+    def keys(self) -> Iterable[str]: ...
+
+    def set(self, weights: Mapping[str, float]) -> None:
+        """Make these adapters active, each at its weight, and no others. Raises InputError for an unknown one."""
         ...
 
 
@@ -323,14 +337,30 @@ class TaskContext:
     bundle: CompiledModels
     """Compiled models by role, configs, assets."""
 
-    scheduler: Callable[[], Scheduler]
-    """Makes the scheduler of the config, or the one that the model names."""
+    scheduler: Callable[..., Scheduler]
+    """Makes the scheduler of the config, or the one that the model names.
+
+    An argument `adjust(config, *, own)`, if there is one, returns what the scheduler is to see of the model's
+    scheduler_config.json; `own` says whether it is the model's own class.
+    """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """What the config says of inputs, unchecked: a hint at the sizes that calls will have."""
 
     embedders: Mapping[str, Embedder] = field(default_factory=dict)
     """By the name of a model's input, which takes an embedding of a number: what transforms of the pipeline offer."""
+
+    adapters: Adapters | None = None
+    """The adapters that can be switched, for prompts that name some; None if there are none to switch."""
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """What a Task may also be able to do: say in a plan what its runs will do beyond what the config says."""
+
+    def notes(self) -> Sequence[str]:
+        """Return one line for each."""
+        ...
 
 
 class Task(Protocol):

@@ -256,9 +256,16 @@ class ModelBundle:
         return ModelBundle(models=self.models.copy(), protection=self.protection, **parts)
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Return scheduler/scheduler_config.json, or {} where the model has none."""
+        """Return scheduler/scheduler_config.json, or {} where the model has none.
+
+        If model_index.json names another class than it does, the index counts, as for diffusers.
+        """
         data = self.assets.get("scheduler/scheduler_config.json")
-        return _parse_object(data, "scheduler/scheduler_config.json") if data else {}
+        config = _parse_object(data, "scheduler/scheduler_config.json") if data else {}
+        named = self.index.get("scheduler")
+        if config and isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+            config["_class_name"] = named[1]
+        return config
 
     def require(self, *roles: str) -> None:
         """Raise ModelError where a role is missing."""

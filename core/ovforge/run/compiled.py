@@ -18,7 +18,7 @@ from ovforge.model.bundle import is_tokenizer
 from ovforge.model.formats import tensor_of
 from ovforge.model.reasons import OPENVINO_ERRORS, reason_of
 from ovforge.model.runtime import core, instruction_set, openvino_version
-from ovforge.run.adapters import Variables
+from ovforge.run.adapters import Adapters, Variables
 from ovforge.run.requests import ObservedModel
 from ovforge.store.cache import DamagedError
 from ovforge.store.digests import fingerprint
@@ -75,6 +75,7 @@ class CompiledBundle:
     ) -> None:
         self.source = bundle
         self.variables = Variables()
+        self.adapters: Adapters | None = None
         self.configs = bundle.configs
         self.index = bundle.index
         self.assets = bundle.assets

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovforge.config.pipeline import PipelineConfig
-from ovforge.contracts.stages import DevicePlan, ignore_progress
+from ovforge.contracts.stages import DevicePlan, Notes, ignore_progress
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Offer, Plugins
 from ovforge.run.compiled import CompiledBundle, Shapes, can_store, compile_dependencies
@@ -117,17 +117,19 @@ class _Planner:
         pipeline = self._pipeline
         task, device = pipeline.task, pipeline.device.offer
         assert task is not None
+        notes: Iterable[str] = ()
         if bundle is None:
             for role in task.extension.roles:
                 self._add(f"compile {role}", device, "to do", _LATER)
         else:
             compiled = CompiledBundle(bundle, self._device, roles_of(pipeline, bundle), self._cache, execute=False)
-            make_task(pipeline, compiled)
+            made = make_task(pipeline, compiled)
+            notes = made.notes() if isinstance(made, Notes) else ()
             for role, shapes in compiled.wanted:
                 self._compilation(role, shapes, bundle, self._device, device)
         if pipeline.scheduler:
             self._add("scheduler", pipeline.scheduler.offer, "direct")
-        self._add("task", task.offer, "direct")
+        self._add("task", task.offer, "direct", "; ".join(notes))
 
     def _step(self, step: Step, bundle: ModelBundle | None, keep: Any) -> ModelBundle | None:
         name, offer = f"{step.kind} ({step.phase.name.lower()})", step.chosen.offer

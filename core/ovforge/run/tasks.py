@@ -44,9 +44,10 @@ def make_task(pipeline: ResolvedPipeline, compiled: CompiledBundle) -> Task:
     assert task is not None
     context = TaskContext(
         bundle=compiled,
-        scheduler=lambda: _make_scheduler(pipeline, compiled.source),
+        scheduler=lambda adjust=None: _make_scheduler(pipeline, compiled.source, adjust),
         inputs=pipeline.config.input,
         embedders=_make_embedders(pipeline, compiled.source),
+        adapters=compiled.adapters,
     )
     made: Task = expect("__call__", task.create(context), task.offer)
     compiled.start_rest()
@@ -64,10 +65,17 @@ def _make_embedders(pipeline: ResolvedPipeline, bundle: ModelBundle) -> dict[str
     return embedders
 
 
-def _make_scheduler(pipeline: ResolvedPipeline, bundle: ModelBundle) -> Scheduler:
-    """Return the scheduler of the config, or the one that the model names."""
-    model_config = bundle.scheduler_config()
+def _make_scheduler(
+    pipeline: ResolvedPipeline, bundle: ModelBundle, adjust: Callable[..., Mapping[str, Any]] | None = None
+) -> Scheduler:
+    """Return the scheduler of the config, or the one that the model names; see `TaskContext.scheduler` for `adjust`."""
+    model_config: Mapping[str, Any] = bundle.scheduler_config()
     chosen = pipeline.scheduler or _scheduler_of(model_config, pipeline)
+    if adjust is not None:
+        extension, own = chosen.extension, model_config.get("_class_name")
+        offered = extension.implements if isinstance(extension, SchedulerExtension) else ()
+        named = getattr(chosen.options, "class_name", None)
+        model_config = adjust(model_config, own=own in offered or (not offered and named in (None, own)))
     scheduler: Scheduler = expect("start", chosen.create(model_config), chosen.offer)
     return scheduler
 
@@ -94,7 +102,7 @@ def make_adapters(
     pipeline: ResolvedPipeline, compiled: CompiledBundle, load: Callable[[Use], Adapter] | None = None
 ) -> Adapters:
     """Return the adapters of the config, ready to be switched; `load` reads further ones."""
-    adapters = Adapters(compiled.source.adapters, compiled.variables, load or _no_adapter)
+    compiled.adapters = adapters = Adapters(compiled.source.adapters, compiled.variables, load or _no_adapter)
     for step in pipeline.steps:
         if (adapter := make_adapter(step, compiled.source)) is not None:
             adapters.add(adapter)

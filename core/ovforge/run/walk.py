@@ -51,13 +51,22 @@ def walk(pipeline: ResolvedPipeline, visitor: Visitor, progress: Callable[[Progr
 
 
 def _put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> None:
-    """Give `bundle` another model for `role`: the one of that role in `part`, or the only one that `part` has."""
-    chosen = role if role in part.models else next(iter(part.models), None)
-    if chosen is None or (chosen != role and len(part.models) > 1):
+    """Give `bundle` another model for `role`: the one of that role in `part`, or the only one that `part` has.
+
+    Of several, a "preview_decoder" may be the only one whose name ends in "_decoder". A tokenizer brings its files.
+    """
+    alike = [name for name in part.models if name.rpartition("_")[2] == role.rpartition("_")[2]]
+    named = [role] if role in part.models else alike if len(part.models) > 1 else list(part.models)
+    chosen = named[0] if len(named) == 1 else None
+    if chosen is None:
         raise ModelError(
             f"it has no {role!r}", where=f"load.parts.{role}: {name}", hint=f"It has: {', '.join(sorted(part.models))}."
         )
     bundle.take(role, part, chosen)
+    brought = {path: data for path, data in part.assets.items() if path.startswith(f"{chosen}/")}
+    for path in [path for path in bundle.assets if brought and path.startswith(f"{role}/")]:
+        del bundle.assets[path]
+    bundle.assets.update({f"{role}/{path.removeprefix(f'{chosen}/')}": data for path, data in brought.items()})
 
 
 @dataclass

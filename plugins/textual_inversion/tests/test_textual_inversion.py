@@ -156,6 +156,10 @@ def test_a_word_that_fills_every_place(long_prompts: str, ti_torch: Folder, ti_c
     words = taught(tmp_path / "full.safetensors", tmp_path / "more.safetensors")
     pipe = pipeline(ti_torch("sd1"), ti_cache, words, task=use)
     assert not pipe("full", seed=1, **SMALL).warnings
+    if long_prompts == "chunks":
+        assert not pipe("a full x", seed=1, **SMALL).warnings, "each word has a chunk of its own"
+        assert "'more' has more vectors than a chunk" in pipe("more", seed=1, **SMALL).warnings[0]
+        return
     assert "cut off: 'more'" in pipe("more", seed=1, **SMALL).warnings[0]
     assert "cut off: 'fullx'" in pipe("fullx", seed=1, **SMALL).warnings[0]
 

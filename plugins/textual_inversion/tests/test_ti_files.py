@@ -60,6 +60,28 @@ def the_forms() -> dict[str, tuple[str, Any, str, dict[str, np.ndarray[Any, Any]
         "xl": ("style.safetensors", {"clip_l": a, "clip_g": b}, "style", {"clip_l": a, "clip_g": b}),
         "xl pickle": ("style.pt", {"clip_l": t(a), "clip_g": t(b)}, "style", {"clip_l": a, "clip_g": b}),
         "bare": ("word.bin", t(a), "word", {ANY: a}),
+        "a batch of one": ("word.safetensors", {"emb_params": a[None]}, "word", {ANY: a}),
+        "OneTrainer": (
+            "style.safetensors",
+            {"clip_l": a, "clip_g": b, "clip_l_out": a, "clip_g_out": b},
+            "style",
+            {"clip_l": a, "clip_g": b},
+        ),
+        "prefix": (
+            "style.safetensors",
+            {"state_dict.clip_l": a, "state_dict.clip_g": b},
+            "style",
+            {"clip_l": a, "clip_g": b},
+        ),
+        "nested": ("style.pt", {"state_dict": {"string_to_param": {"*": t(a)}, "name": "web-ui"}}, "web-ui", {ANY: a}),
+        "flat": ("style.safetensors", {"string_to_param.*": a}, "style", {ANY: a}),
+        "in a LoRA": (
+            "lora.safetensors",
+            {"lora_unet_x.lora_up.weight": b, "bundle_emb.zork.emb_params": a},
+            "zork",
+            {ANY: a},
+        ),
+        "in a LoRA, web ui": ("lora.safetensors", {"bundle_emb.my cat.string_to_param.*": a}, "my cat", {ANY: a}),
     }
 
 
@@ -83,6 +105,52 @@ def test_types_of_numbers(kind: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
     save_file({"w": value}, path) if suffix == "safetensors" else torch.save({"w": value}, path)
     np.testing.assert_array_equal(read(path)[0].parts[ANY], value.float().numpy())
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_with_and_without_a_factor(kind: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, kind))
+    value = codes[torch.isfinite(codes.float())].reshape(2, -1)
+    save_file({"w": value}, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(read(tmp_path / "a.safetensors")[0].parts[ANY], value.float().numpy())
+    factor = {"w.scale_weight": torch.tensor(0.25), "scaled_fp8": torch.zeros(2).to(value.dtype)}
+    save_file({"w": value, **factor}, tmp_path / "b.safetensors")
+    [learned] = read(tmp_path / "b.safetensors")
+    np.testing.assert_array_equal(learned.parts[ANY], value.float().numpy() / 4)
+
+
+def test_several_words_in_one_file(tmp_path: Path) -> None:
+    content = {"<s0>": rows(1), "<s1>": rows(2, seed=1), "bundle": rows(3, seed=2)}
+    found = {item.word: item.parts[ANY] for item in read(saved(tmp_path / "a.safetensors", content))}
+    assert {word: len(part) for word, part in found.items()} == {"<s0>": 1, "<s1>": 2, "bundle": 3}
+    bundles = {f"bundle_emb.{word}.emb_params": value for word, value in content.items()}
+    again = {item.word: item.parts[ANY] for item in read(saved(tmp_path / "lora.safetensors", bundles))}
+    assert found.keys() == again.keys()
+    assert all((found[word] == again[word]).all() for word in found)
+
+
+def test_words_in_a_large_adapter(tmp_path: Path) -> None:
+    """The words are read, and nothing else of the file; an adapter without words is too large to be one."""
+    big = np.zeros((FILE_LIMIT // 4 + 1,), np.float32)
+    content = {
+        "lora_unet_x.lora_up.weight": big,
+        "bundle_emb.zork.clip_l": rows(),
+        "bundle_emb.zork.clip_g": rows(width=24),
+    }
+    [learned] = read(saved(tmp_path / "lora.safetensors", content))
+    np.testing.assert_array_equal(learned.parts["clip_l"], rows())
+    assert "adapter" in learned.note
+    with pytest.raises(ModelError, match="more than"):
+        read(saved(tmp_path / "other.safetensors", {"lora_unet_x.lora_up.weight": big}))
+
+
+def test_vectors_for_what_an_encoder_gives_are_said(tmp_path: Path) -> None:
+    [learned] = read(saved(tmp_path / "a.safetensors", {"clip_l": rows(), "clip_l_out": rows()}))
+    assert "clip_l_out" in learned.note
+    with pytest.raises(ModelError, match="clip_l_out alone"):
+        read(saved(tmp_path / "b.safetensors", {"clip_l_out": rows()}))
 
 
 def test_the_old_format_of_torch(tmp_path: Path) -> None:
@@ -161,7 +229,7 @@ DAMAGED: dict[str, tuple[str, Any, str]] = {
     "integers": ("a.safetensors", header(numbers([1, 2], "I32"), bytes(8)), "is I32, not floating-point"),
     "no numbers": ("a.safetensors", header(numbers([0, 4], end=0)), r"has the shape \[0, 4\]"),
     "a single number": ("a.safetensors", header(numbers([], end=4), bytes(4)), "and not .vectors, width."),
-    "three dimensions": ("a.safetensors", header(numbers([1, 1, 2]), bytes(8)), r"has the shape \[1, 1, 2\]"),
+    "three dimensions": ("a.safetensors", header(numbers([2, 1, 2], end=16), bytes(16)), r"has the shape \[2, 1, 2\]"),
     "not finite": ("a.safetensors", save_safetensors({"w": rows() * np.float32(np.inf)}), "64 of 64 numbers are not finite"),
     "nothing in it": ("a.safetensors", save_safetensors({}), "is empty"),
     "a LoRA": ("a.safetensors", save_safetensors({f"unet.lora_{n}": rows() for n in range(3)}), 'use = "lora"'),
@@ -180,7 +248,7 @@ DAMAGED: dict[str, tuple[str, Any, str]] = {
     "words for numbers": ("a.pt", {"w": "a cat"}, "is a str, and not .vectors, width."),
     "two parameters": ("a.pt", {"string_to_param": {"*": torch.ones(2, 2), "+": torch.ones(2, 2)}}, "one entry"),
     "no parameters": ("a.pt", {"string_to_param": 3}, "one entry"),
-    "a checkpoint": ("a.pt", {"state_dict": 1, "epoch": 2, 3: 4}, "is no textual inversion: it holds 3 entries"),
+    "a checkpoint": ("a.pt", {"state_dict": 1, "epoch": 2, 3: 4}, "is not a textual inversion: it holds 3 entries"),
     "a picture": ("a.png", b"\x89PNG", "no textual inversion is there, only a.png"),
     "too large": ("a.bin", bytes(FILE_LIMIT + 1), "more than the"),
 }  # fmt: skip

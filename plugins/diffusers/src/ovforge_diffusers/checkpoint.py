@@ -187,13 +187,21 @@ class Checkpoint:
         return {**folder.index, **{name: [None, None] for name in gone}}
 
     def _add_scheduler(self) -> None:
-        if self._folder is not None:
+        """Make the scheduler's config: the folder's or the family's, under what the file and the options say."""
+        if self._folder is None:
+            config = self._family.scheduler()
+            changes: dict[str, Any] = {}
+        else:
             self._assets["scheduler"] = self._folder.assets("scheduler")
             config = self._folder.optional("scheduler", "scheduler_config.json")
-        else:
-            config = self._family.scheduler()
+            changes = {key: value for key, value in self._family.marks().items() if config.get(key) != value}
+            if changes:
+                said = ", ".join(f"{key} = {str(value).lower()}" for key, value in changes.items())
+                self._say(f"the file says {said}, and the option config says otherwise: the file counts")
         if self._folder is None or self._options.prediction_type:
-            config["prediction_type"] = self._family.prediction
+            changes["prediction_type"] = self._family.prediction
+        if changes:
+            config |= changes
             self._assets["scheduler"] = {"scheduler/scheduler_config.json": json.dumps(config, indent=2).encode()}
         self.components = {**self.components, "scheduler": config.get("_class_name", "Scheduler")}
 

@@ -18,7 +18,10 @@ _V = frozenset({"v", "v_prediction", "v-prediction", "vpred"})
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family, and the variety of it. `name` is sd1, sd2, xl or refiner; `sure` whether prediction is known."""
+    """A family, and the variety of it. `name` is sd1, sd2, xl or refiner; `sure` whether prediction is known.
+
+    `marked` says that the file itself says its prediction, by a mark or in its metadata.
+    """
 
     name: str
     inpainting: bool = False
@@ -26,6 +29,7 @@ class Family:
     prediction: str = "epsilon"
     zero_snr: bool = False
     sure: bool = True
+    marked: bool = False
 
     @property
     def xl(self) -> bool:
@@ -66,9 +70,14 @@ class Family:
         }
         if self.consistency:
             config |= {"set_alpha_to_one": True, "steps_offset": 0, "original_inference_steps": 50}
+        return config | self.marks()
+
+    def marks(self) -> dict[str, Any]:
+        """Return what the checkpoint itself says of the noise it was trained on, as options of a scheduler."""
+        said: dict[str, Any] = {"prediction_type": self.prediction} if self.marked else {}
         if self.zero_snr:
-            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return config
+            said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return said
 
     def _sampler(self) -> str:
         if self.consistency:
@@ -121,8 +130,10 @@ def identify(parts: Mapping[str, Part], header: Header, name: str, steps: int | 
     )
     said = header.metadata.get("modelspec.prediction_type", "").lower()
     if said in _V or "v_pred" in header.shapes:
-        return replace(family, prediction="v_prediction")
-    if said == "epsilon" or family.name != "sd2" or family.inpainting or steps == _BASE_STEPS:
+        return replace(family, prediction="v_prediction", marked=True)
+    if said == "epsilon":
+        return replace(family, marked=True)
+    if family.name != "sd2" or family.inpainting or steps == _BASE_STEPS:
         return family
     # 2.0 and 2.1 for 768 pixels predict v, their bases for 512 epsilon, and nothing in the file says which it is.
     return replace(family, prediction="v_prediction", sure="unet" not in parts)

@@ -17,7 +17,12 @@ __all__ = ["INCOMPLETE", "INDEX", "LONE", "Folder", "lone_component"]
 
 INDEX = "model_index.json"
 INCOMPLETE = "The folder may be an incomplete download: fetch it again."
-LONE = {"ControlNetModel": "controlnet", "UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
+LONE = {
+    "ControlNetModel": "controlnet",
+    "UNet2DConditionModel": "unet",
+    "AutoencoderKL": "vae",
+    "AutoencoderTiny": "vae",
+}
 """Classes of models that come in a folder of their own, and the components that they are."""
 
 CONTROLNET = "ControlNetModel"

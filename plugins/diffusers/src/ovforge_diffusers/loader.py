@@ -15,6 +15,7 @@ from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle, Source, temporary_files
 from ovforge.store import scratch_folder
 from ovforge_convert import settle_names
+from ovforge_diffusers.added_tokens import end_added_tokens
 from ovforge_diffusers.checkpoint import Checkpoint
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INCOMPLETE, INDEX, Folder, lone_component
@@ -39,7 +40,9 @@ HOMES = {
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
+    "AutoencoderTiny": "diffusers",
 }
+AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderTiny"})
 TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
 PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
 
@@ -138,10 +141,8 @@ class Conversion:
             bundle.index["requires_safety_checker"] = False
 
     def _add_models(self, bundle: ModelBundle, component: str, kind: str) -> None:
-        if kind == "AutoencoderKL" and component != "vae":
-            raise ModelError(
-                f"an AutoencoderKL named {component} is not known, only vae", where=f"{self.parts.name}: {INDEX}"
-            )
+        if kind in AUTOENCODERS and component != "vae":
+            raise ModelError(f"an {kind} named {component} is not known, only vae", where=f"{self.parts.name}: {INDEX}")
         config = self._full_config(component, kind)
         read = self.parts.weights(component)
 
@@ -201,7 +202,9 @@ class Conversion:
     def _context(self) -> dict[str, Any]:
         """Return what one submodel must know of the others."""
         components = self.parts.components
-        levels = len(self.parts.config("vae").get("block_out_channels", [64])) if "vae" in components else 4
+        vae = self._full_config("vae", components["vae"]) if "vae" in components else {}
+        widths = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")  # of the tiny autoencoder
+        levels = len(widths) if widths else 4
         scheduler = self.parts.optional("scheduler", "scheduler_config.json")
         return {
             "vae_factor": 2 ** (levels - 1),
@@ -240,6 +243,7 @@ class Conversion:
                     where=f"{self.parts.name}: {component}",
                     hint="Its files may be damaged: fetch them again.",
                 ) from error
+        end_added_tokens(models[0])
         for role, model in zip((component, f"de{component}"), models, strict=True):
             settle_names(role, model)
         return models[0], models[1]

@@ -39,6 +39,7 @@ class DiffusersScheduler:
                 "which scheduler? The model names none", where=WHERE, hint="Set it, as in 'EulerDiscreteScheduler'."
             )
         self._class = scheduler_class(name)
+        self.spreads_steps = self._class.__name__ == "LCMScheduler"
         self._check(options.options)
         self._config = {**model_config, **options.options}
         if "_use_default_values" in self._config:
@@ -74,7 +75,7 @@ class DiffusersScheduler:
         With `strength` the run begins later, as in diffusers' image-to-image pipelines; LCM spreads its steps.
         """
         scheduler = self._make()
-        spread = {"strength": strength} if self._class.__name__ == "LCMScheduler" and strength < 1 else {}
+        spread = {"strength": strength} if self.spreads_steps and strength < 1 else {}
         try:
             scheduler.set_timesteps(steps, **spread)
         except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
@@ -99,8 +100,10 @@ class DiffusersSampling:
         self.timesteps: NDArray[Any] = times.numpy()
         self.init_noise_sigma = float(scheduler.init_noise_sigma)
         self._next: int | None = None
-        self._generator = torch.Generator("cpu")
-        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        takes = inspect.signature(scheduler.step).parameters
+        self._extra: dict[str, Any] = {"generator": torch.Generator("cpu")} if "generator" in takes else {}
+        if "eta" in takes:
+            self._extra["eta"] = 0.0  # as diffusers' pipelines give it, whatever the step's own default is
 
     def scale_input(self, latents: NDArray[np.float32], index: int) -> NDArray[np.float32]:
         """Return what the network sees at step `index`; `latents` itself where the method does not scale."""
@@ -129,11 +132,10 @@ class DiffusersSampling:
         import torch
 
         self._begin(index)
-        extra = {"generator": self._generator} if self._takes_generator else {}
         # Copies: multistep methods keep these for later steps, and callers reuse their buffers.
         noise, sample = torch.from_numpy(output.copy()), torch.from_numpy(latents.copy())
         with torch.no_grad(), _drawing_from(rng):
-            result = self._scheduler.step(noise, self._times[index], sample, return_dict=False, **extra)[0]
+            result = self._scheduler.step(noise, self._times[index], sample, return_dict=False, **self._extra)[0]
         self._next = index + 1
         return _array(result)
 

@@ -7,7 +7,8 @@ unet           sample f32 [batch, channels, height, width], timestep i64 [1 or b
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
-vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked)
+vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny
+               autoencoder TAESD the latents themselves)
 vae_decoder    latent_sample f32 [batch, channels, height, width] -> sample
 """
 
@@ -88,7 +89,7 @@ def _check_size(options: LoaderOptions, factor: int) -> None:
 def _activation_scale(module: Any, index: dict[str, Any], context: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return the hint by which devices computing in float16 keep the VAE from overflowing, as in optimum-intel."""
     pipeline = str(index.get("_class_name", ""))
-    if _is_xl(index) and module.config.force_upcast:
+    if _is_xl(index) and module.config.get("force_upcast"):
         return (("ACTIVATIONS_SCALE_FACTOR", "128.0"),)
     plain = pipeline.startswith("StableDiffusion") and not pipeline.startswith("StableDiffusion3")
     if plain and context["prediction_type"] == "v_prediction":
@@ -242,7 +243,8 @@ def _vae_encoder(module: Any, picture: _Picture, factor: int, scale: tuple[tuple
     channels = module.config.in_channels
 
     def forward(sample: Any) -> tuple[Any, ...]:
-        return (module.encode(sample, return_dict=False)[0].parameters,)
+        encoded = module.encode(sample, return_dict=False)[0]
+        return (getattr(encoded, "parameters", encoded),)
 
     shape = (picture.batch, channels, picture.height, picture.width)
     example = (2, channels, picture.height or 8 * factor, picture.width or 8 * factor)

@@ -59,6 +59,8 @@ class LCMScheduler(NoiseScheduler[LCMOptions]):
     """The schedule of noise and the steps of a model's distillation. Immutable; shared between threads."""
 
     divides_by_alpha = False
+    spreads_steps: ClassVar[bool] = True
+    """`start` spreads the steps over a part of the schedule, where other methods leave their first steps out."""
 
     def check(self) -> None:
         """Raise ConfigError for options that exclude each other."""

@@ -25,7 +25,13 @@ class TCDOptions(DistilledOptions):
     original: ClassVar[str] = "TCDScheduler"
     ours: ClassVar[frozenset[str]] = frozenset(["eta"])
 
-    eta: float = Field(0.3, ge=0, le=1, description="how much noise each step adds; gamma in the paper")
+    eta: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how much noise each step adds, gamma in the paper; 0 as in diffusers' pipelines, where the method "
+        "called by itself takes 0.3",
+    )
 
 
 class TCDScheduler(NoiseScheduler[TCDOptions]):

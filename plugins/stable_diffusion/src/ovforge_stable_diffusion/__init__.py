@@ -9,6 +9,7 @@ from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, 
 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_PREVIEW = ("preview_decoder",)
 _TRANSFORMS = ("controlnet-inputs", "fold-upsample")
 _OPTIONAL = ("guidance-embedding",)
 
@@ -23,7 +24,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_stable_diffusion.inputs:TextToImageInputs",
         factory="ovforge_stable_diffusion.tasks:TextToImage",
         roles=("unet", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS),
+        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -34,7 +35,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_stable_diffusion.inputs:ImageToImageInputs",
         factory="ovforge_stable_diffusion.tasks:ImageToImage",
         roles=("unet", "vae_encoder", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS),
+        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -45,7 +46,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_stable_diffusion.inputs:InpaintingInputs",
         factory="ovforge_stable_diffusion.tasks:Inpainting",
         roles=("unet", "vae_encoder", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS),
+        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,21 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovforge.contracts import Embedder, Progress, Sampling, TaskContext, ignore_progress
+from ovforge.contracts import Embedder, Progress, Sampling, Scheduler, TaskContext, ignore_progress
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, ImagesResult, Timings
+from ovforge_stable_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
 from ovforge_stable_diffusion.controls import condition
 from ovforge_stable_diffusion.examples import edges
-from ovforge_stable_diffusion.family import Family
+from ovforge_stable_diffusion.family import PREVIEW, Family
 from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
+from ovforge_stable_diffusion.overrides import overridden
 from ovforge_stable_diffusion.request import Request, make_request
-from ovforge_stable_diffusion.text import DEFAULT_LENGTH, Conditions, TextEncoder, TextEncoders, learned_tokens
+from ovforge_stable_diffusion.text import DEFAULT_LENGTH, TextEncoder, TextEncoders, learned_tokens
+from ovforge_stable_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Tokenizer, has_files
 from ovforge_stable_diffusion.unet import GUIDANCE, RESIDUALS, Denoiser, residual_shapes
 from ovforge_stable_diffusion.vae import Autoencoder
 
 __all__ = ["Diffusion", "Start"]
 
 Array = NDArray[np.float32]
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 _log = logging.getLogger("ovforge.stable_diffusion")
 
@@ -54,19 +62,24 @@ class Diffusion:
     encodes: ClassVar[bool] = False
     """Whether the task takes a picture."""
 
+    inpaints: ClassVar[bool] = False
+    """Whether the task paints a part of a picture."""
+
     def __init__(self, options: DiffusionOptions, context: TaskContext) -> None:
         self._bundle, self._options = context.bundle, options
-        self._make_scheduler = context.scheduler
+        self._context = context
         self.family = Family.of(context.bundle)
         self._embed_guidance = _guidance_embedder(self.family, context)
         self._lock = threading.Lock()
         self._text: TextEncoders | None = None
         self._denoiser: tuple[tuple[int, ...], Denoiser] | None = None
-        self.autoencoder = Autoencoder(self.family, self._decoder_model, self._encoder_model, options.tile)
+        preview = self._preview_model if self.family.previewing else None
+        self.autoencoder = Autoencoder(self.family, self._decoder_model, self._encoder_model, options.tile, preview)
         self._fixed = self._expected(context.inputs) if options.static else None
-        if options.low_memory:
-            self._bundle.on_demand()
-        else:
+        self._adapters = context.adapters
+        self._tokenizers: dict[str, Future[Tokenizer]] = {}
+        self._bundle.on_demand()  # a tokenizer whose files are there is not compiled
+        if not options.low_memory:
             self._start_compiling()
 
     def _start_compiling(self) -> None:
@@ -75,11 +88,15 @@ class Diffusion:
         for role in self.family.controlnets:
             bundle.start(role, self._control_shapes(role, fixed))
         for encoder in self.family.encoders:
-            bundle.start(_tokenizer_of(encoder))
+            if has_files(bundle.assets, _tokenizer_of(encoder)):
+                self._read_tokenizer(_tokenizer_of(encoder))
+            else:
+                bundle.start(_tokenizer_of(encoder))
             bundle.start(encoder)
         if self.encodes:
             bundle.start("vae_encoder", self._encoder_shapes(fixed and (3, *self._pixels(fixed))))
-        bundle.start("vae_decoder", self._decoder_shapes(fixed and (self.family.latent_channels, *fixed[2:])))
+        for role in ("vae_decoder", PREVIEW) if self.family.previewing else ("vae_decoder",):
+            bundle.start(role, self._decoder_shapes(fixed and (self.family.latent_channels, *fixed[2:])))
 
     def __call__(self, inputs: DiffusionInputs, progress: Callable[[Progress], None] = ignore_progress) -> ImagesResult:
         """Make pictures.
@@ -88,37 +105,60 @@ class Diffusion:
         callback raises ends the run.
         """
         with self._lock:
-            timings = Timings()
-            request = make_request(inputs, self.family, self._size_of(inputs))
-            sampling = self._sampling(inputs, request.steps)
-            progress(Progress("text encoding", 0, request.steps))
-            conditions, warnings = self._encode(request, timings)
-            learned, unused = self._learned(request)
-            self._released("tokenizer", "tokenizer_2", *self.family.encoders)
-            rng = BatchGenerator(request.seeds)
-            start = self._begin(inputs, request, sampling, rng, timings)
-            self._released("vae_encoder")
-            denoiser = self._denoiser_for(request, start)  # waiting for compilation is no part of denoising
-            with timings.span("denoise"):
-                latents = self._denoise(request, sampling, conditions, start, denoiser, rng, timings, progress)
-            del denoiser
-            self._released("unet", *self.family.controlnets)
-            images = []
-            if request.decode:
-                progress(Progress("decoding", 0, len(latents)))
-                for number, row in enumerate(latents):
-                    with timings.span("vae_decoder"):
-                        images.append(start.finish(self.autoencoder.decode(row)))
-                    progress(Progress("decoding", number + 1, len(latents)))
-            self._released("vae_decoder")
-            return ImagesResult(
-                timings=timings,
-                provenance={"inputs": request.as_inputs(), **learned},
-                warnings=warnings + unused,
-                images=images,
-                seeds=request.seeds,
-                latents=latents,
-            )
+            request, adapters = self._requested(inputs)
+            if not adapters:
+                return self._made(inputs, request, progress)
+            if self._adapters is None:
+                raise InputError(
+                    f"no adapters can be switched here, and the prompt names {', '.join(adapters)}",
+                    where="prompt",
+                    hint='Add each to the config as a transform with mode = "runtime".',
+                )
+            before = dict(self._adapters)
+            self._adapters.set({**before, **adapters})
+            try:
+                return self._made(inputs, request, progress)
+            finally:
+                self._adapters.set(before)
+
+    def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
+        """Return the call with every default filled in, and the adapters that its prompts name."""
+        request = make_request(inputs, self.family, self._size_of(inputs))
+        if self._options.prompts == "weighted":
+            return request.without_adapters()
+        return request, {}
+
+    def _made(self, inputs: DiffusionInputs, request: Request, progress: Callable[[Progress], None]) -> ImagesResult:
+        timings = Timings()
+        sampling = self._sampling(inputs, request.steps)
+        progress(Progress("text encoding", 0, request.steps))
+        schedule, lost = self._encode(request, sampling, timings)
+        learned, unused = self._learned(request)
+        self._released("tokenizer", "tokenizer_2", *self.family.encoders)
+        rng = BatchGenerator(request.seeds)
+        start = self._begin(inputs, request, sampling, rng, timings)
+        self._released("vae_encoder")
+        denoiser = self._denoiser_for(request, schedule.halves)  # waiting for compilation is no part of denoising
+        with timings.span("denoise"):
+            latents = self._denoise(request, sampling, schedule, start, denoiser, rng, timings, progress)
+        del denoiser
+        self._released("unet", *self.family.controlnets)
+        images = []
+        if request.decode:
+            progress(Progress("decoding", 0, len(latents)))
+            for number, row in enumerate(latents):
+                with timings.span("vae_decoder"):
+                    images.append(start.finish(self.autoencoder.decode(row)))
+                progress(Progress("decoding", number + 1, len(latents)))
+        self._released("vae_decoder", PREVIEW)
+        return ImagesResult(
+            timings=timings,
+            provenance={"inputs": request.as_inputs(), **learned},
+            warnings=lost + unused,
+            images=images,
+            seeds=request.seeds,
+            latents=latents,
+        )
 
     def _conditions(self, number: int) -> dict[str, Any]:
         """Return what example `number` needs for the pipeline's ControlNets."""
@@ -134,9 +174,50 @@ class Diffusion:
     def _sampling(self, inputs: DiffusionInputs, steps: int) -> Sampling:
         return self._make_scheduler().start(steps)
 
-    def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
-        """Return where the run begins. Draws from `rng` in the order of diffusers' pipelines."""
-        raise NotImplementedError
+    def _partly(self, steps: int, strength: float) -> Sampling:
+        """Begin a run that goes a part of the way only.
+
+        Latent consistency sampling spreads its steps over that part for models with guidance built in, as diffusers'
+        latent consistency pipeline does; for other models its first steps are left out, as for any scheduler.
+        """
+        scheduler = self._make_scheduler()
+        if strength == 1 or self.family.guidance_width or not getattr(scheduler, "spreads_steps", False):
+            return scheduler.start(steps, strength)
+        sampling = scheduler.start(steps)
+        sampling.first = steps - min(int(steps * strength), steps)
+        if sampling.first == len(sampling.timesteps):
+            raise InputError(
+                f"{strength} of {steps} steps is less than one", where="strength", hint="Give more of either."
+            )
+        return sampling
+
+    def _make_scheduler(self) -> Scheduler:
+        def adjust(config: Mapping[str, Any], *, own: bool) -> Mapping[str, Any]:
+            return {**config, **self._overrides(config, own=own)}
+
+        return self._context.scheduler(adjust)
+
+    def _overrides(self, config: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
+        """Return what of the model's scheduler config diffusers' pipeline for this task and model would change."""
+        family = self.family
+        if self._options.raw_scheduler or not config or family.guidance_width or family.time_ids or family.controlnets:
+            return {}
+        return overridden(config, inpainting=self.inpaints, own=own)
+
+    def notes(self) -> list[str]:
+        """Return what a plan should say: what is changed of the scheduler's config, and statistics of latents."""
+        notes = []
+        if self.family.decoding.mean and self.family.decoding.deviation:
+            notes.append("the autoencoder's latents_mean and latents_std are applied")
+        config = self._bundle.scheduler_config()
+        named = config.get("_class_name")
+        said = json.loads(self._bundle.assets.get(SCHEDULER, b"{}")).get("_class_name", named)
+        if said != named:
+            notes.append(f"model_index.json names {named}, which counts, and scheduler_config.json {said}")
+        changed = ", ".join(f"{key} = {str(value).lower()}" for key, value in self._overrides(config, own=True).items())
+        if changed:
+            notes.append(f"scheduler_config.json is read with {changed}, as diffusers' pipeline reads it")
+        return notes
 
     # -- the parts ------------------------------------------------------------------------------------------------
 
@@ -145,37 +226,50 @@ class Diffusion:
         factor = self.family.factor
         return (len(request.prompts), self.family.latent_channels, request.height // factor, request.width // factor)
 
-    def _encode(self, request: Request, timings: Timings) -> tuple[Conditions, list[str]]:
-        """Return conditions of each half, the unconditional one first where there is guidance; and what did not fit."""
+    def _encode(self, request: Request, sampling: Sampling, timings: Timings) -> tuple[Schedule, list[str]]:
+        """Return the conditions of each step, and warnings of what did not fit."""
         if self._text is None:
-            taught = learned_tokens(self._bundle.assets)
-            encoders = [
-                TextEncoder(
-                    self._bundle[_tokenizer_of(role)],
-                    self._bundle[role],
-                    penultimate=bool(self.family.time_ids),
-                    learned=taught.get(_tokenizer_of(role)),
-                )
-                for role in self.family.encoders
-            ]
-            options = self._options
-            self._text = TextEncoders(
-                encoders, weighted=options.prompts == "weighted", chunks=options.long_prompts == "chunks"
-            )
-        order = [*((pair, True) for pair in request.negatives or ()), *((pair, False) for pair in request.prompts)]
-        distinct = list(dict.fromkeys(order))
-        negative = [mark for _, mark in distinct]
-        conditions, warnings = self._text.encode([pair for pair, _ in distinct], timings, negative)
-        rows = conditions.rows([distinct.index(pair) for pair in order])
-        if self.family.time_ids and rows.pooled is None:
+            self._text = self._text_encoders()
+        weighted = self._options.prompts == "weighted"
+        plan: ConditionPlan = plan_conditions(request, len(sampling.timesteps), weighted=weighted)
+        conditions, lost = self._text.encode(plan.texts, timings, plan.negative)
+        if self.family.time_ids and conditions.pooled is None:
             raise ModelError("the last text encoder has no output 'text_embeds'", where=self.family.encoders[-1])
-        if request.guided and request.negatives is None:
-            rows = Conditions(
-                np.concatenate([np.zeros_like(rows.states), rows.states]),
-                None if rows.pooled is None else np.concatenate([np.zeros_like(rows.pooled), rows.pooled]),
+        self._say("text states", conditions.states)
+        return plan.schedule(conditions), lost + plan.warnings
+
+    def _text_encoders(self) -> TextEncoders:
+        taught, options = learned_tokens(self._bundle.assets), self._options
+        encoders = [
+            TextEncoder(
+                self._tokenizer(_tokenizer_of(role)),
+                self._bundle[role],
+                penultimate=bool(self.family.time_ids),
+                learned=taught.get(_tokenizer_of(role)),
             )
-        self._say("text states", rows.states)
-        return rows, warnings
+            for role in self.family.encoders
+        ]
+        return TextEncoders(encoders, weighted=options.prompts == "weighted", chunks=options.long_prompts == "chunks")
+
+    def _tokenizer(self, role: str) -> Tokenizer:
+        """Return the tokenizer of the model's files, or of its OpenVINO model if there are none."""
+        if has_files(self._bundle.assets, role):
+            return self._read_tokenizer(role).result()
+        warnings.warn(
+            f"{role}: the model has no tokenizer.json, nor vocab.json with merges.txt; its OpenVINO tokenizer may read "
+            "rare letters and added tokens in another way than transformers",
+            stacklevel=2,
+        )
+        return GraphTokenizer(self._bundle[role], learned_tokens(self._bundle.assets).get(role))
+
+    def _read_tokenizer(self, role: str) -> Future[Tokenizer]:
+        """Begin to read a tokenizer's files, which takes a while for 49,000 words; other models compile meanwhile."""
+        if role not in self._tokenizers:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="ovforge-tokenizer")
+            learned = learned_tokens(self._bundle.assets).get(role)
+            self._tokenizers[role] = pool.submit(FileTokenizer, self._bundle.assets, role, learned)
+            pool.shutdown(wait=False)
+        return self._tokenizers[role]
 
     def _learned(self, request: Request) -> tuple[dict[str, list[str]], list[str]]:
         """Return the learned words that prompts used, for the provenance, and warnings of pictures that use none."""
@@ -185,18 +279,18 @@ class Diffusion:
         negatives = request.negatives or request.prompts
         pairs = list(dict.fromkeys(zip(request.prompts, negatives, strict=True)))
         used = self._text.learned([prompt for pair in pairs for prompt in pair])
-        warnings = [
+        unused = [
             f"the prompt {pair[0][0]!r} uses none of the learned words: {', '.join(words)}"
             for pair, mine, other in zip(pairs, used[::2], used[1::2], strict=True)
             if not mine and not other
         ]
-        return {"learned_tokens": list(dict.fromkeys(word for each in used for word in each))}, warnings
+        return {"learned_tokens": list(dict.fromkeys(word for each in used for word in each))}, unused
 
     def _denoise(
         self,
         request: Request,
         sampling: Sampling,
-        conditions: Conditions,
+        schedule: Schedule,
         start: Start,
         denoiser: Denoiser,
         rng: BatchGenerator,
@@ -204,7 +298,7 @@ class Diffusion:
         progress: Callable[[Progress], None],
     ) -> Array:
         """Return clean latents, float32 (pictures, channels, height / factor, width / factor)."""
-        self._condition(request, conditions, denoiser)
+        self._condition(request, schedule, denoiser)
         denoiser.check(sampling.timesteps)
         if start.extra is not None:
             denoiser.extra_channels(start.extra)
@@ -212,10 +306,12 @@ class Diffusion:
         latents = start.latents
         for number, index in enumerate(steps):
             before = time.perf_counter()
+            if schedule.changes(number):
+                self._change(schedule, number, denoiser)
             seen = sampling.scale_input(latents, index)
             scales = [c.scale * _counts(c, number, len(steps)) for c in request.controls]
             halves = self._predict(denoiser, seen, sampling.timesteps[index], scales, request, timings)
-            output = _guided(halves, request)
+            output = _guided(halves, request, schedule.weights)
             with timings.span("denoise.scheduler"):
                 latents = sampling.step(output, index, latents, rng)
                 if start.blend is not None:
@@ -244,9 +340,9 @@ class Diffusion:
             raise InputError("the run has no step left", where="denoising_end", hint="Take more steps, or end later.")
         return range(first, last)
 
-    def _condition(self, request: Request, conditions: Conditions, denoiser: Denoiser) -> None:
-        """Set what holds for the whole run."""
-        family, halves = self.family, denoiser.halves
+    def _condition(self, request: Request, schedule: Schedule, denoiser: Denoiser) -> None:
+        """Set what holds for the whole run, and the first text."""
+        family, halves, conditions = self.family, denoiser.halves, schedule.at(0)
         shared = {"encoder_hidden_states": denoiser.condition("encoder_hidden_states", conditions.states)}
         rows = len(conditions.states)
         if self._embed_guidance is not None:
@@ -255,8 +351,9 @@ class Diffusion:
         if family.time_ids:
             assert conditions.pooled is not None
             shared["text_embeds"] = denoiser.condition("text_embeds", conditions.pooled)
-            ids = np.repeat(_time_ids(request, family)[-halves:], rows // halves, axis=0)
-            shared["time_ids"] = denoiser.condition("time_ids", ids)
+            negative, positive = _time_ids(request, family)
+            each = [negative, *[positive] * (halves - 1)] if halves > 1 else [positive]
+            shared["time_ids"] = denoiser.condition("time_ids", np.repeat(each, rows // halves, axis=0))
         if request.controls:
             sample = tuple(denoiser.sample.shape)
             nets = {r: self._bundle.get(r, self._control_shapes(r, sample)) for r in family.controlnets}
@@ -265,6 +362,14 @@ class Diffusion:
             for number, control in enumerate(request.controls):
                 pixels = condition(control, request.width, request.height)
                 denoiser.conditions_of(number, np.repeat(pixels[None], pictures, axis=0))
+
+    def _change(self, schedule: Schedule, number: int, denoiser: Denoiser) -> None:
+        """Set the text of a call of the network, where it is another one than at the call before."""
+        conditions = schedule.at(number)
+        denoiser.change("encoder_hidden_states", conditions.states)
+        if self.family.time_ids:
+            assert conditions.pooled is not None
+            denoiser.change("text_embeds", conditions.pooled)
 
     def _predict(
         self,
@@ -293,7 +398,7 @@ class Diffusion:
         """Return pictures of latents after step `index`, scaled to what they will be at the end."""
         last = index + 1 >= len(sampling.timesteps)
         seen = latents if last else sampling.scale_input(latents, index + 1)
-        return [self.autoencoder.decode(row) for row in seen]
+        return [self.autoencoder.preview(row) for row in seen]
 
     # -- models and their shapes ------------------------------------------------------------------------------------
 
@@ -382,13 +487,15 @@ class Diffusion:
     def _decoder_model(self, shape: tuple[int, ...]) -> Any:
         return self._bundle.get("vae_decoder", self._decoder_shapes(shape[1:]))
 
+    def _preview_model(self, shape: tuple[int, ...]) -> Any:
+        return self._bundle.get(PREVIEW, self._decoder_shapes(shape[1:]))
+
     def _encoder_model(self, shape: tuple[int, ...]) -> Any:
         return self._bundle.get("vae_encoder", self._encoder_shapes(shape[1:]))
 
-    def _denoiser_for(self, request: Request, start: Start) -> Denoiser:
+    def _denoiser_for(self, request: Request, halves: int) -> Denoiser:
         pictures, _, height, width = self.latents_shape(request)
-        halves = 2 if request.guided else 1
-        calls = 2 if request.guided and self._options.guidance == "split" else 1
+        calls = halves if self._options.guidance == "split" else 1
         shape = (pictures, self.family.channels, height, width)
         key = (halves, calls, *shape)
         if self._denoiser is None or self._denoiser[0] != key:
@@ -404,6 +511,7 @@ class Diffusion:
             self._denoiser = None
         if "tokenizer" in roles:
             self._text = None
+            self._tokenizers.clear()
         if "vae_encoder" in roles or "vae_decoder" in roles:
             self.autoencoder.release()
         for role in roles:
@@ -437,17 +545,24 @@ def _tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def _guided(halves: Sequence[Array], request: Request) -> Array:
-    """Return the prediction that guidance makes of both halves; a new array where there are two."""
+def _guided(halves: Sequence[Array], request: Request, weights: Array) -> Array:
+    """Return the prediction that guidance makes of what the network gave; a new array if there is more than one.
+
+    The first is the unconditional one. `weights`, float32 (halves - 1, pictures), says how strongly each of the others
+    counts (composable diffusion, Liu et al. 2022).
+    """
     if len(halves) == 1:
         return halves[0]
-    without, along = halves
-    output = along - without
+    without, *others = halves
+    output = np.zeros_like(without)
+    for along, weight in zip(others, weights, strict=True):
+        output += (along - without) * weight[:, None, None, None]
+    rescale = np.float32(request.given.guidance_rescale)
+    deviation = _deviation(output + without) if rescale else None
     output *= np.float32(request.guidance_scale)
     output += without
-    rescale = np.float32(request.given.guidance_rescale)
-    if rescale:  # Lin et al. 2024, section 3.4
-        ratio = _deviation(along) / _deviation(output)
+    if deviation is not None:  # Lin et al. 2024, section 3.4
+        ratio = deviation / _deviation(output)
         output *= rescale * ratio + (np.float32(1) - rescale)
     return output
 

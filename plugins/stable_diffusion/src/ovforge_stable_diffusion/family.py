@@ -14,9 +14,33 @@ from ovforge.errors import ModelError
 from ovforge.store import parse_object
 from ovforge_stable_diffusion.damage import explained
 
-__all__ = ["CONTROLNETS", "Family"]
+__all__ = ["CONTROLNETS", "PREVIEW", "Family", "Scale"]
+
+PREVIEW = "preview_decoder"
+"""Role of a small decoder, such as TAESD's, that makes the previews."""
 
 CONTROLNETS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How an autoencoder's latents become the UNet's: less a shift or a mean, times a factor, through a deviation."""
+
+    factor: float
+    shift: float
+    mean: tuple[float, ...] | None
+    deviation: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Scale:
+        """Read an autoencoder's config.json. Defaults are those of its class."""
+        tiny = config.get("_class_name") == "AutoencoderTiny"
+        return cls(
+            factor=float(config.get("scaling_factor", 1.0 if tiny else 0.18215)),
+            shift=float(config.get("shift_factor") or 0.0),
+            mean=_numbers(config.get("latents_mean")),
+            deviation=_numbers(config.get("latents_std")),
+        )
 
 
 @dataclass(frozen=True)
@@ -50,10 +74,11 @@ class Family:
 
     encoders: tuple[str, ...]
     controlnets: tuple[str, ...]
-    scaling_factor: float
-    shift_factor: float
-    latents_mean: tuple[float, ...] | None
-    latents_std: tuple[float, ...] | None
+    encoding: Scale
+    decoding: Scale
+    previewing: Scale | None
+    """Of the decoder for previews; None if there is none of its own."""
+
     train_timesteps: int
     defaults: Mapping[str, Any]
 
@@ -62,7 +87,7 @@ class Family:
     def of(cls, bundle: CompiledModels) -> Family:
         """Read the configs. Raises ModelError for a model that is no such one."""
         unet, vae = bundle.configs.get("unet", {}), bundle.configs.get("vae_decoder", {})
-        levels = len(vae.get("block_out_channels", (0,) * 4))
+        levels = len(vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (0,) * 4)
         factor = 2 ** (levels - 1)
         if isinstance(size := unet.get("sample_size", 64), list | tuple):
             size = max(size)
@@ -76,6 +101,14 @@ class Family:
                 hint=f"Expected {latent}, or {2 * latent + 1} for inpainting.",
             )
         aesthetic = bool(bundle.index.get("requires_aesthetics_score", False))
+        encoders = tuple(role for role in ("text_encoder", "text_encoder_2") if role in bundle)
+        if not encoders:
+            raise ModelError(
+                "the model has no text encoder",
+                where="text_encoder",
+                hint="Bring one, with its tokenizer, by [load.parts]: text_encoder = FOLDER and tokenizer = FOLDER, "
+                "where FOLDER is a converted model of the same family.",
+            )
         width = unet.get("cross_attention_dim")
         return cls(
             channels=channels,
@@ -87,12 +120,11 @@ class Family:
             guidance_width=unet.get("time_cond_proj_dim"),
             time_ids=(5 if aesthetic else 6) if xl else 0,
             zero_negative=xl and bool(bundle.index.get("force_zeros_for_empty_prompt", True)),
-            encoders=tuple(role for role in ("text_encoder", "text_encoder_2") if role in bundle),
+            encoders=encoders,
             controlnets=tuple(role for role in CONTROLNETS if role in bundle),
-            scaling_factor=float(vae.get("scaling_factor", 0.18215)),
-            shift_factor=float(vae.get("shift_factor") or 0.0),
-            latents_mean=_numbers(vae.get("latents_mean")),
-            latents_std=_numbers(vae.get("latents_std")),
+            encoding=Scale.of(bundle.configs.get("vae_encoder", vae)),
+            decoding=Scale.of(vae),
+            previewing=Scale.of(bundle.configs.get(PREVIEW, {})) if PREVIEW in bundle else None,
             train_timesteps=int(bundle.scheduler_config().get("num_train_timesteps", 1000)),
             defaults=_defaults(bundle, xl),
         )

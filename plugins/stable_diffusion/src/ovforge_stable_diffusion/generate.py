@@ -60,7 +60,7 @@ def generate(
     alpha: Annotated[list[float] | None, typer.Option("--alpha", "-a", help="Strength of each adapter.")] = None,
     clip_skip: Annotated[int, typer.Option("--clip-skip", help="Layers of the text encoder to leave out.")] = 0,
     weighted: Annotated[
-        bool, typer.Option("--weighted", help="Read (word:1.3) and [word] in prompts as weights.")
+        bool, typer.Option("--weighted", help="Read prompts as the web UI does: (word:1.3), [a:b:0.5], AND.")
     ] = False,
     chunks: Annotated[bool, typer.Option("--chunks", help="Read prompts beyond 77 tokens in chunks.")] = False,
     latents: Annotated[

@@ -52,14 +52,19 @@ class DiffusionOptions(BaseModel):
     )
     prompts: Literal["plain", "weighted"] = Field(
         "plain",
-        description="weighted: (word:1.3), (word), [word] and BREAK in prompts mean what they mean in the "
-        "AUTOMATIC1111 web UI.",
+        description="weighted: (word:1.3), [word], [a:b:0.5], [a|b], AND, BREAK and <lora:name:0.8> in prompts mean "
+        "what they mean in the AUTOMATIC1111 web UI.",
     )
     long_prompts: Literal["cut", "chunks"] = Field(
         "cut", description="What becomes of tokens that do not fit: cut off and said, or encoded in chunks of 75."
     )
     low_memory: bool = Field(
         False, description="Hold one role in memory at a time: each is compiled (or read from the cache) when needed."
+    )
+    raw_scheduler: bool = Field(
+        False,
+        description="Take the model's scheduler_config.json as it stands. By default steps_offset, clip_sample and "
+        "skip_prk_steps become what diffusers' pipelines of Stable Diffusion 1 and 2 make of them.",
     )
     tile: int | None = Field(
         None,

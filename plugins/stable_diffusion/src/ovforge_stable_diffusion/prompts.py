@@ -10,7 +10,7 @@ __all__ = ["Span", "parse"]
 _UP = 1.1
 """What one pair of round brackets multiplies by; square ones divide."""
 
-_PIECE = re.compile(r"\\([\\()\[\]])|\(|\[|:\s*([+-]?[\d.]+)\s*\)|\)|\]|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
+_PIECE = re.compile(r"\\([\\()\[\]]|)|\(|\[|:\s*([+-]?[\d.]+)\s*\)|\)|\]|\bBREAK\b|[^\\()\[\]:B]+|.", re.DOTALL)
 
 
 @dataclass
@@ -23,38 +23,37 @@ class Span:
 
 
 def parse(prompt: str) -> list[Span]:
-    r"""Split a prompt at its weights; `\(`, `\)`, `\[`, `\]` and `\\` stand for themselves.
+    r"""Split a prompt at its weights; `\(`, `\)`, `\[`, `\]` and `\\` stand for themselves, and `\` alone for nothing.
 
-    Source of the notation: AUTOMATIC1111's stable-diffusion-webui, `modules/prompt_parser.py`. A bracket that is not
-    closed counts to the end; one that was not opened is text.
+    Source of the notation: AUTOMATIC1111's stable-diffusion-webui, `modules/prompt_parser.py`. Round and square
+    brackets are counted apart. A bracket that is not closed counts to the end; one that was not opened is text.
     """
     spans: list[Span] = []
-    opened: list[tuple[str, int]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str, weight: float) -> None:
-        _, start = opened.pop()
-        for span in spans[start:]:
+        for span in spans[opened[bracket].pop() :]:
             span.weight *= weight
 
     for match in _PIECE.finditer(prompt):
         piece, escaped, weight = match[0], match[1], match[2]
-        top = opened[-1][0] if opened else ""
         if escaped is not None:
             spans.append(Span(escaped))
-        elif piece in ("(", "["):
-            opened.append((piece, len(spans)))
-        elif weight is not None and top == "(" and _number(weight) is not None:
+        elif piece in opened:
+            opened[piece].append(len(spans))
+        elif weight is not None and opened["("] and _number(weight) is not None:
             close("(", _number(weight) or 0.0)
-        elif piece == ")" and top == "(":
+        elif piece == ")" and opened["("]:
             close("(", _UP)
-        elif piece == "]" and top == "[":
+        elif piece == "]" and opened["["]:
             close("[", 1 / _UP)
         elif piece == "BREAK":
             spans.append(Span("", ends_chunk=True))
         else:
             spans.append(Span(piece))
-    while opened:
-        close(opened[-1][0], _UP if opened[-1][0] == "(" else 1 / _UP)
+    for bracket, weight in (("(", _UP), ("[", 1 / _UP)):
+        while opened[bracket]:
+            close(bracket, weight)
     return _joined(spans)
 
 

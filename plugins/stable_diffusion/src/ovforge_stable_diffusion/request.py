@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from ovforge.errors import InputError
 from ovforge.model import fresh_seed, open_picture, picture_name
+from ovforge_stable_diffusion.editing import adapters_in
 from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import Control, DiffusionInputs
 
@@ -35,6 +36,22 @@ class Request:
     controls: tuple[Control, ...]
     decode: bool
     given: DiffusionInputs
+
+    def without_adapters(self) -> tuple[Request, dict[str, float]]:
+        """Return the call without `<lora:NAME:STRENGTH>` in its prompts, and the adapters that they name.
+
+        Raises InputError if the prompts of a batch differ in that: adapters hold for the whole batch.
+        """
+        read = [[adapters_in(text) for text in pair] for pair in self.prompts]
+        named = [pair[0][1] for pair in read]
+        if any(other != named[0] for other in named) or any(pair[1][1] not in ({}, pair[0][1]) for pair in read):
+            raise InputError(
+                "the prompts of one call name different adapters",
+                where="prompt",
+                hint="Adapters hold for a whole batch: make a call for each set of them.",
+            )
+        prompts = tuple((first[0], second[0]) for first, second in read)
+        return replace(self, prompts=prompts), named[0]
 
     def as_inputs(self) -> dict[str, Any]:
         """Return inputs that make these pictures again; pictures given in memory are named by their digest."""

@@ -79,7 +79,7 @@ class ImageToImage(TextToImage):
 
     def _sampling(self, inputs: Any, steps: int) -> Sampling:
         whole = inputs.denoising_start is not None
-        return self._make_scheduler().start(steps, 1.0 if whole else inputs.strength)
+        return self._partly(steps, 1.0 if whole else inputs.strength)
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         if self.family.masked:
@@ -120,6 +120,7 @@ class Inpainting(TextToImage):
     """A masked part anew: by a UNet that sees the mask, or by blending after each step."""
 
     encodes = True
+    inpaints = True
 
     def examples(self, count: int) -> Sequence[Any]:
         """Return the shipped prompts with drawn pictures and holes in them."""
@@ -141,7 +142,7 @@ class Inpainting(TextToImage):
         return size
 
     def _sampling(self, inputs: Any, steps: int) -> Sampling:
-        return self._make_scheduler().start(steps, inputs.strength)
+        return self._partly(steps, inputs.strength)
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         family, autoencoder = self.family, self.autoencoder

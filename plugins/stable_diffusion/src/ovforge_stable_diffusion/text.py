@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge.store import parse_object
 from ovforge_stable_diffusion.prompts import Span, parse
+from ovforge_stable_diffusion.tokenizer import END, Learned, Piece, Tokenizer
 
 __all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders", "learned_tokens"]
 
@@ -29,8 +30,6 @@ SKIPPED = "skipped_states"
 
 LEARNED = "learned_tokens.json"
 """The asset in which a transform leaves the words that it taught: {tokenizer's role: {word: [ids of its vectors]}}."""
-
-Learned = Mapping[str, Sequence[int]]
 
 
 def learned_tokens(assets: Mapping[str, bytes]) -> dict[str, Learned]:
@@ -58,25 +57,23 @@ class Conditions:
 
 
 class TextEncoder:
-    """The tokenizer and the text encoder of CLIP (Radford et al. 2021), as OpenVINO models.
+    """A tokenizer and the text encoder of CLIP (Radford et al. 2021), an OpenVINO model.
 
-    Tokenizers of optimum-intel neither pad nor cut to the encoder's length, ours do both: rows are made to fit here.
     With `penultimate`, the states before the last layer are returned, not normalized, as SDXL takes them. `learned` are
     words that were taught beyond CLIP's own.
     """
 
     def __init__(
         self,
-        tokenizer: ov.CompiledModel,
+        tokenizer: Tokenizer,
         encoder: ov.CompiledModel,
         *,
         penultimate: bool,
         learned: Learned | None = None,
     ) -> None:
         self.learned = learned or {}
-        self._tokenizer = tokenizer.create_infer_request()
+        self._tokenizer = tokenizer
         self._encoder = encoder.create_infer_request()
-        self._tokens = _port(tokenizer.outputs, "input_ids", "tokenizer")
         self._input = _port(encoder.inputs, "input_ids", "text encoder")
         name = _penultimate(encoder) if penultimate else "last_hidden_state"
         self._output = _port(encoder.outputs, name, "text encoder")
@@ -84,9 +81,6 @@ class TextEncoder:
         self._skipped = next((port for port in encoder.outputs if SKIPPED in port.names), None)
         length = self._input.get_partial_shape()[1]
         self._length = length.get_length() if length.is_static else DEFAULT_LENGTH
-        # The tokenizer itself shows its end and padding tokens: nothing, beside something longer.
-        nothing = self._raw(["", "a a a a"])[0]
-        self._start, self._end, self._padding = int(nothing[0]), int(nothing[1]), int(nothing[-1])
 
     @property
     def room(self) -> int:
@@ -94,36 +88,48 @@ class TextEncoder:
         return self._length - 2
 
     def fitted(self, prompts: Sequence[str]) -> Ids:
-        """Return a row of token ids for each prompt: cut before its end token, or padded."""
-        rows = self._raw(prompts)
-        fitted = np.full((len(rows), self._length), self._padding, np.int64)
-        for target, row in zip(fitted, rows, strict=True):
-            used = min(self._content(row) + 1, self._length - 1)
-            target[:used] = row[:used]
-            target[used] = self._end
-        return fitted
+        """Return a row of token ids for each prompt, (prompts, length): cut before its end token, or padded."""
+        rows = [[id_ for piece in self._tokenizer.pieces(text) for id_ in piece.ids] for text in prompts]
+        return np.stack([self._row(row[: self.room]) for row in rows])
 
     def weighted(self, spans: Sequence[Span], *, chunks: bool) -> tuple[Ids, Array]:
-        """Return token ids and weights, both (chunks, length); one chunk, cut, where `chunks` is false."""
+        """Return token ids and weights, both (chunks, length); one chunk, cut, if `chunks` is false.
+
+        The vectors of a learned word stay in one chunk, unless it has more of them than a chunk has places.
+        """
         content: list[list[tuple[int, float]]] = [[]]
-        for span in spans:
-            if span.ends_chunk:
+        for piece, span, _ in self._pieces(spans):
+            if piece is None:
                 content.append([])
-            # Word by word: tokenizers cut what is longer than the encoder reads.
-            for row in self._raw(span.text.split()):
-                for token in row[1 : 1 + self._content(row)]:
-                    if len(content[-1]) == self.room:
-                        content.append([])
-                    content[-1].append((int(token), span.weight))
+                continue
+            if len(piece.ids) > 1 and len(content[-1]) + len(piece.ids) > self.room:
+                content.append([])
+            for token in piece.ids:
+                if len(content[-1]) == self.room:
+                    content.append([])
+                content[-1].append((token, span.weight))
         content = content if chunks else content[:1]
-        ids = np.full((len(content), self._length), self._padding, np.int64)
+        ids = np.stack([self._row([token for token, _ in tokens]) for tokens in content])
         weights = np.ones((len(content), self._length), np.float32)
         for number, tokens in enumerate(content):
-            used = len(tokens)
-            ids[number, 0], ids[number, used + 1] = self._start, self._end
-            ids[number, 1 : used + 1] = [token for token, _ in tokens]
-            weights[number, 1 : used + 1] = [weight for _, weight in tokens]
+            weights[number, 1 : len(tokens) + 1] = [weight for _, weight in tokens]
         return ids, weights
+
+    def _row(self, content: Sequence[int]) -> Ids:
+        """Return what the encoder reads, (length,): the start token, content, the end token, padding."""
+        row = np.full(self._length, self._tokenizer.padding, np.int64)
+        row[: len(content) + 2] = [self._tokenizer.start, *content, self._tokenizer.end]
+        return row
+
+    def _pieces(self, spans: Sequence[Span]) -> Iterator[tuple[Piece | None, Span, int]]:
+        """Give each piece, its span, and where the span begins in the joined text; None ends a chunk."""
+        begin = 0
+        for span in spans:
+            if span.ends_chunk:
+                yield None, span, begin
+            for piece in self._tokenizer.pieces(span.text):
+                yield piece, span, begin
+            begin += len(span.text)
 
     def run(self, ids: Ids, whole: NDArray[np.bool_]) -> tuple[Array, Array | None]:
         """Return states, float32 (rows, tokens, width), and pooled ones, (rows, width), where the model has them.
@@ -143,59 +149,33 @@ class TextEncoder:
         pooled = None if self._pooled is None else self._encoder.get_tensor(self._pooled).data.astype(np.float32)
         return states, pooled
 
-    def cut(self, prompt: str) -> str | None:
-        """Return the end of `prompt` that does not fit, from the first word that does not fit whole.
-
-        CLIP joins no tokens across white space, so the words' lengths add up.
-        """
-        if self._content(self._raw([prompt])[0]) < self.room:
-            return None
-        words = prompt.split()
+    def cut(self, spans: Sequence[Span]) -> str | None:
+        """Return the end of a prompt that does not fit into one chunk, from the first word that does not fit whole."""
+        text = "".join(span.text for span in spans)
         used = 0
-        for position, (word, row) in enumerate(zip(words, self._raw(words), strict=True)):
-            length = self._content(row)
-            used += length
-            if used > self.room or (length == self.room and self._goes_on(word)):
-                return " ".join(words[position:])
+        for piece, _, begin in self._pieces(spans):
+            used += len(piece.ids) if piece else 0
+            if piece and used > self.room:
+                before = text[: begin + piece.begin]
+                word = len(before) - len(before.split()[-1]) if before and not before[-1].isspace() else len(before)
+                return " ".join(text[word:].split())
         return None
 
-    def _goes_on(self, word: str) -> bool:
-        """Say whether a word that fills every place goes on: one more letter then changes no token that is seen.
+    def too_long(self, spans: Sequence[Span]) -> str | None:
+        """Return the first learned word that has more vectors than a chunk has places."""
+        for piece, span, _ in self._pieces(spans):
+            if piece and len(piece.ids) > self.room:
+                return span.text[piece.begin : piece.end]
+        return None
 
-        Where it ends with the last place, that letter moves the mark of the word's end. Learned words have no such
-        mark: there, one letter less breaks a word that ends.
-        """
-        whole = self._raw([word])[0]
-        last = int(whole[self.room])
-        if any(last in ids[:-1] for ids in self.learned.values()):
-            return True
-        ends = any(last == ids[-1] for ids in self.learned.values())
-        return bool(np.array_equal(whole, self._raw([word[:-1] if ends else word + word[-1]])[0]))
+    def ends_early(self, spans: Sequence[Span]) -> bool:
+        """Say whether a prompt itself holds the token that marks the end."""
+        return any(piece and self._tokenizer.end in piece.ids for piece, _, _ in self._pieces(spans))
 
     def learned_in(self, ids: Ids) -> list[str]:
         """Return the learned words that token ids hold."""
         there = set(ids.ravel().tolist())
         return [word for word, own in self.learned.items() if there.intersection(own)]
-
-    def _content(self, row: Ids) -> int:
-        """Return how many tokens lie between the start token and the first end token."""
-        return int(np.flatnonzero(row == self._end)[0]) - 1
-
-    def cut_words(self, prompt: str) -> list[str]:
-        """Return the words of `prompt` that are longer than the model reads at once."""
-        words = prompt.split()
-        return [
-            word
-            for word, row in zip(words, self._raw(words), strict=True)
-            if self._content(row) >= self.room and self._goes_on(word)
-        ]
-
-    def _raw(self, prompts: Sequence[str]) -> Ids:
-        """Return what the tokenizer gives, int64 (prompts, tokens)."""
-        if not prompts:
-            return np.empty((0, 0), np.int64)
-        self._tokenizer.infer({0: ov.Tensor(np.array(list(prompts), dtype=str))})
-        return np.array(self._tokenizer.get_tensor(self._tokens).data, dtype=np.int64)
 
 
 class TextEncoders:
@@ -222,7 +202,7 @@ class TextEncoders:
                 texts = [pair[number] for pair in prompts]
                 each, pooled = self._run(encoder, texts, marks, timings)
                 states.append(each)
-                warnings += [said for text in texts if (said := self._cut(encoder, text)) and said not in warnings]
+                warnings += [note for text in texts for note in self._notes(encoder, text) if note not in warnings]
         length = max(each.shape[1] for each in states)
         states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
         return Conditions(np.concatenate(states, axis=2), pooled), warnings
@@ -273,10 +253,18 @@ class TextEncoders:
             )
         return spans
 
-    def _cut(self, encoder: TextEncoder, text: str) -> str | None:
-        plain = "".join(span.text for span in parse(text)) if self._weighted else text
-        cut = " ".join(encoder.cut_words(plain)) if self._chunks else encoder.cut(plain)
-        return f"the prompt is longer than the model reads; cut off: {cut!r}" if cut else None
+    def _notes(self, encoder: TextEncoder, text: str) -> Iterator[str]:
+        """Give warnings of what a prompt loses."""
+        spans = self._spans(text)
+        if not self._chunks and (cut := encoder.cut(spans)):
+            yield f"the prompt is longer than the model reads; cut off: {cut!r}"
+        if self._chunks and (word := encoder.too_long(spans)):
+            yield f"the word {word!r} has more vectors than a chunk has places, and goes on in the next one"
+        if encoder.ends_early(spans):
+            yield (
+                f"the prompt has {END} in it, the token at which the text encoder takes a prompt to end: "
+                "what follows may have little effect, or none"
+            )
 
 
 def _emphasize(states: Array, weights: Array) -> None:

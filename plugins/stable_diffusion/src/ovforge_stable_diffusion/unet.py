@@ -98,8 +98,8 @@ class Network:
 class Denoiser:
     """A UNet for `pictures` of one size. What holds for a run is set once; a step writes latents and a timestep.
 
-    With classifier-free guidance (Ho and Salimans 2021) there are two halves, the unconditional one first. They run
-    as one batch (`calls` = 1) or in two calls that share the latents.
+    With classifier-free guidance (Ho and Salimans 2021) there are two halves, the unconditional one first, or more if a
+    prompt has several parts. They run as one batch (`calls` = 1) or in as many calls, which share the latents.
     """
 
     def __init__(
@@ -133,6 +133,13 @@ class Denoiser:
             tensor.data[...] = part
             tensors.append(tensor)
         return tensors
+
+    def change(self, name: str, value: Array) -> None:
+        """Give an input that `condition` set, and what ControlNets see of it, other values of the same shape."""
+        for call, part in enumerate(np.split(value, self._calls)):
+            for network in (self._networks[call], *(networks[call] for networks in self._controls)):
+                if name in network.ports:
+                    network.request.get_tensor(network.ports[name]).data[...] = part
 
     def control(self, models: Mapping[str, ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
         """Let ControlNets (Zhang et al. 2023), by role, condition each step; `shared` are tensors of the UNet.

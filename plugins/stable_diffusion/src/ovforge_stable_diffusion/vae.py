@@ -11,7 +11,7 @@ from PIL import Image
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
-from ovforge_stable_diffusion.family import Family
+from ovforge_stable_diffusion.family import Family, Scale
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
 
@@ -29,8 +29,11 @@ _TILE = 1024
 class Autoencoder:
     """Scales latents, decodes and encodes. Every picture is its own call: a batch would only take more memory."""
 
-    def __init__(self, family: Family, decoder: Model, encoder: Model, tile: int | None) -> None:
+    def __init__(
+        self, family: Family, decoder: Model, encoder: Model, tile: int | None, preview: Model | None = None
+    ) -> None:
         self._family, self._decoder, self._encoder = family, _Runner(decoder), _Runner(encoder)
+        self._preview = _Runner(preview) if preview else None
         self._tile = tile
 
     def tile(self, height: int, width: int) -> int | None:
@@ -42,9 +45,18 @@ class Autoencoder:
 
     def decode(self, latents: Array) -> Image.Image:
         """Return the picture of latents, float32 (channels, height, width)."""
+        return self._decoded(latents, self._decoder, self._family.decoding)
+
+    def preview(self, latents: Array) -> Image.Image:
+        """Return the picture of latents by the decoder for previews, if the pipeline has one of its own."""
+        if self._preview is None or self._family.previewing is None:
+            return self.decode(latents)
+        return self._decoded(latents, self._preview, self._family.previewing)
+
+    def _decoded(self, latents: Array, decoder: _Runner, scale: Scale) -> Image.Image:
         factor = self._family.factor
         side = self.tile(latents.shape[1] * factor, latents.shape[2] * factor)
-        sample = _tiled(self._unscaled(latents), self._decoder, side and side // factor, factor)
+        sample = _tiled(_unscaled(latents, scale), decoder, side and side // factor, factor)
         if not np.isfinite(sample).all():
             raise ModelError(
                 "the decoder gave numbers that are not finite",
@@ -66,29 +78,33 @@ class Autoencoder:
         stacked = np.stack(parameters)
         channels = self._family.latent_channels
         if stacked.shape[1] == channels:  # an encoder that says one value draws nothing
-            return self._scaled(stacked)
+            return _scaled(stacked, self._family.encoding)
         mean, log_variance = stacked[:, :channels], stacked[:, channels:]
         deviation = np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20))
-        return self._scaled(mean + deviation * rng.randn(mean.shape))
-
-    def _scaled(self, latents: Array) -> Array:
-        family = self._family
-        if family.latents_mean and family.latents_std:
-            mean, deviation = _column(family.latents_mean), _column(family.latents_std)
-            return ((latents - mean) * np.float32(family.scaling_factor) / deviation).astype(np.float32)
-        return (latents - np.float32(family.shift_factor)) * np.float32(family.scaling_factor)
-
-    def _unscaled(self, latents: Array) -> Array:
-        family = self._family
-        if family.latents_mean and family.latents_std:
-            mean, deviation = _column(family.latents_mean), _column(family.latents_std)
-            return (latents * deviation / np.float32(family.scaling_factor) + mean).astype(np.float32)
-        return latents / np.float32(family.scaling_factor) + np.float32(family.shift_factor)
+        return _scaled(mean + deviation * rng.randn(mean.shape), self._family.encoding)
 
     def release(self) -> None:
         """Drop the requests, so that the models' memory can be freed."""
         self._decoder.release()
         self._encoder.release()
+        if self._preview:
+            self._preview.release()
+
+
+def _scaled(latents: Array, scale: Scale) -> Array:
+    """Return the UNet's latents of the autoencoder's."""
+    if scale.mean and scale.deviation:
+        mean, deviation = _column(scale.mean), _column(scale.deviation)
+        return ((latents - mean) * np.float32(scale.factor) / deviation).astype(np.float32)
+    return (latents - np.float32(scale.shift)) * np.float32(scale.factor)
+
+
+def _unscaled(latents: Array, scale: Scale) -> Array:
+    """Return the autoencoder's latents of the UNet's."""
+    if scale.mean and scale.deviation:
+        mean, deviation = _column(scale.mean), _column(scale.deviation)
+        return (latents * deviation / np.float32(scale.factor) + mean).astype(np.float32)
+    return latents / np.float32(scale.factor) + np.float32(scale.shift)
 
 
 class _Runner:

@@ -1,13 +1,18 @@
 """Textual inversion files of every form in use, read without running anything that is in them.
 
-Forms: diffusers' {"<word>": vectors}; the AUTOMATIC1111 web UI's {"string_to_param": {"*": vectors}, "name": word} and
-{"emb_params": vectors}; SDXL's {"clip_l": vectors, "clip_g": vectors}; a bare tensor.
+Forms: diffusers' {"<word>": vectors}, with one word or several; the AUTOMATIC1111 web UI's {"string_to_param":
+{"*": vectors}, "name": word} and {"emb_params": vectors}; SDXL's {"clip_l": vectors, "clip_g": vectors}, to which
+OneTrainer adds "clip_l_out"; "bundle_emb.<word>.<one of these>" in an adapter's file; a bare tensor. A prefix
+"state_dict." may stand before all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import json
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +34,16 @@ ANY = "any"
 """The part of a file that says of no text encoder which one it is for."""
 
 PARTS = ("clip_l", "clip_g")
+OUTPUTS = tuple(f"{part}_out" for part in PARTS)
+"""OneTrainer's vectors for what a text encoder gives, not for what it reads."""
+
+HEADER_LIMIT = 16 * 2**20
+_BUNDLE = re.compile(r"bundle_emb\.(.+?)(?:\.(string_to_param\.\*|emb_params|clip_[lg](?:_out)?|\*))?")
+_STATE, _FLAT, _SCALED = "state_dict.", "string_to_param.*", "scaled_fp8"
+_OTHERS = "the tensors beside its words are an adapter's, which the transform 'lora' applies"
+_SCALES = (".scale_weight", ".weight_scale", ".scale", "_scale")
+"""What ends the name of the factor of a tensor in float8."""
+
 FILE_LIMIT = 16 * 2**20
 """Largest file, in bytes: a word of 75 vectors for both of SDXL's text encoders has 0.6 MB."""
 
@@ -43,6 +58,8 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
 }
 
 
@@ -53,6 +70,8 @@ class Learned:
     word: str
     parts: Mapping[str, Array]
     file: str
+    note: str = ""
+    """What of the file says nothing to a model's table of embeddings."""
 
     @property
     def vectors(self) -> int:
@@ -97,15 +116,64 @@ def read_source(source: Source) -> list[Learned]:
     words: list[Learned] = []
     for path in chosen:
         where = source.name if len(files) == 1 else f"{source.name}: {path}"
-        if files[path] > FILE_LIMIT:
-            raise ModelError(f"has {files[path]} bytes, more than the {FILE_LIMIT} that a few words take", where=where)
-        words += _words(_content(source.read(path.as_posix()), path, where), path.stem, where)
+        read = _words(_content(source, path, where), path.stem, where)
+        large = f"{where}: {_OTHERS}" if files[path] > FILE_LIMIT else ""
+        words += [replace(word, note=word.note or large) for word in read]
     return words
 
 
-def _content(data: bytes, path: PurePosixPath, where: str) -> Any:
-    """Return what a file holds: a dict, or a bare tensor."""
-    return _safetensors(data, where) if path.suffix.lower() == _SAFE else _pickle(data, where)
+def _content(source: Source, path: PurePosixPath, where: str) -> Any:
+    """Return what a file holds: a dict, or a bare tensor. Of a large file, the words inside an adapter."""
+    name = path.as_posix()
+    safe = path.suffix.lower() == _SAFE
+    if source.files()[name] <= FILE_LIMIT:
+        data = source.read(name)
+        return _scaled(_safetensors(data, where), where) if safe else _pickle(data, where)
+    if safe and (data := _bundled(source, name)):
+        return _scaled(_safetensors(data, where), where)
+    raise ModelError(f"has {source.files()[name]} bytes, more than the {FILE_LIMIT} that a few words take", where=where)
+
+
+def _bundled(source: Source, name: str) -> bytes:
+    """Return a safetensors file of the embeddings alone that a large adapter brings; b"" if it has none."""
+    size = source.files()[name]
+    length = int.from_bytes(source.read(name, 8), "little")
+    if not 0 < length <= min(HEADER_LIMIT, size - 8):
+        return b""
+    try:
+        entries = json.loads(source.read(name, 8 + length)[8:])
+        found = {key: entry for key, entry in entries.items() if key.removeprefix(_STATE).startswith("bundle_emb.")}
+        places = [tuple(map(int, entry["data_offsets"])) for entry in found.values()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return b""
+    if not found or sum(max(end - begin, 0) for begin, end in places) > FILE_LIMIT:
+        return b""
+    local = source.local(name)
+    data = np.memmap(local, np.uint8, "r") if local else np.frombuffer(source.read(name), np.uint8)
+    parts, position, header = [], 0, {}
+    for (key, entry), (begin, end) in zip(found.items(), places, strict=True):
+        parts.append(data[8 + length + begin : 8 + length + end].tobytes())
+        header[key] = {**entry, "data_offsets": [position, position + len(parts[-1])]}
+        position += len(parts[-1])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"".join(parts)
+
+
+def _scaled(tensors: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return tensors times the factors that stand beside those in float8, without the factors."""
+    scales = {
+        key: value
+        for key in list(tensors)
+        for end in _SCALES
+        if key.endswith(end)
+        and key.removesuffix(end) in tensors
+        and (value := tensors[key]).size == 1  # one number for the whole tensor
+    }
+    kept = {key: value for key, value in tensors.items() if key not in scales and key != _SCALED}
+    for key, value in scales.items():
+        name = next(key.removesuffix(end) for end in _SCALES if key.endswith(end) and key.removesuffix(end) in kept)
+        kept[name] = kept[name].astype(np.float32) * np.float32(value.reshape(()))
+    return kept
 
 
 def _safetensors(data: bytes, where: str) -> dict[str, Any]:
@@ -124,7 +192,22 @@ def _decoded(entry: Mapping[str, Any], where: str) -> NDArray[Any]:
     array: NDArray[Any] = np.frombuffer(entry["data"], _TYPES[entry["dtype"]])
     if entry["dtype"] == "BF16":  # the upper half of a float32
         array = (array.astype("<u4") << 16).view("<f4")
+    if entry["dtype"] == "F8_E5M2":  # the upper half of a float16
+        array = (array.astype("<u2") << 8).view("<f2")
+    if entry["dtype"] == "F8_E4M3":
+        array = _float8()[array]
     return array.reshape(entry["shape"])
+
+
+@functools.cache
+def _float8() -> Array:
+    """Return the number of each of the 256 values of float8 e4m3fn (Micikevicius et al. 2022): no infinities."""
+    code = np.arange(256)
+    exponent, fraction = (code >> 3) & 15, code & 7
+    value = np.where(exponent > 0, (8 + fraction) * 2.0 ** (exponent - 10.0), fraction * 2.0**-9)
+    value[(code & 127) == 127] = np.nan
+    table: Array = np.where(code < 128, value, -value).astype(np.float32)
+    return table
 
 
 def _pickle(data: bytes, where: str) -> Any:
@@ -174,31 +257,83 @@ def _first_line(error: Exception) -> str:
 
 
 def _words(content: Any, stem: str, where: str) -> Iterator[Learned]:
-    """Return the words of a file's content; the file's name stands in where there is none inside."""
+    """Return the words of a file's content; the file's name stands in if there is none inside."""
     if not isinstance(content, Mapping):
         yield _learned(stem, {ANY: content}, where)
+        return
+    content = _without_prefix(content)
+    if bundles := _bundles(content):
+        others = any(not str(key).startswith("bundle_emb.") for key in content)
+        note = f"{where}: {_OTHERS}" if others else ""
+        for word, inside in bundles.items():
+            for learned in _words(inside, word, f"{where}: {word}"):
+                yield replace(learned, file=where, note=learned.note or note)
     elif "string_to_param" in content:
         name = content.get("name")
         yield _learned(name if isinstance(name, str) and name else stem, {ANY: _only(content, where)}, where)
-    elif set(content) & set(PARTS):
-        if unknown := set(content) - set(PARTS):
-            raise ModelError(f"unknown part {min(map(str, unknown))!r} beside {', '.join(PARTS)}", where=where)
-        yield _learned(stem, content, where)
+    elif _FLAT in content:
+        yield _learned(stem, {ANY: content[_FLAT]}, where)
+    elif set(content) & {*PARTS, *OUTPUTS}:
+        yield _of_parts(stem, content, where)
     elif set(content) == {"emb_params"}:
         yield _learned(stem, {ANY: content["emb_params"]}, where)
-    elif len(content) == 1 and isinstance(next(iter(content)), str):
-        [(word, vectors)] = content.items()
-        yield _learned(word, {ANY: vectors}, where)
+    elif content and all(isinstance(key, str) and _is_word(key) for key in content):
+        for word, vectors in content.items():
+            yield _learned(word, {ANY: vectors}, where)
     else:
         keys = [str(key) for key in content]
         lora = any("lora" in key for key in keys)
         raise ModelError(
-            f"is no textual inversion: it holds {len(keys)} entries, such as {keys[0]!r}" if keys else "is empty",
+            f"is not a textual inversion: it holds {len(keys)} entries, such as {keys[0]!r}" if keys else "is empty",
             where=where,
             hint='It looks like a LoRA: use = "lora".'
             if lora
             else "Known are {word: tensor}, string_to_param, emb_params, and clip_l with clip_g.",
         )
+
+
+def _without_prefix(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return what lies under "state_dict", as a folder or as a prefix of every name."""
+    if set(content) == {"state_dict"} and isinstance(content["state_dict"], Mapping):
+        return _without_prefix(content["state_dict"])
+    if content and all(isinstance(key, str) and key.startswith(_STATE) for key in content):
+        return {key.removeprefix(_STATE): value for key, value in content.items()}
+    return content
+
+
+def _bundles(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Return word -> the content of its own, for the embeddings that an adapter's file brings along."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        if isinstance(key, str) and (match := _BUNDLE.fullmatch(key)):
+            word, form = match[1], match[2] or "emb_params"
+            found.setdefault(word, {})["emb_params" if form == "*" else form] = value
+    return found
+
+
+def _of_parts(word: str, content: Mapping[str, Any], where: str) -> Learned:
+    """Return the word of a file that has vectors for each text encoder."""
+    if unknown := set(content) - {*PARTS, *OUTPUTS}:
+        raise ModelError(f"unknown part {min(map(str, unknown))!r} beside {', '.join(PARTS)}", where=where)
+    outputs = [part for part in OUTPUTS if part in content]
+    parts = {part: value for part, value in content.items() if part in PARTS}
+    if not parts:
+        raise ModelError(
+            f"holds {' and '.join(outputs)} alone: vectors for what the text encoder gives, not for what it reads",
+            where=where,
+            hint="Train the word in OneTrainer without the option 'output embedding'.",
+        )
+    learned = _learned(word, parts, where)
+    if outputs:
+        said = f"{where}: {' and '.join(outputs)} are vectors for what the text encoder gives, and are not applied"
+        return replace(learned, note=said)
+    return learned
+
+
+def _is_word(name: str) -> bool:
+    """Say whether an entry may be a word and its vectors, and not a layer's weights."""
+    layer = name.endswith((".weight", ".bias", ".alpha")) or "lora" in name
+    return not layer
 
 
 def _only(content: Mapping[str, Any], where: str) -> Any:
@@ -221,6 +356,8 @@ def _learned(word: str, parts: Mapping[str, Any], where: str) -> Learned:
 def _vectors(value: Any, where: str) -> Array:
     """Return float32 (vectors, width). Raises ModelError for what are no such numbers."""
     shape = tuple(getattr(value, "shape", ()))
+    if len(shape) == 3 and shape[0] == 1:  # a batch of one, as some trainers keep it
+        shape = shape[1:]
     if not shape or len(shape) > 2 or 0 in shape:
         said = f"has the shape {list(shape)}" if shape else f"is a {type(value).__name__}"
         raise ModelError(f"{said}, and not (vectors, width)", where=where)

@@ -65,7 +65,7 @@ class TextualInversion:
         """
         learned = self._read()
         _check_words([item.word for item in learned], [item.vectors for item in learned])
-        report = Report()
+        report = Report(notes=list(dict.fromkeys(item.note for item in learned if item.note)))
         lessons = [_lesson(bundle, role) for role in self._roles(bundle)]
         for lesson in lessons:
             for item in learned:
@@ -96,13 +96,17 @@ class TextualInversion:
             if tokens is None:
                 learned += words
                 continue
-            if len(words) > 1:
+            names = tokens if len(self.options.path) == 1 else tokens[position : position + 1]
+            if len(words) == 1:
+                learned += words[0].named(names)
+                continue
+            if len(words) != len(names):
                 raise ConfigError(
-                    f"{len(words)} files are in the folder, and `token` names one",
+                    f"{len(words)} words are there, and `token` has {len(names)} names for them",
                     where=str(path),
-                    hint="List the files.",
+                    hint="Give a name for each, or leave token out.",
                 )
-            learned += words[0].named(tokens if len(self.options.path) == 1 else tokens[position : position + 1])
+            learned += [word.named([name])[0] for word, name in zip(words, names, strict=True)]
         return learned
 
     def _roles(self, bundle: ModelBundle) -> list[str]:
