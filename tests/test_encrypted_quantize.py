@@ -31,6 +31,8 @@ def test_it_is_refused_before_it_is_quantized(named: str, tmp_path: Path, monkey
     for name in ("_prepare", "_prepare_model"):
         monkeypatch.setattr(command, name, lambda *_, name=name: begun.append(name))
     source = sealed if named == "folder" else config
-    done = CliRunner().invoke(app, ["quantize", str(source), "-q", "nncf-weights", "-o", str(tmp_path / "q")])
+    trust = ["--trust"] if source == config else []
+    arguments = ["quantize", str(source), "-q", "nncf-weights", "-o", str(tmp_path / "q"), *trust]
+    done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, ModelError) and "would be plain" in str(done.exception), done.exception
     assert not begun and not (tmp_path / "q").exists()

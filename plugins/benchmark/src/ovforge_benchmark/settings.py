@@ -177,6 +177,8 @@ def _read_braces(text: str, where: str) -> dict[str, Any]:
             found[_bare(name[0])] = inner
         return found, place + 1
 
+    if text.count("{") > 64:
+        raise InputError("its braces are nested too deep", where=where, hint="Write {CPU:{NUM_STREAMS:2}}.")
     found, end = group(1)
     if end != len(tokens):
         raise InputError(f"{text!r} cannot be read", where=where, hint="Write {CPU:{NUM_STREAMS:2}}.")
