@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ovforge.errors import ModelError
 from ovforge.model.companions import companions
+from ovforge.model.links import folder_files
 
 if TYPE_CHECKING:
     from ovforge.store.digests import DigestMemo
@@ -106,7 +108,7 @@ class Describes(Protocol):
 
 
 class FileSource:
-    """Plain files on disk: one file, or a folder without its hidden files.
+    """Plain files on disk: one file, or a folder without its hidden files and links that lead out of it.
 
     A single file takes along what it keeps in others (see `companions`), and what the glob patterns `beside`, relative
     to its folder, name. `memo` remembers digests between runs; `on_read` is told of each file that is opened.
@@ -144,14 +146,28 @@ class FileSource:
     def _files(self) -> dict[str, int]:
         if self.path.is_file():
             beside = [self.path, *companions(self.path)]
-            beside += [file for pattern in self._beside for file in sorted(self.root.glob(pattern))]
+            beside += [file for pattern in self._beside for file in self._matches(pattern)]
             return {file.relative_to(self.root).as_posix(): file.stat().st_size for file in beside if file.is_file()}
-        paths = ((file, file.relative_to(self.path)) for file in sorted(self.path.rglob("*")))
-        return {
-            relative.as_posix(): file.stat().st_size
-            for file, relative in paths
-            if not any(part.startswith(".") for part in relative.parts) and file.is_file()
-        }
+        return self._followed(self.path)
+
+    def _matches(self, pattern: str) -> Iterator[Path]:
+        """Yield the files beside a single one that a pattern names, but for links that lead elsewhere."""
+        found = sorted(self.root.glob(pattern))
+        folders = {file.parent: self._followed(file.parent) for file in found if file.parent != self.root}
+        for file in found:
+            if file.name in folders[file.parent] if file.parent in folders else not file.is_symlink():
+                yield file
+
+    def _followed(self, folder: Path) -> dict[str, int]:
+        """Return a folder's files with their sizes; warn of links that lead out of it and are not followed."""
+        files, refused = folder_files(folder)
+        if refused:
+            warnings.warn(
+                f"{self.name}: links that lead out of the folder are not followed: {', '.join(refused)}. "
+                "Replace those that belong to the model by what they link to.",
+                stacklevel=2,
+            )
+        return files
 
     def files(self) -> Mapping[str, int]:
         """Return relative path -> size in bytes."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ovforge.store.files import atomic_file, atomic_folder, atomic_write, sync_folder
     from ovforge.store.folders import check_apart
     from ovforge.store.processes import run_program, run_python
+    from ovforge.store.tables import csv_table
     from ovforge.store.temporary import scratch_folder
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "check_apart",
+    "csv_table",
     "digest_file",
     "fingerprint",
     "parse_json",
@@ -46,6 +48,7 @@ __getattr__, __dir__ = lazy(
         "files": ["atomic_file", "atomic_folder", "atomic_write", "sync_folder"],
         "folders": ["check_apart"],
         "processes": ["run_program", "run_python"],
+        "tables": ["csv_table"],
         "temporary": ["scratch_folder"],
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,16 +20,6 @@ _HERE, _RENAME_EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2(2)."""
 
 
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-# It can only be read by setting it, which threads would see: once, at import.
-_UMASK = _read_umask()
-
-
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` under a temporary name beside it, flush it to disk, then rename."""
     with atomic_file(path) as file:
@@ -39,17 +30,21 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
 def atomic_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Give a temporary file beside `path` that takes its name when the block ends well, flushed to disk.
 
-    A `private` file is readable by its owner alone; others are as readable as any other file of the user.
+    A `private` file is readable by its owner alone. Others keep the permissions of a file that was there; a new one has
+    those that the process gives to new files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    mode = None if private else _mode(path)
     with held_name(path.parent, path.name) as temporary:
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        # The system takes the umask of this moment off the mode of a new file.
+        handle = os.open(temporary, flags, 0o600 if private or mode is not None else 0o666)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if not private:
-            temporary.chmod(0o666 & ~_UMASK)
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.replace(path)
     sync_folder(path.parent)
 
@@ -62,7 +57,8 @@ def atomic_folder(
 
     If the block raises, the temporary folder is removed and `path` stays as it was. With `replace`, a folder that
     ovforge wrote is replaced: the files that it wrote (or those named in `own`, by relative POSIX path) go, and all
-    others stay. A folder that is not `marked` will not count as one that ovforge wrote.
+    others stay. A folder that is not `marked` will not count as one that ovforge wrote. A folder that was there keeps
+    its permissions, and so do files in it whose names are written again; those that the block made private stay so.
 
     Raises FileExistsError if `path` exists and `replace` is false, InputError if it is not ovforge's to replace.
     """
@@ -71,22 +67,34 @@ def atomic_folder(
         raise FileExistsError(path)
     replaced = check_replaceable(path, own) if path.exists() else None
     path.parent.mkdir(parents=True, exist_ok=True)
+    mode = _mode(path)
     with held_name(path.parent, path.name) as temporary:
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir(0o777 if mode is None else 0o700)
         yield temporary
         if marked:
             mark(temporary)
         if replaced is not None:
             carry_over(path, temporary, replaced)
         for file in temporary.rglob("*"):
-            if file.is_dir() and not file.is_symlink():
-                sync_folder(file)
-            elif file.is_file() and not file.is_symlink():
-                sync_file(file)
+            if file.is_symlink():
+                continue
+            kept = _mode(path / file.relative_to(temporary)) if mode is not None else None
+            if kept is not None and file.stat().st_mode & 0o077:
+                file.chmod(kept)
+            sync_folder(file) if file.is_dir() else sync_file(file)
         sync_folder(temporary)
-        temporary.chmod(0o777 & ~_UMASK)
+        if mode is not None:
+            temporary.chmod(mode)
         _exchange(temporary, path, replaced)
     sync_folder(path.parent)
+
+
+def _mode(path: Path) -> int | None:
+    """Return the permission bits of what is there, None if nothing is."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return None
 
 
 def _exchange(temporary: Path, path: Path, own: set[str] | None) -> None:
