@@ -132,12 +132,7 @@ def test_a_fixed_size_finds_the_same(dino: tuple[Path, Any], pipe: Pipeline, sto
     one: Any = pipe(image, text=TEXT, threshold=0.2)
     two: Any = fixed([image, picture(4, (400, 256))], text=TEXT, threshold=0.2)
     np.testing.assert_allclose(one.detections[0].scores, two.detections[0].scores, atol=1e-4)
-    assert (
-        pipe.task.compare(  # type: ignore[attr-defined]
-            one, type(two)(detections=two.detections[:1])
-        )
-        > 0.99
-    )
+    assert one.compare(type(two)(detections=two.detections[:1])) > 0.99
     filled: Any = fixed(picture(6, (256, 256)), text=TEXT, threshold=0.2)
     assert (filled.detections[0].boxes <= 256).all()
 

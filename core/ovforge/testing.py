@@ -29,6 +29,7 @@ from ovforge.contracts.hookspecs import HOOK_OF_KIND
 from ovforge.contracts.stages import Match, Phase, Report
 from ovforge.errors import ConfigError, OvforgeError
 from ovforge.model.bundle import ModelBundle
+from ovforge.model.results import Result
 from ovforge.model.sources import FileSource, Source
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
@@ -317,6 +318,10 @@ def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
         f'the inputs of {name} must have extra="forbid"'
     )
     assert described.roles, f"{name} names no role"
+    kind = described.result_type()
+    assert kind is None or (isinstance(kind, type) and issubclass(kind, Result) and kind.suffixes), (
+        f"the result of {name} must be a class derived from ovforge.Result that names the files it is saved as"
+    )
     if task is None:
         return
     model = described.inputs_model()

@@ -19,6 +19,8 @@ from ovforge.errors import PluginError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from ovforge.model.results import Result
+
 __all__ = [
     "KINDS",
     "CommandExtension",
@@ -240,6 +242,8 @@ class TaskExtension(Extension):
     task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
     `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
     the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
+    `result` is the class of what a call returns: with it, `ovforge run` refuses an output that the result cannot be
+    written to before anything is computed; without it, afterwards.
     `optional_transforms` are some that a kind of model cannot do without, and that other plugins offer: pipelines get
     those that are here, whatever `optimize` says.
     With `threads`, one running task may be called from several threads at a time; without, a pipeline serves such calls
@@ -251,6 +255,7 @@ class TaskExtension(Extension):
     roles: tuple[str, ...]
     optional_roles: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
+    result: str | type[Result] | None = None
     optional_transforms: tuple[str, ...] = ()
     threads: bool = False
 
@@ -258,6 +263,11 @@ class TaskExtension(Extension):
         """Return the pydantic model of the inputs, imported if need be."""
         model: type[BaseModel] = resolve(self.inputs)
         return model
+
+    def result_type(self) -> type[Result] | None:
+        """Return the class of what a call returns, imported if need be; None if the plugin does not say."""
+        kind: type[Result] | None = resolve(self.result)
+        return kind
 
 
 @dataclass(frozen=True, kw_only=True)

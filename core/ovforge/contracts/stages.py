@@ -371,7 +371,11 @@ class Task(Protocol):
     """
 
     def __call__(self, inputs: Any, progress: Callable[[Progress], None]) -> Result:
-        """Run once. `inputs` is an instance of the extension's inputs model."""
+        """Run once. `inputs` is an instance of the extension's inputs model.
+
+        The result's `timings` are of this call; the core adds its whole duration, provenance, and, if the task does
+        not say better itself, `provenance["inputs"]`.
+        """
         ...
 
     def examples(self, count: int) -> Sequence[Any]:
@@ -381,6 +385,7 @@ class Task(Protocol):
         core takes every second one to calibrate with and the others to judge by. Fewer where there are no more.
 
         A task may also offer `compare(result, reference) -> float`: how close a result comes to another of the same
-        inputs, 1 where they are equal, less where they differ. Results without pictures need it for [quality].
+        inputs, 1 if they are equal, less if they differ. [quality] takes it in the place of `Result.compare`, for
+        measures that need more than the two results.
         """
         ...

@@ -13,13 +13,23 @@ if TYPE_CHECKING:
     from ovforge.model.arrays import reading_arrays
     from ovforge.model.bundle import Control, ModelBundle, Places, Roles, read_json, read_model
     from ovforge.model.companions import external_data
-    from ovforge.model.detections import DetectInputs, Detections, DetectionsResult, DetectorSpec, draw
+    from ovforge.model.detector import DetectorSpec
     from ovforge.model.memory import temporary_files
     from ovforge.model.metrics import MAX_PSNR, METRICS, Metric, gmsd, psnr, ssim
     from ovforge.model.pictures import Picture, digest_picture, open_picture, picture_name
     from ovforge.model.random import BatchGenerator, Generator, fresh_seed
     from ovforge.model.reasons import OPENVINO_ERRORS, reading_error, reason_of
-    from ovforge.model.results import ImagesResult, Provenance, Result, Timings, read_provenance
+    from ovforge.model.results import (
+        OWN_METRIC,
+        PICTURE_SUFFIXES,
+        ImagesResult,
+        Provenance,
+        Result,
+        TimingRow,
+        Timings,
+        read_provenance,
+        values_as_json,
+    )
     from ovforge.model.runtime import core, openvino_version
     from ovforge.model.sources import (
         PACKAGE,
@@ -36,12 +46,11 @@ __all__ = [
     "MAX_PSNR",
     "METRICS",
     "OPENVINO_ERRORS",
+    "OWN_METRIC",
     "PACKAGE",
+    "PICTURE_SUFFIXES",
     "BatchGenerator",
     "Control",
-    "DetectInputs",
-    "Detections",
-    "DetectionsResult",
     "DetectorSpec",
     "FileSource",
     "Generator",
@@ -56,10 +65,10 @@ __all__ = [
     "Result",
     "Roles",
     "Source",
+    "TimingRow",
     "Timings",
     "core",
     "digest_picture",
-    "draw",
     "external_data",
     "fresh_seed",
     "gmsd",
@@ -78,6 +87,7 @@ __all__ = [
     "source_digest",
     "ssim",
     "temporary_files",
+    "values_as_json",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -86,13 +96,23 @@ __getattr__, __dir__ = lazy(
         "arrays": ["reading_arrays"],
         "bundle": ["Control", "ModelBundle", "Places", "Roles", "read_json", "read_model"],
         "companions": ["external_data"],
-        "detections": ["DetectInputs", "Detections", "DetectionsResult", "DetectorSpec", "draw"],
+        "detector": ["DetectorSpec"],
         "memory": ["temporary_files"],
         "metrics": ["MAX_PSNR", "METRICS", "Metric", "gmsd", "psnr", "ssim"],
         "pictures": ["Picture", "digest_picture", "open_picture", "picture_name"],
         "random": ["BatchGenerator", "Generator", "fresh_seed"],
-        "results": ["ImagesResult", "Provenance", "Result", "Timings", "read_provenance"],
         "reasons": ["OPENVINO_ERRORS", "reading_error", "reason_of"],
+        "results": [
+            "OWN_METRIC",
+            "PICTURE_SUFFIXES",
+            "ImagesResult",
+            "Provenance",
+            "Result",
+            "TimingRow",
+            "Timings",
+            "read_provenance",
+            "values_as_json",
+        ],
         "runtime": ["core", "openvino_version"],
         "sources": [
             "PACKAGE",

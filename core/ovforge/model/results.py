@@ -1,17 +1,23 @@
-"""What a task returns: outputs, timings, and provenance from which the same result can be made again."""
+"""What a task returns: outputs, timings, and provenance from which the same result can be made again.
+
+Nothing else asks what kind a result is: it says itself how it is saved, printed, shown and compared.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import io
 import json
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ovforge.errors import InputError
+from ovforge.errors import InputError, PluginError
 from ovforge.store.documents import parse_object
 from ovforge.store.files import atomic_write
 
@@ -20,10 +26,35 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["ImagesResult", "Provenance", "Result", "Timings", "read_provenance"]
+__all__ = [
+    "OWN_METRIC",
+    "PICTURE_SUFFIXES",
+    "ImagesResult",
+    "Provenance",
+    "Result",
+    "TimingRow",
+    "Timings",
+    "read_provenance",
+    "values_as_json",
+]
 
 PNG_KEY = "ovforge"
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+"""Files that pictures are written to, the default first."""
+
+OWN_METRIC = "task"
+"""Name of the measure that a result, or its task, has of its own: 1 if two results are equal, less if they differ."""
+
+_EXIF_FORMATS = ("JPEG", "WEBP", "TIFF")
+_EXIF, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+"""Tags of the Exif standard (CIPA DC-008): its own folder of tags, UserComment, and the code of its character set."""
+
+_DESCRIPTION = 0x010E
+"""Tag ImageDescription of TIFF, to which Pillow writes no Exif folder."""
+
+_EXIF_LIMIT = 65_000
+"""Bytes that a JPEG's Exif segment holds, less what the tags themselves take."""
 _PROVENANCE = {"base": str} | dict.fromkeys(
     ("config", "inputs", "digests", "versions", "precision", "device", "controls", "adapters"), dict
 )
@@ -35,11 +66,29 @@ Provenance = dict[str, Any]
 """JSON-able: config, inputs (with the seeds drawn), versions, content digests, device and the precision that ran."""
 
 
+@dataclass(frozen=True, slots=True)
+class TimingRow:
+    """A line of a table of timings: `depth` counts the names that it is a part of, `count` how often it was measured.
+
+    `side_by_side` says that it ran at the same time as other parts of the same whole, which their sum exceeds.
+    """
+
+    name: str
+    depth: int
+    seconds: float
+    count: int
+    side_by_side: bool = False
+
+
 class Timings:
-    """Wall-clock seconds by dotted name, one entry a call: "denoise.unet" is a part of "denoise"."""
+    """Wall-clock seconds by dotted name, one entry a call: "denoise.unet" is a part of "denoise".
+
+    `elapsed` is the time that the whole took, 0 if nobody measured it.
+    """
 
     def __init__(self) -> None:
         self.spans: dict[str, list[float]] = {}
+        self.elapsed = 0.0
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -55,8 +104,12 @@ class Timings:
         self.spans.setdefault(name, []).append(seconds)
 
     def total(self, name: str) -> float:
-        """Return the sum of a name's durations, 0.0 where there is none."""
+        """Return the sum of a name's durations, 0.0 if it has none."""
         return sum(self.spans.get(name, ()))
+
+    def whole(self) -> float:
+        """Return the seconds of the whole: as measured, or the sum of what is a part of nothing."""
+        return self.elapsed or sum(self.total(name) for name in self.spans if self._above(name) is None)
 
     def merged(self, other: Timings) -> Timings:
         """Return both together."""
@@ -64,27 +117,171 @@ class Timings:
         for timings in (self, other):
             for name, seconds in timings.spans.items():
                 both.spans.setdefault(name, []).extend(seconds)
+        both.elapsed = self.elapsed + other.elapsed
         return both
 
+    def rows(self) -> list[TimingRow]:
+        """Return a table: each name before its parts, otherwise in the order in which they were first measured."""
+        return list(self._rows(None, 0))
+
+    def _rows(self, above: str | None, depth: int) -> Iterator[TimingRow]:
+        names = [name for name in self.spans if self._above(name) == above]
+        # Parts end before the whole does, so a whole's place is that of its first part.
+        names.sort(key=lambda name: min(n for n, other in enumerate(self.spans) if f"{other}.".startswith(f"{name}.")))
+        room = self.total(above) if above else float("inf")
+        overlap = sum(map(self.total, names)) > 1.005 * room
+        for name in names:
+            yield TimingRow(name, depth, self.total(name), len(self.spans[name]), overlap)
+            yield from self._rows(name, depth + 1)
+
+    def _above(self, name: str) -> str | None:
+        """Return the nearest measured name that this one is a part of."""
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if name in self.spans:
+                return name
+        return None
+
     def __str__(self) -> str:
-        width = max((len(name) for name in self.spans), default=0)
-        return "\n".join(
-            f"{name:<{width}}  {sum(spans):8.3f} s" + (f"  ({len(spans)} x)" if len(spans) > 1 else "")
-            for name, spans in self.spans.items()
-        )
+        rows = self.rows()
+        titles = [f"{'  ' * row.depth}{row.name}" for row in rows]
+        width = max(map(len, [*titles, "total"]))
+        lines = [
+            f"{title:<{width}}  {row.seconds:8.3f} s"
+            + (f"  ({row.count} x)" if row.count > 1 else "")
+            + ("  side by side" if row.side_by_side else "")
+            for title, row in zip(titles, rows, strict=True)
+        ]
+        return "\n".join([*lines, f"{'total':<{width}}  {self.whole():8.3f} s"])
+
+
+_COMMON = frozenset({"timings", "provenance", "warnings"})
 
 
 @dataclass
 class Result:
-    """What every task returns. `warnings` are things the user should know, such as a prompt that was cut."""
+    """What every task returns. `warnings` are things the user should know, such as a prompt that was cut.
+
+    A task's own kind is a dataclass with further fields. As it stands, it is saved as JSON, printed field by field,
+    shown as no picture, and compared by equality; what suits it better, it overrides.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = (".json",)
+    """Endings of the files that `save` writes, the default first; "" stands for a folder."""
 
     timings: Timings = field(default_factory=Timings)
     provenance: Provenance = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    @classmethod
+    def check_path(cls, path: Path | str) -> None:
+        """Raise InputError if `save` writes no file with this path's ending."""
+        suffix = Path(path).suffix.lower()
+        if suffix not in cls.suffixes:
+            known = ", ".join(known for known in cls.suffixes if known)
+            hint = f"Name a file that ends in {known}{', or a folder' if '' in cls.suffixes else ''}."
+            raise InputError(f"cannot write {suffix or 'a file without an ending'}", where=str(path), hint=hint)
+
     def save(self, path: Path | str) -> list[Path]:
-        """Write the result to `path`, atomically; return the files written."""
-        raise NotImplementedError
+        """Write the result to `path`, atomically; return the files written.
+
+        Here: JSON with `result` and `provenance`. Raises InputError for an ending that is not among `suffixes`.
+        """
+        target = Path(path)
+        self.check_path(target)
+        value = {"result": self.as_json(), "provenance": values_as_json(self.provenance)}
+        atomic_write(target, (json.dumps(value, indent=1) + "\n").encode())
+        return [target]
+
+    def lines(self) -> list[str]:
+        """Return what the terminal shows of it, plain text; here: each field, or the text itself of the only one."""
+        values = self._values()
+        if len(values) == 1 and isinstance(text := next(iter(values.values())), str):
+            return text.splitlines()
+        return [f"{name.replace('_', ' ')}: {_shown(value)}" for name, value in values.items()]
+
+    def preview(self) -> Image.Image | None:
+        """Return one picture (RGB) that shows the result, or None."""
+        return None
+
+    def is_empty(self) -> bool:
+        """Say whether it holds nothing, such as no text or no box: two empty results say nothing of a model."""
+        values = self._values().values()
+        return bool(values) and all(value is None or (hasattr(value, "__len__") and not len(value)) for value in values)
+
+    def as_json(self) -> Any:
+        """Return its own content for programs, without timings, provenance and warnings."""
+        return values_as_json(self._values(), type(self).__name__)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the measures that `compare` takes, the default first; none if there is nothing to compare."""
+        return (OWN_METRIC,) if self._values() else ()
+
+    def compare(self, reference: Self, metric: str = OWN_METRIC) -> float:
+        """Return how close it comes to another result of the same inputs; higher is closer. Here: 1 if equal, else 0.
+
+        Raises InputError if the two cannot be compared by this metric.
+        """
+        self._check_metric(metric)
+        return float(json.dumps(self.as_json(), sort_keys=True) == json.dumps(reference.as_json(), sort_keys=True))
+
+    def compact(self) -> Self:
+        """Return it without what no comparison needs, since many results may be held at once; here: as it is."""
+        return self
+
+    def _values(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _COMMON and not name.startswith("_")}
+
+    def _check_metric(self, metric: str) -> None:
+        if metric not in self.metrics:
+            known = f"It has {', '.join(self.metrics)}." if self.metrics else "It has none."
+            raise InputError(f"{metric!r} is not a metric of this result", where="metric", hint=known)
+
+
+def values_as_json(value: Any, where: str = "result") -> Any:
+    """Return a value as JSON knows it: arrays as lists, paths as text, pictures by their digest.
+
+    Raises PluginError, naming `where`, for a value that has no such form.
+    """
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): values_as_json(part, f"{where}.{name}") for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [values_as_json(part, f"{where}.{n}") for n, part in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return sorted((values_as_json(part, where) for part in value), key=repr)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, enum.Enum):
+        return values_as_json(value.value, where)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [each.name for each in dataclasses.fields(value)]
+        return {name: values_as_json(getattr(value, name), f"{where}.{name}") for name in names}
+    if hasattr(value, "model_dump"):  # a pydantic model, whose values may be anything
+        return {name: values_as_json(part, f"{where}.{name}") for name, part in value}
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return values_as_json(value.tolist(), where)
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):
+        from ovforge.model.pictures import picture_name
+
+        return picture_name(value)
+    raise PluginError(
+        f"a {type(value).__name__} has no form in JSON", where=where, hint="The result's class should define as_json()."
+    )
+
+
+_SHOWN = 400
+"""Letters of a value that a line shows."""
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = value if isinstance(value, str) else json.dumps(values_as_json(value), ensure_ascii=False)
+    except PluginError:
+        text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 @dataclass
@@ -94,17 +291,23 @@ class ImagesResult(Result):
     `latents` are float32 (pictures, channels, height, width). A run that ends before the last step has no pictures.
     """
 
+    suffixes: ClassVar[tuple[str, ...]] = (*PICTURE_SUFFIXES, ".npy")
+
     images: Sequence[Image.Image] = ()
     seeds: Sequence[int] = ()
     latents: NDArray[np.float32] | None = None
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write pictures; `x.png` becomes `x-1.png`, `x-2.png`... where there are several. `x.npy` gets the latents.
+        """Write pictures; `x.png` becomes `x-1.png`, `x-2.png`... if there are several. `x.npy` gets the latents.
 
-        A PNG carries the provenance of its own picture (one seed) in its metadata.
+        A picture carries its own provenance (one seed) in its metadata, but for .bmp and .gif, which have no room for
+        it: `warnings` says so.
         """
         target = Path(path)
-        if target.suffix.lower() == ".npy" and self.latents is not None:
+        self.check_path(target)
+        if target.suffix.lower() == ".npy":
+            if self.latents is None:
+                raise InputError("there are no latents", where=str(target), hint="Name a picture: .png, .jpg, .webp.")
             atomic_write(target, _npy(self.latents))
             return [target]
         if not self.images:
@@ -113,25 +316,83 @@ class ImagesResult(Result):
         written = []
         for number, image in enumerate(self.images, start=1):
             file = target.with_stem(f"{target.stem}-{number}") if several else target
-            atomic_write(file, self._encode(number - 1, image, file.suffix.lower()))
+            atomic_write(file, self._encode(number - 1, image, file))
             written.append(file)
         return written
 
-    def _encode(self, position: int, image: Image.Image, suffix: str) -> bytes:
+    def _encode(self, position: int, image: Image.Image, file: Path) -> bytes:
         from PIL import Image as Pillow
         from PIL.PngImagePlugin import PngInfo
 
-        Pillow.init()
-        if suffix not in Pillow.EXTENSION:
-            raise InputError(f"unknown picture format {suffix!r}", where="output", hint="Use .png, .jpg or .webp.")
+        kind = Pillow.registered_extensions()[file.suffix.lower()]
+        # Always ASCII: what a prompt holds must not depend on a reader's idea of character sets.
+        text = json.dumps(values_as_json(self.provenance_of(position), "provenance"), sort_keys=True)
+        options: dict[str, Any] = {}
+        if kind == "PNG":
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_itxt(PNG_KEY, text)
+        elif kind in _EXIF_FORMATS and (kind != "JPEG" or len(text) < _EXIF_LIMIT):
+            named, options["exif"] = f'{{"{PNG_KEY}": {text}}}', Pillow.Exif()
+            if kind == "TIFF":
+                options["exif"][_DESCRIPTION] = named
+            else:
+                options["exif"].get_ifd(_EXIF)[_USER_COMMENT] = _ASCII + named.encode()
+        elif self.provenance:
+            why = "which has no room for so much" if kind == "JPEG" else "which has no place for it"
+            self.warnings.append(f"{file} does not carry what it was made with: it is a {kind} file, {why}")
+        if kind in ("JPEG", "BMP") and image.mode != "L":
+            image = image.convert("RGB")
         buffer = io.BytesIO()
-        if suffix == ".png":
-            metadata = PngInfo()
-            metadata.add_itxt(PNG_KEY, json.dumps(self.provenance_of(position), sort_keys=True))
-            image.save(buffer, "PNG", pnginfo=metadata)
-        else:
-            image.save(buffer, Pillow.EXTENSION[suffix])
+        image.save(buffer, kind, **options)
         return buffer.getvalue()
+
+    def lines(self) -> list[str]:
+        """Return nothing: the files are shown."""
+        return []
+
+    def preview(self) -> Image.Image | None:
+        """Return the first picture."""
+        return self.images[0].convert("RGB") if self.images else None
+
+    def is_empty(self) -> bool:
+        """Say whether there are neither pictures nor latents."""
+        return not self.images and self.latents is None
+
+    def as_json(self) -> Any:
+        """Return width and height in pixels, and seed, of each picture."""
+        seeds = [*self.seeds, *[None] * (len(self.images) - len(self.seeds))]
+        return [
+            {"width": image.width, "height": image.height, "seed": seed}
+            for image, seed in zip(self.images, seeds, strict=False)
+        ]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `ovforge.model.METRICS`, if there are pictures."""
+        from ovforge.model.metrics import METRICS
+
+        return tuple(METRICS) if self.images else ()
+
+    def compare(self, reference: Self, metric: str = "ssim") -> float:
+        """Return a metric's mean over the pictures. Raises InputError if they differ in number or size."""
+        import numpy as np
+
+        from ovforge.model.metrics import METRICS
+
+        self._check_metric(metric)
+        ours, theirs = [image.size for image in self.images], [image.size for image in reference.images]
+        if ours != theirs:
+            raise InputError(
+                f"pictures of {_sizes(ours)} pixels cannot be compared with pictures of {_sizes(theirs)}",
+                hint="Compare pictures of one size.",
+            )
+        pairs = zip(self.images, reference.images, strict=True)
+        measure = METRICS[metric].measure
+        return statistics.fmean(measure(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB"))) for a, b in pairs)
+
+    def compact(self) -> Self:
+        """Return it without latents, if there are pictures."""
+        return dataclasses.replace(self, latents=None) if self.images else self
 
     def provenance_of(self, position: int) -> Provenance:
         """Return the provenance of one picture, from which it alone is made again."""
@@ -139,6 +400,10 @@ class ImagesResult(Result):
             return self.provenance
         inputs = {**self.provenance.get("inputs", {}), "seed": self.seeds[position], "count": 1}
         return {**self.provenance, "inputs": inputs}
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes) or "no"
 
 
 def _npy(array: NDArray[np.float32]) -> bytes:
@@ -150,27 +415,43 @@ def _npy(array: NDArray[np.float32]) -> bytes:
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Return the provenance in a PNG that ovforge wrote. Raises InputError where there is none."""
+    """Return the provenance in a picture that ovforge wrote. Raises InputError if it has none."""
     from PIL import Image as Pillow
     from PIL import UnidentifiedImageError
 
     try:
         with Pillow.open(path) as image:
-            text = image.info.get(PNG_KEY)
+            text = _stored(image)
     except FileNotFoundError as error:
         raise InputError("no such file", where=str(path)) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise InputError(f"not a readable picture: {error}", where=str(path)) from error
-    if not isinstance(text, str):
+    if text is None:
         raise InputError(
             "the picture carries no ovforge provenance",
             where=str(path),
-            hint="Only PNG files that ovforge wrote, and no other program has saved again, can be run.",
+            hint="Only .png, .jpg, .webp and .tif files that ovforge wrote, and no other program has saved again, can "
+            "be run.",
         )
     value = parse_object(text, f"{path}: its provenance", size=_PROVENANCE_LIMIT, error=InputError)
+    value = value.get(PNG_KEY, value)  # where others write comments, too, it stands under our name
+    if not isinstance(value, dict):
+        raise InputError("the picture's provenance is damaged: it is not a table", where=str(path))
     for key, kind in _PROVENANCE.items():
         if key in value and not isinstance(value[key], kind):
             raise InputError(f"the picture's provenance is damaged: {key} is not a {kind.__name__}", where=str(path))
     if "config" not in value or "inputs" not in value:
         raise InputError("the picture's provenance is damaged: it has no config or no inputs", where=str(path))
     return value
+
+
+def _stored(image: Image.Image) -> str | None:
+    """Return the text that a picture's metadata holds under our name, or None."""
+    text = image.info.get(PNG_KEY)
+    if isinstance(text, str):
+        return text
+    exif = image.getexif()
+    comment = exif.get(_DESCRIPTION) if image.format == "TIFF" else exif.get_ifd(_EXIF).get(_USER_COMMENT)
+    if isinstance(comment, bytes):
+        comment = comment.removeprefix(_ASCII).rstrip(b"\0 ").decode("ascii", "replace")
+    return comment if isinstance(comment, str) and comment.startswith(f'{{"{PNG_KEY}": ') else None

@@ -17,9 +17,9 @@ from ovforge._version import __version__
 from ovforge.config.options import checked, input_files
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.stages import Adapter, DevicePlan, Progress, Report, ignore_progress
-from ovforge.errors import ConfigError
+from ovforge.errors import ConfigError, PluginError
 from ovforge.model.bundle import is_tokenizer
-from ovforge.model.results import Result, Timings, read_provenance
+from ovforge.model.results import PICTURE_SUFFIXES, Result, Timings, read_provenance, values_as_json
 from ovforge.model.runtime import openvino_version
 from ovforge.model.sources import PACKAGE
 from ovforge.plugins.manager import Plugins
@@ -113,6 +113,7 @@ class Pipeline:
         require_task(config)
         self.config = config
         self.timings = Timings()
+        self._began = self._ended = time.perf_counter()
         self._cache = chosen_cache(cache)
         base = base or Path.cwd()
         memo = self._cache.memo if self._cache else None
@@ -168,10 +169,18 @@ class Pipeline:
             )
         first = dict(zip(model.model_fields, arguments, strict=False))
         values = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.base)
+        start = time.perf_counter()
         with self._turns, task.calling():
             result = expect(Result, self.task(values, from_caller(progress)), task.offer)
+        self._ended = time.perf_counter()
+        result.timings.elapsed = self._ended - start
         result.warnings = [*result.warnings, *self.warnings()]
         result.provenance = {**self.provenance(), **result.provenance}
+        if "inputs" not in result.provenance:
+            try:
+                result.provenance["inputs"] = values_as_json(values, "input")
+            except PluginError as error:  # the result is there, and worth more than a note of how it was made
+                result.warnings.append(f"the result does not say how it was made: {error.where}: {error.what}")
         return result
 
     def _load_adapter(self, use: Use) -> Adapter:
@@ -187,8 +196,19 @@ class Pipeline:
         check_strict(step, Report(skipped=list(adapter.skipped)), self.config.strict)
         return adapter
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the beginning of loading to the end of the last call.
+
+        Less than the sum of the two, if models were still compiling when the call began.
+        """
+        return self._ended - self._began
+
     def start_timings(self) -> Timings:
-        """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation."""
+        """Return what it took to get ready: load, then compile, and each role's part of it; waits for compilation.
+
+        Results do not repeat it: their timings are those of the call alone.
+        """
         timings = Timings().merged(self.timings)
         models = self.compiled.all()
         finished = [model.finished for _, model in models[: self._at_start]]
@@ -295,7 +315,7 @@ def load(
     """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
     checked_config, base = read_pipeline(config, overrides)
     pipeline = Pipeline.from_config(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
-    if isinstance(config, str | Path) and Path(config).suffix.lower() == ".png":
+    if isinstance(config, str | Path) and Path(config).suffix.lower() in PICTURE_SUFFIXES:
         provenance = read_provenance(Path(config))
         pipeline.adjust(provenance)
         _compare(provenance, pipeline)

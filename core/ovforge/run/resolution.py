@@ -24,7 +24,7 @@ from ovforge.contracts.extensions import (
 from ovforge.contracts.quantization import Driver, DriverContext
 from ovforge.contracts.stages import Match, Phase
 from ovforge.errors import ConfigError, ModelError, PluginError, did_you_mean
-from ovforge.model.results import read_provenance
+from ovforge.model.results import PICTURE_SUFFIXES, read_provenance
 from ovforge.model.sources import FileSource, Protection, Source
 from ovforge.plugins.manager import Offer
 from ovforge.run.calls import blaming, expect
@@ -160,7 +160,7 @@ def read_pipeline(
     if isinstance(config, Mapping):
         return PipelineConfig.of(apply_overrides(dict(config), overrides)), Path.cwd()
     path = Path(config)
-    if path.suffix.lower() == ".png":
+    if path.suffix.lower() in PICTURE_SUFFIXES:
         value, base = _recorded(path)
         return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), base
     value = read_config(path)

@@ -27,12 +27,12 @@ from ovforge.contracts.extensions import GraphTransformExtension, QuantizerExten
 from ovforge.contracts.stages import Phase, Progress, Report
 from ovforge.errors import ConfigError, ModelError, QualityError
 from ovforge.model.bundle import ModelBundle
-from ovforge.model.detections import DetectInputs, Detections, DetectionsResult
 from ovforge.model.metrics import gmsd, psnr, ssim
 from ovforge.model.results import ImagesResult, Result
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
 from ovforge.store.cache import Cache
+from ovforge_detection.results import DetectInputs, Detections, DetectionsResult
 from ovforge_quality.gate import Judge, JudgedQuality, Verdict, failed
 from ovforge_quality.search import fewest, noise_of_layers
 from test_sources import Protection
@@ -341,7 +341,7 @@ def test_pictures_in_which_nothing_is_found_say_nothing() -> None:
 
         return Judge(None, ModelBundle, lambda _: Finder(), lambda _, number: [None] * number, lambda _: None)  # type: ignore[arg-type,return-value]
 
-    with pytest.raises(ConfigError, match="finds nothing in any of 8 pictures"):
+    with pytest.raises(ConfigError, match="finds nothing with any of 8 inputs"):
         judge(0).judge(ModelBundle())
     assert judge(1).judge(ModelBundle()).score("mean") == 1.0
 
@@ -389,11 +389,11 @@ def test_results_without_pictures_need_the_tasks_metric(config: dict[str, Any]) 
     assert pipe.outcome is not None and pipe.outcome.metric == "task"
     with pytest.raises(QualityError, match="task 0"):
         load(config, task="measure")
-    with pytest.raises(ConfigError, match="ssim compares pictures"):
+    with pytest.raises(ConfigError, match="ssim is not a metric of what the task returns"):
         load(config, task="measure", quality={**config["quality"], "metric": "ssim"})
-    with pytest.raises(ConfigError, match="no metric of its own"):
+    with pytest.raises(ConfigError, match="no metric of their own"):
         load(config, task="silent")
-    with pytest.raises(ConfigError, match="no metric of its own"):
+    with pytest.raises(ConfigError, match="no metric of their own"):
         load(config, task="draw", quality={**config["quality"], "metric": "task"})
 
 

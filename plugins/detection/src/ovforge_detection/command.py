@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from ovforge.errors import InputError
-from ovforge.model import PACKAGE, package_path
+from ovforge.model import PACKAGE, PICTURE_SUFFIXES, package_path
 
 __all__ = ["detect"]
 
@@ -66,15 +66,15 @@ def detect(
         str | None, typer.Option("--compare", metavar="torch", help="Run PyTorch, too, and draw both side by side.")
     ] = None,
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
     """Find things in pictures and folders, by text or by classes."""
     import ovforge
     from ovforge import Cache
-    from ovforge.cli import print_result, progress_bar
+    from ovforge.cli import check_writable, print_result, progress_bar
+    from ovforge_detection.results import DetectionsResult
 
-    if not output.parent.is_dir():
-        raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    check_writable(output, DetectionsResult)
     if compare not in (None, "torch"):
         raise InputError(f"{compare!r} is nothing to compare with", where="--compare", hint="Give torch.")
     paths = [path if path.startswith(PACKAGE) else str(Path(path).resolve()) for path in images]
@@ -94,9 +94,7 @@ def detect(
         pipe = ovforge.load(config, cache=store, progress=show)
         result = pipe(progress=show)
         files = _compared(pipe, result, model, output) if compare else result.save(output)
-    if not quiet:
-        print_result(result, files, pipe)
-        _print_found(result)
+    print_result(result, files, pipe, quiet=quiet)
 
 
 def _tables(
@@ -152,10 +150,9 @@ def _compared(pipe: Any, result: Any, model: str, output: Path) -> list[Path]:
     from ovforge.store import atomic_write
     from ovforge_detection.compare import differences, on_torch, side_by_side
 
-    suffix: Literal[".png"] | str = output.suffix.lower()
-    Image.init()
-    if suffix not in Image.EXTENSION:
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise InputError("only a picture shows both", where="--output", hint="Name a .png or .jpg file.")
+    kind = Image.registered_extensions()[output.suffix.lower()]
     task = on_torch(pipe.task, model)
     inputs = checked(pipe.inputs_model, pipe.config.input, where="input", base=pipe.base)
     theirs = task(inputs, ignore_progress)
@@ -163,18 +160,9 @@ def _compared(pipe: Any, result: Any, model: str, output: Path) -> list[Path]:
     written = []
     for n, each in enumerate(result.detections):
         buffer = io.BytesIO()
-        side_by_side(["PyTorch", "OpenVINO"], [theirs, result], n).save(buffer, Image.EXTENSION[suffix])
+        side_by_side(["PyTorch", "OpenVINO"], [theirs, result], n).save(buffer, kind)
         file = output.with_stem(f"{output.stem}-{n + 1}") if len(result.detections) > 1 else output
         atomic_write(file, buffer.getvalue())
         written.append(file)
         result.warnings.append(f"{each.picture}: {differences(each, theirs.detections[n])}")
     return written
-
-
-def _print_found(result: Any) -> None:
-    """Print how many of each label there are in each picture."""
-    from collections import Counter
-
-    for each in result.detections:
-        counted = ", ".join(f"{count} {label}" for label, count in Counter(each.labels).items())
-        print(f"{each.picture}: {counted or 'nothing found'}")

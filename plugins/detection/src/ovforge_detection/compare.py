@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from ovforge.errors import InputError, PluginError
-from ovforge.model import Detections, DetectionsResult, Timings, draw, open_picture
+from ovforge.model import Timings, open_picture
 from ovforge_convert import quiet
 from ovforge_detection.phrases import Passage
 from ovforge_detection.prepare import Prepared
+from ovforge_detection.results import Detections, DetectionsResult, draw
 from ovforge_detection.task import Detect
 
 __all__ = ["differences", "on_torch", "side_by_side"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ovforge.model import DetectInputs
+from ovforge_detection.results import DetectInputs
 
 __all__ = ["examples", "scene"]
 

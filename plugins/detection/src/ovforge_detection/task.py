@@ -14,20 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge.contracts import Progress, TaskContext
 from ovforge.errors import ConfigError, InputError, did_you_mean
-from ovforge.model import DetectInputs, Detections, DetectionsResult, DetectorSpec, Timings, open_picture, picture_name
-from ovforge_detection.decode import Found, decode_classes, decode_text, join, overlap, suppress
+from ovforge.model import PICTURE_SUFFIXES, DetectorSpec, Timings, open_picture, picture_name
+from ovforge_detection.decode import Found, decode_classes, decode_text, join, suppress
 from ovforge_detection.description import ExtraInput
 from ovforge_detection.examples import examples
 from ovforge_detection.outputs import decode_described
 from ovforge_detection.phrases import Passage, TextReader, Wanted, phrase_of, wanted
 from ovforge_detection.prepare import Prepared, mode_of, prepare
+from ovforge_detection.results import DetectInputs, Detections, DetectionsResult
 
 __all__ = ["Detect", "DetectOptions"]
 
 STEP = 32
 """Texts of a fixed length have a multiple of so many tokens."""
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 Outputs = dict[str, NDArray[Any]]
 
 
@@ -99,23 +99,6 @@ class Detect:
     def examples(self, count: int) -> Sequence[DetectInputs]:
         """Return drawn scenes, with a text that names what is drawn where the model reads one."""
         return examples(count, text=self.spec.kind == "text")
-
-    def compare(self, result: DetectionsResult, reference: DetectionsResult) -> float:
-        """Return how well boxes match: twice the summed overlap (IoU) of those of one class, over the number of boxes.
-
-        1 where all are equal, and where there is none on either side.
-        """
-        matched, count = 0.0, 0
-        for ours, theirs in zip(result.detections, reference.detections, strict=True):
-            count += len(ours) + len(theirs)
-            free = np.ones(len(theirs), bool)
-            for box, label in zip(ours.boxes, ours.labels, strict=True):
-                able = free & (np.array(theirs.labels, dtype=object) == label)
-                shared = np.where(able, overlap(box, theirs.boxes), 0)
-                if len(shared) and shared.max() >= 0.5:
-                    free[shared.argmax()] = False
-                    matched += float(shared.max())
-        return 2 * matched / count if count else 1.0
 
     # -- what to look for -----------------------------------------------------------------------------------------
 
@@ -332,12 +315,12 @@ def _pictures(given: Any) -> tuple[list[Any], bool]:
     if not each:
         raise InputError("there is no picture", where="image")
     if len(each) == 1 and isinstance(each[0], Path) and each[0].is_dir():
-        paths: list[Any] = sorted(path for path in each[0].iterdir() if path.suffix.lower() in _SUFFIXES)
+        paths: list[Any] = sorted(path for path in each[0].iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
         if not paths:
             raise InputError(
                 f"{each[0]}: no picture is in the folder",
                 where="image",
-                hint=f"It looks for {', '.join(sorted(_SUFFIXES))}.",
+                hint=f"It looks for {', '.join(sorted(PICTURE_SUFFIXES))}.",
             )
         return paths, True
     for path in each:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovforge.cli import Trust, check_trust, print_reports, progress_bar, reports_as_json
+from ovforge.cli import (
+    Trust,
+    check_folder,
+    check_trust,
+    print_json,
+    print_line,
+    print_note,
+    print_reports,
+    print_table,
+    progress_bar,
+    reports_as_json,
+)
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 
 if TYPE_CHECKING:
@@ -76,6 +85,7 @@ def quantize(
     target = output or Path(f"{_name(source)}-{'-'.join(_names(config))}")
     if target.exists() and not force:
         raise InputError("is there already", where=str(target), hint="Name another folder, or add --force.")
+    check_folder(target.parent)
     _check_apart(target, config, base)
     _check_plain(config, base, plugins)
     try:
@@ -87,7 +97,7 @@ def quantize(
         _write(prepared, target, force)
     except KeyboardInterrupt:
         kept = "" if no_cache else "; what was recorded and tried is kept: the same command goes on from there"
-        print(f"interrupted, nothing was written{kept}", file=sys.stderr)
+        print_note(f"interrupted, nothing was written{kept}")
         raise typer.Exit(130) from None
     _print(prepared, target, as_json)
 
@@ -221,10 +231,10 @@ def _write(prepared: Prepared, target: Path, force: bool) -> None:
 def _print(prepared: Prepared, target: Path, as_json: bool) -> None:
     if as_json:
         reports = reports_as_json(prepared.steps, prepared.reports, prepared.outcome)
-        print(json.dumps({"folder": str(target), **reports}, indent=2))
+        print_json({"folder": str(target), **reports})
         return
     print_reports(prepared.steps, prepared.reports, prepared.outcome)
-    print(target)
+    print_line(str(target))
 
 
 def _print_list(plugins: Plugins, as_json: bool) -> None:
@@ -234,14 +244,7 @@ def _print_list(plugins: Plugins, as_json: bool) -> None:
             {"name": offer.extension.name, "plugin": offer.plugin, "summary": offer.extension.summary}
             for offer in offers
         ]
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("quantizer", "plugin", "summary"):
-        table.add_column(title, no_wrap=title != "summary")
-    for offer in offers:
-        table.add_row(offer.extension.name, f"{offer.plugin} {offer.version}", offer.extension.summary)
-    Console(highlight=False, width=max(Console().width, 120)).print(table)
+    table = [[offer.extension.name, f"{offer.plugin} {offer.version}", offer.extension.summary] for offer in offers]
+    print_table(["quantizer", "plugin", "summary"], table, fold=["summary"])

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.contracts import Progress, Task, ignore_progress
 from ovforge.errors import ConfigError, ModelError, QualityError
-from ovforge.model import METRICS, DetectionsResult, ImagesResult, Result
+from ovforge.model import METRICS, OWN_METRIC, Result
 from ovforge.store import atomic_write
 from ovforge_quality.sections import QualitySection
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ovforge.model import ModelBundle
 
 __all__ = ["Judge", "JudgedQuality", "Verdict", "failed", "outcome_of", "save_worst"]
@@ -123,7 +121,7 @@ class Judge:
             try:
                 result = task(call, ignore_progress)
                 scores.append(self._score(result, reference))
-                results.append(_slim(result))
+                results.append(result.compact())
             except ModelError as error:
                 said = said or str(error)
                 scores.append(METRICS[self.metric].worst if self.metric in METRICS else 0.0)
@@ -143,7 +141,7 @@ class Judge:
             results: list[Result] = []
             for call in self._calls:
                 self._progress(Progress("reference", len(results), len(self._calls), "unquantized"))
-                results.append(_slim(task(call, ignore_progress)))
+                results.append(task(call, ignore_progress).compact())
             self._progress(Progress("reference", len(results), len(self._calls), "unquantized"))
             self.metric = self._chosen(results)
             _check_evidence(results)
@@ -152,49 +150,34 @@ class Judge:
 
     def _chosen(self, results: Sequence[Result]) -> str:
         """Return the metric; refuse one that these results cannot have."""
+        known = [name for name in results[0].metrics if all(name in result.metrics for result in results)]
+        if self._compare is not None and OWN_METRIC not in known:
+            known.append(OWN_METRIC)
         asked = self._table.metric if self._table else None
-        pictures = all(isinstance(result, ImagesResult) and result.images for result in results)
-        chosen = asked or ("ssim" if pictures else "task")
-        if chosen == "task" and self._compare is None:
+        if not known or (asked is not None and asked not in known):
+            own = asked is None or asked == OWN_METRIC
             raise ConfigError(
-                "the task has no metric of its own", where="quality.metric", hint=f"Take one of {', '.join(METRICS)}."
-            )
-        if chosen != "task" and not pictures:
-            raise ConfigError(
-                f"{chosen} compares pictures, and the task's results have none", where="quality.metric",
-                hint='Set metric = "task".' if self._compare else "Quantize without [quality]: the task has no metric.",
+                "the task and its results have no metric of their own" if own else
+                f"{asked} is not a metric of what the task returns",
+                where="quality.metric",
+                hint=f"Set metric to {' or '.join(known)}." if known else "Quantize without [quality].",
             )  # fmt: skip
-        return chosen
+        return asked or known[0]
 
     def _score(self, result: Result, reference: Result) -> float:
-        if self.metric == "task":
-            assert self._compare is not None
+        if self.metric == OWN_METRIC and self._compare is not None:
             return float(self._compare(result, reference))
-        import numpy as np
-
-        assert isinstance(result, ImagesResult)
-        assert isinstance(reference, ImagesResult)
-        measure = METRICS[self.metric].measure
-        pairs = zip(result.images, reference.images, strict=True)
-        return statistics.fmean(measure(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB"))) for a, b in pairs)
+        return result.compare(reference, self.metric)
 
 
 def _check_evidence(results: Sequence[Result]) -> None:
-    """Refuse detections without a box: two pipelines that find nothing are equal, whatever they are."""
-    found = [len(each) for result in results if isinstance(result, DetectionsResult) for each in result.detections]
-    if found and not any(found):
+    """Refuse results that are all empty: two pipelines that find nothing are equal, whatever they are."""
+    if all(result.is_empty() for result in results):
         raise ConfigError(
-            f"the unquantized model finds nothing in any of {len(found)} pictures: they say nothing of quality",
+            f"the unquantized model finds nothing with any of {len(results)} inputs: they say nothing of quality",
             where="quality",
-            hint="Give [quality] file, a folder of pictures with things that the model knows, or inputs with a text.",
+            hint="Give [quality] file or inputs: pictures with things that the model knows, or inputs with a text.",
         )
-
-
-def _slim(result: Result) -> Result:
-    """Leave latents out: pictures are compared, and many of them are held."""
-    if isinstance(result, ImagesResult) and result.images:
-        result.latents = None
-    return result
 
 
 def save_worst(verdict: Verdict, folder: Path) -> list[Path]:
@@ -204,10 +187,11 @@ def save_worst(verdict: Verdict, folder: Path) -> list[Path]:
     order = sorted(range(len(verdict.scores)), key=lambda n: verdict.scores[n])
     files: list[Path] = []
     for place in order[:WORST]:
-        left = _picture(verdict.expected[place])
+        left, result = verdict.expected[place].preview(), verdict.results[place]
         if left is None:
             continue
-        right = _picture(verdict.results[place]) or Image.new("RGB", left.size)  # black, as what computes no numbers is
+        # Black, if the quantized pipeline computes no numbers.
+        right = (result.preview() if result else None) or Image.new("RGB", left.size)
         both = Image.new("RGB", (left.width + right.width + 8, max(left.height, right.height)), "white")
         both.paste(left, (0, 0))
         both.paste(right, (left.width + 8, 0))
@@ -217,15 +201,6 @@ def save_worst(verdict: Verdict, folder: Path) -> list[Path]:
         atomic_write(file, buffer.getvalue())
         files.append(file)
     return files
-
-
-def _picture(result: Result | None) -> Image.Image | None:
-    """Return the first picture of a result, RGB, with what was found on it drawn; None where there is none."""
-    if isinstance(result, ImagesResult) and result.images:
-        return result.images[0].convert("RGB")
-    if isinstance(result, DetectionsResult) and result.pictures:
-        return result.annotated()
-    return None
 
 
 def failed(outcome: JudgedQuality, verdict: Verdict, folder: Path, more: str = "", hint: str = "") -> QualityError:

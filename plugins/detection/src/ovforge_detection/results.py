@@ -1,115 +1,31 @@
-"""Object detection: what a detector's model says of itself, what a call takes, and what it gives.
-
-Shared by every detector plugin. A loader puts a `DetectorSpec` into its role `detector`; the task `detect` reads there
-how pictures go in and how outputs are decoded; results are `Detections`, one for each picture.
-"""
+"""What one call of the task `detect` takes, and what it gives: detections, one set for each picture."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge.errors import InputError, ModelError, PluginError
-from ovforge.model.pictures import Picture, open_picture
-from ovforge.model.results import Result
-from ovforge.store.files import atomic_write
+from ovforge.errors import InputError, PluginError
+from ovforge.model import OWN_METRIC, PICTURE_SUFFIXES, Picture, Result, open_picture
+from ovforge.store import atomic_write, csv_table
+from ovforge_detection.decode import overlap
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DetectInputs", "Detections", "DetectionsResult", "DetectorSpec", "draw"]
+__all__ = ["DetectInputs", "Detections", "DetectionsResult", "draw"]
 
-KEY = "detection"
-"""Key of the spec in the role's config.json."""
-
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 _COLOURS = ("#e6194b", "#0b7a3b", "#1f57d6", "#b35900", "#7a1fa2", "#00747a", "#a8005c", "#5b5f00")
 Floats = NDArray[np.float32]
-
-
-class DetectorSpec(BaseModel):
-    """How a role `detector` is used; kept in its config.json under "detection".
-
-    kind "text": inputs pixel_values, pixel_mask, text_features, text_mask, text_self_mask, text_position_ids; outputs
-    logits (pictures, queries, tokens) and boxes (pictures, queries, 4), relative centre and size. Beside it there are
-    the roles text_encoder (input_ids, text_self_mask, text_position_ids -> text_features) and tokenizer. One picture
-    may come with several texts, and is then read with each.
-
-    kind "classes": input pixel_values; outputs logits (pictures, queries, classes) and boxes as above.
-
-    kind "described": any input and outputs; `inputs` and `outputs` are what a model-proc of DL Streamer says of them.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["text", "classes", "described"]
-    shortest: int | None = Field(None, gt=0, description="Shortest side that pictures are scaled to, in pixels.")
-    longest: int | None = Field(None, gt=0, description="Longest side that it may lead to.")
-    height: int | None = Field(None, gt=0, description="Height of the input, in pixels; without it any.")
-    width: int | None = Field(None, gt=0, description="Width of the input, in pixels.")
-    resize: Literal["stretch", "fit", "none"] = Field(
-        "stretch",
-        description="Without `shortest`: to the input's size, into it with the picture's shape, or not at all.",
-    )
-    bounds: tuple[int, int] | None = Field(
-        None, description="Height and width that pictures are scaled to or into, if they are not the input's."
-    )
-    resample: Literal["linear", "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = Field(
-        "bilinear", description="Filter that scales. All average what they shrink, but linear, which is OpenCV's."
-    )
-    crop: Literal["none", "central", "central-resize", "top_left", "top_right", "bottom_left", "bottom_right"] = Field(
-        "none", description="Part that is kept of a scaled picture that is larger than the input."
-    )
-    margin: tuple[int, int] = Field((0, 0), description="Pixels left and right, above and below, that stay empty.")
-    centred: bool = Field(False, description="Whether a picture smaller than the input lies in its middle.")
-    multiple: int = Field(1, gt=0, description="The sides of the input are multiples of it.")
-    fill: tuple[float, ...] = Field((0.0,), description="Pixel around the picture, before it is normalized.")
-    colours: Literal["RGB", "BGR"] = "RGB"
-    channels: Literal[1, 3, 4] = Field(3, description="Of the input: grey, colours, or colours and opacity.")
-    scale: float = Field(1 / 255, description="Pixels are multiplied by it, ...")
-    mean: tuple[float, ...] = Field((0.0, 0.0, 0.0), description="... the mean is taken off, ...")
-    std: tuple[float, ...] = Field((1.0, 1.0, 1.0), description="... and the rest divided by the deviation.")
-    threshold: float = Field(0.5, ge=0, le=1, description="Score that boxes need if the user names none.")
-    nms: float | None = Field(None, ge=0, le=1, description="Overlap (IoU) above which the lower score goes.")
-    labels: tuple[str, ...] = Field((), description="Names of classes, by their number.")
-    queries: int = Field(0, ge=0, description="Fewest places that the picture may have.")
-    strides: tuple[int, ...] = Field((), description="Strides of the feature maps.")
-    max_tokens: int = Field(256, gt=2)
-    delimiters: tuple[int, ...] = Field((), description="Ids of the tokens that end phrases; the first begins a text.")
-    outputs: tuple[dict[str, Any], ...] = ()
-    input: str = Field("pixel_values", description="Name of the input that takes pictures.")
-    inputs: tuple[dict[str, Any], ...] = Field((), description="Further inputs, and what they are filled with.")
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    notes: tuple[str, ...] = Field((), description="What results say of how the model was described.")
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], where: str = "detector/config.json") -> DetectorSpec:
-        """Return the spec in a role's config. Raises ModelError if there is none."""
-        try:
-            return cls.model_validate(config[KEY])
-        except KeyError:
-            raise ModelError(
-                f'it does not say how it is used: the key "{KEY}" is missing',
-                where=where,
-                hint="Describe a model of another origin by a model-proc file: `ovforge detect --model-proc FILE`, or "
-                'load.use = "model-proc" with load.proc.',
-            ) from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ModelError(f"{KEY}.{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from error
-
-    def put(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a role's config with this spec in it."""
-        return {**config, KEY: self.model_dump(mode="json", exclude_defaults=True)}
 
 
 class DetectInputs(BaseModel):
@@ -184,31 +100,73 @@ class Detections:
 
 @dataclass
 class DetectionsResult(Result):
-    """Detections, one for each picture, and the pictures themselves, for drawing."""
+    """Detections, one set for each picture, and the pictures themselves, for drawing."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (*PICTURE_SUFFIXES, ".json", ".csv", "")
 
     detections: Sequence[Detections] = ()
     pictures: Sequence[Path | Image.Image] = field(default=(), repr=False)
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write .json (COCO), .csv, or the annotated pictures: `x.png` becomes `x-1.png`, ... where there are several.
+        """Write .json (COCO), .csv, or the annotated pictures: `x.png` becomes `x-1.png`, ... if there are several.
 
-        A path without suffix is a folder, which gets a picture for each, by its name, and detections.json.
+        A path without an ending is a folder, which gets a picture for each, by its name, and detections.json.
         """
         target = Path(path)
+        self.check_path(target)
         suffix = target.suffix.lower()
-        if suffix == ".json":
-            atomic_write(target, (json.dumps(self.coco(), indent=1) + "\n").encode())
-        elif suffix == ".csv":
-            atomic_write(target, self.csv().encode())
-        elif suffix in _SUFFIXES:
+        if suffix in PICTURE_SUFFIXES:
             return self._draw_all(target)
-        elif not suffix:
+        if not suffix:
             return self._save_folder(target)
-        else:
-            raise InputError(
-                f"cannot write {suffix}", where=str(target), hint="Name a .json, .csv, .png or .jpg file, or a folder."
-            )
+        text = f"{json.dumps(self.coco(), indent=1)}\n" if suffix == ".json" else self.csv()
+        atomic_write(target, text.encode())
         return [target]
+
+    def lines(self) -> list[str]:
+        """Return how many of each label there are in each picture."""
+        counted = [(each.picture, Counter(each.labels)) for each in self.detections]
+        return [
+            f"{picture}: {', '.join(f'{count} {label}' for label, count in labels.items()) or 'nothing found'}"
+            for picture, labels in counted
+        ]
+
+    def preview(self) -> Image.Image | None:
+        """Return the first picture with its boxes drawn."""
+        return self.annotated() if self.pictures else None
+
+    def is_empty(self) -> bool:
+        """Say whether nothing was found in any picture."""
+        return not any(len(each) for each in self.detections)
+
+    def as_json(self) -> Any:
+        """Return COCO's form without what it was made with."""
+        return {name: part for name, part in self.coco().items() if name != "info"}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The one of `compare`."""
+        return (OWN_METRIC,)
+
+    def compare(self, reference: Self, metric: str = OWN_METRIC) -> float:
+        """Return how well boxes match: twice the summed overlap (IoU) of those of one class, over the number of boxes.
+
+        1 if all are equal, and if there is none on either side. Raises InputError for results of other pictures.
+        """
+        self._check_metric(metric)
+        if len(self.detections) != len(reference.detections):
+            raise InputError(f"{len(self.detections)} pictures and {len(reference.detections)} cannot be compared")
+        matched, count = 0.0, 0
+        for ours, theirs in zip(self.detections, reference.detections, strict=True):
+            count += len(ours) + len(theirs)
+            free = np.ones(len(theirs), bool)
+            for box, label in zip(ours.boxes, ours.labels, strict=True):
+                able = free & (np.array(theirs.labels, dtype=object) == label)
+                shared = np.where(able, overlap(box, theirs.boxes), 0)
+                if len(shared) and shared.max() >= 0.5:
+                    free[shared.argmax()] = False
+                    matched += float(shared.max())
+        return 2 * matched / count if count else 1.0
 
     def coco(self) -> dict[str, Any]:
         """Return COCO's object detection format: images, annotations with scores, categories; and our provenance."""
@@ -235,14 +193,12 @@ class DetectionsResult(Result):
         return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
     def csv(self) -> str:
-        """Return a table: picture, label, score, left, top, right, bottom."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["picture", "label", "score", "left", "top", "right", "bottom"])
+        """Return a table: picture, label, score, left, top, right, bottom; no cell is a spreadsheet's formula."""
+        rows: list[list[str]] = [["picture", "label", "score", "left", "top", "right", "bottom"]]
         for each in self.detections:
             for label, score, box in zip(each.labels, each.scores, each.boxes.tolist(), strict=True):
-                writer.writerow([each.picture, label, f"{score:.6f}", *(f"{value:.2f}" for value in box)])
-        return text.getvalue()
+                rows.append([each.picture, label, f"{score:.6f}", *(f"{value:.2f}" for value in box)])
+        return csv_table(rows)
 
     def annotated(self, position: int = 0) -> Image.Image:
         """Return a picture with its boxes drawn."""
@@ -260,7 +216,7 @@ class DetectionsResult(Result):
         for n, each in enumerate(self.detections):
             name = Path(each.picture).name if isinstance(self.pictures[n], Path) else f"picture-{n + 1}.png"
             file = folder / name
-            if file.suffix.lower() not in _SUFFIXES or file in written:
+            if file.suffix.lower() not in PICTURE_SUFFIXES or file in written:
                 file = folder / f"{file.stem}-{n + 1}.png"
             written.append(self._draw(n, file))
         return [*written, *self.save(folder / "detections.json")]
