@@ -69,6 +69,11 @@ def test_options_of_run(tmp_path: Path) -> None:
     first, second = (Image.open(output.with_name(name)) for name in ("cat-2.png", "cat-2-again.png"))
     difference = np.abs(np.asarray(first, np.int16) - np.asarray(second, np.int16))
     assert difference.max() <= 2, "the second of two pictures, made alone"
+    done = ovforge("run", EXAMPLE, "-i", f"prompt={'cat [/x] ' * 80}", "-q", "-o", tmp_path / "long.webp")
+    assert done.stdout == "" and done.stderr.startswith("warning: the prompt")
+    said = json.loads(ovforge("run", tmp_path / "long.webp", "--json").stdout)
+    assert said["files"] == [str(tmp_path / "long-again.webp")] and "[/x]" in said["warnings"][0]
+    assert (tmp_path / "long-again.webp").read_bytes() == (tmp_path / "long.webp").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_options_of_run(tmp_path: Path) -> None:
         (["run", EXAMPLE, "-s", "scheduler.use=eulr"], "Did you mean 'euler'?"),
         (["run", EXAMPLE, "-i", "steps=many"], "`steps`"),
         (["run", EXAMPLE, "-o", "nowhere/x.png"], "nowhere: no such folder"),
-        (["run", EXAMPLE, "-o", "x.tiff2"], "unknown picture format '.tiff2'"),
+        (["run", EXAMPLE, "-o", "x.tiff2"], "cannot write .tiff2"),
         (["plan", EXAMPLE, "-s", "transform.0.use=loar"], "Did you mean 'lora'?"),
         (["plugins", "show", "schedulrs"], "Did you mean 'schedulers'?"),
         (["plugins", "disable", "builtin"], "cannot be switched off"),

@@ -10,28 +10,64 @@ from typing import TYPE_CHECKING
 from ovforge._exports import lazy
 
 if TYPE_CHECKING:
-    from ovforge.cli.pipelines import print_result, progress_bar
+    from ovforge.cli.output import (
+        collected_warnings,
+        plain,
+        print_block,
+        print_error,
+        print_json,
+        print_line,
+        print_note,
+        print_table,
+        print_warning,
+        progress_bar,
+        status_line,
+    )
     from ovforge.cli.program import app, main
-    from ovforge.cli.reports import print_reports, reports_as_json
+    from ovforge.cli.reports import check_folder, check_writable, print_reports, print_result, reports_as_json
     from ovforge.cli.trust import Trust, check_trust
 
 __all__ = [
     "Trust",
     "app",
+    "check_folder",
     "check_trust",
+    "check_writable",
+    "collected_warnings",
     "main",
+    "plain",
+    "print_block",
+    "print_error",
+    "print_json",
+    "print_line",
+    "print_note",
     "print_reports",
     "print_result",
+    "print_table",
+    "print_warning",
     "progress_bar",
     "reports_as_json",
+    "status_line",
 ]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "pipelines": ["print_result", "progress_bar"],
+        "output": [
+            "collected_warnings",
+            "plain",
+            "print_block",
+            "print_error",
+            "print_json",
+            "print_line",
+            "print_note",
+            "print_table",
+            "print_warning",
+            "progress_bar",
+            "status_line",
+        ],
         "program": ["app", "main"],
-        "reports": ["print_reports", "reports_as_json"],
+        "reports": ["check_folder", "check_writable", "print_reports", "print_result", "reports_as_json"],
         "trust": ["Trust", "check_trust"],
     },
 )

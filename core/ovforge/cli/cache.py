@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ovforge.cli.output import print_line, print_table
+
 __all__ = ["app"]
 
 app = typer.Typer(help="What is kept so that nothing is done twice.", no_args_is_help=True)
@@ -16,23 +18,23 @@ app = typer.Typer(help="What is kept so that nothing is done twice.", no_args_is
 @app.command(name="list")
 def list_() -> None:
     """List what is stored, the last used first."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ovforge.store.cache import Cache
 
     cache = Cache.default()
     entries = cache.entries()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("key", "stage", "what", "size", "last used"):
-        table.add_column(title, justify="right" if title == "size" else "left")
-    for entry in reversed(entries):
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        table.add_row(entry.key[:12], entry.stage, entry.label, f"{entry.size / 1e6:.1f} MB", used)
-    console = Console(highlight=False)
-    console.print(table)
+    rows = [
+        [
+            entry.key[:12],
+            entry.stage,
+            entry.label,
+            f"{entry.size / 1e6:.1f} MB",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)),
+        ]
+        for entry in reversed(entries)
+    ]
+    print_table(["key", "stage", "what", "size", "last used"], rows, right=["size"], fold=["what"])
     total = sum(entry.size for entry in entries)
-    console.print(f"{len(entries)} entries, {total / 1e6:.1f} MB of {cache.max_bytes / 1e9:.1f} GB in {cache.root}")
+    print_line(f"{len(entries)} entries, {total / 1e6:.1f} MB of {cache.max_bytes / 1e9:.1f} GB in {cache.root}")
 
 
 @app.command()
@@ -46,7 +48,7 @@ def prune(
     cache = Cache.default()
     removed = cache.prune(parse_size(size) if size else None)
     remove_left(cache.root)
-    print(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
+    print_line(f"removed {len(removed)} entries, {sum(entry.size for entry in removed) / 1e6:.1f} MB")
 
 
 @app.command()
@@ -59,8 +61,8 @@ def verify(
     cache = Cache.default()
     damaged = cache.verify(repair=repair)
     for key, reason in damaged:
-        print(f"{key[:12]}  {reason}{'  removed' if repair else ''}")
-    print(f"{len(damaged)} damaged, {len(cache.entries())} sound")
+        print_line(f"{key[:12]}  {reason}{'  removed' if repair else ''}")
+    print_line(f"{len(damaged)} damaged, {len(cache.entries())} sound")
     raise typer.Exit(1 if damaged and not repair else 0)
 
 
@@ -74,4 +76,4 @@ def explain(
 
     for stage in ovforge.plan(config, overrides=set_ or []).stages:
         if stage.state != "direct":
-            print(f"{stage.stage} ({stage.use}): {stage.state}{f', {stage.why}' if stage.why else ''}")
+            print_line(f"{stage.stage} ({stage.use}): {stage.state}{f', {stage.why}' if stage.why else ''}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ovforge.cli.output import print_line
 from ovforge.errors import InputError
 
 __all__ = ["clean", "remove_left"]
@@ -25,7 +26,7 @@ def clean(
         raise InputError("is not a folder", where=str(folder), hint="Name a folder that models or pictures went to.")
     removed = remove_left(folder, Cache.default().root)
     if not removed:
-        print("nothing was left behind")
+        print_line("nothing was left behind")
 
 
 def remove_left(*folders: Path) -> list[Path]:
@@ -35,5 +36,5 @@ def remove_left(*folders: Path) -> list[Path]:
     removed = [path for folder in folders for path in remove_abandoned(folder, recursive=True)]
     removed += [path for folder in scratch_parents() for path in remove_abandoned(folder)]
     for path in removed:
-        print(f"removed {path}")
+        print_line(f"removed {path}")
     return removed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovforge.cli.output import print_json, print_line, print_table
 from ovforge.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def inspect(
             raise
         said["closed"] = str(error)
     if as_json:
-        print(json.dumps(said, indent=2))
+        print_json(said)
     else:
         _print(said)
 
@@ -203,45 +203,33 @@ def _port(port: Any) -> Port:
 
 
 def _print(said: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, width=max(Console().width, 120))
     if said["protection"]:
-        console.print(_table(said["protection"]))
+        _print_rows(said["protection"])
     for role, facts in (said["models"] or {}).items():
         total = sum(one["bytes"] for one in facts["weights"]) or 1
-        console.print(f"\n[bold]{role}[/]  {facts['parameters']:,} parameters, {total / 1e6:.1f} MB of weights")
-        weights = [{**one, "share": f"{one['bytes'] / total:.1%}"} for one in facts["weights"]]
-        console.print(_table(weights))
+        print_line()
+        print_line((role, "bold"), f"  {facts['parameters']:,} parameters, {total / 1e6:.1f} MB of weights")
+        _print_rows([{**one, "share": f"{one['bytes'] / total:.1%}"} for one in facts["weights"]])
         ports = [{"": "input", **port} for port in facts["inputs"]] + [{"": "output", **p} for p in facts["outputs"]]
-        console.print(_table([{**port, "names": ", ".join(port["names"])} for port in ports]))
+        _print_rows([{**port, "names": ", ".join(port["names"])} for port in ports])
         if facts["variables"]:
-            console.print(f"variables: {', '.join(facts['variables'])}", markup=False)
-        listed = ", ".join(f"{name} {count}" for name, count in facts["operations"].items())
-        console.print(f"operations: {listed}", markup=False)
+            print_line(f"variables: {', '.join(facts['variables'])}")
+        print_line(f"operations: {', '.join(f'{name} {count}' for name, count in facts['operations'].items())}")
     if said["closed"]:
-        console.print(f"\nWhat is inside needs the key: {said['closed']}", markup=False, soft_wrap=True)
+        print_line()
+        print_line(f"What is inside needs the key: {said['closed']}")
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return a table of rows that share keys; numbers to the right."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of rows that share keys; numbers to the right."""
     titles = list(dict.fromkeys(title for row in rows for title in row))
-    for title in titles:
-        number = any(isinstance(row.get(title), int) for row in rows)
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(title)) for title in titles))
-    return table
+    numbers = [title for title in titles if any(isinstance(row.get(title), int) for row in rows)]
+    print_table(titles, [[_cell(row.get(title)) for title in titles] for row in rows], right=numbers, fold=titles)
 
 
 def _cell(value: Any) -> str:
-    from rich.markup import escape
-
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return escape(" ".join(f"{name}={part}" for name, part in value.items()))
-    return "" if value is None else escape(str(value))
+        return " ".join(f"{name}={part}" for name, part in value.items())
+    return "" if value is None else str(value)

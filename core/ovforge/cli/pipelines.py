@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ovforge.cli.output import (
+    Part,
+    collected_warnings,
+    print_json,
+    print_line,
+    print_table,
+    print_warning,
+    progress_bar,
+)
+from ovforge.cli.reports import check_folder, check_writable, print_result, result_as_json
 from ovforge.cli.trust import Force, Trust, check_output, check_trust
 from ovforge.errors import InputError
+from ovforge.model.results import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
-    from ovforge.contracts.stages import Progress
-    from ovforge.model.results import Result
-    from ovforge.run.pipeline import Pipeline
+    from ovforge.contracts.extensions import TaskExtension
     from ovforge.store.cache import Cache
 
-__all__ = ["NoCache", "print_result", "progress_bar", "register"]
+__all__ = ["NoCache", "register"]
 
-Config = Annotated[Path, typer.Argument(help="A .toml or .json config, or a PNG that ovforge made.")]
+Config = Annotated[Path, typer.Argument(help="A .toml or .json config, or a picture that ovforge made.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: scheduler.use=lcm")
 ]
@@ -40,32 +48,37 @@ def run(
     input_: Annotated[
         list[str] | None, typer.Option("--input", "-i", metavar="NAME=VALUE", help="Set an input: prompt='a cat'")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the result.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the result, from the current folder.")
+    ] = None,
     force: Force = False,
     trust: Trust = False,
     no_cache: NoCache = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print files, timings and provenance as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print result, files, timings, warnings and provenance as JSON.")
+    ] = False,
 ) -> None:
     """Run a pipeline and write its result."""
     import ovforge
 
     overrides = [*(set_ or []), *(f"input.{item}" for item in input_ or [])]
     check_trust(config, overrides, trust)
-    if output is not None:
-        check_output(config, output, force)
-    with progress_bar(quiet or as_json) as progress:
-        pipeline = ovforge.load(config, overrides=overrides, cache=_cache(no_cache), progress=progress)
-        target = output or _output(config, pipeline)
+    target, task = _output(config, overrides, output)
+    check_writable(target or Path(task.name), task.result_type())
+    if target is not None:
         check_output(config, target, force)
-        if not target.parent.is_dir():
-            raise InputError("no such folder", where=str(target.parent), hint="Make it, or name another --output.")
-        result = pipeline(progress=progress)
-    files = result.save(target)
+    with collected_warnings() as warnings:
+        with progress_bar(quiet or as_json) as progress:
+            pipeline = ovforge.load(config, overrides=overrides, cache=_cache(no_cache), progress=progress)
+            result = pipeline(progress=progress)
+        if target is None:  # only the result knows its ending
+            target = Path(f"{task.name}{result.suffixes[0]}")
+            check_output(config, target, force)
+        files = result.save(target)
+    print_result(result, files, pipeline, quiet=quiet or as_json)
     if as_json:
-        print(json.dumps(_as_json(result, files, pipeline), indent=2))
-    elif not quiet:
-        print_result(result, files, pipeline)
+        print_json(result_as_json(result, files, pipeline, warnings))
 
 
 def plan(
@@ -77,34 +90,28 @@ def plan(
     """Print what a run would do, and do nothing."""
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     import ovforge
 
     planned = ovforge.plan(config, overrides=set_ or [], cache=_cache(no_cache))
     if as_json:
-        print(json.dumps(asdict(planned), indent=2))
+        print_json(asdict(planned))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("stage", "use", "plugin", "state", "size", "why"):
-        table.add_column(title, justify="right" if title == "size" else "left", no_wrap=title != "why")
-    for stage in planned.stages:
-        table.add_row(
+    colours = {"to do": "yellow", "cached": "green"}
+    rows: list[list[Part]] = [
+        [
             stage.stage,
             stage.use,
             f"{stage.plugin} {stage.version}",
-            {"to do": "[yellow]to do[/]", "cached": "[green]cached[/]"}.get(stage.state, stage.state),
+            (stage.state, colours.get(stage.state, "")),
             _size(stage.size),
             stage.why,
-        )
-    # Below this width the reasons would fall into a column of single letters.
-    console = Console(highlight=False, width=max(Console().width, 120))
-    console.print(table)
+        ]
+        for stage in planned.stages
+    ]
+    print_table(["stage", "use", "plugin", "state", "size", "why"], rows, right=["size"], fold=["why"])
     for stage in planned.stages:
         for warning in stage.warnings:
-            console.print("[yellow]warning:[/]", escape(warning), soft_wrap=True)
+            print_warning(warning)
 
 
 def convert(
@@ -126,6 +133,7 @@ def convert(
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
     check_apart(output, named_path(source, Path.cwd()))
+    check_folder(output.parent)
     with progress_bar(False) as progress:
         bundle = ovforge.open_model(
             source,
@@ -135,7 +143,7 @@ def convert(
             progress=progress,
         )
         bundle.save(output, replace=force)
-    print(f"{output}: {', '.join(bundle.models)}")
+    print_line(f"{output}: {', '.join(bundle.models)}")
 
 
 def schema(
@@ -146,93 +154,41 @@ def schema(
     from ovforge.plugins.manager import Plugins
     from ovforge.store.files import atomic_write
 
-    text = json.dumps(config_schema(Plugins()), indent=2) + "\n"
+    value = config_schema(Plugins())
     if output is None:
-        print(text, end="")
+        print_json(value)
     else:
-        atomic_write(output, text.encode())
+        atomic_write(output, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def _cache(no_cache: bool) -> Cache | str | None:
     return None if no_cache else "default"
 
 
-def _output(config: Path, pipeline: Pipeline) -> Path:
-    """Return where the result goes: the config says, or beside the picture that is run again."""
-    if config.suffix.lower() == ".png":
-        return config.with_stem(f"{config.stem}-again")
-    assert pipeline.config.task is not None
-    return Path(pipeline.config.output or f"{pipeline.config.task.use}.png")
+def _output(config: Path, overrides: Sequence[str], output: Path | None) -> tuple[Path | None, TaskExtension]:
+    """Return where the result goes, and its task.
 
+    As asked, beside the picture that is run again, or as the config says. By default it is named after the task, with
+    an ending of the result's own: None if only the result knows that one.
+    """
+    from ovforge.contracts.extensions import TaskExtension
+    from ovforge.plugins.manager import Plugins
+    from ovforge.run.resolution import read_pipeline
+    from ovforge.run.tasks import require_task
 
-@contextmanager
-def progress_bar(silent: bool) -> Iterator[Callable[[Progress], None]]:
-    """Show a bar on standard error while work goes on, where that is a terminal; else a line for each stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    from ovforge.contracts.stages import ignore_progress
-
-    console = Console(stderr=True, highlight=False)
-    if silent:
-        yield ignore_progress
-        return
-    columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(moment: Progress) -> None:
-            if moment.stage not in tasks:
-                tasks[moment.stage] = bar.add_task(moment.stage, total=moment.total, note="")
-                if not console.is_terminal:
-                    console.print(f"{moment.stage}... {moment.note}".rstrip())
-            bar.update(tasks[moment.stage], completed=moment.done, total=moment.total, note=moment.note)
-
-        yield show
-
-
-def print_result(result: Result, files: list[Path], pipeline: Pipeline) -> None:
-    """Print timings, what quantizers did, the precision that ran, and the files."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from ovforge.cli.reports import print_reports
-
-    console = Console(highlight=False, soft_wrap=True)
-    for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
-    roles = [role for role, model in pipeline.compiled.all() if model.cached]
-    for name, spans in pipeline.start_timings().merged(result.timings).spans.items():
-        depth, title = name.count("."), name.rpartition(".")[2].replace("_", " ")
-        times = f"  ({len(spans)} x {sum(spans) / len(spans):.3f} s)" if len(spans) > 1 else ""
-        cached = "  from the cache" if name.startswith("compile.") and name[8:] in roles else ""
-        console.print(f"{'  ' * depth}{title:<{24 - 2 * depth}}{sum(spans):9.3f} s{times}{cached}")
-    print_reports(pipeline.resolved.steps, pipeline.reports, pipeline.outcome, warnings=False)
-    precision = ", ".join(sorted(set(result.provenance.get("precision", {}).values())))
-    device = result.provenance.get("device", {})
-    console.print(f"{device.get('full_name', '')} ({device.get('name', '')}), computed in {precision}")
-    for file in files:
-        console.print(f"[bold]{file}[/]")
-
-
-def _as_json(result: Result, files: list[Path], pipeline: Pipeline) -> dict[str, Any]:
-    from ovforge.cli.reports import reports_as_json
-
-    return {
-        "files": [str(file) for file in files],
-        "start": pipeline.start_timings().spans,
-        "timings": result.timings.spans,
-        "warnings": result.warnings,
-        "provenance": result.provenance,
-        **reports_as_json(pipeline.resolved.steps, pipeline.reports, pipeline.outcome),
-    }
+    checked = read_pipeline(config, overrides)[0]
+    require_task(checked)
+    assert checked.task is not None
+    extension = Plugins().find("task", checked.task.use).extension
+    assert isinstance(extension, TaskExtension)
+    kind = extension.result_type()
+    if output is not None:
+        return output, extension
+    if config.suffix.lower() in PICTURE_SUFFIXES:
+        return config.with_stem(f"{config.stem}-again"), extension
+    if checked.output:
+        return Path(checked.output), extension
+    return Path(f"{extension.name}{kind.suffixes[0]}") if kind else None, extension
 
 
 def _size(size: int | None) -> str:

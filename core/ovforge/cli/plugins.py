@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ovforge.cli.output import Part, print_line, print_table
 from ovforge.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
@@ -41,19 +42,17 @@ def _status(name: str, imported: bool) -> PluginStatus:
 @app.command(name="list")
 def list_() -> None:
     """List plugins: installed, switched off, or in the catalogue only. Imports none."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("plugin", "version", "state", "provides", "summary"):
-        table.add_column(title, no_wrap=title in ("plugin", "version", "state"))
-    for status in _statuses(imported=False):
-        colour = _COLOURS.get(status.state, "green")
-        provides = ", ".join(f"{kind} {name}" for kind, names in status.provides.items() for name in names)
-        table.add_row(
-            status.name, status.version or "", f"[{colour}]{status.state}[/]", provides or "?", status.summary
-        )
-    Console(highlight=False).print(table)
+    rows: list[list[Part]] = [
+        [
+            status.name,
+            status.version or "",
+            (status.state, _COLOURS.get(status.state, "green")),
+            ", ".join(f"{kind} {name}" for kind, names in status.provides.items() for name in names) or "?",
+            status.summary,
+        ]
+        for status in _statuses(imported=False)
+    ]
+    print_table(["plugin", "version", "state", "provides", "summary"], rows, fold=["provides", "summary"])
 
 
 @app.command()
@@ -62,14 +61,15 @@ def show(name: Name) -> None:
     from ovforge.plugins.manager import Plugins
 
     status = _status(name, imported=True)
-    print(f"{status.name} {status.version or ''} ({status.distribution}): {status.state}")
+    print_line(f"{status.name} {status.version or ''} ({status.distribution}): {status.state}")
     for line in (status.summary, status.reason, f"parts of it need: {', '.join(status.needs)}" if status.needs else ""):
         if line:
-            print(f"  {line}")
+            print_line(f"  {line}")
     plugins = Plugins()
     for kind, names in status.provides.items():
         for offered, summary in names.items():
-            print(f"\n{kind} {offered}: {summary}")
+            print_line()
+            print_line(f"{kind} {offered}: {summary}")
             if status.state not in ("imported", "built in"):
                 continue
             model = plugins.find(kind, offered).extension.options_model()
@@ -77,7 +77,7 @@ def show(name: Name) -> None:
                 default = (
                     "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
                 )
-                print(f"  {field}: {default}{f'. {info.description}' if info.description else ''}")
+                print_line(f"  {field}: {default}{f'. {info.description}' if info.description else ''}")
 
 
 @app.command()
@@ -92,9 +92,12 @@ def doctor() -> None:
         mark = {"set aside": "BROKEN ", "imported": "ok     ", "built in": "ok     "}.get(
             status.state, f"{status.state:<7}"
         )
-        print(f"{mark} {status.name} {status.version or ''} {f'- {status.reason}' if status.reason else ''}".rstrip())
-    print(f"\nyour own catalogue: {user_registry_path()}{'' if user_registry_path().is_file() else ' (not there)'}")
-    print(f"python {platform.python_version()} on {platform.platform()}")
+        print_line(
+            f"{mark} {status.name} {status.version or ''} {f'- {status.reason}' if status.reason else ''}".rstrip()
+        )
+    print_line()
+    print_line(f"your own catalogue: {user_registry_path()}{'' if user_registry_path().is_file() else ' (not there)'}")
+    print_line(f"python {platform.python_version()} on {platform.platform()}")
     raise typer.Exit(1 if any(status.state == "set aside" for status in statuses) else 0)
 
 
@@ -116,7 +119,7 @@ def _switch(name: str, enabled: bool) -> None:
     if _status(name, imported=False).state == "built in":
         raise PluginError("is part of ovforge and cannot be switched off", where=name)
     path = set_enabled(name, enabled)
-    print(f"{name} is {'on' if enabled else 'off'}, in {path}")
+    print_line(f"{name} is {'on' if enabled else 'off'}, in {path}")
 
 
 @app.command()
@@ -127,4 +130,4 @@ def new(
     """Write a new plugin's project, with a graph transform and its tests, ready to change."""
     from ovforge.plugins.template import write_project
 
-    print(f"{write_project(name, folder)}: pip install -e it, then run pytest there")
+    print_line(f"{write_project(name, folder)}: pip install -e it, then run pytest there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ovforge._version import __version__
+from ovforge.cli.output import plain, prepare_streams, print_block, print_error, print_line, print_note, print_warning
 from ovforge.errors import OvforgeError, PluginError
 
 __all__ = ["app", "main"]
@@ -24,6 +26,13 @@ class _Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *(name for name in _offered() if name not in self.commands)]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_note("interrupted")
+            raise typer.Exit(130) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         ctx.meta[_RUNS] = True
@@ -50,7 +59,7 @@ def _offered() -> dict[str, str]:
     registry = Registry.load()
     here = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
     return {
-        name: summary
+        name: plain(summary)
         for record in registry.records.values()
         if record.name in here and record.name not in registry.disabled
         for name, summary in record.provides.get("command", {}).items()
@@ -74,7 +83,7 @@ def _plugin_command(name: str) -> Any:
         application.command(name, help=offer.extension.summary)(target)
         target = application
     command = typer.main.get_command(target)
-    command.name = name
+    command.name, command.help = name, command.help and plain(command.help, lines=True)
     return command
 
 
@@ -90,7 +99,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"ovforge {__version__}")
+        print_line(f"ovforge {__version__}")
         raise typer.Exit
 
 
@@ -103,35 +112,37 @@ def _options(
 
 def main() -> None:
     """Run the program. Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted."""
+    prepare_streams()
     warnings.showwarning = _show_warning
     try:
-        app()
+        code = app(standalone_mode=False)
     except OvforgeError as error:
-        _print_error(error)
+        print_error(error)
         sys.exit(1)
     except OSError as error:
         from ovforge.cli.system import system_error
 
-        _print_error(system_error(error))
+        print_error(system_error(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_note("interrupted")
         sys.exit(130)
-
-
-def _print_error(error: OvforgeError) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    where = f"[bold]{escape(error.where)}[/]: " if error.where else ""
-    console.print(f"[bold red]error:[/] {where}{escape(error.what)}")
-    if error.hint:
-        console.print(f"  {escape(error.hint)}")
+    except typer.Abort:
+        print_note("aborted")
+        sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "show"):
+            raise
+        # Wrong usage, as the library that reads command lines words it: with what was typed.
+        words = io.StringIO()
+        error.show(file=words)
+        print_block(words.getvalue().rstrip(), error=True)
+        sys.exit(getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print_warning(str(message))
 
 
 from ovforge.cli import cache, clean, inspect, pipelines, plugins  # noqa: E402

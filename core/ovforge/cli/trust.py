@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ovforge.cli.output import plain, print_note
 from ovforge.errors import ConfigError, InputError
 
 __all__ = ["Force", "Trust", "check_output", "check_trust"]
@@ -37,11 +38,13 @@ def check_trust(config: Path, overrides: list[str], trust: bool) -> None:
         effects = [effect for effect in effects if effect in still]
     if not effects:
         return
-    listed = "".join(f"\n  it {effect}" for effect in map(_plain, effects))
     if sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"{_plain(str(config))} is not a config of your own:{listed}", file=sys.stderr)
+        print_note(f"{config} is not a config of your own:")
+        for effect in effects:
+            print_note(f"  it {effect}")
         if typer.confirm("Run it?", err=True):
             return
+    listed = "".join(f"\n  it {plain(effect)}" for effect in effects)
     raise ConfigError(
         f"it is not a config of your own, and uses files outside its folder:{listed}",
         where=str(config),
@@ -71,8 +74,3 @@ def _written(config: Any) -> Mapping[str, Any]:
 
 def _literal(text: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
-
-
-def _plain(text: str) -> str:
-    """Return a text without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

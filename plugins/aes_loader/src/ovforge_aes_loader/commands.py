@@ -46,12 +46,14 @@ def encrypt(
     force: Force = False,
 ) -> None:
     """Encrypt a model, a folder or any file."""
+    from ovforge.cli import check_folder
     from ovforge_aes_loader import files
 
     if format not in ("ovenc", "openssl"):
         raise InputError(f"unknown format {format!r}", where="--format", hint="Use ovenc or openssl.")
     if format == "ovenc" and (cipher or iv):
         raise InputError("a container has its own cipher", where="--cipher, --iv", hint="Add: --format openssl")
+    check_folder(output.parent)
     options = _openssl(cipher, iv, iterations, digest, kdf) if format == "openssl" else {}
     if make_key:
         _make_key(key)
@@ -76,8 +78,10 @@ def decrypt(
     force: Force = False,
 ) -> None:
     """Write an encrypted model as plain files, which only their owner can read."""
+    from ovforge.cli import check_folder
     from ovforge_aes_loader import files
 
+    check_folder(output.parent)
     options = _openssl(cipher, iv, iterations, digest, kdf)
     chosen = _key(key, passphrase, **options) if key or passphrase or cipher or iv else None
     _say(files.decrypt(source, output, chosen, replace=force))
@@ -136,5 +140,7 @@ def _make_key(place: str | None) -> None:
 
 
 def _say(written: list[Path]) -> None:
+    from ovforge.cli import print_line
+
     for path in written:
-        print(path)
+        print_line(str(path))

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ovforge.errors import InputError
 from ovforge.model import PACKAGE
 from ovforge_grounding_dino import EMBEDDED_MODEL
 
@@ -34,18 +33,17 @@ def grounding_dino(
         str, typer.Option("--precision", help="What the device computes in: auto, f32, bf16 or f16.")
     ] = "auto",
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
     """Find things with the embedded detector.
 
     It knows 84 things drawn as emoji, and nothing of photographs. `ovforge detect` takes models of your own.
     """
     import ovforge
-    from ovforge import Cache
-    from ovforge.cli import print_result, progress_bar
+    from ovforge import Cache, Plugins
+    from ovforge.cli import check_writable, print_result, progress_bar
 
-    if not output.parent.is_dir():
-        raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    check_writable(output, Plugins().find("task", "detect").extension.result_type())
     paths = [path if path.startswith(PACKAGE) else str(Path(path).resolve()) for path in images or [SCENE]]
     config = {
         "task": "detect",
@@ -62,5 +60,4 @@ def grounding_dino(
         pipe = ovforge.load(config, cache=store, progress=show)
         result = pipe(progress=show)
     files = result.save(output)
-    if not quiet:
-        print_result(result, files, pipe)
+    print_result(result, files, pipe, quiet=quiet)

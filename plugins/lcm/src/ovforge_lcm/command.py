@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ovforge.errors import InputError
 from ovforge_lcm import EMBEDDED_MODEL
 
 __all__ = ["lcm"]
@@ -32,17 +31,17 @@ def lcm(
     precision: Annotated[
         str, typer.Option("--precision", help="What the device computes in: auto, f32, bf16 or f16.")
     ] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
     """Make pictures with the embedded latent consistency model.
 
     It knows about 150 objects in nine colours on ten backgrounds. `ovforge run` takes configs with models of your own.
     """
     import ovforge
-    from ovforge.cli import print_result, progress_bar
+    from ovforge import Plugins
+    from ovforge.cli import check_writable, print_result, progress_bar
 
-    if not output.parent.is_dir():
-        raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    check_writable(output, Plugins().find("task", "text-to-image").extension.result_type())
     optional = {"steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     config = {
         "task": "text-to-image",
@@ -59,5 +58,4 @@ def lcm(
         pipe = ovforge.load(config, progress=show)
         result = pipe(progress=show)
     files = result.save(output)
-    if not quiet:
-        print_result(result, files, pipe)
+    print_result(result, files, pipe, quiet=quiet)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -46,12 +45,13 @@ def inspect(
 ) -> None:
     """Show what an adapter is, and with --model what of it fits."""
     import ovforge
+    from ovforge.cli import print_json
 
     path = package_path(file) if file.startswith(PACKAGE) else Path(file).expanduser()
     adapter = open_adapter(path, path.stem, chosen)
     found = preflight(adapter, ovforge.open_model(model)) if model else None
     if as_json:
-        print(json.dumps(inspected(adapter, found), indent=2))
+        print_json(inspected(adapter, found))
     else:
         _show(inspected(adapter, found), keys)
 
@@ -127,11 +127,8 @@ def _by_text(adapter: Adapter) -> str | None:
 
 
 def _show(told: Mapping[str, Any], keys: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from ovforge.cli import print_line, print_table
 
-    console = Console(highlight=False)
     facts = {
         "Made for": told["made_for"],
         "Says of its base": told["base_model"],
@@ -141,35 +138,41 @@ def _show(told: Mapping[str, Any], keys: bool) -> None:
         "Adapters in it": ", ".join(told["adapters"]) or None,
         "Numbers": f"{told['numbers']:,}",
     }
-    console.print(f"[bold]{escape(told['file'])}[/]")
+    print_line((told["file"], "bold"))
     for name, fact in facts.items():
         if fact:
-            console.print(f"{name}: {escape(str(fact))}")
-    table = Table("Role", "Modules", "Ranks", "alpha / rank")
-    for role, part in told["roles"].items():
-        table.add_row(
+            print_line(f"{name}: {fact}")
+    rows = [
+        [
             role,
             ", ".join(f"{count} x {kind}" for kind, count in part["kinds"].items()),
             ", ".join(f"{rank} ({count})" for rank, count in part["ranks"].items()),
             ", ".join(f"{factor:g}" for factor in part["factors"][:6]),
-        )
-    console.print(table)
+        ]
+        for role, part in told["roles"].items()
+    ]
+    print_table(["Role", "Modules", "Ranks", "alpha / rank"], rows, fold=["Modules", "Ranks", "alpha / rank"])
     for note in told["notes"]:
-        console.print(f"Note: {escape(note)}")
+        print_line(f"Note: {note}")
     unmatched = told["unknown"]
     if "model" in told:
         for role, share in told["model"]["touched"].items():
-            console.print(f"{role}: touches {share['share']:.1%} of {share['of']:,} weights")
-        console.print(f"{len(told['model']['matched'])} modules fit, {len(told['model']['unmatched'])} do not.")
+            print_line(f"{role}: touches {share['share']:.1%} of {share['of']:,} weights")
+        print_line(f"{len(told['model']['matched'])} modules fit, {len(told['model']['unmatched'])} do not.")
         unmatched = told["model"]["unmatched"]
     if keys and "model" in told:
-        table = Table("Role", "Key", "Layer", "Kind", "Rank")
-        for match in told["model"]["matched"]:
-            rank = "" if match["rank"] is None else str(match["rank"])
-            table.add_row(match["role"], escape(match["key"]), escape(match["layer"]), match["kind"], rank)
-        console.print(table)
+        rows = [
+            [
+                match["role"],
+                match["key"],
+                match["layer"],
+                match["kind"],
+                "" if match["rank"] is None else str(match["rank"]),
+            ]
+            for match in told["model"]["matched"]
+        ]
+        print_table(["Role", "Key", "Layer", "Kind", "Rank"], rows, fold=["Key", "Layer"])
     if unmatched:
-        table = Table("Does not fit", "Why")
-        for skip in unmatched:
-            table.add_row(escape(skip["key"]), escape(skip["why"]))
-        console.print(table)
+        print_table(
+            ["Does not fit", "Why"], [[skip["key"], skip["why"]] for skip in unmatched], fold=["Does not fit", "Why"]
+        )

@@ -77,15 +77,17 @@ def generate(
     log: Annotated[
         Path | None, typer.Option("--log", help="Write shapes, statistics and time of each step there.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
     """Make pictures with the Stable Diffusion family in one command."""
     import ovforge
     from ovforge import Cache
-    from ovforge.cli import print_result, progress_bar
+    from ovforge.cli import check_writable, print_result, progress_bar
+    from ovforge.model import ImagesResult
 
-    if not output.parent.is_dir():
-        raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    check_writable(output, ImagesResult)
+    if preview is not None:
+        check_writable(preview, ImagesResult)
     if image is None and (mask or strength is not None):
         raise InputError("there is no picture to change", where="--mask, --strength", hint="Name it with --image.")
     weights, static = _type(type_)
@@ -127,8 +129,7 @@ def generate(
         pipe = ovforge.load(config, cache=store, progress=show)
         result = pipe(progress=_previewing(show, preview))
     files = result.save(output)
-    if not quiet:
-        print_result(result, files, pipe)
+    print_result(result, files, pipe, quiet=quiet)
 
 
 _NUMBERED = ("controlnet_1", "controlnet_2", "controlnet_3")
@@ -179,14 +180,14 @@ def _clip_skip(layers: int) -> dict[str, Any]:
 
 def _previewing(show: Any, target: Path | None) -> Any:
     """Return a progress callback that also writes a preview after each step."""
+    from ovforge.model import ImagesResult
+
     if target is None:
         return show
 
     def both(moment: Any) -> None:
         show(moment)
         if moment.preview is not None:
-            from ovforge.model import ImagesResult
-
             images = moment.preview()
             ImagesResult(images=images[:1]).save(target)
 
