@@ -60,7 +60,7 @@ def test_diffusers_and_ours_are_measured_and_alike(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     said = Comparison.model_validate_json(report.with_suffix(".json").read_text())
     torch, ours = said.candidates
-    assert ours.ssim and min(ours.ssim) > 0.999 and len(ours.ssim) == 2, "the same picture as diffusers makes"
+    assert min(ours.likeness["ssim"]) > 0.999 and len(ours.likeness["ssim"]) == 2, "the same picture as diffusers makes"
     unet = ROOT / "plugins/lcm/src/ovforge_lcm/model/unet"
     assert ours.sizes["unet"] == sum(file.stat().st_size for file in unet.glob("openvino_model.*"))
     assert torch.sizes["unet"] == sum(file.stat().st_size for file in (TORCH / "unet").iterdir())
@@ -88,11 +88,11 @@ def test_a_drawn_seed_is_everybodys_and_pictures_are_candidates(tmp_path: Path) 
     asked = varied(asked, ["input.steps=2,4"])
     assert [one.label for one in asked] == ["cat", "2", "4"]
     report, pictures = compare([asked[1], asked[1]], rounds=1, runs=1)
-    assert report.candidates[1].ssim == [1.0], "one seed was drawn for both"
+    assert report.candidates[1].likeness["ssim"] == [1.0], "one seed was drawn for both"
     report, pictures = compare(asked, [{"prompt": "a cat", "seed": 5}], rounds=1, runs=1)
-    assert report.candidates[2].ssim == [1.0] and report.candidates[2].psnr == [100.0]
+    assert report.candidates[2].likeness == {"ssim": [1.0], "psnr": [100.0], "gmsd": [1.0]}
     expected = ssim(*(np.asarray(column[0]) for column in pictures[:2]))
-    assert report.candidates[1].ssim == [expected] and expected < 1
+    assert report.candidates[1].likeness["ssim"] == [expected] and expected < 1
     assert report.candidates[0].stages == {}
 
 
@@ -132,7 +132,7 @@ def test_pictures_of_other_sizes_are_refused(tmp_path: Path) -> None:
     for side in (16, 32):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     asked = [parse(str(tmp_path / f"{side}.png"), "", []) for side in (16, 32)]
-    with pytest.raises(InputError, match="32x32 pixels, the first one's 16x16"):
+    with pytest.raises(InputError, match="pictures of 32x32 pixels cannot be compared with pictures of 16x16"):
         compare(asked)
 
 

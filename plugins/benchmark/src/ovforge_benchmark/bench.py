@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from ovforge.errors import InputError
 
 __all__ = ["bench_diff", "benchmark"]
 
@@ -28,6 +26,7 @@ benchmark = typer.Typer(add_completion=False, rich_markup_mode=None)
     help="Measure a model or a whole pipeline, with benchmark_app's flags and more.",
 )
 def _benchmark(context: typer.Context) -> None:
+    from ovforge.cli import print_json
     from ovforge_benchmark.flags import parser
 
     reader = parser()
@@ -36,10 +35,15 @@ def _benchmark(context: typer.Context) -> None:
     if flags["schema"]:
         from ovforge_benchmark.schema import report_schema
 
-        print(json.dumps(report_schema(), indent=2))
+        print_json(report_schema())
         return
     _name_model(flags)
-    tell = _teller(flags)
+    with _teller(flags) as tell:
+        _measure(reader, given, tell)
+
+
+def _measure(reader: Any, given: Any, tell: Any) -> None:
+    flags = vars(given)
     if flags["against"]:
         words = shlex.split(flags["against"])
         start = copy.deepcopy(given)
@@ -74,12 +78,14 @@ def _name_model(flags: dict[str, Any]) -> None:
 
 
 def _check_output(flags: Mapping[str, Any]) -> None:
-    """Refuse folders that are not there, before anything is measured."""
+    """Refuse folders that are not there or cannot be written, before anything is measured."""
+    from ovforge.cli import check_writable
+
     for name in ("output", "dump_config", "exec_graph_path"):
-        if flags[name] and not Path(flags[name]).absolute().parent.is_dir():
-            raise InputError("no such folder", where=str(Path(flags[name]).parent), hint="Make it, or name another.")
-    if flags["report_type"] and not Path(flags["report_folder"]).is_dir():
-        raise InputError("no such folder", where=f"-report_folder {flags['report_folder']}", hint="Make it first.")
+        if flags[name]:
+            check_writable(Path(flags[name]))
+    if flags["report_type"]:
+        check_writable(Path(flags["report_folder"]) / "benchmark_report.csv")
 
 
 def _print_report(flags: Mapping[str, Any], tell: Any) -> None:
@@ -124,27 +130,33 @@ def _write(flags: Mapping[str, Any], as_json: str, text: str) -> None:
 
 
 def _say(flags: Mapping[str, Any], as_json: str, text: str) -> None:
+    from ovforge.cli import print_block, print_json
+
     if flags["json_lines"]:
-        print(json.dumps({"event": "report", "report": json.loads(as_json)}), flush=True)
+        print_json({"event": "report", "report": json.loads(as_json)}, indent=None)
     elif flags["json"]:
-        print(as_json)
+        print_json(json.loads(as_json))
     elif not flags["quiet"]:
-        print(text)
+        print_block(text)
 
 
-def _teller(flags: Mapping[str, Any]) -> Callable[[str, dict[str, Any]], None]:
-    """Return what tells of progress: JSON lines on standard output, or one changing line where a person looks."""
+@contextmanager
+def _teller(flags: Mapping[str, Any]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Yield what tells of progress: JSON lines on standard output, or one changing line that a person looks at."""
+    from ovforge.cli import print_json, status_line
+
     if flags["json_lines"]:
-        return lambda event, facts: print(json.dumps({"event": event, **facts}), flush=True)
-    if flags["quiet"] or flags["json"] or not sys.stderr.isatty():
-        return lambda event, facts: None
-
-    def show(event: str, facts: dict[str, Any]) -> None:
-        said = ", ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}"
-                         for key, value in facts.items())  # fmt: skip
-        print(f"\r\x1b[K{said}", end="" if event != "step" else "\r", file=sys.stderr, flush=True)
-
-    return show
+        yield lambda event, facts: print_json({"event": event, **facts}, indent=None)
+        return
+    if flags["quiet"] or flags["json"]:
+        yield lambda event, facts: None
+        return
+    with status_line() as show:
+        yield lambda event, facts: show(
+            ", ".join(
+                f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+            )
+        )
 
 
 def bench_diff(
@@ -158,16 +170,17 @@ def bench_diff(
     """Compare two reports. Exit codes: 0 nothing is worse than the threshold allows, 3 something is."""
     from dataclasses import asdict
 
+    from ovforge.cli import print_block, print_json, print_warning
     from ovforge_benchmark.diff import changes, read_report
     from ovforge_benchmark.tables import changes_markdown
 
     found, warnings = changes(read_report(old), read_report(new))
     worse = [change for change in found if change.factor > 1 + threshold]
     if as_json:
-        print(json.dumps({"changes": [asdict(one) for one in found], "worse": [one.name for one in worse],
-                          "warnings": warnings, "threshold": threshold}, indent=2))  # fmt: skip
+        print_json({"changes": [asdict(one) for one in found], "worse": [one.name for one in worse],
+                    "warnings": warnings, "threshold": threshold})  # fmt: skip
     else:
-        print(changes_markdown(found, threshold))
+        print_block(changes_markdown(found, threshold))
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print_warning(warning)
     raise typer.Exit(SLOWER if worse else 0)

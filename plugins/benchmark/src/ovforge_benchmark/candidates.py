@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from ovforge.config import PipelineConfig, apply_overrides, read_config
 from ovforge.errors import ConfigError, InputError
-from ovforge.model import PACKAGE
+from ovforge.model import PACKAGE, PICTURE_SUFFIXES
 from ovforge.store import parse_toml
 
 __all__ = ["Asked", "parse", "varied"]
 
 _DIFFUSERS = re.compile(r"diffusers(?:@(?P<dtype>f32|bf16|f16))?:(?P<folder>.+)")
 _CONFIGS = (".toml", ".json")
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ def parse(text: str, task: str, overrides: Sequence[str]) -> Asked:
             where=what,
             hint="Name a config (.toml, .json), a picture, a model, or diffusers:FOLDER.",
         )
-    if path.suffix.lower() in _PICTURES:
+    if path.suffix.lower() in PICTURE_SUFFIXES:
         return Asked(label or path.stem, what, "picture", what)
     if path.is_file() and path.suffix in _CONFIGS:
         PipelineConfig.of(apply_overrides(read_config(path), overrides), where=what)

@@ -41,18 +41,18 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write this .md, .json and, of pictures, .png.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run pipelines side by side: pictures, latency, memory, size, likeness."""
-    from ovforge.cli import progress_bar
+    from ovforge.cli import check_writable, print_block, print_json, progress_bar
     from ovforge.config import apply_overrides
     from ovforge_benchmark import candidates
     from ovforge_benchmark.compare import compare as run
     from ovforge_benchmark.tables import comparison_markdown
 
-    if output is not None and not output.parent.is_dir():
-        raise InputError("no such folder", where=str(output.parent), hint="Make it, or name another --output.")
+    if output is not None:
+        check_writable(output.with_suffix(".md"))
     asked = candidates.varied([candidates.parse(one, task, set_ or []) for one in what], vary or [])
     if len(asked) < 2:
         raise InputError("one candidate is no comparison", hint="Name another, or --vary a key.")
@@ -65,9 +65,9 @@ def compare(
     if output is not None:
         _write(output, text, report, sheet)
     if as_json:
-        print(report.model_dump_json(indent=2))
+        print_json(report.model_dump(mode="json"))
     elif not quiet:
-        print(text)
+        print_block(text)
     if not report.complete:
         raise KeyboardInterrupt
 
@@ -77,7 +77,7 @@ def _sheet(report: Any, pictures: list[list[Any]], rows: list[str]) -> Any:
     import statistics
 
     from ovforge_benchmark.grid import grid
-    from ovforge_benchmark.tables import duration
+    from ovforge_benchmark.tables import duration, likeness_title
 
     if not any(pictures):
         return None
@@ -85,7 +85,7 @@ def _sheet(report: Any, pictures: list[list[Any]], rows: list[str]) -> Any:
     for one in report.candidates:
         total = one.statistics.get("total")
         facts = [duration(total.median)] if total else []
-        facts += [f"SSIM {statistics.fmean(one.ssim):.3f}"] if one.ssim else []
+        facts += [f"{likeness_title(name)} {statistics.fmean(s):.3f}" for name, s in list(one.likeness.items())[:1]]
         captions.append((one.label, ", ".join(facts)))
     return grid(pictures, captions, rows)
 

@@ -9,18 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 import ovforge
 from ovforge.contracts import Progress, ignore_progress
 from ovforge.errors import InputError
-from ovforge.model import open_picture, psnr, ssim
+from ovforge.model import ImagesResult, Result, open_picture
 from ovforge.store import scratch_folder
 from ovforge_benchmark.candidates import Asked
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.noise import disturbances
-from ovforge_benchmark.process import in_process
+from ovforge_benchmark.process import in_process, take_over
 from ovforge_benchmark.schema import Candidate, Comparison
 from ovforge_benchmark.statistics import summary
 
@@ -35,7 +34,7 @@ class _Measured:
 
     asked: Asked
     calls: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
     peaks: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -51,9 +50,9 @@ def compare(
     cache: bool = True,
     progress: Callable[[Progress], None] = ignore_progress,
 ) -> tuple[Comparison, list[list[Image.Image]]]:
-    """Return the report, and for each candidate its picture of each call (none where a task makes no pictures).
+    """Return the report, and for each candidate a picture of each call's result (none if its results show none).
 
-    First every candidate runs once, unmeasured: caches are filled, pictures made, models weighed. Then, `rounds` times,
+    First every candidate runs once, unmeasured: caches are filled, results kept, models weighed. Then, `rounds` times,
     each in turn has a new process that loads, makes every call once to warm up, and `runs` times to be measured.
     An interruption ends the measurement, and the report says that it is not complete.
     """
@@ -84,7 +83,7 @@ def compare(
         candidates=tuple(_candidate(one, measured[0]) for one in measured),
         warnings=tuple(warnings),
     )
-    return report, [one.pictures for one in measured]
+    return report, [_previews(one.results) for one in measured]
 
 
 def _turn(done: int, total: int, who: str) -> Progress:
@@ -100,7 +99,7 @@ def _prepare(
     for number, one in enumerate(order):
         say(number, one.asked.label)
         if one.asked.kind == "picture":
-            one.pictures = [open_picture(Path(one.asked.what), "compare")] * len(calls)
+            one.results = [ImagesResult(images=[open_picture(Path(one.asked.what), "compare")])] * len(calls)
             continue
         if one.asked.kind == "diffusers":
             given = inputs or [{"seed": _DEFAULT_SEED}] * len(calls)
@@ -109,9 +108,10 @@ def _prepare(
             one.calls = calls
         seed = inputs[0].get("seed") if inputs else None
         with scratch_folder() as folder:
-            job = _job(one, cache, warmup=0, runs=1, seed=seed, pictures=str(folder), sizes=True)
+            handed = folder / "results"
+            job = _job(one, cache, warmup=0, runs=1, seed=seed, results=str(handed), sizes=True)
             one.facts = in_process(job, one.asked.label)
-            one.pictures = [open_picture(Path(path), one.asked.label) for path in one.facts["pictures"]]
+            one.results = take_over(handed)
         if one.asked.kind == "pipeline":
             # A seed that was drawn is the same in all that follows.
             one.calls = [
@@ -137,13 +137,13 @@ def _job(
     warmup: int,
     runs: int,
     seed: int | None = None,
-    pictures: str | None = None,
+    results: str | None = None,
     sizes: bool = False,
 ) -> dict[str, Any]:
     asked = one.asked
     return {
         "kind": asked.kind, "config": asked.config, "overrides": asked.overrides, "dtype": asked.dtype,
-        "calls": one.calls, "warmup": warmup, "runs": runs, "seed": seed, "pictures": pictures, "sizes": sizes,
+        "calls": one.calls, "warmup": warmup, "runs": runs, "seed": seed, "results": results, "sizes": sizes,
         "cache": cache,
     }  # fmt: skip
 
@@ -162,20 +162,25 @@ def _packages(measured: Sequence[_Measured]) -> list[str]:
     return ["torch", "diffusers", "transformers"] if any(one.asked.kind == "diffusers" for one in measured) else []
 
 
+def _previews(results: Sequence[Result]) -> list[Image.Image]:
+    """Return each result's picture; none if one of them has none."""
+    pictures = [picture for result in results if (picture := result.preview()) is not None]
+    return pictures if len(pictures) == len(results) else []
+
+
+def _likeness(one: _Measured, first: _Measured) -> dict[str, list[float]]:
+    """Return how close a candidate's results come to the first one's, by every metric that all of them have."""
+    pairs = list(zip(one.results, first.results, strict=False))
+    if one is first or not pairs or any(type(ours) is not type(theirs) for ours, theirs in pairs):
+        return {}
+    shared = [name for name in pairs[0][0].metrics if all(name in result.metrics for pair in pairs for result in pair)]
+    try:
+        return {name: [ours.compare(theirs, name) for ours, theirs in pairs] for name in shared}
+    except InputError as error:
+        raise InputError(error.what, where=one.asked.label, hint=error.hint) from error
+
+
 def _candidate(one: _Measured, first: _Measured) -> Candidate:
-    likeness: dict[str, Any] = {}
-    if one is not first and one.pictures and first.pictures:
-        pairs = list(zip(first.pictures, one.pictures, strict=True))
-        for theirs, ours in pairs:
-            if theirs.size != ours.size:
-                raise InputError(
-                    f"its picture has {ours.size[0]}x{ours.size[1]} pixels, the first one's {theirs.size[0]}x"
-                    f"{theirs.size[1]}",
-                    where=one.asked.label,
-                    hint="Compare pictures of one size.",
-                )
-        pixels = [(np.asarray(theirs.convert("RGB")), np.asarray(ours.convert("RGB"))) for theirs, ours in pairs]
-        likeness = {"ssim": [ssim(*pair) for pair in pixels], "psnr": [psnr(*pair) for pair in pixels]}
     facts = one.facts
     return Candidate(
         label=one.asked.label,
@@ -186,7 +191,8 @@ def _candidate(one: _Measured, first: _Measured) -> Candidate:
         peak_memory=one.peaks,
         stages=one.stages,
         statistics={name: summary(samples) for name, samples in one.stages.items()},
+        likeness=_likeness(one, first),
+        outputs=[result.lines() for result in one.results],
         provenance=facts.get("provenance", {}),
         warnings=tuple(dict.fromkeys([*facts.get("warnings", ()), *one.noise, *_unsteady(one)])),
-        **likeness,
     )

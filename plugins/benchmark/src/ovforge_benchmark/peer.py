@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ovforge.errors import InputError, ModelError, PluginError
-from ovforge.model import Timings
+from ovforge.model import ImagesResult, Timings
 from ovforge_benchmark.machine import peak_memory
 from ovforge_benchmark.noise import Watch
+from ovforge_benchmark.process import hand_over
 
 __all__ = ["measure_diffusers"]
 
@@ -66,6 +67,8 @@ def measure_diffusers(job: Mapping[str, Any]) -> dict[str, Any]:
                 for name in timings.spans:
                     stages.setdefault(name, []).append(timings.total(name))
     peak = peak_memory()
+    if job["results"]:
+        hand_over([ImagesResult(images=[image]) for image in pictures], Path(job["results"]))
     parts = [name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
     return {
         "stages": stages,
@@ -73,7 +76,6 @@ def measure_diffusers(job: Mapping[str, Any]) -> dict[str, Any]:
         "precision": dict.fromkeys(parts, job["dtype"]),
         "provenance": {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}},
         "inputs": job["calls"],
-        "pictures": _save(pictures, job["pictures"]),
         "sizes": {name: _weights(folder / name) for name in parts} if job["sizes"] else {},
         "warnings": [],
         "noise": watch.warnings(),
@@ -125,15 +127,6 @@ class _Clock:
             return value
 
         return timed
-
-
-def _save(pictures: list[Any], folder: str | None) -> list[str]:
-    paths = []
-    for number, image in enumerate(pictures if folder else ()):
-        path = Path(folder or "") / f"{number}.png"
-        image.save(path)
-        paths.append(str(path))
-    return paths
 
 
 def _weights(folder: Path) -> int:

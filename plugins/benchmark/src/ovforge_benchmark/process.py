@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ovforge.errors
-from ovforge.errors import ModelError, OvforgeError
+from ovforge.errors import ModelError, OvforgeError, PluginError
+from ovforge.model import Result
 from ovforge.store import run_python, scratch_folder
 
-__all__ = ["answer", "in_process"]
+__all__ = ["answer", "hand_over", "in_process", "take_over"]
 
 
 def in_process(job: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -52,3 +54,25 @@ def answer(target: Path, value: Mapping[str, Any] | OvforgeError) -> None:
     if isinstance(value, OvforgeError):
         value = {"error": {"kind": type(value).__name__, "what": value.what, "where": value.where, "hint": value.hint}}
     target.write_text(json.dumps(value, default=str))
+
+
+def hand_over(results: Sequence[Result], target: Path) -> None:
+    """Write results for the process that asked for them, which compares them by their own measures.
+
+    Raises PluginError for a result that cannot be pickled.
+    """
+    try:
+        data = pickle.dumps([result.compact() for result in results])
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        kinds = ", ".join(sorted({type(result).__name__ for result in results}))
+        raise PluginError(
+            f"a result cannot be handed to another process: {error}", where=kinds,
+            hint="Its class should be at the top of a module, and hold what pickle can write.",
+        ) from error  # fmt: skip
+    target.write_bytes(data)
+
+
+def take_over(source: Path) -> list[Result]:
+    """Return what `hand_over` wrote. Only for a file in a folder of our own, written by a process that we started."""
+    results: list[Result] = pickle.loads(source.read_bytes())
+    return results

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovforge.store import atomic_write
+from ovforge.store import atomic_write, csv_table
 from ovforge_benchmark.operators import Counter, average_counters, by_type
 from ovforge_benchmark.schema import Benchmark, Operator, Statistics
 from ovforge_benchmark.tables import duration, machine_line, markdown_table, size
@@ -124,15 +122,7 @@ def csv_text(report: Benchmark) -> str:
     head = list(Statistics.model_fields)
     rows = [[name, *(getattr(one, field) for field in head)] for name, one in _all(report)]
     rows += [[f"start {name}", 1, *[value] * 2, 0.0, *[value] * 5] for name, value in report.start.items()]
-    return _csv(["name", *head], rows)
-
-
-def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_table([["name", *head], *rows])
 
 
 def write_counters(flags: Mapping[str, Any], report: Benchmark, each: Sequence[Sequence[Counter]]) -> None:
@@ -155,7 +145,7 @@ def write_counters(flags: Mapping[str, Any], report: Benchmark, each: Sequence[S
         **{f"percentile {name} (s)": value for name, value in report.percentile.items()},
         **{f"ran {name}": value for name, value in report.ran.items()},
     }  # fmt: skip
-    write("benchmark_report", report.model_dump(mode="json"), _csv(["name", "value"], facts.items()))
+    write("benchmark_report", report.model_dump(mode="json"), csv_table([["name", "value"], *facts.items()]))
     if kind not in ("average_counters", "detailed_counters") or not each:
         return
     mean = average_counters(each)
@@ -175,13 +165,13 @@ _COLUMNS = ("layerName", "execStatus", "layerType", "execType", "realTime (ms)",
 
 
 def _counters_csv(runs: Sequence[Sequence[Counter]]) -> str:
-    lines: list[str] = []
+    text = ""
     for layers in runs:
         rows = [(one.name, one.status, one.type, one.kernel, f"{one.real:.3f}", f"{one.cpu:.3f}") for one in layers]
         real, cpu = _totals(layers)
-        lines += [";".join(row) for row in (_COLUMNS, *rows, ("Total", "", "", "", f"{real:.3f}", f"{cpu:.3f}"))]
-        lines.append("")
-    return "\n".join(lines) + "\n"
+        total = ("Total", "", "", "", f"{real:.3f}", f"{cpu:.3f}")
+        text += csv_table([_COLUMNS, *rows, total], delimiter=";") + "\n"
+    return text
 
 
 def _sorted_csv(layers: Sequence[Counter]) -> str:
@@ -191,7 +181,7 @@ def _sorted_csv(layers: Sequence[Counter]) -> str:
         for one in layers
     ]
     rows += [(), (f"Total time: {real:.2f} milliseconds",), (f"Total CPU time: {cpu:.2f} milliseconds",)]
-    return _csv([*_COLUMNS, "proportion (%)"], rows)
+    return csv_table([[*_COLUMNS, "proportion (%)"], *rows])
 
 
 def _ordered(layers: Sequence[Counter], order: str) -> Sequence[Counter]:

@@ -71,8 +71,14 @@ class Candidate(Record):
     peak_memory: list[int] = Field(default_factory=list, description="Peak resident memory of each process.")
     stages: dict[str, list[float]] = Field(default_factory=dict, description="Stage -> its sum in each call.")
     statistics: dict[str, Statistics] = Field(default_factory=dict)
-    ssim: list[float] | None = Field(None, description="Likeness of each picture to the first candidate's.")
-    psnr: list[float] | None = Field(None, description="Decibels, 100 for equal pictures.")
+    likeness: dict[str, list[float]] = Field(
+        default_factory=dict,
+        description="Metric -> how close each call's result comes to the first candidate's; psnr in decibels, 100 for "
+        "equal pictures.",
+    )
+    outputs: list[list[str]] = Field(
+        default_factory=list, description="What the terminal shows of each call's result; empty lists for pictures."
+    )
     provenance: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

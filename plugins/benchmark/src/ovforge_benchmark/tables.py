@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from ovforge.model import MAX_PSNR
+from ovforge.cli import plain
+from ovforge.model import METRICS, OWN_METRIC
 from ovforge_benchmark.diff import Change
 from ovforge_benchmark.schema import Candidate, Comparison, Machine, Versus
 
@@ -13,6 +14,7 @@ __all__ = [
     "changes_markdown",
     "comparison_markdown",
     "duration",
+    "likeness_title",
     "machine_line",
     "markdown_table",
     "size",
@@ -38,7 +40,7 @@ def size(count: float) -> str:
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose first column is text, the others to the right."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    cells = [[plain(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])) + "\n"
 
@@ -65,8 +67,10 @@ def comparison_markdown(report: Comparison, picture: str | None) -> str:
     lines.append(markdown_table(["", *(one.label for one in shown)], _rows(shown)))
     lines.append(
         f"Medians of {report.rounds} processes with {report.runs} runs of each call, warm-up apart, the candidates "
-        "taking turns; in brackets how many times faster than the first. Likeness is to the first one's pictures.\n"
+        "taking turns; in brackets how many times faster than the first. Likeness is to the first one's results.\n"
     )
+    if outputs := list(_outputs(report)):
+        lines.append(markdown_table(["", *(one.label for one in shown)], outputs))
     lines.append(f"{machine_line(report.machine)}.\n")
     said = [*report.warnings, *(f"{one.label}: {text}" for one in shown for text in one.warnings)]
     lines += [f"- warning: {warning}" for warning in said]
@@ -89,9 +93,8 @@ def _rows(shown: Sequence[Candidate]) -> Iterable[list[str]]:
     if any(one.peak_memory for one in shown):
         peaks = (statistics.median(one.peak_memory) if one.peak_memory else None for one in shown)
         yield ["peak memory", *("" if peak is None else size(peak) for peak in peaks)]
-    if any(one.ssim for one in shown):
-        yield ["SSIM", *(f"{statistics.fmean(one.ssim):.4f}" if one.ssim else "" for one in shown)]
-        yield ["PSNR", *(_decibels(one) for one in shown)]
+    for name in dict.fromkeys(name for one in shown for name in one.likeness):
+        yield [likeness_title(name), *(_alike(name, one.likeness.get(name)) for one in shown)]
     if any(one.precision for one in shown):
         yield ["computed in", *(", ".join(sorted(set(one.precision.values()))) for one in shown)]
 
@@ -109,10 +112,30 @@ def _latency(one: Candidate, name: str, shown: Sequence[Candidate]) -> str:
     return f"{duration(mine.median)}{f' ({ratio:.2f}x)' if ratio and name in ('total', 'denoise') else ''}"
 
 
-def _decibels(one: Candidate) -> str:
-    if not one.psnr:
+def likeness_title(metric: str) -> str:
+    """Return what a row of a metric is called."""
+    return "likeness" if metric == OWN_METRIC else metric.upper()
+
+
+def _alike(metric: str, scores: Sequence[float] | None) -> str:
+    """Return the mean; of decibels, which are unbounded, the worst."""
+    if not scores:
         return ""
-    return "equal" if min(one.psnr) >= MAX_PSNR else f"{min(one.psnr):.1f} dB"
+    if metric in METRICS and METRICS[metric].unit:
+        return "equal" if min(scores) >= METRICS[metric].perfect else f"{min(scores):.1f} {METRICS[metric].unit}"
+    return f"{statistics.fmean(scores):.4f}"
+
+
+_SHOWN = 160
+"""Letters of a result that a cell shows."""
+
+
+def _outputs(report: Comparison) -> Iterable[list[str]]:
+    """Yield what each call gave, a row a call; pictures have no lines, and stand in the grid."""
+    for number in range(max(len(one.outputs) for one in report.candidates)):
+        texts = ["; ".join(one.outputs[number]) if number < len(one.outputs) else "" for one in report.candidates]
+        if any(texts):
+            yield [f"call {number + 1}", *(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..." for text in texts)]
 
 
 def versus_markdown(report: Versus) -> str:

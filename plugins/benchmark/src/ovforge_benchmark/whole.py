@@ -12,7 +12,7 @@ from typing import Any
 import ovforge
 from ovforge.config import apply_overrides
 from ovforge.errors import InputError
-from ovforge.model import Timings
+from ovforge.model import PICTURE_SUFFIXES, Timings
 from ovforge_benchmark.flags import MODELS_ONLY, refuse
 from ovforge_benchmark.machine import machine, peak_memory
 from ovforge_benchmark.noise import Watch, disturbances
@@ -22,8 +22,7 @@ from ovforge_benchmark.statistics import histogram, summary, timeline
 
 __all__ = ["is_pipeline", "load", "run_pipeline"]
 
-_CONFIGS = (".toml", ".json", ".png")
-_START = ("load", "compile")
+_CONFIGS = (".toml", ".json", *PICTURE_SUFFIXES)
 _RUNS = 10
 
 
@@ -92,10 +91,7 @@ def run_pipeline(flags: Mapping[str, Any], tell: Callable[[str, dict[str, Any]],
                 now = time.perf_counter()
                 totals.append(now - single)
                 times.append(now - began)
-                for name, spans in result.timings.spans.items():
-                    if name.partition(".")[0] not in _START:
-                        for span in spans:
-                            all_timings.add(name, span)
+                all_timings = all_timings.merged(result.timings)
                 tell("running", {"iterations": len(totals), "seconds": now - began, "of": seconds,
                                  "throughput": len(totals) / (now - began)})  # fmt: skip
         except KeyboardInterrupt:

@@ -12,11 +12,11 @@ from typing import Any
 
 import ovforge
 from ovforge.errors import OvforgeError
-from ovforge.model import ImagesResult, Result
+from ovforge.model import Result
 from ovforge.store import scratch_folder
 from ovforge_benchmark.machine import peak_memory
 from ovforge_benchmark.noise import Watch
-from ovforge_benchmark.process import answer
+from ovforge_benchmark.process import answer, hand_over
 
 __all__ = ["main", "measure_pipeline"]
 
@@ -25,7 +25,7 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
     """Load the pipeline, warm up, run every call `runs` times; times are seconds, one a call.
 
     The job: `config` (a path or a dict), `overrides`, `calls` (inputs of each), `warmup`, `runs`, `seed` (of calls that
-    have none), `pictures` (a folder to write them to, or None), `sizes` (whether to weigh the models), `cache`.
+    have none), `results` (a file to hand them over in, or None), `sizes` (whether to weigh the models), `cache`.
     """
     cache = "default" if job["cache"] else None
     config = Path(job["config"]) if isinstance(job["config"], str) else job["config"]
@@ -49,17 +49,17 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
                 results.append(result)
                 stages.setdefault("total", []).append(seconds)
                 for name in result.timings.spans:
-                    if name.partition(".")[0] not in ("load", "compile"):
-                        stages.setdefault(name, []).append(result.timings.total(name))
+                    stages.setdefault(name, []).append(result.timings.total(name))
     peak = peak_memory()
     said = [warning for result in results for warning in result.warnings]
+    if job["results"]:
+        hand_over(results, Path(job["results"]))
     return {
         "stages": stages,
         "peak_memory": peak,
         "precision": results[0].provenance.get("precision", {}) if results else {},
         "provenance": pipe.provenance(),
         "inputs": [result.provenance.get("inputs", {}) for result in results],
-        "pictures": _save(results, job["pictures"]),
         "sizes": _sizes(pipe) if job["sizes"] else {},
         "warnings": list(dict.fromkeys(said)),
         "noise": watch.warnings(),
@@ -78,19 +78,6 @@ def _with_seed(pipe: ovforge.Pipeline, call: Mapping[str, Any], seed: int | None
     if seed is None or "seed" not in known or "seed" in call or "seed" in pipe.config.input:
         return dict(call)
     return {**call, "seed": seed}
-
-
-def _save(results: list[Result], folder: str | None) -> list[str]:
-    """Write the first picture of each result; return their paths, or nothing where the task makes none."""
-    if folder is None or not all(isinstance(result, ImagesResult) and result.images for result in results):
-        return []
-    paths = []
-    for number, result in enumerate(results):
-        assert isinstance(result, ImagesResult)
-        path = Path(folder) / f"{number}.png"
-        result.images[0].save(path)
-        paths.append(str(path))
-    return paths
 
 
 def _sizes(pipe: ovforge.Pipeline) -> dict[str, int]:
