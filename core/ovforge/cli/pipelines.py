@@ -19,19 +19,13 @@ if TYPE_CHECKING:
     from ovforge.run.pipeline import Pipeline
     from ovforge.store.cache import Cache
 
-__all__ = ["NoCache", "print_result", "progress_bar", "register"]
+__all__ = ["NoCache", "convert", "plan", "print_result", "progress_bar", "run", "schema"]
 
 Config = Annotated[Path, typer.Argument(help="A .toml or .json config, or a PNG that ovforge made.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: scheduler.use=lcm")
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing on disk, and use nothing that is there.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the program."""
-    for command in (run, plan, convert, schema):
-        app.command()(command)
 
 
 def run(
