@@ -88,7 +88,7 @@ def test_options_of_run(tmp_path: Path) -> None:
         (["plan", EXAMPLE, "-s", "transform.0.use=loar"], "Did you mean 'lora'?"),
         (["plugins", "show", "schedulrs"], "Did you mean 'schedulers'?"),
         (["plugins", "disable", "builtin"], "cannot be switched off"),
-        (["plugins", "new", "Bad_Name"], "is no plugin name"),
+        (["plugins", "new", "Bad_Name"], "is not a valid plugin name"),
         (["cache", "prune", "--size", "big"], "'big' is no size"),
         (["convert", "nowhere", "-o", "x"], "nowhere: no such file or folder"),
     ],
@@ -189,6 +189,9 @@ def test_a_new_plugin_passes_its_tests_and_works_as_a_wheel_in_a_fresh_environme
         capture_output=True, text=True, check=True, env=clean,
     )  # fmt: skip
     assert where.stdout.count(str(environment)) == 2
+    another = [environment / "bin" / "ovforge", "plugins", "new", "from-wheel", "--kind", "task", "--folder", tmp_path]
+    subprocess.run(another, check=True, capture_output=True, env=clean)
+    assert (tmp_path / "ovforge-from-wheel/src/ovforge_from_wheel/task.py").is_file(), "the wheel brings the templates"
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", project],
         capture_output=True,

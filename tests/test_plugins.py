@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from ovforge.errors import ConfigError, PluginError
+import ovforge
+from ovforge import testing
+from ovforge.cli import app
+from ovforge.config.schema import config_schema
+from ovforge.errors import ConfigError, ModelError, PluginError
+from ovforge.model import FileSource
 from ovforge.plugins.catalogue import Registry, set_enabled
 from ovforge.plugins.manager import Plugins
+from ovforge.run.resolution import find_loader
+from ovforge.run.session import Session
 
 GOOD = """
 from ovforge import hookimpl
@@ -37,7 +49,7 @@ UNFIT = {
         "from ovforge import hookimpl\n@hookimpl\ndef ovforge_tasks():\n    yield 1 / 0\n",
         "ZeroDivisionError",
     ),
-    "misnamed": (GOOD.format(name="Bad Name"), "is no extension name"),
+    "misnamed": (GOOD.format(name="Bad Name"), "is not a valid extension name"),
 }
 
 
@@ -135,7 +147,7 @@ def test_switching_off_and_on(install, tmp_path: Path) -> None:
         ("x = 1", "unknown key 'x'"),
         ("[plugin.a]\nsumary = 'x'", "Did you mean 'summary'"),
         ("[plugin.a]\nsummary = 'x'", "needs `entry_point`"),
-        ("[plugin.a]\nentry_point = 3", "`entry_point` must be a str"),
+        ("[plugin.a]\nentry_point = 3", "`entry_point` must be text"),
         ("[plugin.a]\nentry_point='x'\nprovides.tusk={a='b'}", "unknown kind 'tusk'"),
         ("[plugin", "not valid TOML"),
     ],
@@ -146,6 +158,159 @@ def test_a_wrong_catalogue_is_an_error_that_names_the_file(tmp_path: Path, conte
     with pytest.raises(ConfigError, match=message) as raised:
         Registry.load(path)
     assert str(path) in str(raised.value)
+
+
+ODD_FILES = {
+    "damaged": b"[plugin",
+    "latin-1": "[plugin.caf\u00e9]\nenabled = false".encode("latin-1"),
+    "utf-16": "x = 1".encode("utf-16"),
+    "binary": bytes(range(256)),
+    "wrong-type": b"plugin = 3",
+    "list": b"plugin = [1, 2]",
+    "table": b"[plugin]\na = 3",
+    "deep": b"x = " + b"[" * 100_000,
+    "digits": b"x = " + b"1" * 5_000,
+    "escape": b"[plugin.a]\nentry_point = 'x'\nsummary = \"\\u001b[2J\"",
+    "name": b"[plugin.a]\nentry_point = 'x'\nprovides.command = { 'Not A Name' = 'x' }",
+}
+
+
+@pytest.mark.parametrize("name", [*ODD_FILES, "folder", "unreadable"])
+def test_a_broken_catalogue_stops_neither_doctor_nor_help(tmp_path: Path, monkeypatch, name: str) -> None:
+    path = tmp_path / "mine.toml"
+    if name == "folder":
+        path.mkdir()
+    elif name == "unreadable":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(ODD_FILES[name])
+    monkeypatch.setenv("OVFORGE_REGISTRY", str(path))
+    with pytest.raises(ConfigError) as raised:
+        Registry.load()
+    assert str(path) in str(raised.value)
+    doctor = CliRunner().invoke(app, ["plugins", "doctor"])
+    assert doctor.exit_code == 1, doctor.output
+    assert "ok      schedulers" in doctor.stdout
+    assert str(path) in doctor.stdout.partition("your own catalogue: BROKEN")[2]
+    listed = CliRunner().invoke(app, ["--help"])
+    assert listed.exit_code == 0
+    assert "detect" in listed.stdout
+    before = None if name in ("folder", "unreadable") else path.read_bytes()
+    with pytest.raises(ConfigError):
+        set_enabled("schedulers", False)
+    assert before is None or path.read_bytes() == before
+    # A command of a plugin that the file may switch off does not run; ours do.
+    assert isinstance(CliRunner().invoke(app, ["encrypt", "--help"]).exception, ConfigError)
+
+
+NAMES = st.from_regex(r"[a-z0-9]+(-[a-z0-9]+)?", fullmatch=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(NAMES, st.booleans(), max_size=4), NAMES, st.booleans(), st.integers(0, 3), st.booleans())
+def test_switching_keeps_every_other_byte_of_the_file(
+    plugins, name: str, enabled: bool, style: int, crlf: bool
+) -> None:
+    lines = ["# mine, and not to be lost", ""]
+    for plugin, on in plugins.items():
+        value = str(on).lower()
+        lines += (
+            [f"[plugin.{plugin}]  # why", f"enabled   =   {value} # since spring", ""],
+            [f'plugin."{plugin}".enabled = {value} # dotted'],
+            [f'[plugin."{plugin}"]', 'entry_point = "x"', f"enabled={value}", "provides.command = { }"],
+            [f'[plugin."{plugin}"]', "# only a comment", f"enabled = {value}"],
+        )[style]
+    text = ("\r\n" if crlf else "\n").join(lines)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "registry.toml"
+        path.write_bytes(text.encode())
+        before = tomllib.loads(text).get("plugin", {})
+        set_enabled(name, enabled, path)
+        after = path.read_bytes().decode()
+        expected = {**before, name: {**before.get(name, {}), "enabled": enabled}}
+        assert tomllib.loads(after)["plugin"] == expected
+        if name not in plugins:
+            assert after.startswith(text)
+        for line in lines:
+            if "#" in line:
+                assert line[line.index("#") :] in after
+        set_enabled(name, enabled, path)
+        assert path.read_bytes().decode() == after, "a second time changes nothing"
+
+
+def test_comments_of_the_users_file_survive_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real.toml").write_text("# kept\n[plugin.one]\nentry_point = 'x'  # too\n")
+    (tmp_path / "link.toml").symlink_to("real.toml")
+    set_enabled("one", False, tmp_path / "link.toml")
+    assert (tmp_path / "link.toml").is_symlink()
+    assert (tmp_path / "real.toml").read_text() == "# kept\n[plugin.one]\nentry_point = 'x'  # too\nenabled = false\n"
+
+
+NEEDY = """
+from ovforge import hookimpl
+from ovforge.contracts import LoaderExtension, Match
+from pydantic import BaseModel, ConfigDict
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    token: str
+
+class Loader:
+    def __init__(self, options):
+        self.token = options.token
+    def can_load(self, source):
+        raise AssertionError("it must not be asked")
+    def load(self, source):
+        raise AssertionError
+
+@hookimpl
+def ovforge_loaders():
+    yield LoaderExtension(name="{name}", summary="Needs a token", config={config}, factory={factory})
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "factory", "reason"),
+    [
+        ("Options", "Loader", "needy has options without a default: load.use names it"),
+        ("'nowhere:Options'", "Loader", "nowhere:Options: it cannot be imported: No module named 'nowhere'"),
+        ("None", "'json:NoSuchLoader'", "NoSuchLoader"),
+        ("None", "'not an import string'", "is not a valid import string"),
+    ],
+)
+def test_a_loader_that_cannot_look_does_not_stop_the_search(
+    install, tmp_path: Path, config: str, factory: str, reason: str
+) -> None:
+    plugins = install(needy=NEEDY.format(name="needy", config=config, factory=factory))
+    testing.small_bundle().save(tmp_path / "model")
+    session = Session(plugins)
+    assert find_loader(FileSource(tmp_path / "model"), None, session).extension.name == "openvino"
+    assert find_loader(FileSource(tmp_path / "model"), "needy", session).extension.name == "needy"
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(ModelError, match="no loader knows") as raised:
+        find_loader(FileSource(tmp_path / "x.txt"), None, session)
+    assert reason in str(raised.value)
+
+
+KEYED = NEEDY.replace("LoaderExtension", "SourceExtension").replace("ovforge_loaders", "ovforge_sources")
+
+
+def test_a_source_that_needs_a_key_does_not_stop_others(install, tmp_path: Path) -> None:
+    plugins = install(keyed=KEYED.format(name="keyed", config="Options", factory="Loader"))
+    testing.small_bundle().save(tmp_path / "model")
+    assert ovforge.open_model(tmp_path / "model", cache=None, plugins=plugins).models
+    assert ovforge.describe_protection(str(tmp_path / "model"), tmp_path, plugins) == ()
+    with pytest.raises(ConfigError, match="unknown key `tokn`. Did you mean 'token'"):
+        ovforge.open_model(tmp_path / "model", key={"tokn": "x"}, cache=None, plugins=plugins)
+
+
+def test_the_schema_leaves_out_what_is_broken_and_says_so(install) -> None:
+    plugins = install(needy=NEEDY.format(name="needy", config="'nowhere:Options'", factory="Loader"))
+    with pytest.warns(UserWarning, match="the loader 'needy' of the plugin 'needy' is left out"):
+        schema = config_schema(plugins)
+    names = schema["properties"]["load"]["anyOf"][1]["properties"]["use"]["enum"]
+    assert "openvino" in names
+    assert "needy" not in names
 
 
 def test_the_catalogue_says_what_the_plugins_really_offer() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = ("", ".errors", ".contracts", ".model", ".store", ".config", ".cli", ".testing")
-PACKAGES = ("", ".cli", ".contracts", ".model", ".store", ".config", ".plugins")
+PACKAGES = ("", ".cli", ".contracts", ".model", ".store", ".config", ".plugins", ".testing")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -51,3 +51,8 @@ def test_plugins_import_public_modules_only(folder: str) -> None:
         for name in _imports(file) - public
     }
     assert not private
+
+
+def test_the_reference_shows_all_that_is_public() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8").splitlines()
+    assert {f"::: ovforge{name}" for name in PUBLIC} <= set(page)

@@ -15,6 +15,7 @@ __all__ = [
     "OvforgeError",
     "PluginError",
     "QualityError",
+    "UnknownNameError",
     "did_you_mean",
 ]
 
@@ -49,6 +50,10 @@ class ConfigError(OvforgeError):
 
 class PluginError(OvforgeError):
     """A plugin is unknown, not installed, switched off or broken."""
+
+
+class UnknownNameError(PluginError):
+    """No plugin, installed or in the catalogue, offers an extension of this name."""
 
 
 class ModelError(OvforgeError):

@@ -12,7 +12,7 @@ from ovforge.cli.output import print_line, print_table
 
 __all__ = ["app"]
 
-app = typer.Typer(help="What is kept so that nothing is done twice.", no_args_is_help=True)
+app = typer.Typer(help="What is kept so that nothing is done twice.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command(name="list")
@@ -55,7 +55,7 @@ def prune(
 def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Remove damaged entries; they are made again.")] = False,
 ) -> None:
-    """Read everything again and name what is damaged. Exit code 1 where something is."""
+    """Read everything again and name what is damaged. Exit code 1 if something is."""
     from ovforge.store.cache import Cache
 
     cache = Cache.default()
@@ -69,7 +69,7 @@ def verify(
 @app.command()
 def explain(
     config: Annotated[Path, typer.Argument(help="A config, as for `ovforge plan`.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key.")] = None,
 ) -> None:
     """Say for each stage of a pipeline whether it is stored, and if not, what differs."""
     import ovforge

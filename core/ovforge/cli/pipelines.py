@@ -27,19 +27,13 @@ if TYPE_CHECKING:
     from ovforge.contracts.extensions import TaskExtension
     from ovforge.store.cache import Cache
 
-__all__ = ["NoCache", "register"]
+__all__ = ["NoCache", "convert", "plan", "run", "schema"]
 
 Config = Annotated[Path, typer.Argument(help="A .toml or .json config, or a picture that ovforge made.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: scheduler.use=lcm")
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing on disk, and use nothing that is there.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the program."""
-    for command in (run, plan, convert, schema):
-        app.command()(command)
 
 
 def run(

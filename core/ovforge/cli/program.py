@@ -1,31 +1,60 @@
-"""The program `ovforge`. Only what a command needs is imported when it runs: `ovforge --help` imports no openvino."""
+"""The program `ovforge`: it finds the commands that plugins offer, ours among them, and runs the one that is named.
+
+Only what a command needs is imported when it runs: `ovforge --help` imports no openvino.
+"""
 
 from __future__ import annotations
 
 import io
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ovforge._version import __version__
 from ovforge.cli.output import plain, prepare_streams, print_block, print_error, print_line, print_note, print_warning
-from ovforge.errors import OvforgeError, PluginError
+from ovforge.errors import ConfigError, OvforgeError, UnknownNameError, did_you_mean
+from ovforge.run.calls import blaming
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    from ovforge.plugins.manager import Offer, Plugins
+
+__all__ = ["app", "main", "make_command"]
+
+_OURS = "ovforge.cli."
+_COMPLETION = ("install_completion", "show_completion")
+_debug = False
+"""Whether the traceback of an error that is explained is printed, too."""
 
 
-_RUNS = "ovforge.runs"
-"""Set while a command is looked up to be run, not to be listed."""
-
-
-class _Group(TyperGroup):
-    """The built-in commands, then those of plugins: listed from the catalogue, imported when called."""
+class _Program(TyperGroup):
+    """Commands are listed by their summaries, and imported when they are called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *(name for name in _offered() if name not in self.commands)]
+        plugins, broken = _plugins(ctx)
+        if broken is not None:
+            print_warning(str(broken))
+        return list(plugins.summaries("command"))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command to be listed; `resolve_command` returns the one to be run."""
+        summary = _plugins(ctx)[0].summaries("command").get(cmd_name)
+        summary = None if summary is None else plain(summary)
+        return None if summary is None else TyperCommand(cmd_name, short_help=summary, help=summary)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        plugins, broken = _plugins(ctx)
+        try:
+            offer = plugins.find("command", args[0])
+        except UnknownNameError:
+            near = did_you_mean(args[0], plugins.summaries("command"))
+            ctx.fail(f"No such command {args[0]!r}.{near}")
+        if broken is not None and offer.plugin != "builtin":
+            raise broken  # it may say that this plugin is switched off
+        ctx.meta[_OURS] = offer
+        return args[0], make_command(offer), args[1:]
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,80 +62,98 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             print_note("interrupted")
             raise typer.Exit(130) from None
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        ctx.meta[_RUNS] = True
-        return super().resolve_command(ctx, args)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if (command := super().get_command(ctx, cmd_name)) is not None:
-            return command
-        summary = _offered().get(cmd_name)
-        if summary is not None and not ctx.meta.get(_RUNS):
-            listed = typer.Typer(add_completion=False, rich_markup_mode=None)
-            listed.command(cmd_name, help=summary)(lambda: None)
-            return typer.main.get_command(listed)
-        return _plugin_command(cmd_name)
+        except Exception as error:
+            offer = ctx.meta.get(_OURS)
+            if offer is None or offer.plugin == "builtin" or _is_for_users(error):
+                raise
+            with blaming(offer):
+                raise
 
 
-def _offered() -> dict[str, str]:
-    """Return command -> summary of the plugins in the catalogue that are installed."""
-    from importlib.metadata import entry_points
+def _is_for_users(error: Exception) -> bool:
+    """Say whether an error of a command is one that the program explains, or a way to end it."""
+    ends = hasattr(error, "exit_code")  # typer.Exit, and errors of usage
+    return ends or isinstance(error, OvforgeError | OSError | EOFError | typer.Abort)
 
-    from ovforge.contracts.hookspecs import ENTRY_POINT_GROUP
+
+def _plugins(ctx: Any) -> tuple[Plugins, ConfigError | None]:
+    """Return the plugins, and what is wrong with the user's catalogue; it is then left out."""
     from ovforge.plugins.catalogue import Registry
-
-    registry = Registry.load()
-    here = {entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    return {
-        name: plain(summary)
-        for record in registry.records.values()
-        if record.name in here and record.name not in registry.disabled
-        for name, summary in record.provides.get("command", {}).items()
-    }
-
-
-def _plugin_command(name: str) -> Any:
-    """Return a command that a plugin offers, or None for typer to say that there is none."""
-    from ovforge.contracts.extensions import resolve
     from ovforge.plugins.manager import Plugins
 
-    try:
-        offer = Plugins().find("command", name)
-    except PluginError as error:
-        if "unknown" in error.what:
-            return None
-        raise
-    target = resolve(offer.extension.factory)
-    if not isinstance(target, typer.Typer):
-        application = typer.Typer(add_completion=False, rich_markup_mode=None)
-        application.command(name, help=offer.extension.summary)(target)
-        target = application
-    command = typer.main.get_command(target)
+    key = f"{_OURS}plugins"
+    if key not in ctx.meta:
+        try:
+            ctx.meta[key] = Plugins(), None
+        except ConfigError as error:
+            ctx.meta[key] = Plugins(Registry.packaged()), error
+    found: tuple[Plugins, ConfigError | None] = ctx.meta[key]
+    return found
+
+
+def make_command(offer: Offer) -> Any:
+    """Return what typer runs for a command: of a function, with its own docstring as help, or of a typer.Typer.
+
+    Raises PluginError if the plugin's factory is neither, or if typer cannot make options of its parameters.
+    """
+    from ovforge.contracts.extensions import resolve
+
+    name, target = offer.extension.name, resolve(offer.extension.factory)
+    with blaming(offer):  # typer checks the parameters of whatever it gets
+        if not isinstance(target, typer.Typer):
+            application = typer.Typer(add_completion=False, rich_markup_mode=None)
+            application.command(name, help=target.__doc__ or offer.extension.summary)(target)
+            target = application
+        command = typer.main.get_command(target)
     command.name, command.help = name, command.help and plain(command.help, lines=True)
+    # Completion is installed for the whole program.
+    command.params = [option for option in command.params if option.name not in _COMPLETION]
     return command
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=_Program,
     help="Take generative and vision models to Intel hardware with OpenVINO.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         print_line(f"ovforge {__version__}")
         raise typer.Exit
 
 
+def _set_debug(value: bool) -> None:
+    global _debug
+    _debug = value
+
+
+def _set_verbose(value: bool) -> None:
+    if value:
+        import logging
+
+        logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("ovforge").setLevel(logging.INFO)
+
+
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-) -> None:
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+    verbose: bool = typer.Option(
+        False, "--verbose", "-v", callback=_set_verbose, is_eager=True,
+        help="Say which plugins are imported, what is found in the cache, and what is made.",
+    ),
+    debug: bool = typer.Option(
+        False, "--debug", callback=_set_debug, is_eager=True,
+        help="Print the traceback of an error, too: ovforge --debug run pipeline.toml",
+    ),
+) -> None:  # fmt: skip
     """Take generative and vision models to Intel hardware with OpenVINO."""
 
 
@@ -117,12 +164,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except OvforgeError as error:
-        print_error(error)
+        _explain(error, error)
         sys.exit(1)
     except OSError as error:
         from ovforge.cli.system import system_error
 
-        print_error(system_error(error))
+        _explain(system_error(error), error)
         sys.exit(1)
     except KeyboardInterrupt:
         print_note("interrupted")
@@ -141,14 +188,14 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _explain(explained: OvforgeError, error: BaseException) -> None:
+    """Print an error in words; with --debug, after the traceback that led to it."""
+    if _debug:
+        import traceback
+
+        print_block("".join(traceback.format_exception(error)).rstrip(), error=True)
+    print_error(explained)
+
+
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     print_warning(str(message))
-
-
-from ovforge.cli import cache, clean, inspect, pipelines, plugins  # noqa: E402
-
-pipelines.register(app)
-inspect.register(app)
-app.command()(clean.clean)
-app.add_typer(plugins.app, name="plugins")
-app.add_typer(cache.app, name="cache")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ovforge.config.pipeline import PipelineConfig
+from ovforge.contracts.extensions import TaskExtension
 
 if TYPE_CHECKING:
     from ovforge.plugins.manager import Offer, Plugins
@@ -25,7 +27,7 @@ def config_schema(plugins: Plugins) -> dict[str, Any]:
     schema = PipelineConfig.model_json_schema()
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
     for kind, key in _KEY_OF_KIND.items():
-        choice = _choice(plugins.all(kind), definitions)
+        choice = _choice(_describable(plugins, kind), definitions)
         old = schema["properties"][key]
         described = {name: old[name] for name in ("description", "default") if name in old}
         is_list = kind in ("transform", "quantizer")
@@ -35,16 +37,35 @@ def config_schema(plugins: Plugins) -> dict[str, Any]:
             {"type": "string"},
             {
                 **definitions.pop("Load"),
-                "properties": _loading(plugins.all("loader"), plugins.all("source"), definitions),
+                "properties": _loading(_describable(plugins, "loader"), _describable(plugins, "source"), definitions),
             },
         ]
     }
     schema["properties"]["input"]["anyOf"] = [
-        _inline(offer.extension.inputs_model().model_json_schema(), definitions, required=False)  # type: ignore[attr-defined]
-        for offer in plugins.all("task")
+        _inline(offer.extension.inputs_model().model_json_schema(), definitions, required=False)
+        for offer in _describable(plugins, "task")
+        if isinstance(offer.extension, TaskExtension)
     ]
     definitions.pop("Use", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ovforge pipeline"}
+
+
+def _describable(plugins: Plugins, kind: str) -> list[Offer]:
+    """Return the offers of a kind that have a schema; a warning names each of the others, which are broken."""
+    sound = []
+    for offer in plugins.all(kind):
+        extension = offer.extension
+        models = [extension.options_model] + ([extension.inputs_model] if isinstance(extension, TaskExtension) else [])
+        try:
+            for model in filter(None, (get() for get in models)):
+                model.model_json_schema()
+        except Exception as error:  # a plugin's model may hold anything
+            warnings.warn(
+                f"the {kind} {extension.name!r} of the plugin {offer.plugin!r} is left out: {error}", stacklevel=2
+            )
+        else:
+            sound.append(offer)
+    return sound
 
 
 def _choice(offers: list[Offer], definitions: dict[str, Any]) -> dict[str, Any]:

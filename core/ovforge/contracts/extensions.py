@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -35,6 +35,7 @@ __all__ = [
     "SchedulerExtension",
     "SourceExtension",
     "TaskExtension",
+    "is_extension_name",
     "resolve",
 ]
 
@@ -44,15 +45,30 @@ Need = Literal["nothing", "inputs", "score"]
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
+def is_extension_name(text: str) -> bool:
+    """Say whether `text` is lower-case words and digits joined by hyphens."""
+    return _NAME.fullmatch(text) is not None
+
+
 def resolve(reference: Any) -> Any:
-    """Return what an import string "package.module:Name" names; anything else is returned as it is."""
+    """Return what an import string "package.module:Name" names; anything else is returned as it is.
+
+    Raises PluginError if there is no such module or name, or if the module fails while it is imported.
+    """
     if not isinstance(reference, str):
         return reference
-    module, _, name = reference.partition(":")
+    module, colon, name = reference.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise PluginError(f"{reference!r} is not a valid import string", hint='Write "package.module:Name".')
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise PluginError(f"cannot import: {error}", where=reference) from error
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
+        kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        raise PluginError(
+            f"it cannot be imported: {kind}{error}",
+            where=reference,
+            hint="See `ovforge plugins doctor`; `ovforge --debug` shows the traceback.",
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +76,7 @@ class Extension:
     """What all descriptions have.
 
     `name` is what a config says after `use =`: lower case, digits, hyphens. `config` is a pydantic model with
-    extra="forbid" whose fields are the options; None where there are no options.
+    extra="forbid" whose fields are the options; None if there are no options.
     """
 
     kind: ClassVar[str]
@@ -71,10 +87,12 @@ class Extension:
     config: str | type[BaseModel] | None = None
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise PluginError(f"{self.name!r} is no extension name", hint="Use lower-case words joined by hyphens.")
-        if not self.summary.strip() or "\n" in self.summary:
-            raise PluginError("the summary must be one line", where=self.name)
+        if not is_extension_name(self.name):
+            raise PluginError(
+                f"{self.name!r} is not a valid extension name", hint="Use lower-case words joined by hyphens."
+            )
+        if not self.summary.strip() or not self.summary.isprintable():
+            raise PluginError("the summary must be one line of printable text", where=self.name)
 
     def options_model(self) -> type[BaseModel] | None:
         """Return the pydantic model of the options, imported if need be."""
@@ -85,11 +103,44 @@ class Extension:
         """Call the factory."""
         return resolve(self.factory)(*arguments)
 
+    def problems(self) -> Iterator[PluginError]:
+        """Import all that the description names; yield an error for each name that is missing or of a wrong kind.
+
+        `where` of an error is the field. Costs the import of whatever the factories' modules import.
+        """
+        for field, reference in self._references():
+            try:
+                value = resolve(reference)
+            except PluginError as error:
+                found = PluginError(f"{error.where}: {error.what}" if error.where else error.what, where=field)
+                found.__cause__ = error.__cause__
+                yield found
+                continue
+            if value is None:
+                continue
+            if field in ("factory", "adapter", "embedders"):
+                if not callable(value):
+                    yield PluginError("it cannot be called", where=field)
+            elif not _is_options_model(value):
+                yield PluginError("it is not a class derived from pydantic.BaseModel", where=field)
+
+    def _references(self) -> Iterator[tuple[str, Any]]:
+        """Yield each field that may be an import string, with what it holds."""
+        yield "factory", self.factory
+        yield "config", self.config
+
+
+def _is_options_model(value: Any) -> bool:
+    from pydantic import BaseModel
+
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderExtension(Extension):
     """Opens a kind of source. `factory(options) -> Loader`.
 
+    If some of its options have no default, it takes part in no search by content: it opens what `load.use` gives it.
     `converts` says that loading is a conversion, whose result goes into the cache. `in_memory` promises that a
     conversion leaves no part of the source in a file, so that encrypted sources may be converted. `beside` holds glob
     patterns of files that a single file's loader reads from the file's folder, too, such as "tokenizer*/*".
@@ -105,7 +156,8 @@ class LoaderExtension(Extension):
 class SourceExtension(Extension):
     """Opens sources that are not plain, encrypted ones above all. `factory(options) -> sources.Opener`.
 
-    Options are what a config says as `load.key`; all must have defaults.
+    Options are what a config says as `load.key`. All should have defaults: an opener without them looks only at sources
+    that come with a key.
     """
 
     kind: ClassVar[str] = "source"
@@ -115,7 +167,7 @@ class SourceExtension(Extension):
 class GraphTransformExtension(Extension):
     """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options.
 
-    `adapter` is for what is switched while a pipeline runs: `adapter(options, bundle) -> stages.Adapter`, or None where
+    `adapter` is for what is switched while a pipeline runs: `adapter(options, bundle) -> stages.Adapter`, or None if
     these options leave nothing to switch. It is called when all transforms are done, and for adapters that are loaded
     later; `bundle.adapters` tells the places that transforms made.
     `recompute` says that it is quicker to make the change again than to store whole models: the cache then keeps the
@@ -129,6 +181,11 @@ class GraphTransformExtension(Extension):
     recompute: bool = False
     adapter: str | Callable[..., Any] | None = None
     embedders: str | Callable[..., Any] | None = None
+
+    def _references(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._references()
+        yield "adapter", self.adapter
+        yield "embedders", self.embedders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +220,11 @@ class DriverExtension(Extension):
         model: type[BaseModel] = resolve(self.sections[name])
         return model
 
+    def _references(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._references()
+        for name, section in self.sections.items():
+            yield f"sections.{name}", section
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeExtension(Extension):
@@ -183,6 +245,9 @@ class RecipeExtension(Extension):
             json.dumps(dict(self.options))
         except (TypeError, ValueError) as error:
             raise PluginError(f"the options of a recipe are plain data: {error}", where=self.name) from error
+
+    def _references(self) -> Iterator[tuple[str, Any]]:
+        return iter(())  # it names a quantizer, and imports nothing
 
     def of(self, quantizer: QuantizerExtension) -> QuantizerExtension:
         """Return `quantizer` with this name, this summary, and these options for defaults."""
@@ -220,7 +285,7 @@ class SchedulerExtension(Extension):
     """Samples. `factory(options, model_config) -> Scheduler`.
 
     `implements` names the diffusers classes that it stands for: a model whose scheduler_config.json
-    names one of them gets this scheduler where the config names none.
+    names one of them gets this scheduler if the config names none.
     """
 
     kind: ClassVar[str] = "scheduler"
@@ -239,7 +304,7 @@ class TaskExtension(Extension):
     """What a pipeline is for. `factory(options, context) -> Task`.
 
     `inputs` is the pydantic model (extra="forbid") of what one call takes; `roles` names the models that the
-    task cannot do without; `optional_roles` those it uses where they are there. Other roles are not compiled.
+    task cannot do without; `optional_roles` those it uses if they are there. Other roles are not compiled.
     `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
     the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
     `result` is the class of what a call returns: with it, `ovforge run` refuses an output that the result cannot be
@@ -268,6 +333,10 @@ class TaskExtension(Extension):
         """Return the class of what a call returns, imported if need be; None if the plugin does not say."""
         kind: type[Result] | None = resolve(self.result)
         return kind
+
+    def _references(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._references()
+        yield "inputs", self.inputs
 
 
 @dataclass(frozen=True, kw_only=True)

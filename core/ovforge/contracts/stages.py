@@ -97,7 +97,12 @@ class Loader(Protocol):
     """Turns files, or a framework's model, into ov.Models by role."""
 
     def can_load(self, source: Source) -> Match:
-        """Say from names and first bytes whether `source` is ours; reads no whole model, imports nothing heavy."""
+        """Say from names and first bytes whether `source` is ours; reads no whole model, imports nothing heavy.
+
+        The loader was made with its default options, whatever the config says: the search for a loader does not know
+        yet whose options those are. If some option has no default, or the defaults do not go together, this is never
+        called, and the loader opens only what `load.use` gives it.
+        """
         ...
 
     def load(self, source: Source) -> ModelBundle:

@@ -7,12 +7,13 @@ are imported when nothing in it fits. A plugin that cannot be used is set aside 
 from __future__ import annotations
 
 import importlib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -20,8 +21,11 @@ from ovforge._version import API_VERSION, __version__
 from ovforge.contracts import hookspecs
 from ovforge.contracts.extensions import KINDS, Extension, QuantizerExtension, RecipeExtension
 from ovforge.contracts.hookspecs import ENTRY_POINT_GROUP, HOOK_OF_KIND
-from ovforge.errors import PluginError, did_you_mean
+from ovforge.errors import PluginError, UnknownNameError, did_you_mean
 from ovforge.plugins.catalogue import PluginRecord, Registry
+
+if TYPE_CHECKING:
+    import logging
 
 __all__ = ["Offer", "PluginStatus", "Plugins"]
 
@@ -78,10 +82,10 @@ class Plugins:
         self._register_builtin()
 
     def find(self, kind: str, name: str) -> Offer:
-        """Return who offers `name`, importing that plugin alone where the catalogue knows it.
+        """Return who offers `name`, importing that plugin alone if the catalogue knows it.
 
-        Raises PluginError that says what to install, enable or mend, or what was meant. A recipe is given as the
-        quantizer that it names, with the recipe's name and options.
+        Raises PluginError that says what to install, enable or repair; UnknownNameError if nobody knows the name. A
+        recipe is returned as the quantizer that it names, with the recipe's name and options.
         """
         offer = self.get(kind, name)
         if offer is None:
@@ -115,18 +119,49 @@ class Plugins:
         records = self.registry.records.values()
         return [one for one in records if one.name not in self._installed and any(one.provides.get(k) for k in kinds)]
 
+    def summaries(self, kind: str) -> dict[str, str]:
+        """Return name -> summary of every extension of a kind that is installed and switched on.
+
+        Imports none of the plugins whose extensions the catalogue lists; what is built in comes first.
+        """
+        found = {name: offer.extension.summary for (of, name), offer in self._offers.items() if of == kind}
+        for plugin, record in self.registry.records.items():
+            if plugin in self._installed and plugin not in self.registry.disabled and plugin not in self._set_aside:
+                for name, summary in record.provides.get(kind, {}).items():
+                    found.setdefault(name, summary)
+        for plugin in self._uncatalogued():
+            self._import(plugin)
+        return found | {name: offer.extension.summary for (of, name), offer in self._offers.items() if of == kind}
+
+    def problems(self, plugin: str) -> tuple[list[str], list[str]]:
+        """Import all that an imported plugin's descriptions name; return what is wrong with them, and what is absent.
+
+        The second list names distributions of the catalogue's `needs`: parts of the plugin wait for their installation.
+        """
+        record = self.registry.records.get(plugin)
+        needs = {need: _module_name(need) for need in (record.needs if record else ())}
+        wrong, absent = [], set()
+        for (kind, name), offer in self._offers.items():
+            for error in offer.extension.problems() if offer.plugin == plugin else ():
+                missing = _missing_module(error)
+                if waiting := [need for need, module in needs.items() if module == missing]:
+                    absent.update(waiting)
+                else:
+                    wrong.append(f"{kind} {name}: {error.where}: {error.what}")
+        return wrong, sorted(absent)
+
     def import_all(self) -> None:
         """Import every plugin that is installed and switched on."""
         for name in self._installed:
             self._import(name)
 
     def register(self, module: types.ModuleType, name: str, version: str = "0") -> None:
-        """Add a plugin that has no entry point, such as one under test. Raises PluginError where it is unfit."""
+        """Add a plugin that has no entry point, such as one under test. Raises PluginError if it breaks a rule."""
         self._add(module, name, version)
 
     def statuses(self) -> list[PluginStatus]:
         """Return what is known of every plugin, installed or in the catalogue."""
-        names = dict.fromkeys(["builtin", *self.registry.records, *self._installed, *self._modules])
+        names = dict.fromkeys(["builtin", *self.registry.records, *self._installed, *self._modules, *self._set_aside])
         return [self._status(name) for name in names]
 
     # -- how names are found ------------------------------------------------------------------------------------
@@ -153,7 +188,7 @@ class Plugins:
         return [name for name in self._installed if name not in records or not records[name].provides]
 
     def _unknown(self, kind: str, name: str) -> PluginError:
-        """Say why `name` is not to be had, from the most to the least that is known."""
+        """Say why `name` is not available, from the most to the least that is known."""
         where = f"{kind} {name!r}"
         for record in self.registry.providers(kind, name):
             if record.name in self._set_aside:
@@ -177,7 +212,7 @@ class Plugins:
         known = {offered for of_kind, offered in self._offers if of_kind == kind} | self.registry.names(kind)
         listing = f"Known: {', '.join(sorted(known))}." if known else f"No plugin offers any {kind}."
         set_aside = f" Set aside: {', '.join(self._set_aside)}; see ovforge plugins doctor." * bool(self._set_aside)
-        return PluginError(f"unknown.{did_you_mean(name, known)}", where=where, hint=listing + set_aside)
+        return UnknownNameError(f"unknown.{did_you_mean(name, known)}", where=where, hint=listing + set_aside)
 
     def _expanded(self, offer: Offer) -> Offer:
         """Return an offer as it is used: a recipe as its quantizer. Raises PluginError if that is not here."""
@@ -208,13 +243,15 @@ class Plugins:
         entry = self._installed.get(name)
         if entry is None or name in self._modules or name in self._set_aside or name in self.registry.disabled:
             return
+        _log().info("importing the plugin %s from %s", name, entry.value)
         try:
             module = entry.load()
         except (Exception, SystemExit) as error:  # a plugin's import may raise anything
             self._set_aside[name] = f"it cannot be imported: {type(error).__name__}: {error}"
+            _log().info("the plugin %s is set aside: %s", name, self._set_aside[name])
             return
         try:
-            self._add(module, name, entry.dist.version if entry.dist else "0", entry.dist.name if entry.dist else None)
+            self._add(module, name, _version(entry), entry.dist.name if entry.dist else None)
         except PluginError as error:
             self._set_aside[name] = error.what
 
@@ -271,14 +308,14 @@ class Plugins:
     # -- for people ----------------------------------------------------------------------------------------------
 
     def _status(self, name: str) -> PluginStatus:
-        record = self.registry.records.get(name) or PluginRecord(name, name, name, "")
         entry = self._installed.get(name)
-        version = entry.dist.version if entry and entry.dist else None
+        record = self.registry.records.get(name) or PluginRecord(name, name, name, "")
+        version = _version(entry) if entry and entry.dist else None
         reason = ""
         if name == "builtin":
             state, version = "built in", __version__
             record = PluginRecord(
-                name, "ovforge", "ovforge.builtin", "What needs no plugin: IR and other formats, devices"
+                name, "ovforge", BUILT_IN, "What needs no other plugin: IR and other formats, devices, commands"
             )
         elif name in self.registry.disabled:
             state, reason = "disabled", f"switched on by: ovforge plugins enable {name}"
@@ -287,7 +324,7 @@ class Plugins:
         elif name in self._modules:
             state = "imported"
         elif entry is None:
-            state, reason = "not installed", f"brought by: {record.install}"
+            state, reason = "not installed", f"installed by: {record.install}"
         else:
             state = "installed"
         return PluginStatus(
@@ -296,7 +333,7 @@ class Plugins:
             version,
             state,
             reason,
-            record.summary,
+            record.summary or _metadata_summary(entry),
             self._provided(name) or record.provides,
             record.needs,
         )
@@ -309,5 +346,37 @@ class Plugins:
         return provided
 
 
+def _log() -> logging.Logger:
+    import logging
+
+    return logging.getLogger("ovforge.plugins")
+
+
+def _module_name(requirement: str) -> str:
+    """Return the module that a distribution is taken to have: "torch" of "torch>=2"."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].replace("-", "_").lower()
+
+
+def _missing_module(error: BaseException | None) -> str | None:
+    """Return the top module whose absence caused `error`, or None."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.partition(".")[0].lower()
+        error = error.__cause__
+    return None
+
+
 def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "unknown distribution"
+    return (entry.dist.name if entry.dist else "") or "unknown distribution"  # damaged metadata hold no name
+
+
+def _version(entry: EntryPoint) -> str:
+    return (entry.dist.version if entry.dist else "") or "0"
+
+
+def _metadata_summary(entry: EntryPoint | None) -> str:
+    """Return the summary that a distribution gives of itself, on one line; needs no import of the plugin."""
+    if entry is None or entry.dist is None or "Summary" not in entry.dist.metadata:
+        return ""
+    summary = str(entry.dist.metadata["Summary"])
+    return "".join(character if character.isprintable() else " " for character in summary)

@@ -409,6 +409,7 @@ def _match(offer: Offer, source: Source, session: Session, failures: list[str]) 
         with blaming(offer), session.active():
             model = offer.extension.options_model()
             if model is not None and any(field.is_required() for field in model.model_fields.values()):
+                failures.append(f"{offer.extension.name} has options without a default: load.use names it.")
                 return Match.NO
             loader = offer.extension.create(model() if model else None)
             return Match(loader.can_load(source))

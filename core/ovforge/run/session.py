@@ -99,12 +99,18 @@ class Session:
 
     @cached_property
     def _openers(self) -> list[tuple[Offer, Opener]]:
-        made = []
+        made, refused = [], list[ConfigError]()
         for offer in self.plugins.all("source"):
             model = offer.extension.options_model()
-            options = validate_options(model, self._key or {}, where="load.key", secret=True)
+            try:
+                options = validate_options(model, self._key or {}, where="load.key", secret=True)
+            except ConfigError as error:  # the key, or its absence, is not for this opener
+                refused.append(error)
+                continue
             with blaming(offer):
                 made.append((offer, offer.extension.create(options)))
+        if self._key is not None and refused and not made:
+            raise refused[0]
         if self._key is not None and not made:
             raise ConfigError(
                 "no plugin here opens encrypted sources",
@@ -139,7 +145,11 @@ def describe_protection(source: str, base: Path, plugins: Plugins | None = None)
     """Return what the files of a source say of how they are protected; nothing if they are plain. Needs no key."""
     files = FileSource(named_path(source, base), source)
     for offer in (plugins or Plugins()).all("source"):
-        opener = offer.extension.create(validate_options(offer.extension.options_model(), {}, where="load.key"))
+        try:
+            options = validate_options(offer.extension.options_model(), {}, where="load.key")
+        except ConfigError:
+            continue  # it opens only what comes with a key
+        opener = offer.extension.create(options)
         if opener.can_open(files) and hasattr(opener, "describe"):
             describes: Describes = opener
             return describes.describe(files)

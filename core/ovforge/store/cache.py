@@ -230,10 +230,15 @@ class Cache:
 
         Raises CacheError where the disk is full or not writable; nothing half-made is left.
         """
+        import logging
+
         from filelock import FileLock
 
+        log = logging.getLogger("ovforge.store")
         if (entry := self.get(dependencies)) is not None:
+            log.info("found in the cache: %s", label)
             return entry, True
+        log.info("not in the cache, is made: %s", label)
         key = fingerprint(dependencies)
         storing = f"storing {label}"
         with self._explained(storing):

@@ -18,7 +18,11 @@ from ovforge_sd_lora.matching import Preflight, preflight
 
 __all__ = ["app", "inspected"]
 
-app = typer.Typer(help="Adapters: LoRA and its kin, as PEFT, LyCORIS and kohya write them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Adapters: LoRA and its kin, as PEFT, LyCORIS and kohya write them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 _TEXT_WIDTHS = {768: "CLIP ViT-L", 1024: "OpenCLIP ViT-H", 1280: "OpenCLIP ViT-bigG"}
 _SHOWN_WORDS = 12

@@ -1,4 +1,4 @@
-"""ovforge inspect: what is in a model, of any form that a loader here opens, and what protects its files."""
+"""`ovforge inspect`: what is in a model, in any form that a loader here opens, and what protects its files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovforge.cli.output import print_json, print_line, print_table
+from ovforge.cli import print_json, print_line, print_table
 from ovforge.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
     import openvino as ov
 
-    from ovforge.model.bundle import ModelBundle
+    from ovforge.model import ModelBundle
 
-__all__ = ["ModelFacts", "Port", "Weights", "inspect", "model_facts", "register"]
+__all__ = ["ModelFacts", "Port", "Weights", "inspect", "model_facts"]
 
 _INTEGERS = {"i32", "i64", "u32", "u64", "boolean", "string", "i16", "u16"}
-"""Types of indices, shapes and text: constants of these are no parameters."""
+"""Types of indices, shapes and text: constants of these are not parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An input or output: its names, type and shape, "?" where a dimension is open."""
+    """An input or output: its names, type and shape, "?" for an open dimension."""
 
     names: tuple[str, ...]
     type: str
@@ -55,11 +55,6 @@ class ModelFacts:
     variables: tuple[str, ...]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command()(inspect)
-
-
 def inspect(
     source: Annotated[str, typer.Argument(help="A folder or file of any format that a loader here opens.")],
     key: Annotated[
@@ -67,53 +62,55 @@ def inspect(
         typer.Option("--key", "-k", metavar="KIND:PLACE", help="Where the key of an encrypted model is: env:NAME"),
     ] = None,
     role: Annotated[list[str] | None, typer.Option("--role", help="Only this role of a folder.")] = None,
-    use: Annotated[str | None, typer.Option("--use", help="The loader; found by content where not given.")] = None,
+    use: Annotated[
+        str | None, typer.Option("--use", help="The loader; by default, the one that knows the source.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show a model's weights by precision, operations, parameters, inputs and outputs; and what encrypts it."""
-    from ovforge.run.session import describe_protection
+    from ovforge import describe_protection, open_model
 
     place = _key(key)
     protection = list(describe_protection(source, Path.cwd()))
-    said: dict[str, Any] = {"source": source, "protection": protection, "loader": None, "models": None, "closed": None}
+    report: dict[str, Any] = {
+        "source": source,
+        "protection": protection,
+        "loader": None,
+        "models": None,
+        "closed": None,
+    }
     try:
-        loader, bundle = _open(source, place, use)
-        said["loader"] = loader
-        said["models"] = {name: asdict(model_facts(bundle.models[name])) for name in _asked(bundle, role)}
+        bundle = open_model(source, use=use, key=place)
+        report["loader"] = bundle.loader
+        report["models"] = {name: asdict(model_facts(bundle.models[name])) for name in _chosen(bundle, role)}
     except (ConfigError, ModelError) as error:
-        # What protects a file is told without a key; what is in it is not.
+        # What protects a file is shown without a key; what is in it is not.
         if not protection or key is not None:
             raise
-        said["closed"] = str(error)
+        report["closed"] = str(error)
     if as_json:
-        print_json(said)
+        print_json(report)
     else:
-        _print(said)
+        _print(report)
 
 
 def _key(text: str | None) -> dict[str, str] | None:
-    """Return `load.key` from KIND:PLACE. What is given is not repeated in an error: it may be a key."""
+    """Return `load.key` from KIND:PLACE. Errors do not repeat the text: it may be a key."""
     if text is None:
         return None
     kind, colon, place = text.partition(":")
     if not colon or not kind.isalpha() or not place:
-        raise ConfigError("names no place of a key", where="--key", hint="Write env:NAME or file:PATH.")
+        raise ConfigError("it does not say where the key is", where="--key", hint="Write env:NAME or file:PATH.")
     return {kind: place}
 
 
-def _open(source: str, key: Mapping[str, Any] | None, use: str | None) -> tuple[str, ModelBundle]:
-    """Return the loader's name and the bundle; a conversion comes from the cache, or goes there."""
-    import ovforge
-
-    bundle = ovforge.open_model(source, use=use, key=key)
-    return bundle.loader, bundle
-
-
-def _asked(bundle: ModelBundle, roles: Sequence[str] | None) -> Iterator[str]:
+def _chosen(bundle: ModelBundle, roles: Sequence[str] | None) -> Iterator[str]:
     """Yield the roles to show, one model in memory at a time."""
     for role in roles or ():
         if role not in bundle.models:
-            raise InputError(f"no role {role!r}", where="--role", hint=f"There are: {', '.join(bundle.models)}.")
+            raise InputError(
+                f"there is no role {role!r}", where="--role", hint=f"Roles here: {', '.join(bundle.models)}."
+            )
     for role in roles or list(bundle.models):
         yield role
         bundle.models.release(role)
@@ -143,7 +140,7 @@ def model_facts(model: ov.Model) -> ModelFacts:
 
 
 def _is_parameter(constant: Any) -> bool:
-    """Say whether a constant is a weight: no number of the architecture, no index, no text."""
+    """Say whether a constant is a weight, rather than a number of the architecture, an index or text."""
     kind = constant.get_element_type()
     if kind.get_type_name() in _INTEGERS or _elements(constant) < 2:
         return False
@@ -177,7 +174,7 @@ def _decompression(operations: Sequence[Any]) -> set[str]:
 
 
 def _constant(op: Any, port: int) -> str | None:
-    """Return the name of the constant at an input, behind Converts and Reshapes; None where there is none."""
+    """Return the name of the constant at an input, behind Converts and Reshapes; None if there is none."""
     node = op.input_value(port).get_node()
     while node.get_type_name() in ("Convert", "Reshape", "Unsqueeze"):
         node = node.input_value(0).get_node()
@@ -202,10 +199,10 @@ def _port(port: Any) -> Port:
 # -- printing ---------------------------------------------------------------------------------------------------------
 
 
-def _print(said: Mapping[str, Any]) -> None:
-    if said["protection"]:
-        _print_rows(said["protection"])
-    for role, facts in (said["models"] or {}).items():
+def _print(report: Mapping[str, Any]) -> None:
+    if report["protection"]:
+        _print_rows(report["protection"])
+    for role, facts in (report["models"] or {}).items():
         total = sum(one["bytes"] for one in facts["weights"]) or 1
         print_line()
         print_line((role, "bold"), f"  {facts['parameters']:,} parameters, {total / 1e6:.1f} MB of weights")
@@ -215,9 +212,9 @@ def _print(said: Mapping[str, Any]) -> None:
         if facts["variables"]:
             print_line(f"variables: {', '.join(facts['variables'])}")
         print_line(f"operations: {', '.join(f'{name} {count}' for name, count in facts['operations'].items())}")
-    if said["closed"]:
+    if report["closed"]:
         print_line()
-        print_line(f"What is inside needs the key: {said['closed']}")
+        print_line(f"What is inside needs the key: {report['closed']}")
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
