@@ -13,9 +13,14 @@ __all__ = ["skipped_lines", "warnings_of"]
 
 
 def warnings_of(steps: Sequence[Step], reports: Sequence[Report]) -> list[str]:
-    """Return a line for everything that the steps skipped or noted, with the step's name in front."""
+    """Return a line for everything that the steps skipped or noted, with the step's name in front.
+
+    Steps that a task brings itself are left out: nobody asked for them, and most note that there was nothing to do.
+    """
     lines: list[str] = []
     for step, report in zip(steps, reports, strict=True):
+        if step.implicit:
+            continue
         name = step.chosen.name
         lines += skipped_lines(name, report.skipped)
         lines += [f"{name}: {note}" for note in report.notes]
