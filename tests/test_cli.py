@@ -132,10 +132,10 @@ def test_plugins_are_listed_shown_and_switched(tmp_path: Path) -> None:
     assert re.search(r"stable-diffusion\s+0\.1\.0\s+installed", ovforge("plugins", "list").stdout)
     assert "prediction_type" in ovforge("plugins", "show", "schedulers").stdout
     assert "ok      schedulers" in ovforge("plugins", "doctor").stdout
-    ovforge("plugins", "disable", "schedulers")
+    ovforge("plugins", "disable", "lcm")
     refused = ovforge("plan", EXAMPLE, code=1).stderr
-    assert "ovforge plugins enable schedulers" in refused
-    ovforge("plugins", "enable", "schedulers")
+    assert "ovforge plugins enable lcm" in refused
+    ovforge("plugins", "enable", "lcm")
     ovforge("plan", EXAMPLE)
 
 

@@ -260,7 +260,7 @@ def test_tiles_show_no_border() -> None:
         image = unicorn.convert("RGB").resize((384, 256))
     values = np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1)
     family = whole.family
-    latents = whole.autoencoder.encode(values)[: family.latent_channels] * np.float32(family.scaling_factor)
+    latents = whole.autoencoder.encode(values)[: family.latent_channels] * np.float32(family.encoding.factor)
     assert tiled.autoencoder.tile(256, 384) == 128
     one, other = (np.asarray(task.autoencoder.decode(latents), np.float32).mean(axis=2) for task in (whole, tiled))
     assert np.abs(one - other).mean() < 3  # tiles have their own statistics: a shade, and no border

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ovforge.contracts.extensions import Need, TaskExtension
-from ovforge.contracts.stages import Calibration, Progress, Report, Task
+from ovforge.contracts.stages import Calibration, Inference, Progress, Report, Task
 
 if TYPE_CHECKING:
     from ovforge.model.bundle import ModelBundle
@@ -32,8 +32,8 @@ __all__ = [
 KeptLayers = Mapping[str, Collection[str]]
 """Role -> operations that quantizers leave as they are."""
 
-Observer = Callable[[str, Callable[[], dict[str, Any]]], None]
-"""Is told of each inference: the role, and a function that copies its inputs by name."""
+Observer = Callable[[str, Inference], None]
+"""Is told of each inference of a role's model, when it is done."""
 
 
 class Outcome(Protocol):

@@ -30,6 +30,7 @@ __all__ = [
     "DevicePlan",
     "Embedder",
     "GraphTransform",
+    "Inference",
     "Loader",
     "Match",
     "Notes",
@@ -285,6 +286,19 @@ class Progress:
 
 def ignore_progress(_: Progress) -> None:
     """The progress callback that does nothing."""
+
+
+class Inference(Protocol):
+    """One inference of a compiled model that is done, for those who observe a pipeline."""
+
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """Return copies of its inputs, by the names that the model had before it was compiled."""
+        ...
+
+    @property
+    def profiling_info(self) -> Sequence[Any]:
+        """OpenVINO's counters of each operation, if the device counts (PERF_COUNT)."""
+        ...
 
 
 class CompiledModels(Protocol):

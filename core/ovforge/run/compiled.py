@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ovforge.contracts.quantization import Observer
-    from ovforge.contracts.stages import DevicePlan
+    from ovforge.contracts.stages import DevicePlan, Inference
     from ovforge.model.bundle import ModelBundle
     from ovforge.model.sources import Protection
     from ovforge.store.cache import Cache, Entry
@@ -137,10 +137,10 @@ class CompiledBundle:
         )
         return observed
 
-    def _reporter(self, role: str, observe: Observer) -> Callable[[Callable[[], dict[str, Any]]], None]:
-        def report(copy_inputs: Callable[[], dict[str, Any]]) -> None:
+    def _reporter(self, role: str, observe: Observer) -> Callable[[Inference], None]:
+        def report(inference: Inference) -> None:
             with self._lock:
-                observe(role, copy_inputs)
+                observe(role, inference)
 
         return report
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from ovforge._version import __version__
 from ovforge.config.options import checked, input_files
 from ovforge.config.pipeline import PipelineConfig, Use
+from ovforge.contracts.quantization import Observer
 from ovforge.contracts.stages import Adapter, DevicePlan, Progress, Report, ignore_progress
 from ovforge.errors import ConfigError, PluginError
 from ovforge.model.bundle import is_tokenizer
@@ -96,10 +97,14 @@ class Pipeline:
         plugins: Plugins | None = None,
         cache: Cache | str | None = "default",
         progress: Callable[[Progress], None] = ignore_progress,
+        observe: Observer | None = None,
     ) -> Self:
-        """Return the pipeline of a whole config; relative paths start at `base`, by default the current folder."""
+        """Return the pipeline of a whole config; relative paths start at `base`, by default the current folder.
+
+        `observe` is told of each inference of a model, but for tokenizers', when it is done.
+        """
         pipeline = cls.__new__(cls)
-        pipeline._begin(config, base, plugins, cache, progress)
+        pipeline._begin(config, base, plugins, cache, progress, observe)
         return pipeline
 
     def _begin(
@@ -109,6 +114,7 @@ class Pipeline:
         plugins: Plugins | None,
         cache: Cache | str | None,
         progress: Callable[[Progress], None],
+        observe: Observer | None = None,
     ) -> None:
         require_task(config)
         self.config = config
@@ -129,7 +135,7 @@ class Pipeline:
             self.outcome = runner.outcome
             self._roles = roles_of(self.resolved, self.bundle)
         self._compile_start = time.perf_counter()
-        self.compiled = CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache)
+        self.compiled = CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache, observe=observe)
         self.controls = Controls(self.bundle.controls, self.compiled.variables)
         self.adapters = make_adapters(self.resolved, self.compiled, self._load_adapter)
         self.task = make_task(self.resolved, self.compiled)
@@ -311,10 +317,13 @@ def load(
     plugins: Plugins | None = None,
     cache: Cache | str | None = "default",
     progress: Callable[[Progress], None] = ignore_progress,
+    observe: Observer | None = None,
 ) -> Pipeline:
     """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
     checked_config, base = read_pipeline(config, overrides)
-    pipeline = Pipeline.from_config(checked_config, base=base, plugins=plugins, cache=cache, progress=progress)
+    pipeline = Pipeline.from_config(
+        checked_config, base=base, plugins=plugins, cache=cache, progress=progress, observe=observe
+    )
     if isinstance(config, str | Path) and Path(config).suffix.lower() in PICTURE_SUFFIXES:
         provenance = read_provenance(Path(config))
         pipeline.adjust(provenance)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import openvino as ov
 
+    from ovforge.contracts.stages import Inference
     from ovforge.run.adapters import Variables
 
 __all__ = ["ObservedModel"]
@@ -16,7 +17,7 @@ __all__ = ["ObservedModel"]
 class ObservedModel:
     """A compiled model whose requests take the values of `variables`, and report each inference to `observe` once.
 
-    `observe` gets a function that copies the inputs, by the names that `names` gives to the inputs in their order. All
+    `observe` gets the request, as an Inference whose inputs have the names that `names` gives them in their order. All
     else is the model's own.
     """
 
@@ -26,7 +27,7 @@ class ObservedModel:
         role: str,
         *,
         variables: Variables | None = None,
-        observe: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
+        observe: Callable[[Inference], None] | None = None,
         names: Sequence[str] = (),
     ) -> None:
         self._model, self._role = model, role
@@ -51,7 +52,7 @@ class _ObservedRequest:
         self,
         request: ov.InferRequest,
         give_values: Callable[[ov.InferRequest], None] | None,
-        observe: Callable[[Callable[[], dict[str, Any]]], None] | None,
+        observe: Callable[[Inference], None] | None,
         names: Sequence[str],
     ) -> None:
         self._request, self._give_values = request, give_values
@@ -88,10 +89,15 @@ class _ObservedRequest:
 
     def _end(self) -> None:
         if self._running and self._observe is not None:
-            self._observe(self._inputs)
+            self._observe(self)
         self._running = False
 
-    def _inputs(self) -> dict[str, Any]:
+    @property
+    def profiling_info(self) -> Sequence[Any]:
+        infos: Sequence[Any] = self._request.profiling_info
+        return infos
+
+    def inputs(self) -> dict[str, Any]:
         # After the run: its inputs are set by then, however the caller sets them, and a run leaves them as they are.
         ports = self._request.model_inputs
         return {name: self._request.get_tensor(port).data.copy() for name, port in zip(self._names, ports, strict=True)}

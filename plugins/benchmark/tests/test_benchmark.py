@@ -307,7 +307,7 @@ def test_inputs_come_from_files_and_numbers_stay_in_the_table(models: Path, tmp_
         (["image.xml", "-o", "nowhere/r"], InputError, "no such folder"),
         (["two.xml", "-i", "a:wrong.npy"], InputError, "holds float64"),
         (["two.xml", "-data_shape", "[2,4]", "-i", "short.bin"], InputError, "3 bytes"),
-        (["broken.xml"], ModelError, "cannot be read"),
+        (["broken.xml"], ModelError, "not valid XML"),
         (["image.xml", "-s", "input.steps=4"], InputError, "only for pipelines"),
         (["image.xml", "--tune", "-hint", "latency"], InputError, "tries settings itself"),
         (["image.xml", "--against", "open.xml", "-pc"], InputError, "measures two in turn"),

@@ -144,13 +144,12 @@ def test_tokenizer_gives_the_ids_of_transformers(pipeline: Path, converted: Path
 
 def test_added_tokens_are_read_whole(copy: Path) -> None:
     """Also special ones, and words with blanks; the runtime's encoder would read the mark of their end as four more."""
-    from ovforge.model.runtime import core, enable_tokenizers
+    from ovforge.model.runtime import core
 
     tokenizer = transformers.CLIPTokenizer.from_pretrained(copy / "tokenizer", local_files_only=True)
     tokenizer.add_tokens(["<zork>", "my cat", transformers.AddedToken("<sp>", special=True)])
     tokenizer.save_pretrained(copy / "tokenizer")
     bundle = DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(copy))
-    enable_tokenizers()
     tokenize = core().compile_model(bundle.models["tokenizer"], "CPU")
     for prompt in ("a <zork> cat", "x<zork>y<zork>", "a my cat, 8k", "<sp> unicorn", "a <|endoftext|> cat", "pink my"):
         wanted = tokenizer(prompt, padding="max_length", max_length=77).input_ids

@@ -73,7 +73,8 @@ def native(name: str, config: dict[str, Any], steps: int, seed: int, strength: f
         latents = scheduler.add_noise(torch.from_numpy(CLEAN), noise, scheduler.timesteps[first : first + 1])
     import inspect
 
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    given = {"generator": generator, "eta": 0.0}  # as pipelines pass them
+    extra = {name: given[name] for name in given if name in inspect.signature(scheduler.step).parameters}
     for t in scheduler.timesteps[first:]:
         seen = scheduler.scale_model_input(latents, t)
         output = torch.from_numpy(network(seen.numpy(), float(t)))

@@ -100,7 +100,7 @@ def test_latents_from_npy_text_and_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"1 2 x", "no latents can be read"),
+        (b"1 2 x", "cannot be read as an array"),
         (b"1 2 3", "shape"),
         (b"nan " * 24, "not finite"),
         (None, "no such file"),
@@ -117,7 +117,7 @@ def test_bad_latents_are_said(tmp_path: Path, content: bytes | None, message: st
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="no latents can be read"):
+    with pytest.raises(InputError, match="cannot be read as an array"):
         read_latents(tmp_path / "evil.npy", (1, 4, 2, 3))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ovforge
 from ovforge.config import apply_overrides
+from ovforge.contracts import Inference, Observer
 from ovforge.errors import InputError
 from ovforge.model import PICTURE_SUFFIXES, Timings
 from ovforge_benchmark.flags import MODELS_ONLY, refuse
@@ -31,7 +31,9 @@ def is_pipeline(name: str) -> bool:
     return Path(name).suffix.lower() in _CONFIGS
 
 
-def load(flags: Mapping[str, Any], *overrides: str) -> tuple[ovforge.Pipeline, dict[str, Any]]:
+def load(
+    flags: Mapping[str, Any], *overrides: str, observe: Observer | None = None
+) -> tuple[ovforge.Pipeline, dict[str, Any]]:
     """Return the pipeline, and the inputs of its calls; -d, -infer_precision, -hint... are settings of its device.
 
     Raises InputError for flags that only single models have.
@@ -50,6 +52,7 @@ def load(flags: Mapping[str, Any], *overrides: str) -> tuple[ovforge.Pipeline, d
         Path(flags["model"]),
         overrides=[*given, *flags["set"], *overrides],
         cache=None if flags["no_cache"] else "default",
+        observe=observe,
     )
     return pipe, apply_overrides({}, inputs)
 
@@ -139,51 +142,14 @@ def _counted(flags: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Operat
     Counting slows a device down: it is done by a pipeline of its own, whose times are not among the measured ones.
     """
     calls = 3
-    pipe, _ = load(flags, "device.properties.PERF_COUNT=true")
     runs: dict[str, list[list[Operator]]] = {}
-    for role in pipe.compiled:
-        pipe.compiled.wrap(role, partial(_Counting, role, runs))
+
+    def count(role: str, inference: Inference) -> None:
+        runs.setdefault(role, []).append(operators(role, inference.profiling_info))
+
+    pipe, _ = load(flags, "device.properties.PERF_COUNT=true", observe=count)
     pipe(**inputs)
     runs.clear()
     for _ in range(calls):
         pipe(**inputs)
     return [one for role, each in runs.items() for one in average(role, each, len(each) / calls)]
-
-
-class _Counting:
-    """A compiled model whose requests tell what their layers took; all else is the model's own."""
-
-    def __init__(self, role: str, runs: dict[str, list[list[Operator]]], model: Any) -> None:
-        self._model, self._role, self._runs = model, role, runs
-        self._own: Any = None
-
-    def create_infer_request(self) -> _CountingRequest:
-        return _CountingRequest(self._model.create_infer_request(), self)
-
-    def __call__(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        self._own = self._own or self.create_infer_request()
-        return self._own.infer(inputs, *arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def count(self, infos: Sequence[Any]) -> None:
-        """Take one inference's counters."""
-        self._runs.setdefault(self._role, []).append(operators(self._role, infos))
-
-
-class _CountingRequest:
-    def __init__(self, request: Any, model: _Counting) -> None:
-        self._request, self._counting = request, model
-
-    def infer(self, inputs: Any = None, *arguments: Any, **options: Any) -> Any:
-        results = self._request.infer(inputs, *arguments, **options)
-        self._counting.count(self._request.profiling_info)
-        return results
-
-    def wait(self) -> None:
-        self._request.wait()
-        self._counting.count(self._request.profiling_info)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)

@@ -290,7 +290,12 @@ class Recorder:
 
     def _fill(self, reservoir: Reservoir) -> Reservoir:
         """Run until there is enough."""
-        task = self.run.start(self.run.bundle, self.options, finish=False, observe=reservoir.offer)
+        task = self.run.start(
+            self.run.bundle,
+            self.options,
+            finish=False,
+            observe=lambda role, inference: reservoir.offer(role, inference.inputs),
+        )
         first, began = reservoir.runs, time.perf_counter()
         reservoir.total = reservoir.total or self.section.runs
         inputs = self.examples(task, reservoir.total or 1)
