@@ -112,7 +112,9 @@ def test_the_file_as_it_stands(torch_family: Folder, session_cache: Cache, tmp_p
 
 
 def test_the_index_names_the_scheduler(torch_family: Folder, session_cache: Cache, tmp_path: Path) -> None:
-    source = copied(torch_family("sd1"), tmp_path / "model", "EulerDiscreteScheduler", steps_offset=1)
+    source = copied(
+        torch_family("sd1"), tmp_path / "model", "EulerDiscreteScheduler", steps_offset=1, timestep_spacing="leading"
+    )
     path = source / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "DDIMScheduler"}))
     config = {"task": "text-to-image", "load": {"source": str(source), **FULL}}

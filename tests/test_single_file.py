@@ -686,7 +686,8 @@ def test_a_checkpoint_without_text_encoders(
         )
     assert "[load.parts]" in failed.value.hint
     roles = ["text_encoder", "tokenizer"] + ["text_encoder_2", "tokenizer_2"] * (family == "xl")
-    parts = dict.fromkeys(roles, str(folder))
+    load(folder).save(tmp_path / "brings")  # converted in float32, as the checkpoint is
+    parts = dict.fromkeys(roles, str(tmp_path / "brings"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = ovforge.Pipeline(
@@ -696,7 +697,7 @@ def test_a_checkpoint_without_text_encoders(
         wanted = ovforge.Pipeline("text-to-image", source=file, load={**full}, device=F32, cache=session_cache)(
             "a pink cat", **call
         )
-    np.testing.assert_allclose(ours.latents, wanted.latents, atol=2e-2)
+    np.testing.assert_allclose(ours.latents, wanted.latents, atol=2e-3)
 
 
 @KNOWN
