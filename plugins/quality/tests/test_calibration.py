@@ -132,7 +132,7 @@ def fill(reservoir: Reservoir, runs: Sequence[int], start: int = 0) -> Reservoir
     number = start
     for calls in runs:
         for _ in range(calls):
-            reservoir.offer("unet", lambda number=number: record(number))  # type: ignore[misc]
+            reservoir.count("unet", lambda number=number: record(number))  # type: ignore[misc]
             number += 1
         reservoir.commit()
     return reservoir
@@ -169,7 +169,7 @@ def test_on_disk_is_as_in_memory_and_an_interruption_leaves_no_trace(
     store = TemporaryStore(Protection() if sealed else None)
     first = fill(Reservoir(4, 7, store), runs[:stop])
     for number in range(lost):  # a run that never ends
-        first.offer("unet", lambda number=number: record(-1 - number))  # type: ignore[misc]
+        first.count("unet", lambda number=number: record(-1 - number))  # type: ignore[misc]
     first.forget()
     again = Reservoir(4, 7, store, json.loads(json.dumps(first.state())))
     fill(again, runs[stop:], sum(runs[:stop]))
@@ -184,7 +184,7 @@ def test_only_what_may_be_kept_is_copied() -> None:
     for run in range(50):
         for call in range(20):
             position = run * 20 + call
-            reservoir.offer("unet", lambda position=position: made.append(position) or record(position))  # type: ignore[misc, func-returns-value]
+            reservoir.count("unet", lambda position=position: made.append(position) or record(position))  # type: ignore[misc, func-returns-value]
         reservoir.commit()
     assert len(made) < 80, "about 3 (1 + ln(1000 / 3)), and a run's own"
 

@@ -186,7 +186,7 @@ class Reservoir:
         self._pending: dict[str, dict[int, Record]] = {}
         self._counts: dict[str, int] = {}
 
-    def offer(self, role: str, make: Callable[[], Record]) -> None:
+    def count(self, role: str, make: Callable[[], Record]) -> None:
         """Count a call of `role`; what it was given is only copied where it may be kept."""
         position = self.seen.get(role, 0) + self._counts.get(role, 0)
         self._counts[role] = self._counts.get(role, 0) + 1
@@ -294,7 +294,7 @@ class Recorder:
             self.run.bundle,
             self.options,
             finish=False,
-            observe=lambda role, inference: reservoir.offer(role, inference.inputs),
+            observe=lambda role, inference: reservoir.count(role, inference.inputs),
         )
         first, began = reservoir.runs, time.perf_counter()
         reservoir.total = reservoir.total or self.section.runs
