@@ -35,6 +35,11 @@ def agree(ours: ImagesResult, theirs: list[Any], anywhere: int = 2, average: flo
         assert difference.mean() <= average
 
 
+def said_of_call(pipe: Any, result: Any) -> list[str]:
+    """Return the warnings of one call, without what the pipeline says of its stages in every result."""
+    return [warning for warning in result.warnings if warning not in pipe.warnings()]
+
+
 def make_family(folder: Path, family: str) -> Path:
     """Write a pipeline of a family: sd1, sd2, inpaint, xl, refiner, controlnet."""
     torch = pytest.importorskip("torch")
