@@ -270,7 +270,7 @@ def test_tiles_show_no_border() -> None:
         jumps = np.abs(np.diff(other - one, axis=axis)).mean(axis=1 - axis)
         assert jumps.max() < np.abs(np.diff(one, axis=axis)).mean(axis=1 - axis).max()
     moments = tiled.autoencoder.encode(values)[: family.latent_channels]
-    assert np.abs(moments * family.scaling_factor - latents).mean() < 0.2 * np.abs(latents).mean()
+    assert np.abs(moments * family.decoding.factor - latents).mean() < 0.2 * np.abs(latents).mean()
 
 
 def test_a_picture_from_a_picture_is_made_again(torch_family: Folder, session_cache: Cache, tmp_path: Path) -> None:
