@@ -126,7 +126,9 @@ def test_nothing_else_prints() -> None:
     found = [
         str(file.relative_to(ROOT))
         for file in files
-        if file.name != "output.py" and re.search(r"^\s*(print\(|from rich|import rich)|typer\.echo|sys\.std(out|err)\.write", file.read_text(), re.MULTILINE)
+        if file.name not in ("output.py", "hookspecs.py")  # whose examples stand in docstrings
+        and "templates" not in file.parts
+        and re.search(r"^\s*(print\(|from rich|import rich)|typer\.echo|sys\.std(out|err)\.write", file.read_text(), re.MULTILINE)
     ]  # fmt: skip
     assert not found
 
@@ -157,13 +159,14 @@ def test_what_cannot_be_written_is_known_before(tmp_path: Path, monkeypatch: pyt
 
 def test_a_terminal_without_unicode_and_an_interruption() -> None:
     code = (
-        "import sys; from ovforge.cli import app, main, print_line\n"
-        "@app.command()\ndef show() -> None:\n    print_line('猫 ok')\n"
-        "@app.command()\ndef stop() -> None:\n    raise KeyboardInterrupt\n"
+        "import ovforge.cli.pipelines as commands; from ovforge.cli import main, print_line\n"
+        "def show() -> None:\n    print_line('猫 ok')\n"
+        "def stop() -> None:\n    raise KeyboardInterrupt\n"
+        "commands.schema, commands.plan = show, stop\n"
         "main()"
     )
     environment = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin"}
-    for command, status, out, error in (("show", 0, "\\u732b ok\n", ""), ("stop", 130, "", "interrupted\n")):
+    for command, status, out, error in (("schema", 0, "\\u732b ok\n", ""), ("plan", 130, "", "interrupted\n")):
         done = subprocess.run(
             [sys.executable, "-c", code, command], capture_output=True, text=True, env=environment, check=False
         )

@@ -364,7 +364,9 @@ def test_pictures_of_a_single_file_are_those_of_the_folder(
         pipe = ovforge.Pipeline(task, source=source, load=full, device=F32, cache=cache, scheduler=DDIM)
         pictures.append(np.asarray(pipe("a pink unicorn", steps=3, seed=5, **inputs).images[0]))
     assert pictures[0].std() > 5
-    np.testing.assert_array_equal(*pictures)
+    # Weights of a file and of a folder lie in memory at other places, which may round sums otherwise.
+    first, second = (picture.astype(int) for picture in pictures)
+    assert np.abs(first - second).max() <= 1 and (first != second).mean() < 0.01
 
 
 F32 = Use("cpu", precision="f32")

@@ -133,7 +133,7 @@ def test_without_one_the_others_are_whole(left_out: str, models: Path, whole: di
     said = told(models, site_without(tmp_path / "site", left_out), package)
     assert not said["there"] and not said["imported"]
     name = left_out.removeprefix("ovforge-")
-    assert said["states"][name] == ["not installed", f"brought by: pip install {left_out}"]
+    assert said["states"][name] == ["not installed", f"installed by: pip install {left_out}"]
     assert said["states"].keys() == whole["states"].keys()
     assert {state for other, (state, _) in said["states"].items() if other != name} <= {"built in", "imported"}
     for subject, result in said["results"].items():

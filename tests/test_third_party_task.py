@@ -198,12 +198,13 @@ def test_what_files_say_cannot_steer_the_terminal(
 ) -> None:
     """A catalogue's summary, a model's names, an adapter's title."""
     steering, shown = STEERING[:-2], SHOWN[:-7]
-    (project / "registry.toml").write_text(
-        f'[plugin.far]\ndistribution = "far"\nentry_point = "far"\nsummary = {json.dumps(steering)}\n'
-        f"provides.command = {{ colours = {json.dumps(steering)} }}\n"
-        f'[plugin.colours]\ndistribution = "x"\nentry_point = "x"\nsummary = "x"\n'
-        f"provides.command = {{ steer = {json.dumps(steering)} }}\n"
-    )
+
+    def catalogue(summary: str) -> None:
+        (project / "registry.toml").write_text(
+            f'[plugin.far]\ndistribution = "far"\nentry_point = "far"\nsummary = {json.dumps(summary)}\n'
+            f"provides.command = {{ colours = {json.dumps(summary)} }}\n"
+        )
+
     monkeypatch.setenv("OVFORGE_REGISTRY", str(project / "registry.toml"))
     monkeypatch.setenv("COLUMNS", "400")
     model = testing.small_model()
@@ -212,13 +213,15 @@ def test_what_files_say_cannot_steer_the_terminal(
         ov.save_model(model, project / "steering" / f"{name}.xml")
     tensors = {f"lora_unet_a_to_q.lora_{side}.weight": np.eye(2, dtype=np.float32) for side in ("up", "down")}
     save_file(tensors, project / "a.safetensors", {"ss_output_name": steering, "modelspec.trigger_phrase": steering})
+    catalogue(steering)
+    refused = program(capsys, "plugins", "list", code=1)[1]
+    catalogue("[red]x[/] [/x]")
+    for arguments, code in ((("plugins", "list"), 0), (("plugins", "show", "far"), 1)):
+        assert "[red]x[/] [/x]" in program(capsys, *arguments, code=code)[0]
     outputs = [
         program(capsys, *arguments)[0]
-        for arguments in (
-            ("plugins", "list"), ("plugins", "show", "far"), ("--help",), ("inspect", project / "steering"),
-            ("lora", "inspect", project / "a.safetensors"),
-        )
-    ]  # fmt: skip
-    for out in outputs:
+        for arguments in (("inspect", project / "steering"), ("lora", "inspect", project / "a.safetensors"))
+    ]
+    for out in (refused, *outputs):
         assert "\\x1b[31mred" in out and not set(out) & set("\x1b\x07\x9b\u202e"), out
-    assert shown in outputs[0] and shown in outputs[4] and shown.replace("/", "") in outputs[3]
+    assert shown in outputs[1] and shown.replace("/", "") in outputs[0]

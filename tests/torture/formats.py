@@ -174,8 +174,8 @@ def _model(folder: Path) -> None:
 
 
 def _described(folder: Path) -> None:
-    detection = _tests("plugins/detection/tests/test_detection.py")
-    detection.write_model(folder / "model", *detection.yolo_v5(), resize="aspect-ratio", color_space="BGR")
+    described = _tests("plugins/detection/tests/test_model_proc.py")
+    described.write_model(folder / "model", *described.yolo_v8())
     (folder / "p.png").write_bytes(_picture(".png")())
 
 

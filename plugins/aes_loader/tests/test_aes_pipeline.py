@@ -217,11 +217,11 @@ def test_a_planted_key_is_nowhere(encrypted: Path, ir: Path, tmp_path: Path) -> 
     place, key, wrong = ("-k", "env:MODEL_KEY"), {"MODEL_KEY": SECRET}, "bad0" * 16
     said = {
         "plan": cli("plan", config, "--json", **key),
-        "run": cli("run", config, "-o", picture, "--json", **key),
+        "run": cli("run", config, "-o", picture, "--json", "--trust", **key),
         "wrong": cli("plan", config, code=1, MODEL_KEY=wrong),
         "short": cli("plan", config, code=1, MODEL_KEY="beef" * 4),
-        "none": cli("run", picture, "-o", again, code=1),
-        "again": cli("run", picture, "-o", again, "-s", "load.key.env=MODEL_KEY", **key),
+        "none": cli("run", picture, "-o", again, "--trust", code=1),
+        "again": cli("run", picture, "-o", again, "-s", "load.key.env=MODEL_KEY", "--trust", **key),
         "inline": cli("plan", config, "-s", f"load.key={SECRET}", code=1),
         "convert": cli("convert", encrypted, "-o", tmp_path / "converted", code=1, OVFORGE_KEY=SECRET),
         "encrypt": cli("encrypt", ir, "-o", sealed, *place, **key),

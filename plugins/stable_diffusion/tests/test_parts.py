@@ -100,7 +100,7 @@ def test_latents_from_npy_text_and_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"1 2 x", "cannot be read as an array"),
+        (b"1 2 x", "no latents can be read"),
         (b"1 2 3", "shape"),
         (b"nan " * 24, "not finite"),
         (None, "no such file"),
