@@ -113,7 +113,8 @@ class Header:
 
     def make_tag(self, master: Master) -> bytes:
         """Return the tag of the header itself."""
-        return AESGCM(master.derive(b"ovenc 1 header", self.salt)).encrypt(bytes(12), b"", self.raw)
+        tag: bytes = AESGCM(master.derive(b"ovenc 1 header", self.salt)).encrypt(bytes(12), b"", self.raw)
+        return tag
 
 
 def new_header(name: str, length: int, master: Master, files: Set, chunk: int = CHUNK) -> Header:

@@ -76,7 +76,8 @@ def hkdf(secret: bytes, info: bytes, salt: bytes) -> bytes:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    return HKDF(SHA256(), KEY_SIZE, salt, info).derive(secret)
+    derived: bytes = HKDF(SHA256(), KEY_SIZE, salt, info).derive(secret)
+    return derived
 
 
 class Key:

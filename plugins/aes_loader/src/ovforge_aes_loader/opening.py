@@ -37,7 +37,9 @@ def open_encrypted(source: Source, key: Key | None) -> Source:
         with open_file(source, path) as file:
             starts[path] = file.read(len(MAGIC))
     opened = (_containers if MAGIC in starts.values() else _openssl_files)(source, files, starts, key)
-    more = _external(source, files, opened) if isinstance(source, FileSource) and source.path.is_file() else []
+    if not isinstance(source, FileSource) or not source.path.is_file():
+        return opened
+    more = _external(source, files, opened)
     return open_encrypted(source.with_beside([glob.escape(path) for path in more]), key) if more else opened
 
 

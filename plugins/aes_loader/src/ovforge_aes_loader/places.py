@@ -90,7 +90,8 @@ def _printed(command: tuple[str, ...], options: KeyOptions) -> bytes:
         raise options.unfit(f"it took longer than {_COMMAND_SECONDS} seconds") from None
     if done.returncode:
         raise options.unfit(f"it ended with exit code {done.returncode}")
-    return done.stdout
+    output: bytes = done.stdout
+    return output
 
 
 def _from_keyring(entry: str, options: KeyOptions) -> bytes:

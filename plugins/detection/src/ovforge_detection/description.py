@@ -212,8 +212,8 @@ def read_description(data: Mapping[str, Any], where: str) -> ModelProc:
         else:
             _checked(InfoParams, each.params, spot)
     outputs = _entries(Postprocessing, file.output_postproc, f"{where}: output_postproc")
-    for each in outputs:
-        _check_converter(each.converter, where)
+    for output in outputs:
+        _check_converter(output.converter, where)
     if len(outputs) > 1 and not all(each.layers for each in outputs):
         raise ModelError(
             "it describes several outputs, and one of them is not named",

@@ -122,7 +122,7 @@ class ModelProcLoader:
                 )  # fmt: skip
             if own != -1 and asked not in (None, own):
                 raise ConfigError(f"the model's own is {own}", where=f"load.{key}", hint="Leave it out.")
-            size.append(own if own != -1 else asked or described)
+            size.append(int(own if own != -1 else asked or described or 0))
         return Picture(sorted(port.names)[0], layout, channels, *size), port
 
 

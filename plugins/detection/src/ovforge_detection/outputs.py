@@ -107,8 +107,8 @@ def _valid(boxes: Floats) -> NDArray[np.bool_]:
     Source: `isDetectionValid`, which takes a box's corner for its middle.
     """
     low, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    valid: NDArray[np.bool_] = (extent > 0).all(1) & (low - extent / 2 <= 1).all(1) & (low + extent / 2 >= 0).all(1)
-    return valid
+    inside = (low - extent / 2 <= 1) & (low + extent / 2 >= 0)
+    return np.asarray(((extent > 0) & inside).all(1), np.bool_)
 
 
 def _picked(outputs: Mapping[str, Values], described: Description) -> Mapping[str, Values]:

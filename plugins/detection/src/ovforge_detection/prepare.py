@@ -106,8 +106,8 @@ def prepare(image: Image.Image, spec: DetectorSpec, fixed: Size | None = None) -
 
 
 def _normalized(pixels: NDArray[np.generic], spec: DetectorSpec) -> Floats:
-    centred = pixels * np.float32(spec.scale) - np.array(spec.mean, np.float32)
-    values: Floats = centred / np.array(spec.std, np.float32)
+    centred = np.asarray(pixels, np.float32) * np.float32(spec.scale) - np.array(spec.mean, np.float32)
+    values: Floats = np.asarray(centred / np.array(spec.std, np.float32), np.float32)
     return values
 
 

@@ -166,7 +166,7 @@ def _drawing_from(rng: RandomStream) -> Any:
     others = {torch.rand, torch.randint, torch.normal, torch.bernoulli, torch.rand_like, torch.randperm}
     others |= {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.exponential_}
 
-    class Drawing(TorchFunctionMode):
+    class Drawing(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(
             self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:

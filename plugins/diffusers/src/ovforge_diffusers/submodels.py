@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ovforge.errors import ConfigError, ModelError
 from ovforge_convert import Port
 from ovforge_diffusers.options import LoaderOptions
+
+Timestep = Literal["f32", "i64"]
 
 __all__ = ["Submodel", "describe"]
 
@@ -117,7 +119,7 @@ def _text_encoder(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
-def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, index: dict[str, Any]) -> Submodel:
+def _unet(module: Any, latent: _Picture, timestep: Timestep, tokens: int | None, index: dict[str, Any]) -> Submodel:
     config = module.config
     _check_conditions(config, "UNet")
     guided = config.time_cond_proj_dim is not None
@@ -153,7 +155,9 @@ def _unet(module: Any, latent: _Picture, timestep: str, tokens: int | None, inde
     return Submodel(forward, tuple(inputs), ("out_sample",))
 
 
-def _controlnet(module: Any, latent: _Picture, timestep: str, tokens: int | None, index: dict[str, Any]) -> Submodel:
+def _controlnet(
+    module: Any, latent: _Picture, timestep: Timestep, tokens: int | None, index: dict[str, Any]
+) -> Submodel:
     """Describe a ControlNet (Zhang et al. 2023). Scales and guess mode are its caller's: it gives what it computes."""
     config = module.config
     _check_conditions(config, "ControlNet")
@@ -200,7 +204,7 @@ def _check_conditions(config: Any, kind: str) -> None:
 def _conditions(
     config: Any,
     latent: _Picture,
-    timestep: str,
+    timestep: Timestep,
     tokens: int | None,
     index: dict[str, Any],
     guided: bool,

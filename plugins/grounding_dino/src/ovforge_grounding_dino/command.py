@@ -43,7 +43,8 @@ def grounding_dino(
     from ovforge import Cache, Plugins
     from ovforge.cli import check_writable, print_result, progress_bar
 
-    check_writable(output, Plugins().find("task", "detect").extension.result_type())
+    task: Any = Plugins().find("task", "detect").extension
+    check_writable(output, task.result_type())
     paths = [path if path.startswith(PACKAGE) else str(Path(path).resolve()) for path in images or [SCENE]]
     config = {
         "task": "detect",

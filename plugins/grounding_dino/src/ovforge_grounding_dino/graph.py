@@ -44,7 +44,7 @@ def encode_text(model: Any, input_ids: Tensor, text_self_mask: Tensor, text_posi
         )
         hidden = layer.attention.output(mixed, hidden)
         hidden = layer.output(layer.intermediate(hidden), hidden)
-    return base.text_projection(hidden)  # type: ignore[no-any-return]
+    return base.text_projection(hidden)
 
 
 def detect(
@@ -179,11 +179,11 @@ def _fuse(attn: Any, vision: Tensor, text: Tensor, see_vision: Tensor, see_text:
 def _enhance(layer: Any, text: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     text = layer.layer_norm_before(text + _attention(layer.self_attn, text + positions, text + positions, text, mask))
     changed = layer.fc2(layer.activation(layer.fc1(text)))
-    return layer.layer_norm_after(text + changed)  # type: ignore[no-any-return]
+    return layer.layer_norm_after(text + changed)
 
 
 def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
-    return layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))  # type: ignore[no-any-return]
+    return layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
 
 
 def _deformable(attn: Any, query: Tensor, vision: Tensor, mask: Tensor, reference: Tensor, sizes: list[Size]) -> Tensor:
@@ -214,7 +214,7 @@ def _deformable(attn: Any, query: Tensor, vision: Tensor, mask: Tensor, referenc
         pictures = part.transpose(1, 2).reshape(-1, size, height, width)
         sampled = functional.grid_sample(pictures, grid[:, level], align_corners=False)
         total = total + sampled * weights[:, level][:, None]
-    return attn.output_proj(total.sum(2).reshape(-1, heads * size, queries).transpose(1, 2))  # type: ignore[no-any-return]
+    return attn.output_proj(total.sum(2).reshape(-1, heads * size, queries).transpose(1, 2))
 
 
 def _float(number: Any) -> Tensor:
@@ -299,7 +299,7 @@ def _attention(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
         _heads(attn.query(query), heads, size), _heads(attn.key(key), heads, size),
         _heads(attn.value(value), heads, size), mask,
     )  # fmt: skip
-    return attn.out_proj(mixed)  # type: ignore[no-any-return]
+    return attn.out_proj(mixed)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

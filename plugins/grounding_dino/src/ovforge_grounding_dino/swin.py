@@ -56,10 +56,10 @@ def _block(block: Any, hidden: Tensor) -> Tensor:
     if shift:
         mixed = torch.roll(mixed, (shift, shift), (1, 2))
     hidden = hidden + mixed[:, :height, :width]
-    return hidden + block.mlp(block.layernorm_after(hidden))  # type: ignore[no-any-return]
+    return hidden + block.mlp(block.layernorm_after(hidden))
 
 
 def _regions(length: Any, side: int, shift: int) -> Tensor:
     """Number the three parts of an axis that a shift brings together: 0, 1, 2. Windows must not mix them."""
     index = torch.arange(length)
-    return (index >= length - side).long() + (index >= length - shift).long()  # type: ignore[no-any-return]
+    return (index >= length - side).long() + (index >= length - shift).long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,8 @@ def lcm(
     from ovforge import Plugins
     from ovforge.cli import check_writable, print_result, progress_bar
 
-    check_writable(output, Plugins().find("task", "text-to-image").extension.result_type())
+    task: Any = Plugins().find("task", "text-to-image").extension
+    check_writable(output, task.result_type())
     optional = {"steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     config = {
         "task": "text-to-image",

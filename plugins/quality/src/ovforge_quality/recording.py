@@ -118,7 +118,8 @@ def _encoded(record: Record) -> bytes:
     import numpy as np
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(array) for name, array in record.items()})
+    data: bytes = save({name: np.ascontiguousarray(array) for name, array in record.items()})
+    return data
 
 
 def _decoded(data: bytes, role: str, where: str) -> Record:
@@ -126,13 +127,14 @@ def _decoded(data: bytes, role: str, where: str) -> Record:
     from safetensors.numpy import load
 
     try:
-        return load(data)
+        record: Record = load(data)
     except SafetensorError as error:
         raise CacheError(
             f"a record of {role} cannot be read: {error}",
             where=where,
             hint="Run `ovforge cache verify --repair`, and start again.",
         ) from error
+    return record
 
 
 def _file(role: str, position: int) -> str:

@@ -265,7 +265,8 @@ def _modules(key: Key, keys: dict[str, str], file: TensorFile, configs: Mapping[
     config = config_of(configs, key.role)
     shapes = {tensor: file.tensors[name].shape for tensor, name in keys.items()}
     made: list[Module] = []
-    if whole := {tensor: keys.pop(tensor) for tensor in ("new", "new_b") if tensor in keys}:
+    whole: dict[str, str] = {tensor: keys.pop(tensor) for tensor in ("new", "new_b") if tensor in keys}
+    if whole:
         made = _relative_modules(key, "replaced", whole, shapes, file, config)
         if not keys:
             return made

@@ -126,12 +126,13 @@ def delta_hra(weight: Array, tensors: Tensors, settings: Settings) -> Array:
         basis = np.stack(found, axis=1)
         changed = -2 * (flat @ basis) @ basis.T
     else:
-        turned = flat
+        turned: NDArray[Any] = flat
         for vector in vectors.T:
             unit = _unit(vector)
             turned = turned - 2 * np.outer(turned @ unit, unit)
         changed = turned - flat
-    return changed.reshape(weight.shape)
+    result: Array = np.asarray(changed.reshape(weight.shape), np.float32)
+    return result
 
 
 def check_road(shapes: Shapes, weight: Shape, settings: Settings) -> None:

@@ -148,12 +148,13 @@ def delta_glora_lycoris(weight: Array, tensors: Tensors, settings: Settings) -> 
     a1, a2, b1, b2 = (tensors[name].reshape(len(tensors[name]), -1) for name in ("a1", "a2", "b1", "b2"))
     taps = np.moveaxis(weight, 1, -1)  # (out, ..., in)
     inner = np.moveaxis((taps @ a1) @ a2, -1, 1)
+    outer: NDArray[Any]
     if "bm" in tensors:
         outer = np.moveaxis(np.tensordot(b1, np.tensordot(tensors["bm"], b2, axes=(1, 0)), axes=(1, 0)), -1, 1)
     else:
         outer = (b1 @ b2).reshape(weight.shape)
     alpha = float(tensors["alpha"].reshape(())) if "alpha" in tensors else len(a2)
-    total: Array = (inner + outer) * np.float32(alpha / len(a2))
+    total: Array = np.asarray((inner + outer) * np.float32(alpha / len(a2)), np.float32)
     return total
 
 
@@ -206,7 +207,8 @@ def delta_fourier(weight: Array, tensors: Tensors, settings: Settings) -> Array:
     places = first_of_permutation(weight.size, len(spectrum), settings["seed"])
     whole = np.zeros(weight.size, np.float32)
     whole[places] = spectrum
-    return (np.fft.ifft2(whole.reshape(weight.shape)).real * settings["factor"]).astype(np.float32)
+    changed: Array = (np.fft.ifft2(whole.reshape(weight.shape)).real * settings["factor"]).astype(np.float32)
+    return changed
 
 
 def first_of_permutation(size: int, count: int, seed: int) -> NDArray[np.int64]:

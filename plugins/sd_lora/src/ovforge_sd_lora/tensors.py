@@ -117,7 +117,9 @@ class TensorFile:
             )
         raw = self._data[info.begin : info.begin + info.size].view(_TYPES[info.type])
         with np.errstate(over="ignore", invalid="ignore"):
-            return raw.astype(np.float32).reshape(info.shape)  # a copy: OpenVINO takes no read-only memory
+            # A copy: OpenVINO does not take read-only memory.
+            values: Array = raw.astype(np.float32).reshape(info.shape)
+        return values
 
     def _parse(self, header: bytes, room: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         try:

@@ -121,6 +121,10 @@ class Diffusion:
             finally:
                 self._adapters.set(before)
 
+    def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
+        """Return what the run starts from; each task has its own way."""
+        raise NotImplementedError
+
     def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
         """Return the call with every default filled in, and the adapters that its prompts name."""
         request = make_request(inputs, self.family, self._size_of(inputs))
@@ -569,7 +573,8 @@ def _guided(halves: Sequence[Array], request: Request, weights: Array) -> Array:
 
 def _deviation(values: Array) -> Array:
     """Return torch's standard deviation of each picture, (pictures, 1, 1, 1): by count - 1."""
-    return values.std(axis=(1, 2, 3), keepdims=True, ddof=1, dtype=np.float32)
+    deviation: Array = values.std(axis=(1, 2, 3), keepdims=True, ddof=1, dtype=np.float32)
+    return deviation
 
 
 def _counts(control: Any, number: int, steps: int) -> bool:
@@ -582,6 +587,7 @@ def _time_ids(request: Request, family: Family) -> Array:
     given = request.given
     size = (request.height, request.width)
     first = (*(given.original_size or size), *given.crop)
+    rows: list[tuple[float, ...]]
     if family.time_ids == 5:
         rows = [(*first, given.negative_aesthetic_score), (*first, given.aesthetic_score)]
     else:

@@ -92,7 +92,7 @@ def generate(
         raise InputError("there is no picture to change", where="--mask, --strength", hint="Name it with --image.")
     weights, static = _type(type_)
     inputs: dict[str, Any] = {"prompt": prompt, "seed": seed, "count": count}
-    optional = {
+    optional: dict[str, Any] = {
         "negative_prompt": negative, "height": height, "width": width, "steps": steps, "guidance_scale": guidance,
         "latents": latents and str(latents.resolve()), "mask": mask and str(mask.resolve()),
         "image": image and str(image.resolve()), "strength": strength,
@@ -102,7 +102,7 @@ def generate(
         optional["control"] = [
             {"image": str(Path(picture).resolve()), **({"preprocess": "canny"} if canny else {})} for _, picture in nets
         ]
-    config = {
+    config: dict[str, Any] = {
         "task": {
             "use": "inpainting" if mask else "image-to-image" if image else "text-to-image",
             **({"static": False} if not static else {}),

@@ -137,9 +137,8 @@ def _negatives(
         )
     if not guided or (given is None and family.zero_negative):
         return None
-    first = [inputs.negative_prompt or ""] * len(prompts)
-    if isinstance(inputs.negative_prompt, list):
-        first = inputs.negative_prompt
+    negative = inputs.negative_prompt
+    first = negative if isinstance(negative, list) else [negative or ""] * len(prompts)
     return _each("negative_prompt", first, inputs.negative_prompt_2, prompts, inputs.count)
 
 

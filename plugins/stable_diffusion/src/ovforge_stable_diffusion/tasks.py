@@ -75,7 +75,8 @@ class ImageToImage(TextToImage):
                 where="denoising_start",
                 hint="Give the base model's latents, or set strength.",
             )
-        return open_picture(inputs.image[0], "image").size
+        size: tuple[int, int] = open_picture(inputs.image[0], "image").size
+        return size
 
     def _sampling(self, inputs: Any, steps: int) -> Sampling:
         whole = inputs.denoising_start is not None
@@ -131,8 +132,8 @@ class Inpainting(TextToImage):
         ]
 
     def _size_of(self, inputs: Any) -> tuple[int, int]:
-        size = open_picture(inputs.image, "image").size
-        mask = open_picture(inputs.mask, "mask").size
+        size: tuple[int, int] = open_picture(inputs.image, "image").size
+        mask: tuple[int, int] = open_picture(inputs.mask, "mask").size
         if size != mask:
             raise InputError(
                 f"is {mask[0]}x{mask[1]}, and the picture is {size[0]}x{size[1]}",
