@@ -33,7 +33,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return `config` with each "key.path=value" set; the value is TOML, or text where it is not.
+    """Return `config` with each "key.path=value" set; the value is TOML, or else text.
 
     List items are named by number: `transform.0.scale=0.5`; one past the end appends.
     """

@@ -46,7 +46,7 @@ class Load(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     source: str = Field(description="A folder or file, or package:NAME/PATH inside an installed Python package.")
-    use: str | None = Field(None, description="The loader; found by content where it is not given.")
+    use: str | None = Field(None, description="The loader; by default, the one that knows the content.")
     parts: dict[str, str] = Field(
         default_factory=dict, description="Roles that come from elsewhere: role -> source, as vae_decoder = FOLDER."
     )

@@ -379,12 +379,6 @@ def read_model(source: Source, path: str) -> ov.Model:
         raise reading_error(error, path, source.name) from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with sorted keys."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_json_bytes(value))
-
-
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 

@@ -1,7 +1,7 @@
 """Which files a folder holds, if some of them are links.
 
 A model from somewhere else may hold a link to any file of its user, and what is written of the model would hold that
-file. So a link that leaves the folder is followed only where that is how models are kept:
+file. So a link that leaves the folder is followed only if that is how models are kept:
 
 - in the cache of the Hugging Face hub, whose snapshots link every file into the folder `blobs` of the same model;
 - a link to a whole folder that is a model's part, by its files: somebody put a pipeline together of parts;

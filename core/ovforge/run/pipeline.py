@@ -29,7 +29,6 @@ from ovforge.run.calls import expect, from_caller
 from ovforge.run.compiled import CompiledBundle
 from ovforge.run.identity import content_of
 from ovforge.run.notices import warnings_of
-from ovforge.run.planning import key_of
 from ovforge.run.resolution import make_step, read_pipeline, resolve
 from ovforge.run.session import Session
 from ovforge.run.stages import check_strict
@@ -122,9 +121,8 @@ class Pipeline:
         self._began = self._ended = time.perf_counter()
         self._cache = chosen_cache(cache)
         base = base or Path.cwd()
-        memo = self._cache.memo if self._cache else None
         with self.timings.span("load"):
-            self._session = Session(plugins, key=key_of(config, base), memo=memo)
+            self._session = Session.of(config, base, plugins, self._cache)
             self.resolved = resolve(config, base, self._session)
             self.device_plan: DevicePlan = plan_device(self.resolved)
             runner = Runner(self.resolved, self.device_plan, self._cache, from_caller(progress))

@@ -65,7 +65,7 @@ def plan(
     checked_config, base = read_pipeline(config, overrides)
     require_task(checked_config)
     store = chosen_cache(cache)
-    session = Session(plugins, key=key_of(checked_config, base), memo=store.memo if store else None, planning=True)
+    session = Session.of(checked_config, base, plugins, store, planning=True)
     pipeline = resolve(checked_config, base, session)
     with tempfile.TemporaryDirectory() as scratch:
         # Without a cache everything is to do: an empty one says so.
@@ -176,11 +176,3 @@ class _Planner:
 
     def _add(self, stage: str, offer: Offer, state: str, why: str = "", size: int | None = None) -> None:
         self.stages.append(PlannedStage(stage, offer.extension.name, offer.plugin, offer.version, state, why, size))
-
-
-def key_of(config: PipelineConfig, base: Path) -> dict[str, Any] | None:
-    """Return `load.key`, its file's path starting at the config's folder like all others."""
-    key = config.load.key
-    if key and isinstance(key.get("file"), str | Path):
-        return {**key, "file": base / Path(key["file"]).expanduser()}
-    return key

@@ -13,7 +13,6 @@ from ovforge.contracts.stages import Progress, Report, ignore_progress
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import from_caller
-from ovforge.run.planning import key_of
 from ovforge.run.resolution import Step, read_pipeline, resolve
 from ovforge.run.session import Session
 from ovforge.run.tasks import plan_device
@@ -54,7 +53,7 @@ def prepare(
     store = chosen_cache(cache)
     checked_config, folder = read_pipeline(config)
     base = base or folder
-    session = Session(plugins, key=key_of(checked_config, base), memo=store.memo if store else None)
+    session = Session.of(checked_config, base, plugins, store)
     pipeline = resolve(checked_config, base, session)
     runner = Runner(pipeline, plan_device(pipeline), store, from_caller(progress))
     bundle = walk(pipeline, runner, runner.progress)

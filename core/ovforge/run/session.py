@@ -17,8 +17,10 @@ from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import blaming
 
 if TYPE_CHECKING:
+    from ovforge.config.pipeline import PipelineConfig
     from ovforge.model.sources import Describes, Opener, Source
     from ovforge.plugins.manager import Offer
+    from ovforge.store.cache import Cache
     from ovforge.store.digests import DigestMemo
 
 __all__ = ["ClosedError", "Session", "describe_protection", "open_file"]
@@ -49,6 +51,16 @@ class Session:
         self.memo, self.planning = memo, planning
         self._key = key
         self._read: set[Path] | None = None
+
+    @classmethod
+    def of(
+        cls, config: PipelineConfig, base: Path, plugins: Plugins | None, cache: Cache | None, *, planning: bool = False
+    ) -> Session:
+        """Return the session of a whole config: its key's file starts at the config's folder, like all paths."""
+        key = config.load.key
+        if key and isinstance(key.get("file"), str | Path):
+            key = {**key, "file": base / Path(key["file"]).expanduser()}
+        return cls(plugins, key=key, memo=cache.memo if cache else None, planning=planning)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

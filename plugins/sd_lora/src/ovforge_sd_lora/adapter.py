@@ -103,7 +103,7 @@ class Module:
 class Adapter:
     """A whole file. `unknown` are its keys that name no adapter's tensor, or do not belong together.
 
-    `family` is the family that it is for where that is not Stable Diffusion's; `words` are those whose embeddings the
+    `family` is the family that it is for, unless that is Stable Diffusion's; `words` are those whose embeddings the
     file brings along; `names` are those of the adapters in it, where PEFT has named them.
     """
 
@@ -133,7 +133,7 @@ def re_cross(name: str) -> bool:
 def open_adapter(path: Path, name: str, adapter: str | None = None) -> Adapter:
     """Open an adapter file or folder; `adapter` chooses one of several that PEFT has named in one file.
 
-    Raises ModelError where it is none, or is damaged; ConfigError for a name that is not there.
+    Raises ModelError if it is not an adapter, or is damaged; ConfigError for a name that is not there.
     """
     source = open_file(path)
     file = _adapter_file(source)

@@ -132,7 +132,7 @@ def parse_key(key: str, *, scales: bool = False, whole: bool = False) -> Key | N
 
 
 def word_of(key: str) -> str | None:
-    """Return the word whose embedding a key of an adapter file is; None where it is none."""
+    """Return the word whose embedding a key of an adapter file is; None if it is not such a key."""
     found = _WORDS.match(key)
     return found[1] if found else None
 

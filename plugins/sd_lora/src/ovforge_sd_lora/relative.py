@@ -30,7 +30,7 @@ class Relative:
     `check(shapes, weight_shape, settings)` raises Misshapen where they do not fit a layer;
     `delta(weight, tensors, settings)` returns what is added to the weight, in its shape; and
     `bias(weight, bias, tensors, settings)` what is added to the bias, where the kind changes that.
-    `settings(config, module)` reads what the tensors leave open; where it is set, PEFT's config is needed.
+    `settings(config, module)` reads what the tensors leave open; if it is set, PEFT's config is needed.
     `rank(shapes)` is shown to people.
     """
 

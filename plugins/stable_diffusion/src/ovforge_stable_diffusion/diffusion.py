@@ -368,7 +368,7 @@ class Diffusion:
                 denoiser.conditions_of(number, np.repeat(pixels[None], pictures, axis=0))
 
     def _change(self, schedule: Schedule, number: int, denoiser: Denoiser) -> None:
-        """Set the text of a call of the network, where it is another one than at the call before."""
+        """Set the text of a call of the network, if it differs from that of the call before."""
         conditions = schedule.at(number)
         denoiser.change("encoder_hidden_states", conditions.states)
         if self.family.time_ids:
