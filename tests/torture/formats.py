@@ -68,9 +68,9 @@ def _write(name: str, content: Any) -> Callable[[Path], None]:
 
 
 def _toml(folder: Path) -> None:
-    import tomli_w
+    import tomlkit
 
-    (folder / "c.toml").write_bytes(tomli_w.dumps(CONFIG).encode())
+    (folder / "c.toml").write_bytes(tomlkit.dumps(CONFIG).encode())
 
 
 def _picture(suffix: str, text: str = "") -> Callable[[], bytes]:

@@ -104,12 +104,12 @@ def bend_toml(data: bytes, random: Random) -> bytes:
     """Change the values of a TOML text, or now and then its bytes."""
     import tomllib
 
-    import tomli_w
+    import tomlkit
 
     if random.random() < 0.3:
         return random.choice([bend_bytes(data, random), data + b"\nx = " + b"[" * 5000, data + b"\nx = " + b"9" * 5000])
     try:
-        return tomli_w.dumps(bend(tomllib.loads(data.decode()), random)).encode()
+        return tomlkit.dumps(bend(tomllib.loads(data.decode()), random)).encode()
     except (TypeError, ValueError, AttributeError, RecursionError):  # what TOML cannot hold
         return bend_bytes(data, random)
 
