@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = [
     "CacheError",
@@ -16,7 +17,9 @@ __all__ = [
     "PluginError",
     "QualityError",
     "UnknownNameError",
+    "as_path",
     "did_you_mean",
+    "require_type",
 ]
 
 
@@ -77,6 +80,23 @@ class CacheError(OvforgeError):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the choice nearest to `word`, or "" where none is near."""
+    """Return " Did you mean 'x'?" for the choice nearest to `word`, or "" if none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def require_type(value: object, kinds: type | tuple[type, ...], *, where: str, hint: str | None = None) -> None:
+    """Raise ConfigError if an argument of the Python API is not of one of the classes `kinds`; `where` names it."""
+    if not isinstance(value, kinds):
+        classes = kinds if isinstance(kinds, tuple) else (kinds,)
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in classes)
+        given = "None" if value is None else f"of type {type(value).__name__}"
+        raise ConfigError(f"it is {given}, and should be {names}", where=where, hint=hint)
+
+
+def as_path(value: object, *, where: str) -> Path:
+    """Return an argument that names a file or folder as a Path. Raises ConfigError for another type, and for ""."""
+    require_type(value, (str, Path), where=where)
+    if not str(value):
+        raise ConfigError("it is empty", where=where, hint='Name a file or folder; "." is the current folder.')
+    return Path(str(value))

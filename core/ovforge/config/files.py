@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ovforge.errors import ConfigError, OvforgeError
+from ovforge.errors import ConfigError, OvforgeError, require_type
 from ovforge.store.documents import parse_object, parse_toml
 
 __all__ = ["apply_overrides", "read_config"]
@@ -38,7 +38,9 @@ def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[st
     List items are named by number: `transform.0.scale=0.5`; one past the end appends.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    require_type(overrides, (list, tuple), where="overrides", hint='Write: overrides=["KEY=VALUE"].')
     for override in overrides:
+        require_type(override, str, where="overrides", hint='Write: overrides=["KEY=VALUE"].')
         key, equals, text = override.partition("=")
         if not override.isascii():
             try:

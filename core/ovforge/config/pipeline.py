@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ovforge.config.options import checked
-from ovforge.errors import ConfigError, did_you_mean
+from ovforge.errors import ConfigError, did_you_mean, require_type
 
 __all__ = ["PipelineConfig", "Use"]
 
@@ -26,6 +27,7 @@ class Use(BaseModel):
     use: str
 
     def __init__(self, use: str | None = None, /, **options: Any) -> None:
+        require_type(use, (str, NoneType), where="Use", hint='Write: Use("NAME", option=value).')
         super().__init__(**({"use": use} if use is not None else {}), **options)
 
     @model_validator(mode="before")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ovforge.errors import InputError, PluginError
+from ovforge.errors import InputError, PluginError, as_path
 from ovforge.store.documents import parse_object
 from ovforge.store.files import atomic_write
 
@@ -176,7 +176,7 @@ class Result:
     @classmethod
     def check_path(cls, path: Path | str) -> None:
         """Raise InputError if `save` writes no file with this path's ending."""
-        suffix = Path(path).suffix.lower()
+        suffix = as_path(path, where="save").suffix.lower()
         if suffix not in cls.suffixes:
             known = ", ".join(known for known in cls.suffixes if known)
             hint = f"Name a file that ends in {known}{', or a folder' if '' in cls.suffixes else ''}."
@@ -187,8 +187,8 @@ class Result:
 
         Here: JSON with `result` and `provenance`. Raises InputError for an ending that is not among `suffixes`.
         """
+        self.check_path(path)
         target = Path(path)
-        self.check_path(target)
         value = {"result": self.as_json(), "provenance": values_as_json(self.provenance)}
         atomic_write(target, (json.dumps(value, indent=1) + "\n").encode())
         return [target]
@@ -303,8 +303,8 @@ class ImagesResult(Result):
         A picture carries its own provenance (one seed) in its metadata, but for .bmp and .gif, which have no room for
         it: `warnings` says so.
         """
+        self.check_path(path)
         target = Path(path)
-        self.check_path(target)
         if target.suffix.lower() == ".npy":
             if self.latents is None:
                 raise InputError("there are no latents", where=str(target), hint="Name a picture: .png, .jpg, .webp.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -127,8 +128,10 @@ class FileSource:
         beside: Sequence[str] = (),
         on_read: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        if not path.exists():
+        if not os.path.exists(path):  # noqa: PTH110 - Path's own raises if a name is too long
             raise ModelError("no such file or folder", where=name or str(path))
+        if not path.is_file() and not path.is_dir():
+            raise ModelError("it is neither a file nor a folder", where=name or str(path))
         self.name = name or str(path)
         self.path = path
         self._memo, self._beside, self._on_read = memo, tuple(beside), on_read

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from ovforge.config.pipeline import Use
-from ovforge.errors import InputError, ModelError, did_you_mean
+from ovforge.errors import InputError, ModelError, did_you_mean, require_type
 from ovforge.run.notices import skipped_lines
 
 if TYPE_CHECKING:
@@ -85,10 +85,11 @@ class Controls(MutableMapping[str, float]):
         return self._controls[name].summary
 
     def __getitem__(self, name: str) -> float:
+        _known(name, self._values, "controls")
         return self._values[name]
 
     def __setitem__(self, name: str, value: float) -> None:
-        """Set a control. Raises InputError for an unknown one, and for what is no finite number."""
+        """Set a control. Raises InputError for an unknown one, and for what is not a finite number."""
         import numpy as np
 
         _known(name, self._values, "controls")
@@ -135,6 +136,7 @@ class Adapters(Mapping[str, float]):
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Make these adapters active, each at its weight, and no others. Raises InputError for an unknown one."""
+        require_type(weights, Mapping, where="adapters.set", hint="Write: set({NAME: WEIGHT}).")
         for name, weight in weights.items():
             _known(name, self._adapters, "adapters", 'One is there with mode = "runtime", or after adapters.load(...).')
             _number(name, weight)
@@ -153,6 +155,7 @@ class Adapters(Mapping[str, float]):
 
         Raises ModelError where the models have no place for a part of it: places are made when a pipeline starts.
         """
+        require_type(use, (str, Use), where="adapters.load", hint='Write: load("lora", path="FILE").')
         wanted = Use(use, **options) if isinstance(use, str) else Use(use.use, **{**use.options, **options})
         adapter = self._make(wanted)
         self.add(adapter)
@@ -221,6 +224,7 @@ class Adapters(Mapping[str, float]):
         return found, joined
 
     def __getitem__(self, name: str) -> float:
+        _known(name, self._weights, "adapters")
         return self._weights[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -230,10 +234,14 @@ class Adapters(Mapping[str, float]):
         return len(self._weights)
 
 
+class _UnknownError(InputError, KeyError):
+    """A name that a mapping does not hold: for `get` and `in` a KeyError, for everybody else what there is."""
+
+
 def _known(name: str, names: Mapping[str, Any], what: str, more: str = "") -> None:
-    if name not in names:
-        raise InputError(
-            f"there is no {name!r}.{did_you_mean(name, names)}",
+    if not isinstance(name, str) or name not in names:
+        raise _UnknownError(
+            f"there is no {name!r}.{did_you_mean(str(name), names)}",
             where=what,
             hint=f"There are: {', '.join(names) or 'none'}. {more}".strip(),
         )
@@ -241,5 +249,5 @@ def _known(name: str, names: Mapping[str, Any], what: str, more: str = "") -> No
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{value!r} is no finite number", where=name)
+        raise InputError(f"{value!r} is not a finite number", where=name)
     return float(value)

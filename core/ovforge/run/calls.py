@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ovforge.errors import OvforgeError, PluginError
+from ovforge.errors import ConfigError, OvforgeError, PluginError
 
 if TYPE_CHECKING:
     from ovforge.contracts.stages import Progress
@@ -58,7 +58,12 @@ def expect(kind: type[T] | str, value: Any, offer: Offer) -> T:
 
 
 def from_caller(progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """Return a caller's callback whose exceptions are not taken for those of a plugin."""
+    """Return a caller's callback whose exceptions are not taken for those of a plugin.
+
+    Raises ConfigError if it cannot be called.
+    """
+    if not callable(progress):
+        raise ConfigError("it cannot be called", where="progress", hint="Give a function that takes a Progress.")
 
     def report(moment: Progress) -> None:
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ovforge.contracts.extensions import LoaderExtension
 from ovforge.contracts.stages import Progress, ignore_progress
-from ovforge.errors import ConfigError
+from ovforge.errors import ConfigError, as_path, require_type
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import from_caller
@@ -37,6 +38,8 @@ def open_model(
     key of an encrypted source is. A conversion comes from the cache, or goes there. Relative paths start at `base`, by
     default the current folder. Raises ModelError, ConfigError or PluginError.
     """
+    require_type(use, (str, NoneType), where="open_model: use", hint="Name a loader.")
+    source = str(as_path(source, where="open_model: source"))
     store = chosen_cache(cache)
     session = Session(plugins, key=key, memo=store.memo if store else None)
     resolved = resolve_source(session, str(source), base or Path.cwd(), use, options, key=use or "load")

@@ -18,7 +18,7 @@ from ovforge.config.options import checked, input_files
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.quantization import Observer
 from ovforge.contracts.stages import Adapter, DevicePlan, Progress, Report, ignore_progress
-from ovforge.errors import ConfigError, PluginError
+from ovforge.errors import ConfigError, PluginError, as_path, require_type
 from ovforge.model.bundle import is_tokenizer
 from ovforge.model.results import PICTURE_SUFFIXES, Result, Timings, read_provenance, values_as_json
 from ovforge.model.runtime import openvino_version
@@ -69,6 +69,11 @@ class Pipeline:
         progress: Callable[[Progress], None] = ignore_progress,
         **sections: Mapping[str, Any],
     ) -> None:
+        for name, table in (("load", load), ("input", input)):
+            if table is not None:
+                require_type(table, Mapping, where=f"Pipeline: {name}", hint=f'Write: {name}={{"KEY": VALUE}}.')
+        for name, steps in (("transforms", transforms), ("quantize", quantize)):
+            require_type(steps, (list, tuple), where=f"Pipeline: {name}", hint=f'Write: {name}=["NAME"].')
         parts = {
             "load": {**(load or {}), **({"source": source} if source is not None else {})},
             "transform": tuple(transforms),
@@ -115,12 +120,13 @@ class Pipeline:
         progress: Callable[[Progress], None],
         observe: Observer | None = None,
     ) -> None:
+        require_type(config, PipelineConfig, where="Pipeline.from_config", hint="ovforge.load takes files and dicts.")
         require_task(config)
         self.config = config
         self.timings = Timings()
         self._began = self._ended = time.perf_counter()
         self._cache = chosen_cache(cache)
-        base = base or Path.cwd()
+        base = Path.cwd() if base is None else as_path(base, where="base")
         with self.timings.span("load"):
             self._session = Session.of(config, base, plugins, self._cache)
             self.resolved = resolve(config, base, self._session)

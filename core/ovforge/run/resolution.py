@@ -23,7 +23,7 @@ from ovforge.contracts.extensions import (
 )
 from ovforge.contracts.quantization import Driver, DriverContext
 from ovforge.contracts.stages import Match, Phase
-from ovforge.errors import ConfigError, ModelError, PluginError, did_you_mean
+from ovforge.errors import ConfigError, ModelError, PluginError, as_path, did_you_mean
 from ovforge.model.results import PICTURE_SUFFIXES, read_provenance
 from ovforge.model.sources import FileSource, Protection, Source
 from ovforge.plugins.manager import Offer
@@ -159,7 +159,7 @@ def read_pipeline(
         return config, Path.cwd()
     if isinstance(config, Mapping):
         return PipelineConfig.of(apply_overrides(dict(config), overrides)), Path.cwd()
-    path = Path(config)
+    path = as_path(config, where="config")
     if path.suffix.lower() in PICTURE_SUFFIXES:
         value, base = _recorded(path)
         return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), base

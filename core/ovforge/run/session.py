@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from ovforge.config.options import validate_options
-from ovforge.errors import ConfigError, ModelError
+from ovforge.errors import ConfigError, ModelError, as_path, require_type
 from ovforge.model.sources import PACKAGE, FileSource, named_path
 from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import blaming
@@ -47,6 +49,7 @@ class Session:
         memo: DigestMemo | None = None,
         planning: bool = False,
     ) -> None:
+        require_type(plugins, (Plugins, NoneType), where="plugins")
         self.plugins = plugins or Plugins()
         self.memo, self.planning = memo, planning
         self._key = key
@@ -95,7 +98,7 @@ class Session:
 
     def _open(self, path: Path, *, trusted: bool = False, **how: Any) -> Source:
         """Open what lies at a path; a file that is there in an encrypted form alone opens by its plain name, too."""
-        if not path.exists():
+        if not os.path.exists(path):  # noqa: PTH110 - Path's own raises if a name is too long
             longer = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*") if file.is_file()]
             for file in longer if len(longer) == 1 else ():
                 source = self._opened(FileSource(file, memo=self.memo, **how))
@@ -145,17 +148,19 @@ class Session:
         return source
 
 
-def open_file(path: Path) -> Source:
+def open_file(path: Path | str) -> Source:
     """Open a file or folder that an option names; plugins read theirs through this, so that encrypted ones open, too.
 
     Inside a pipeline its plugins and its key count; elsewhere those that are installed, and keys in default places.
     """
-    return (_CURRENT.get() or Session()).open_file(path)
+    return (_CURRENT.get() or Session()).open_file(as_path(path, where="open_file"))
 
 
 def describe_protection(source: str, base: Path, plugins: Plugins | None = None) -> Sequence[Mapping[str, Any]]:
     """Return what the files of a source say of how they are protected; nothing if they are plain. Needs no key."""
-    files = FileSource(named_path(source, base), source)
+    require_type(plugins, (Plugins, NoneType), where="plugins")
+    source = str(as_path(source, where="source"))
+    files = FileSource(named_path(source, as_path(base, where="base")), source)
     for offer in (plugins or Plugins()).all("source"):
         try:
             options = validate_options(offer.extension.options_model(), {}, where="load.key")

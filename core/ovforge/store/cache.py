@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovforge.errors import CacheError, ConfigError
+from ovforge.errors import CacheError, ConfigError, as_path, require_type
 from ovforge.store.digests import Dependencies, DigestMemo, checksum, digest_file, fingerprint, state_of
 from ovforge.store.files import atomic_write, sync_file, sync_folder
 
@@ -122,12 +122,13 @@ class Explanation:
 class Cache:
     """Entries below `root`/entries, at most `max_bytes` of them together."""
 
-    def __init__(self, root: Path, max_bytes: int = _DEFAULT_SIZE) -> None:
+    def __init__(self, root: Path | str, max_bytes: int = _DEFAULT_SIZE) -> None:
+        require_type(max_bytes, int, where="Cache: max_bytes")
         if max_bytes < 0:
             raise ConfigError(f"the cache cannot hold {max_bytes} bytes", hint="Give a size of 0 or more.")
-        self.root = root
+        self.root = as_path(root, where="Cache")
         self.max_bytes = max_bytes
-        self.memo = DigestMemo(root / "digests.json")
+        self.memo = DigestMemo(self.root / "digests.json")
 
     @classmethod
     def default(cls) -> Cache:
@@ -612,8 +613,8 @@ def _is_key(text: str) -> bool:
 
 def chosen_cache(cache: Cache | str | None) -> Cache | None:
     """Return the cache that an argument means: "default" is the user's, None is none."""
-    if isinstance(cache, str):
-        if cache != "default":
-            raise ConfigError(f"{cache!r} is no cache", where="cache", hint='Give a Cache, None, or "default".')
-        return Cache.default()
-    return cache
+    if cache is None or isinstance(cache, Cache):
+        return cache
+    if cache != "default":
+        raise ConfigError(f"{cache!r} is not a cache", where="cache", hint='Give Cache("FOLDER"), None, or "default".')
+    return Cache.default()

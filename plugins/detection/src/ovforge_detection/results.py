@@ -112,8 +112,8 @@ class DetectionsResult(Result):
 
         A path without an ending is a folder, which gets a picture for each, by its name, and detections.json.
         """
+        self.check_path(path)
         target = Path(path)
-        self.check_path(target)
         suffix = target.suffix.lower()
         if suffix in PICTURE_SUFFIXES:
             return self._draw_all(target)
