@@ -218,6 +218,67 @@ def test_a_change_that_is_not_reported_does_not_reach_other_pipelines(
     assert ovforge.load(config, plugins=plugins, cache=cache)().provenance["y"] == plain
 
 
+def _set_config(bundle: ModelBundle) -> Report:
+    bundle.configs["model"] = {"x": object()}
+    return Report(roles=("model",))
+
+
+def _forget_configs(bundle: ModelBundle) -> Report:
+    bundle.configs = None  # type: ignore[assignment]
+    return Report(roles=("model",))
+
+
+def _set_role(name: Any, model: Any) -> Callable[[ModelBundle], Report]:
+    def change(bundle: ModelBundle) -> Report:
+        bundle.models[name] = testing.small_bundle().models["model"] if model is None else model
+        return Report(roles=("model",))
+
+    return change
+
+
+def _leave(bundle: ModelBundle) -> Report:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("change", [
+    _set_config, _forget_configs, _leave, _set_role("model", "/etc/passwd"), _set_role("../../x", None),
+    _set_role("", None), _set_role(3, None), *(
+        lambda bundle, wrong=wrong: Report(**wrong)
+        for wrong in ({"roles": None}, {"roles": "model"}, {"skipped": ["x"]}, {"notes": 3}, {"applied": [None]})
+    ),
+])  # fmt: skip
+def test_whatever_a_transform_does_is_blamed_on_it(
+    plugins: Plugins, config: dict[str, Any], cache: Cache, change: Callable[[ModelBundle], Report]
+) -> None:
+    FAULTS["change"] = change
+    for kept in (cache, None):
+        with pytest.raises(PluginError, match=f"transform 'change' {WHERE}: it "):
+            ovforge.load({**config, "transform": ["change"]}, plugins=plugins, cache=kept)()
+
+
+def test_what_a_loader_says_of_a_models_content_is_not_believed(
+    plugins: Plugins, config: dict[str, Any], cache: Cache, tmp_path: Path
+) -> None:
+    def load(factor: float) -> ModelBundle:
+        bundle = testing.small_bundle()
+        if factor != 1:
+            double(bundle)
+        bundle.identity["model"] = "always the same"
+        return bundle
+
+    loader = LoaderExtension(name="liar", summary="s", factory=Load)
+    module = types.ModuleType("liar")
+    module.ovforge_loaders = hookimpl(lambda: [loader])  # type: ignore[attr-defined]
+    plugins.register(module, "liar", "1")
+    (tmp_path / "y.small").write_text("another")
+    results = []
+    for factor, file in ((1.0, "x.small"), (2.0, "y.small")):
+        FAULTS["load"] = lambda factor=factor: load(factor)
+        pipeline = {**config, "load": {"source": str(tmp_path / file), "use": "liar"}}
+        results.append(ovforge.load(pipeline, plugins=plugins, cache=cache)().provenance["y"])
+    assert np.allclose(2 * np.array(results[0]), results[1])
+
+
 def test_a_model_that_was_only_read_keeps_its_identity(plugins: Plugins, config: dict[str, Any], cache: Cache) -> None:
     def look(bundle: ModelBundle) -> Report:
         assert bundle.models["model"].get_ops()

@@ -93,6 +93,14 @@ class Report:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        items = {"roles": str, "applied": str, "skipped": Skipped, "notes": str}
+        for name, kind in items.items():
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(item, kind) for item in value):
+                raise TypeError(f"Report.{name} holds {kind.__name__}, and was given {value!r:.80}")
+        self.roles = tuple(self.roles)
+
 
 class Loader(Protocol):
     """Turns files, or a framework's model, into ov.Models by role."""

@@ -70,7 +70,7 @@ class Roles(MutableMapping[str, "ov.Model"]):
 
     def lazy(self, role: str, make: Callable[[], ov.Model]) -> None:
         """Set `role` to what `make` returns when it is first needed."""
-        self._touched.add(role)
+        self._touched.add(_role(role))
         self._makers[role] = make
         self._made.pop(role, None)
 
@@ -107,7 +107,11 @@ class Roles(MutableMapping[str, "ov.Model"]):
         return self._made[role]
 
     def __setitem__(self, role: str, model: ov.Model) -> None:
-        self._touched.add(role)
+        import openvino as ov
+
+        if not isinstance(model, ov.Model):
+            raise TypeError(f"the role {role!r} is set to something of type {type(model).__name__}, not ov.Model")
+        self._touched.add(_role(role))
         self._makers[role] = None
         self._made[role] = model
 
@@ -124,6 +128,13 @@ class Roles(MutableMapping[str, "ov.Model"]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+def _role(name: object) -> str:
+    """Return the name of a role, which names a folder too. Raises ValueError if it cannot."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ValueError(f"{name!r} is not a valid name of a role")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +175,12 @@ class ModelBundle:
     loader: str = ""
     """Name of the loader that opened it."""
     protection: Protection | None = None
-    """What keeps all that is made from it unreadable on disk, where it comes from an encrypted source."""
+    """What keeps all that is made from it unreadable on disk, if it comes from an encrypted source."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.models, Roles):  # ModelBundle({"model": model})
+            given, self.models = self.models, Roles()
+            self.models.update(given)
 
     @classmethod
     def open(cls, source: Source) -> ModelBundle:

@@ -25,14 +25,14 @@ _CALLER = "_ovforge_caller"
 def blaming(offer: Offer) -> Iterator[None]:
     """Turn an exception of a plugin's code into a PluginError that names the plugin and its extension.
 
-    Errors that explain themselves pass, and so do a full disk, warnings that were made errors, and whatever a
-    caller's own progress callback raises.
+    Errors that explain themselves pass, and so do Ctrl-C, a full disk or memory, warnings that were made errors, and
+    whatever a caller's own progress callback raises. A plugin that ends the program (SystemExit) does not.
     """
     try:
         yield
-    except (OvforgeError, Warning, MemoryError):
+    except (OvforgeError, Warning, MemoryError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
         if hasattr(error, _CALLER) or (isinstance(error, OSError) and error.errno in _FULL):
             raise
         text = str(error).strip().partition("\n")[0]
@@ -48,8 +48,9 @@ def expect(kind: type[T] | str, value: Any, offer: Offer) -> T:
     fits = hasattr(value, kind) if isinstance(kind, str) else isinstance(value, kind)
     if not fits:
         wanted = f"something with `{kind}`" if isinstance(kind, str) else f"a {kind.__name__}"
+        given = "None" if value is None else f"something of type {type(value).__name__}"
         raise PluginError(
-            f"it returned {'None' if value is None else f'a {type(value).__name__}'} instead of {wanted}",
+            f"it returned {given} instead of {wanted}",
             where=_name(offer),
             hint="This is a fault of the plugin: report it to its authors.",
         )
@@ -68,7 +69,7 @@ def from_caller(progress: Callable[[Progress], None]) -> Callable[[Progress], No
     def report(moment: Progress) -> None:
         try:
             progress(moment)
-        except Exception as error:
+        except BaseException as error:
             setattr(error, _CALLER, True)
             raise
 

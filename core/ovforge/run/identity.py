@@ -6,7 +6,7 @@ plugin and of all that the plugin's distribution requires, its options, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from ovforge.plugins.requirements import installed_requirements
 from ovforge.run.resolution import Chosen, ResolvedPipeline, ResolvedSource, Step
 from ovforge.store.digests import DigestMemo, digest_file, fingerprint
 
-__all__ = ["caller_dependencies", "content_of", "load_dependencies", "quantizers_dependencies", "step_dependencies"]
+__all__ = [
+    "caller_dependencies",
+    "content_of",
+    "load_dependencies",
+    "loaded_identity",
+    "quantizers_dependencies",
+    "step_dependencies",
+]
 
 _FORM = 3
 """Of what the core itself writes beside models: reports, configs, controls. Entries of another form are not found."""
@@ -30,6 +37,16 @@ def load_dependencies(resolved: ResolvedSource) -> dict[str, Any]:
     """Return what a conversion depends on."""
     assert resolved.loader is not None
     return {**_done_by(resolved.loader, "load"), "form": _FORM, "input": source_digest(resolved.source)}
+
+
+def loaded_identity(identity: Mapping[str, str], resolved: ResolvedSource, read: Set[Path]) -> dict[str, str]:
+    """Return the identity of roles that a loader knows the content of, if it stores no conversion.
+
+    What it says may be too little, so that what it read and did counts as well.
+    """
+    memo = resolved.loader.session.memo if resolved.loader else None
+    done = {**load_dependencies(resolved), "read": [content_of(path, memo) for path in sorted(read)]}
+    return {role: fingerprint({**done, "role": role, "identity": said}) for role, said in identity.items()}
 
 
 def step_dependencies(

@@ -182,6 +182,7 @@ class Pipeline:
         start = time.perf_counter()
         with self._turns, task.calling():
             result = expect(Result, self.task(values, from_caller(progress)), task.offer)
+            expect(dict, result.provenance, task.offer)
         self._ended = time.perf_counter()
         result.timings.elapsed = self._ended - start
         result.warnings = [*result.warnings, *self.warnings()]

@@ -25,7 +25,7 @@ from ovforge.model.comparison import same_model
 from ovforge.model.sources import FileSource
 from ovforge.run.calls import expect
 from ovforge.run.entries import open_entry, write_bundle, write_file, write_role
-from ovforge.run.identity import load_dependencies, step_dependencies
+from ovforge.run.identity import load_dependencies, loaded_identity, step_dependencies
 from ovforge.run.resolution import Chosen, ResolvedPipeline, ResolvedSource, Step
 from ovforge.store.cache import Cache, DamagedError, Entry
 from ovforge.store.digests import fingerprint
@@ -163,8 +163,11 @@ class LoadStage:
         self.check()
         source, loader = self.resolved.source, self._loader
         self.progress(Progress("load", 0, 1, f"{loader.name}: {source.name}"))
-        with loader.calling():
+        with loader.calling(), loader.session.recording() as read:
             bundle = expect(ModelBundle, loader.create().load(source), loader.offer)
+            bundle.small_files()  # raises if they cannot be written
+        if loader.offer.plugin != "builtin":
+            bundle.identity = loaded_identity(bundle.identity, self.resolved, read)
         bundle.protection, bundle.loader = source.protection, loader.name
         bundle.models.wrap(lambda role, make: _called(loader, make))
         return bundle
@@ -302,6 +305,7 @@ class StepStage:
             stage = chosen.create()
             result = self._quantize(stage, bundle) if quantizes else stage.apply(bundle)
             report = expect(Report, result, chosen.offer)
+            bundle.small_files(), json.dumps(_delta(bundle, report))  # raise if they cannot be written
             _complete(report, before, bundle, touched, chosen.offer)
         if quantizes:
             report.seconds = time.perf_counter() - start
