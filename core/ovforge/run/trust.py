@@ -50,9 +50,11 @@ def read_trusted(
 
     Raises ConfigError for a picture that uses files outside its folder, unless `trust` is true.
     """
-    picture = isinstance(config, str | Path) and Path(config).suffix.lower() in PICTURE_SUFFIXES
-    if picture and not trust and (effects := effects_of(Path(config), overrides)):
-        raise untrusted(Path(config), effects, "If that is right, add trust=True.")
+    if not trust and isinstance(config, str | Path):
+        path = Path(config)
+        effects = effects_of(path, overrides) if path.suffix.lower() in PICTURE_SUFFIXES else []
+        if effects:
+            raise untrusted(path, effects, "If that is right, add trust=True.")
     return read_pipeline(config, overrides)
 
 
