@@ -389,6 +389,7 @@ def find_loader(source: Source, name: str | None, session: Session) -> Offer:
     if surest is Match.NO:
         looks = ", ".join(list(source.files())[:5]) or "nothing"
         names = ", ".join(offer.extension.name for offer in offers)
+        failures += [f"{fault.where}: {fault.what}." for fault in session.broken.values()]
         more = "".join(f" Not installed: {one.name}, {one.install}." for one in plugins.missing("loader", "source"))
         raise ModelError(
             "no loader knows what this is",
