@@ -23,6 +23,7 @@ from ovforge.contracts import (
     QuantizerExtension,
     Report,
     SchedulerExtension,
+    SourceExtension,
     TaskExtension,
 )
 from ovforge.errors import ConfigError, ModelError, OvforgeError, PluginError
@@ -405,3 +406,36 @@ def test_errors_are_ours(plugins: Plugins, config: dict[str, Any]) -> None:
     FAULTS["load"] = said
     with pytest.raises(OvforgeError, match="the model says no"):
         ovforge.load(config, plugins=plugins, cache=None)
+
+
+class Blind:
+    def __init__(self, options: Any) -> None: ...
+
+    def can_open(self, source: Any) -> bool:
+        return bool(boom())
+
+
+@pytest.mark.parametrize("factory", ["ovforge_nowhere.opener:Opener", lambda options: boom(), Blind])
+def test_a_broken_source_plugin_stops_only_what_needs_it(
+    factory: Any, plugins: Plugins, config: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = types.ModuleType("broken")
+    hook = hookimpl(lambda: [SourceExtension(name="broken", summary="s", factory=factory)])
+    broken.ovforge_sources = hook  # type: ignore[attr-defined]
+    plugins.register(broken, "broken", "1.0")
+    with pytest.warns(UserWarning, match="the plugin broken is left out: it opens no source: it ") as told:
+        assert ovforge.load(config, plugins=plugins, cache=None)().provenance["y"]
+    assert len(told) == 1
+    (tmp_path / "x.hidden").write_text("")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ModelError, match="no loader knows what this is") as unknown,
+    ):
+        ovforge.load({**config, "load": str(tmp_path / "x.hidden")}, plugins=plugins, cache=None)
+    assert "the plugin broken: it opens no source: it " in str(unknown.value.hint)
+    if factory is not Blind:
+        with (
+            pytest.warns(UserWarning, match="left out"),
+            pytest.raises(PluginError, match="the plugin broken: it opens no source"),
+        ):
+            ovforge.load({**config, "load": {"source": config["load"], "key": {}}}, plugins=plugins, cache=None)

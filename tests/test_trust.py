@@ -91,6 +91,40 @@ def test_a_strangers_config_is_refused_without_trust(places: tuple[Path, Path], 
     assert "secret.png (input.image)" in str(done.exception), "a picture is never one's own"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "{config}"],
+        ["quantize", "{config}", "-q", "weights-int8"],
+        ["benchmark", "{config}"],
+        ["benchmark", "own.json", "--against", "{config}"],
+        ["compare", "own.json", "{config}"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_every_command_that_runs_a_config_asks(command: list[str], places: tuple[Path, Path], tmp_path: Path) -> None:
+    mine, theirs = places
+    config = {"task": "image-to-image", "load": "missing", "input": {"image": str(tmp_path / "secret.png")}}
+    (mine / "own.json").write_text(json.dumps(config))
+    (theirs / "c.json").write_text(json.dumps(config))
+    arguments = [part.replace("{config}", str(theirs / "c.json")) for part in command]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, ConfigError) and "not a config of your own" in str(refused.exception)
+    trusted = CliRunner().invoke(app, [*arguments, "--trust"])
+    assert "no such file" in str(trusted.exception), "it went on"
+
+
+def test_in_python_a_picture_alone_needs_trust(places: tuple[Path, Path], tmp_path: Path) -> None:
+    given = {**BASE["input"], "image": str(tmp_path / "secret.png")}  # type: ignore[dict-item]
+    made = picture(places[0] / "p.png", {"config": {"task": "image-to-image", "load": "missing"}, "inputs": given})
+    for opened in (ovforge.load, ovforge.prepare):
+        with pytest.raises(ConfigError, match="secret.png \\(input.image\\)") as refused:
+            opened(made, cache=None)
+        assert "trust=True" in str(refused.value.hint)
+    with pytest.raises(ModelError, match="no such file"):
+        ovforge.load(made, cache=None, trust=True)
+
+
 def test_outputs_are_replaced_by_a_config_of_ones_own_only(places: tuple[Path, Path]) -> None:
     mine, theirs = places
     for folder in places:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +15,11 @@ from onnx import TensorProto, helper
 from openvino import opset6 as ops
 
 from ovforge.errors import ModelError
-from ovforge.model import FileSource, read_model
+from ovforge.model import FileSource, probing, read_model, validation
 from ovforge.model.reasons import reason_of
 from ovforge.model.validation import check_ir
+from ovforge.store.digests import DigestMemo
+from ovforge.store.processes import run_python
 
 
 @pytest.fixture
@@ -97,7 +100,8 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_openvinos_reason_and_the_right_hint(tmp_path: Path, ir: Path) -> None:
+def test_openvinos_reason_and_the_right_hint(tmp_path: Path, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "probe", lambda source, path: None)  # it says nothing of reasons, and takes time
     short = write(tmp_path / "w.data", b"1234")
     unknown = ir.with_name("unknown.xml")
     unknown.write_text(ir.read_text().replace('type="Add"', 'type="Nonsense"'))
@@ -134,3 +138,52 @@ def test_elements_of_any_graph_survive_a_round_trip(ir: Path) -> None:
     tree = ET.parse(ir)
     tree.write(ir)
     assert read(ir).get_parameters()
+
+
+# -- other formats ----------------------------------------------------------------------------------------------------
+
+
+def onnx_file(path: Path, inputs: int, opset: int = 17) -> Path:
+    """Write a Pad, which takes two inputs or more."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])
+    pads = helper.make_tensor("pads", TensorProto.INT64, [4], [0, 1, 0, 1])
+    node = helper.make_node("Pad", ["x", "pads"][:inputs], ["y"])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", [value], [result], [pads])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_model_that_ends_openvino_ends_another_process(tmp_path: Path) -> None:
+    path = onnx_file(tmp_path / "m.onnx", inputs=1)
+    with pytest.raises(ModelError, match="m.onnx: OpenVINO crashes on it"):
+        read(path)
+
+
+def test_a_model_that_openvino_never_ends_with_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_SECONDS", 2.0)
+    with pytest.raises(ModelError, match="m.onnx: OpenVINO did not come to an end with it in 2 s"):
+        read(onnx_file(tmp_path / "m.onnx", inputs=2, opset=2**31))
+
+
+def test_a_model_is_probed_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def run(arguments: list[str], **options: Any) -> Any:
+        started.append(arguments[-1])
+        return run_python(arguments, **options)
+
+    monkeypatch.setattr(probing, "run_python", run)
+    memo = DigestMemo(tmp_path / "cache" / "digests.json")
+    path = onnx_file(tmp_path / "m.onnx", inputs=2)
+    for _ in range(2):
+        assert read_model(FileSource(path, memo=memo), path.name)
+    assert len(started) == 1
+    onnx_file(path, inputs=2, opset=18)
+    assert read_model(FileSource(path, memo=memo), path.name)
+    assert len(started) == 2
+    trusted = FileSource(path)
+    trusted.trusted = True
+    assert read_model(trusted, path.name)
+    assert len(started) == 2

@@ -64,7 +64,7 @@ def run(
         check_output(config, target, force)
     with collected_warnings() as warnings:
         with progress_bar(quiet or as_json) as progress:
-            pipeline = ovforge.load(config, overrides=overrides, cache=_cache(no_cache), progress=progress)
+            pipeline = ovforge.load(config, overrides=overrides, cache=_cache(no_cache), progress=progress, trust=True)
             result = pipeline(progress=progress)
         if target is None:  # only the result knows its ending
             target = Path(f"{task.name}{result.suffixes[0]}")

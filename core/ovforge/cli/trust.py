@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ovforge.cli.output import plain, print_note
-from ovforge.errors import ConfigError, InputError
+from ovforge.cli.output import print_note
+from ovforge.errors import InputError
 
 __all__ = ["Force", "Trust", "check_output", "check_trust"]
 
@@ -20,22 +20,15 @@ Trust = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")]
 
 
-def check_trust(config: Path, overrides: list[str], trust: bool) -> None:
+def check_trust(config: Path, overrides: Sequence[str], trust: bool) -> None:
     """Show what a config that is not one's own uses outside its folder, and ask; without a terminal, refuse.
 
-    What the user set on the command line is the user's, and is not asked about.
+    Every command that runs a config or a picture calls this first, and then runs it with `trust=True`. What the user
+    set on the command line is the user's, and is not asked about. Raises ConfigError if the answer is no.
     """
-    from ovforge.config.trust import foreign_effects, is_own
-    from ovforge.run.resolution import read_pipeline
+    from ovforge.run.trust import effects_of, untrusted
 
-    if trust or is_own(config):
-        return
-    value, base = read_pipeline(config)
-    effects = foreign_effects(config, _written(value), base)
-    if overrides and effects:
-        changed, _ = read_pipeline(config, overrides)
-        still = foreign_effects(config, _written(changed), base)
-        effects = [effect for effect in effects if effect in still]
+    effects = [] if trust else effects_of(config, overrides)
     if not effects:
         return
     if sys.stdin.isatty() and sys.stderr.isatty():
@@ -44,12 +37,7 @@ def check_trust(config: Path, overrides: list[str], trust: bool) -> None:
             print_note(f"  it {effect}")
         if typer.confirm("Run it?", err=True):
             return
-    listed = "".join(f"\n  it {plain(effect)}" for effect in effects)
-    raise ConfigError(
-        f"it is not a config of your own, and uses files outside its folder:{listed}",
-        where=str(config),
-        hint="If that is right, add --trust.",
-    )
+    raise untrusted(config, effects, "If that is right, add --trust.")
 
 
 def check_output(config: Path, target: Path, force: bool) -> None:
@@ -61,15 +49,6 @@ def check_output(config: Path, target: Path, force: bool) -> None:
     several = sorted(target.parent.glob(f"{_literal(target.stem)}-[0-9]*{_literal(target.suffix)}"))
     if there := [path for path in (target, *several) if path.exists()]:
         raise InputError("is there already", where=str(there[0]), hint="Name another --output, or add --force.")
-
-
-def _written(config: Any) -> Mapping[str, Any]:
-    """Return a config as it was written, with the key's place, which dumps leave out."""
-    value: dict[str, Any] = config.as_dict()
-    if config.load.key is not None:
-        load = value["load"]
-        value["load"] = {**(load if isinstance(load, dict) else {"source": load}), "key": config.load.key}
-    return value
 
 
 def _literal(text: str) -> str:

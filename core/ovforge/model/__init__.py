@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         package_path,
         source_digest,
     )
+    from ovforge.model.validation import check_model_file
 
 __all__ = [
     "MAX_PSNR",
@@ -67,6 +68,7 @@ __all__ = [
     "Source",
     "TimingRow",
     "Timings",
+    "check_model_file",
     "core",
     "digest_picture",
     "external_data",
@@ -124,5 +126,6 @@ __getattr__, __dir__ = lazy(
             "package_path",
             "source_digest",
         ],
+        "validation": ["check_model_file"],
     },
 )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ovforge.errors import ModelError
 from ovforge.model.formats import read_from_memory
 from ovforge.model.reasons import OPENVINO_ERRORS, reading_error
-from ovforge.model.validation import check_source
+from ovforge.model.validation import check_model_file
 from ovforge.store.documents import parse_object
 from ovforge.store.files import atomic_folder
 
@@ -387,7 +387,7 @@ def read_model(source: Source, path: str) -> ov.Model:
 
     if hasattr(source, "check"):  # a cache's entry, whose content may be damaged
         source.check(path)
-    check_source(source, path)
+    check_model_file(source, path)
     try:
         local = source.local(path)
         return core().read_model(local) if local is not None else read_from_memory(source, PurePosixPath(path))

@@ -134,11 +134,11 @@ class FileSource:
             raise ModelError("it is neither a file nor a folder", where=name or str(path))
         self.name = name or str(path)
         self.path = path
-        self._memo, self._beside, self._on_read = memo, tuple(beside), on_read
+        self.memo, self._beside, self._on_read = memo, tuple(beside), on_read
 
     def with_beside(self, patterns: Sequence[str]) -> FileSource:
         """Return the same source with what these patterns name beside a single file."""
-        return FileSource(self.path, self.name, self._memo, beside=patterns, on_read=self._on_read)
+        return FileSource(self.path, self.name, self.memo, beside=patterns, on_read=self._on_read)
 
     @property
     def root(self) -> Path:
@@ -205,7 +205,7 @@ class FileSource:
         """Return the sha256 of a file."""
         from ovforge.store.digests import digest_file
 
-        return digest_file(self.root / path, self._memo)
+        return digest_file(self.root / path, self.memo)
 
 
 def named_path(text: str, base: Path) -> Path:

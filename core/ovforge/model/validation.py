@@ -13,13 +13,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from ovforge.errors import ModelError
+from ovforge.model.probing import probe
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
     from ovforge.model.sources import Source
 
-__all__ = ["check_ir", "check_source"]
+__all__ = ["check_ir", "check_model_file"]
 
 SIZE = 512 * 2**20
 """Most bytes of a graph without its weights: one of a hundred thousand layers has a tenth."""
@@ -37,9 +38,15 @@ _INPUTS = {"Broadcast": 2, "MaxPool": 1, "Slice": 4}
 """Inputs that it reads so; for all other operations it counts them first."""
 
 
-def check_source(source: Source, path: str) -> None:
-    """Check a source's .xml; any other file passes, and so does what comes from the cache or an installed package."""
-    if PurePosixPath(path).suffix != ".xml" or getattr(source, "trusted", False):
+def check_model_file(source: Source, path: str) -> None:
+    """Raise ModelError if `path` of a source, which OpenVINO is to read next, could end or hang this process.
+
+    What comes from the cache or an installed package passes.
+    """
+    if getattr(source, "trusted", False):
+        return
+    if PurePosixPath(path).suffix != ".xml":
+        probe(source, path)
         return
     if source.files().get(path, 0) > SIZE:
         raise ModelError(f"{path} is a graph of more than {SIZE} bytes", where=source.name)

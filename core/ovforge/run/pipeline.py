@@ -29,10 +29,11 @@ from ovforge.run.calls import expect, from_caller
 from ovforge.run.compiled import CompiledBundle
 from ovforge.run.identity import content_of
 from ovforge.run.notices import warnings_of
-from ovforge.run.resolution import make_step, read_pipeline, resolve
+from ovforge.run.resolution import make_step, resolve
 from ovforge.run.session import Session
 from ovforge.run.stages import check_strict
 from ovforge.run.tasks import make_adapter, make_adapters, make_task, plan_device, require_task, roles_of
+from ovforge.run.trust import read_trusted
 from ovforge.run.turns import Turns
 from ovforge.run.walk import Runner, walk
 from ovforge.store.cache import Cache, chosen_cache
@@ -323,9 +324,14 @@ def load(
     cache: Cache | str | None = "default",
     progress: Callable[[Progress], None] = ignore_progress,
     observe: Observer | None = None,
+    trust: bool = False,
 ) -> Pipeline:
-    """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made."""
-    checked_config, base = read_pipeline(config, overrides)
+    """Return the pipeline of a config file (.toml, .json), a dict, a PipelineConfig, or a picture that ovforge made.
+
+    A config is trusted: it reads the files that it names, and may say which command prints a key. A picture's is not:
+    ConfigError is raised if it uses files outside the picture's folder, unless `trust` is true.
+    """
+    checked_config, base = read_trusted(config, list(overrides), trust=trust)
     pipeline = Pipeline.from_config(
         checked_config, base=base, plugins=plugins, cache=cache, progress=progress, observe=observe
     )

@@ -13,9 +13,10 @@ from ovforge.contracts.stages import Progress, Report, ignore_progress
 from ovforge.model.bundle import ModelBundle
 from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import from_caller
-from ovforge.run.resolution import Step, read_pipeline, resolve
+from ovforge.run.resolution import Step, resolve
 from ovforge.run.session import Session
 from ovforge.run.tasks import plan_device
+from ovforge.run.trust import read_trusted
 from ovforge.run.walk import Runner, walk
 from ovforge.store.cache import Cache, chosen_cache
 
@@ -45,13 +46,15 @@ def prepare(
     plugins: Plugins | None = None,
     cache: Cache | str | None = "default",
     progress: Callable[[Progress], None] = ignore_progress,
+    trust: bool = False,
 ) -> Prepared:
     """Take a pipeline's models through all steps, and stop before they are compiled.
 
     The config may name no task: its quantizers then cannot see inputs of models unless their driver has some.
+    A picture's config may use files outside the picture's folder only if `trust` is true; other configs are trusted.
     """
     store = chosen_cache(cache)
-    checked_config, folder = read_pipeline(config)
+    checked_config, folder = read_trusted(config, trust=trust)
     base = base or folder
     session = Session.of(checked_config, base, plugins, store)
     pipeline = resolve(checked_config, base, session)

@@ -37,6 +37,7 @@ __all__ = [
     "Step",
     "choose",
     "find_loader",
+    "load_table",
     "make_step",
     "read_pipeline",
     "resolve",
@@ -154,7 +155,7 @@ def read_pipeline(
     """
     if isinstance(config, PipelineConfig):
         if overrides:
-            value = apply_overrides({**config.as_dict(), "load": _load_table(config)}, overrides)
+            value = apply_overrides({**config.as_dict(), "load": load_table(config)}, overrides)
             return PipelineConfig.of(value), Path.cwd()
         return config, Path.cwd()
     if isinstance(config, Mapping):
@@ -183,7 +184,7 @@ def _recorded(path: Path) -> tuple[dict[str, Any], Path]:
     return value, base if base.is_dir() else Path.cwd()
 
 
-def _load_table(config: PipelineConfig) -> dict[str, Any]:
+def load_table(config: PipelineConfig) -> dict[str, Any]:
     """Return `load` with its key, which dumps of a config leave out."""
     table = config.load.model_dump(exclude_defaults=True)
     return {**table, "key": config.load.key} if config.load.key is not None else table
@@ -388,6 +389,7 @@ def find_loader(source: Source, name: str | None, session: Session) -> Offer:
     if surest is Match.NO:
         looks = ", ".join(list(source.files())[:5]) or "nothing"
         names = ", ".join(offer.extension.name for offer in offers)
+        failures += [f"{fault.where}: {fault.what}." for fault in session.broken.values()]
         more = "".join(f" Not installed: {one.name}, {one.install}." for one in plugins.missing("loader", "source"))
         raise ModelError(
             "no loader knows what this is",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
@@ -13,7 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from ovforge.config.options import validate_options
-from ovforge.errors import ConfigError, ModelError, as_path, require_type
+from ovforge.errors import ConfigError, ModelError, PluginError, as_path, require_type
 from ovforge.model.sources import PACKAGE, FileSource, named_path
 from ovforge.plugins.manager import Plugins
 from ovforge.run.calls import blaming
@@ -54,6 +55,8 @@ class Session:
         self.memo, self.planning = memo, planning
         self._key = key
         self._read: set[Path] | None = None
+        self.broken: dict[str, PluginError] = {}
+        """Source plugin -> its fault: it opens nothing here, and what needs it cannot be opened."""
 
     @classmethod
     def of(
@@ -116,16 +119,18 @@ class Session:
     def _openers(self) -> list[tuple[Offer, Opener]]:
         made, refused = [], list[ConfigError]()
         for offer in self.plugins.all("source"):
-            model = offer.extension.options_model()
             try:
-                options = validate_options(model, self._key or {}, where="load.key", secret=True)
+                with blaming(offer):
+                    model = offer.extension.options_model()
+                    options = validate_options(model, self._key or {}, where="load.key", secret=True)
+                    made.append((offer, offer.extension.create(options)))
+            except PluginError as error:
+                self._set_aside(offer, error)
             except ConfigError as error:  # the key, or its absence, is not for this opener
                 refused.append(error)
-                continue
-            with blaming(offer):
-                made.append((offer, offer.extension.create(options)))
-        if self._key is not None and refused and not made:
-            raise refused[0]
+        if self._key is not None and not made:
+            for fault in (*refused, *self.broken.values()):
+                raise fault
         if self._key is not None and not made:
             raise ConfigError(
                 "no plugin here opens encrypted sources",
@@ -137,15 +142,30 @@ class Session:
     def _opened(self, source: FileSource) -> Source:
         """Return what the first plugin that knows the source makes of it; the source itself if none does."""
         for offer, opener in self._openers:
+            if offer.plugin in self.broken:
+                continue
+            try:
+                with blaming(offer):
+                    known = opener.can_open(source)
+            except PluginError as error:
+                self._set_aside(offer, error)
+                continue
+            if not known:
+                continue
             with blaming(offer):
-                if not opener.can_open(source):
-                    continue
                 if self.planning and getattr(opener, "asks", False):
                     raise ClosedError(
                         "its key is asked for when it is opened, and a plan asks nobody", where=source.name
                     )
                 return opener.open(source)
         return source
+
+    def _set_aside(self, offer: Offer, error: PluginError) -> None:
+        """Go on without a source plugin that is at fault: most sources are plain, and others' plugins work."""
+        fault = PluginError(f"it opens no source: {error.what}", where=f"the plugin {offer.plugin}", hint=error.hint)
+        fault.__cause__ = error
+        self.broken[offer.plugin] = fault
+        warnings.warn(f"{fault.where} is left out: {fault.what}", stacklevel=2)
 
 
 def open_file(path: Path | str) -> Source:
@@ -163,11 +183,13 @@ def describe_protection(source: str, base: Path, plugins: Plugins | None = None)
     files = FileSource(named_path(source, as_path(base, where="base")), source)
     for offer in (plugins or Plugins()).all("source"):
         try:
-            options = validate_options(offer.extension.options_model(), {}, where="load.key")
-        except ConfigError:
-            continue  # it opens only what comes with a key
-        opener = offer.extension.create(options)
-        if opener.can_open(files) and hasattr(opener, "describe"):
+            with blaming(offer):
+                options = validate_options(offer.extension.options_model(), {}, where="load.key")
+                opener = offer.extension.create(options)
+                known = opener.can_open(files)
+        except (ConfigError, PluginError):
+            continue  # it opens only what comes with a key, or nothing at all
+        if known and hasattr(opener, "describe"):
             describes: Describes = opener
             return describes.describe(files)
     return ()

@@ -75,6 +75,16 @@ def _name_model(flags: dict[str, Any]) -> None:
     flags["model"] = flags["model"] or flags["path_to_model"]
     if not flags["model"]:
         raise typer.BadParameter("Name a model or a pipeline: ovforge benchmark model.xml")
+    _check_trust(flags)
+
+
+def _check_trust(flags: Mapping[str, Any]) -> None:
+    from ovforge.cli import check_trust
+    from ovforge_benchmark.whole import is_pipeline
+
+    if is_pipeline(flags["model"]):
+        inputs = [f"input.{text}" for texts in flags["paths_to_input"] for text in texts if "=" in text]
+        check_trust(Path(flags["model"]), [*flags["set"], *inputs], flags["trust"])
 
 
 def _check_output(flags: Mapping[str, Any]) -> None:

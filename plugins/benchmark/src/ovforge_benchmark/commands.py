@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ovforge.cli import Trust
 from ovforge.errors import InputError
 
 __all__ = ["compare"]
@@ -37,6 +38,7 @@ def compare(
     task: Annotated[str, typer.Option("--task", help="What models that are no config are for.")] = "text-to-image",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes of each candidate, in turn.")] = 3,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measured runs of each call in a process.")] = 3,
+    trust: Trust = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing on disk.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write this .md, .json and, of pictures, .png.")
@@ -45,7 +47,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run pipelines side by side: pictures, latency, memory, size, likeness."""
-    from ovforge.cli import check_writable, print_block, print_json, progress_bar
+    from ovforge.cli import check_trust, check_writable, print_block, print_json, progress_bar
     from ovforge.config import apply_overrides
     from ovforge_benchmark import candidates
     from ovforge_benchmark.compare import compare as run
@@ -53,7 +55,11 @@ def compare(
 
     if output is not None:
         check_writable(output.with_suffix(".md"))
-    asked = candidates.varied([candidates.parse(one, task, set_ or []) for one in what], vary or [])
+    named = [candidates.parse(one, task, set_ or []) for one in what]
+    for one in named:
+        if one.kind == "pipeline" and isinstance(one.config, str):
+            check_trust(Path(one.config), [*one.overrides, *(f"input.{text}" for text in input_ or [])], trust)
+    asked = candidates.varied(named, vary or [])
     if len(asked) < 2:
         raise InputError("one candidate is no comparison", hint="Name another, or --vary a key.")
     common = apply_overrides({}, input_ or [])

@@ -24,7 +24,7 @@ MODELS_ONLY = (
 )  # fmt: skip
 """Flags that a pipeline has no use for."""
 
-PIPELINES_ONLY = ("set", "runs", "no_cache")
+PIPELINES_ONLY = ("set", "runs", "no_cache", "trust")
 
 REPORTS = ("number_iterations", "report_type", "perf_counts", "perf_counts_sort", "exec_graph_path", "dump_config")
 """Flags of a single measurement."""
@@ -167,6 +167,7 @@ def parser() -> _Parser:
     add("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="Override a key of a pipeline.")
     add("--runs", type=_count(1), help="Measured calls of a pipeline: 10.")
     add("--no-cache", action="store_true", help="Pipelines: keep nothing on disk.")
+    add("--trust", action="store_true", help="Run a stranger's pipeline although it uses files outside its folder.")
     add("--against", metavar="B", help="Measure two in turn, until the ratio is known.")
     add("--within", type=float, default=0.02, metavar="PART", help="How narrow the ratio's interval shall be: 0.02.")
     add("--tune", action="store_true", help="Search streams, threads, requests, hints and precisions within -t.")

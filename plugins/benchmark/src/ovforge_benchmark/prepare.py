@@ -12,7 +12,7 @@ import openvino as ov
 from openvino.preprocess import PrePostProcessor
 
 from ovforge.errors import ConfigError, DeviceError, InputError, ModelError
-from ovforge.model import OPENVINO_ERRORS, core, reason_of
+from ovforge.model import OPENVINO_ERRORS, FileSource, check_model_file, core, reason_of
 from ovforge_benchmark import settings
 from ovforge_benchmark.feeds import Feed, make_feeds
 from ovforge_benchmark.flags import PIPELINES_ONLY, TYPES, refuse
@@ -205,6 +205,7 @@ def _compile_file(
 
         compiled = _timed(start, "import", read)
     else:
+        check_model_file(FileSource(path), path.name)
         compiled = _timed(start, "compile", lambda: _compile(str(path), flags["target_device"], properties))
     inputs, _ = describe_inputs(compiled.inputs, flags)
     return compiled, inputs

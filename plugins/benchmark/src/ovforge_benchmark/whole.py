@@ -53,6 +53,7 @@ def load(
         overrides=[*given, *flags["set"], *overrides],
         cache=None if flags["no_cache"] else "default",
         observe=observe,
+        trust=True,
     )
     return pipe, apply_overrides({}, inputs)
 

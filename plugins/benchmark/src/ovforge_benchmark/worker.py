@@ -29,7 +29,7 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     cache = "default" if job["cache"] else None
     config = Path(job["config"]) if isinstance(job["config"], str) else job["config"]
-    pipe = ovforge.load(config, overrides=job["overrides"], cache=cache)
+    pipe = ovforge.load(config, overrides=job["overrides"], cache=cache, trust=True)
     stages = {"load": [pipe.timings.total("load")]}
     calls = [_with_seed(pipe, call, job["seed"]) for call in job["calls"]]
     results: list[Result] = []
