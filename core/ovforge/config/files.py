@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return parse(data, str(path), size=_LIMIT, error=ConfigError)
 
 
-def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return `config` with each "key.path=value" set; the value is TOML, or else text.
 
     List items are named by number: `transform.0.scale=0.5`; one past the end appends.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -319,7 +319,7 @@ def _refuse_parts(parts: Mapping[str, Any]) -> None:
 def load(
     config: str | Path | Mapping[str, Any] | PipelineConfig,
     *,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     plugins: Plugins | None = None,
     cache: Cache | str | None = "default",
     progress: Callable[[Progress], None] = ignore_progress,
@@ -331,7 +331,7 @@ def load(
     A config is trusted: it reads the files that it names, and may say which command prints a key. A picture's is not:
     ConfigError is raised if it uses files outside the picture's folder, unless `trust` is true.
     """
-    checked_config, base = read_trusted(config, list(overrides), trust=trust)
+    checked_config, base = read_trusted(config, overrides, trust=trust)
     pipeline = Pipeline.from_config(
         checked_config, base=base, plugins=plugins, cache=cache, progress=progress, observe=observe
     )

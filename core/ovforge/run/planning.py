@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Plan:
 def plan(
     config: str | Path | Mapping[str, Any] | PipelineConfig,
     *,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     plugins: Plugins | None = None,
     cache: Cache | str | None = "default",
 ) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class ResolvedPipeline:
 
 
 def read_pipeline(
-    config: str | Path | Mapping[str, Any] | PipelineConfig, overrides: Iterable[str] = ()
+    config: str | Path | Mapping[str, Any] | PipelineConfig, overrides: Sequence[str] = ()
 ) -> tuple[PipelineConfig, Path]:
     """Return a checked config and the folder that its relative paths start at.
 
