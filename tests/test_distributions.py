@@ -89,3 +89,12 @@ def test_all_distributions_name_the_same_interpreters() -> None:
     }
     assert len(set(interpreters.values())) == 1, interpreters
     assert "Programming Language :: Python :: 3.14" in interpreters["ovforge"][1]
+
+
+def test_changelog_fragments_have_a_kind_that_towncrier_knows_and_say_something() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["towncrier"]
+    kinds = "|".join(kind["directory"] for kind in tool["type"])
+    for path in (ROOT / tool["directory"]).glob("*.md"):
+        assert re.fullmatch(rf"(\d+|\+[a-z0-9-]+)\.({kinds})\.md", path.name), path.name
+        assert path.read_text(encoding="utf-8").strip(), path.name
+    assert "<!-- towncrier release notes start -->" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
