@@ -18,8 +18,8 @@ SUFFIXES = {".md", ".py", ".toml", ".yml"}
 EXEMPT = {"tools/prose.py", "LICENSE"}
 
 RULES = {
-    r"\b(is|are|was|were) no (?!longer\b|more\b|less\b|fewer\b|such\b|better\b|worse\b|need\b|way\b|reason\b|different\b|one\b)"
-    r"(?<!there is no )(?<!there are no )(?<!there was no )(?<!there were no )(?<!where is no )(?<!that is no )": "is not a ...",
+    r"(?<!there )\b(is|are|was|were) no (?!(longer|more|less|fewer|such|better|worse|need|way|reason|different|one)\b)":
+        "is not a ...",
     r"\b(Raises?|raises?) [\w.]+(?: or [\w.]+)? where\b": "Raises X if ...",
     r"\b(None|True|False|\[\]|\{\}|\(\)|\"\") where\b": "None if ...",
     r"\bwhere (there (is|are)|not|none|given|asked|needed|possible)\b": "if there is ..., if not ...",

@@ -128,7 +128,7 @@ class FileSource:
         on_read: Callable[[Path], None] = lambda path: None,
     ) -> None:
         if not path.exists():
-            raise ModelError("no such file or folder", where=name or str(path))
+            raise ModelError("no such file or folder", where=name or str(path), hint=_looked_for(path))
         self.name = name or str(path)
         self.path = path
         self._memo, self._beside, self._on_read = memo, tuple(beside), on_read
@@ -203,6 +203,10 @@ class FileSource:
         from ovforge.store.digests import digest_file
 
         return digest_file(self.root / path, self._memo)
+
+
+def _looked_for(path: Path) -> str:
+    return f"{path.absolute()} was looked for: paths in a config start at its folder, others at the current one."
 
 
 def named_path(text: str, base: Path) -> Path:
