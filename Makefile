@@ -1,9 +1,9 @@
-# make demo · make test · make bench · make docs · make format · make torture
+# make demo · make test · make lint · make format · make docs · make bench · make torture · make release · make changelog
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs format torture clean
+.PHONY: demo test lint bench docs format torture release changelog clean
 .DELETE_ON_ERROR:
 
 # Stamps say what is installed; a changed requirement installs again.
@@ -14,6 +14,11 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml core/*/pyproject.
 
 $(VENV)/.test: requirements-test.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+$(VENV)/.release: requirements-release.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-release.txt
 	touch $@
 
 demo: $(VENV)/.demo
@@ -42,6 +47,14 @@ docs: $(VENV)/.test
 # Strangers' files, bent in every way; goes on where it stopped. SECONDS=600 make torture
 torture: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m torture --seconds $(or $(SECONDS),3600)
+
+# Wheels and sdists of all distributions in dist/, checked, installed into a clean environment, and tried there.
+release: $(VENV)/.release
+	$(BIN)/python tools/release.py
+
+# What the next release will say, from the fragments in changelog.d/
+changelog: $(VENV)/.release
+	$(BIN)/towncrier build --draft --version next
 
 clean:
 	rm -rf $(VENV) site build dist

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,77 @@ def test_options_are_checked_by_their_own_model_and_paths_start_at_the_config(tm
 def test_the_shipped_example_is_a_config() -> None:
     example = Path(__file__).parents[1] / "examples" / "unicorn.toml"
     assert PipelineConfig.of(tomllib.loads(example.read_text())).input["seed"] == 1234567
+
+
+class Typed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | list[str] = ""
+    seed: int | list[int] | None = None
+    steps: int = 1
+    strength: float = 1.0
+    tiled: bool = False
+    size: tuple[int, int] = (1, 1)
+    names: tuple[str, ...] = ()
+    scales: dict[str, float] = {}
+    parts: list[Use] = []
+    mask: Path | None = None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("prompt", 42, "`prompt` should be text or a list of texts, not 42"),
+        ("seed", "abc", "`seed` should be a whole number or a list of whole numbers, not 'abc'"),
+        ("seed", [1, "a"], "`seed.1` should be a whole number, not 'a'"),
+        ("steps", 1.5, "`steps` should be a whole number, not 1.5"),
+        ("strength", "much", "`strength` should be a number, not 'much'"),
+        ("tiled", "perhaps", "`tiled` should be true or false, not 'perhaps'"),
+        ("size", 5, "`size` should be a list, not 5"),
+        ("size", [5], "`size` has too few values"),
+        ("size", [5, 6, 7], "`size` should have at most 2 values, not 3"),
+        ("size", [5, "x"], "`size.1` should be a whole number, not 'x'"),
+        ("names", "one", "`names` should be a list, not 'one'"),
+        ("scales", 1, "`scales` should be a table, not 1"),
+        ("scales", {"unet": "a"}, "`scales.unet` should be a number, not 'a'"),
+        ("parts", [3], "`parts.0` should be a name or a table, not 3"),
+        ("mask", True, "`mask` should be a path, not true"),
+        ("prompts", "x", "unknown key `prompts`. Did you mean 'prompt'?"),
+    ],
+)
+def test_wrong_types_are_told_in_plain_words(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate_options(Typed, {key: value}, where="input")
+    assert raised.value.what == message
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
+def test_no_error_speaks_of_pydantic_or_python(value: Any) -> None:
+    for key in Typed.model_fields:
+        with contextlib.suppress(ConfigError):
+            validate_options(Typed, {key: value}, where="input")
+            continue
+        with pytest.raises(ConfigError) as raised:
+            validate_options(Typed, {key: value}, where="input")
+        what = raised.value.what
+        assert what.startswith(f"`{key}")
+        assert not re.search(r"valid|tuple|dict|instance|\[int\]|string", what.partition(", not ")[0]), what
+
+
+def test_a_number_for_a_text_is_told_how_to_quote() -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate_options(Typed, {"prompt": 42}, where="input")
+    assert "'prompt=\"42\"'" in str(raised.value.hint)
+    assert apply_overrides({}, ['input.prompt="42"']) == {"input": {"prompt": "42"}}
+
+
+@pytest.mark.parametrize("device", ["GPU", {"use": "GPU"}, Use("GPU")])
+def test_a_device_may_be_written_as_openvino_does(device: Any) -> None:
+    assert PipelineConfig.of({**SHORT, "device": device}).device == Use("gpu")
+    assert PipelineConfig.of({**SHORT, "device": {"use": "CPU", "threads": 2}}).device == Use("cpu", threads=2)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf" + b'task = "t"\nload = "m"\n')
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'{"task": "t", "load": "m"}')
+    assert read_config(tmp_path / "a.toml") == read_config(tmp_path / "a.json") == {"task": "t", "load": "m"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from ovforge.model.results import Result
 from ovforge.model.sources import Source
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
+from ovforge.run import compiled
 from ovforge.store.cache import Cache
 
 CALLS: list[str] = []
@@ -458,6 +460,29 @@ def test_progress_is_told(config: dict[str, Any], plugins: Plugins) -> None:
     moments: list[Progress] = []
     ovforge.load(config, plugins=plugins, cache=None, progress=moments.append)
     assert moments[0].stage == "load"
+
+
+def test_waiting_for_compilation_is_told_to_who_waits(
+    config: dict[str, Any], plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments: list[Progress] = []
+    told = threading.Event()
+    compile_model = compiled.compile_model
+
+    def slow(*arguments: Any) -> Any:
+        assert told.wait(60)
+        return compile_model(*arguments)
+
+    def tell(moment: Progress) -> None:
+        moments.append(moment)
+        told.set()
+
+    monkeypatch.setattr(compiled, "compile_model", slow)
+    pipeline = ovforge.load(config, plugins=plugins, cache=None)
+    pipeline(progress=tell)
+    assert moments == [Progress("compile", 0, 1, "model"), Progress("compile", 1, 1)]
+    pipeline(progress=tell)
+    assert len(moments) == 2, "it waits once"
 
 
 def test_the_check_of_transforms_passes_and_catches_a_liar() -> None:

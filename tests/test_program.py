@@ -158,3 +158,22 @@ def test_help_imports_no_framework(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.split() == []
+
+
+def test_an_interruption_says_what_is_kept(tmp_path: Path) -> None:
+    code = (
+        "import ovforge.cli.pipelines as commands\n"
+        "from ovforge.cli import main\nfrom ovforge.store import Cache\n"
+        "def stop() -> None:\n"
+        "    Cache.default().put({'stage': 'load'}, lambda folder: (folder / 'a').write_bytes(b'a'), label='the conversion')\n"
+        "    raise KeyboardInterrupt\n"
+        "commands.schema = stop\nmain()"
+    )
+    for stored in ("the conversion", None):
+        environment = {**os.environ, "OVFORGE_CACHE_DIR": str(tmp_path), "COLUMNS": "200"}
+        done = subprocess.run(
+            [sys.executable, "-c", code if stored else code.replace("Cache.default().put", "(lambda *a, **b: 0)"), "schema"],
+            capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+        kept = f"kept in the cache for the next run: {stored}\n" if stored else ""
+        assert (done.returncode, done.stderr) == (130, f"interrupted\n{kept}")

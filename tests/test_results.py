@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
 
-from ovforge.errors import InputError, PluginError
+import ovforge
+from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 from ovforge.model import (
     METRICS,
     PICTURE_SUFFIXES,
@@ -30,6 +31,7 @@ from ovforge.model import (
     read_provenance,
     values_as_json,
 )
+from ovforge.run.resolution import read_pipeline
 from ovforge.store import atomic_folder, atomic_write, csv_table
 
 
@@ -249,3 +251,23 @@ def test_a_table_holds_no_formula(rows: list[list[Any]]) -> None:
                 assert float(found) == float(cell), "a number"
             elif "\0" not in cell and "\ud800" not in cell:
                 assert found.removeprefix("'") == cell.replace("\r", "\\r")
+
+
+@pytest.mark.parametrize(("version", "newer"), [("99.1.0", True), ("0.0.9", False), ("odd", False)])
+def test_a_picture_of_a_newer_version_says_so(tmp_path: Path, version: str, newer: bool) -> None:
+    provenance = {
+        "config": {"task": "text-to-image", "load": "m", "new_key": 1},
+        "inputs": {"prompt": "a cat"},
+        "versions": {"ovforge": version},
+    }
+    ImagesResult(images=[picture()], seeds=[3], provenance=provenance).save(tmp_path / "x.png")
+    with pytest.raises(ConfigError, match="unknown key `new_key`") as raised:
+        read_pipeline(tmp_path / "x.png")
+    assert (f"ovforge {version} made the picture" in str(raised.value.hint)) == newer
+
+
+def test_a_source_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('task = "detect"\nload = "models/x"\ninput = {image = "a.png"}\n')
+    with pytest.raises(ModelError, match="models/x: no such file or folder") as raised:
+        ovforge.load(tmp_path / "a.toml", cache=None)
+    assert str(tmp_path / "models" / "x") in str(raised.value.hint)

@@ -17,7 +17,10 @@ app = typer.Typer(help="What is kept so that nothing is done twice.", no_args_is
 
 @app.command(name="list")
 def list_() -> None:
-    """List what is stored, the last used first."""
+    """List what is stored, the last used first.
+
+    Example: ovforge cache list
+    """
     from ovforge.store.cache import Cache
 
     cache = Cache.default()
@@ -41,7 +44,10 @@ def list_() -> None:
 def prune(
     size: Annotated[str, typer.Option("--size", help="Keep at most this much: 500MB, 0 for nothing.")] = "",
 ) -> None:
-    """Remove what was not used for longest, until the rest fits."""
+    """Remove what was not used for longest, until the rest fits.
+
+    Example: ovforge cache prune --size 5GB
+    """
     from ovforge.cli.clean import remove_left
     from ovforge.store.cache import Cache, parse_size
 
@@ -55,7 +61,10 @@ def prune(
 def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Remove damaged entries; they are made again.")] = False,
 ) -> None:
-    """Read everything again and name what is damaged. Exit code 1 if something is."""
+    """Read everything again and name what is damaged. Exit code 1 if something is.
+
+    Example: ovforge cache verify --repair
+    """
     from ovforge.store.cache import Cache
 
     cache = Cache.default()
@@ -71,7 +80,10 @@ def explain(
     config: Annotated[Path, typer.Argument(help="A config, as for `ovforge plan`.")],
     set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key.")] = None,
 ) -> None:
-    """Say for each stage of a pipeline whether it is stored, and if not, what differs."""
+    """Say for each stage of a pipeline whether it is stored, and if not, what differs.
+
+    Example: ovforge cache explain pipeline.toml
+    """
     import ovforge
 
     for stage in ovforge.plan(config, overrides=set_ or []).stages:

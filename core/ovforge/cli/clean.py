@@ -19,6 +19,8 @@ def clean(
     """Remove the temporary files of killed runs: in a folder, in the cache, and where the system has its own.
 
     What a living process holds stays, and so do files that ovforge did not make.
+
+    Example: ovforge clean models
     """
     from ovforge.store.cache import Cache
 

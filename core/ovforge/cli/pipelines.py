@@ -53,7 +53,10 @@ def run(
         bool, typer.Option("--json", help="Print result, files, timings, warnings and provenance as JSON.")
     ] = False,
 ) -> None:
-    """Run a pipeline and write its result."""
+    """Run a pipeline and write its result.
+
+    Example: ovforge run pipeline.toml -i 'prompt="a red car"' -o car.png
+    """
     import ovforge
 
     overrides = [*(set_ or []), *(f"input.{item}" for item in input_ or [])]
@@ -69,8 +72,10 @@ def run(
         if target is None:  # only the result knows its ending
             target = Path(f"{task.name}{result.suffixes[0]}")
             check_output(config, target, force)
+        before = set(target.absolute().parent.iterdir())
         files = result.save(target)
-    print_result(result, files, pipeline, quiet=quiet or as_json)
+    replaced = [file for file in files if file.absolute() in before]
+    print_result(result, files, pipeline, quiet=quiet or as_json, replaced=replaced)
     if as_json:
         print_json(result_as_json(result, files, pipeline, warnings))
 
@@ -81,7 +86,10 @@ def plan(
     no_cache: NoCache = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Print what a run would do, and do nothing."""
+    """Print what a run would do, and do nothing.
+
+    Example: ovforge plan pipeline.toml -s device.precision=f32
+    """
     from dataclasses import asdict
 
     import ovforge
@@ -118,7 +126,10 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Convert a model to an OpenVINO folder that ovforge, optimum-intel and openvino-genai open."""
+    """Convert a model to an OpenVINO folder that ovforge, optimum-intel and openvino-genai open.
+
+    Example: ovforge convert package:ovforge_lcm/model -o models/lcm
+    """
     import ovforge
     from ovforge.config.files import apply_overrides
     from ovforge.model.sources import named_path
@@ -143,7 +154,10 @@ def convert(
 def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file instead of the terminal.")] = None,
 ) -> None:
-    """Print the JSON Schema of configs, with the options of every plugin that is here, for editors."""
+    """Print the JSON Schema of configs, with the options of every plugin that is here, for editors.
+
+    Example: ovforge schema -o ovforge.schema.json
+    """
     from ovforge.config.schema import config_schema
     from ovforge.plugins.manager import Plugins
     from ovforge.store.files import atomic_write

@@ -33,7 +33,10 @@ def _find(statuses: Sequence[PluginStatus], name: str) -> PluginStatus:
 
 @app.command(name="list")
 def list_() -> None:
-    """List plugins: installed, switched off, or in the catalogue only. Imports none."""
+    """List plugins: installed, switched off, or in the catalogue only. Imports none.
+
+    Example: ovforge plugins list
+    """
     from ovforge.plugins.manager import Plugins
 
     rows: list[list[Part]] = [
@@ -51,7 +54,10 @@ def list_() -> None:
 
 @app.command()
 def show(name: Name) -> None:
-    """Show one plugin: what it offers, with the options of each. Exit code 1 if it cannot be used."""
+    """Show one plugin: what it offers, with the options of each. Exit code 1 if it cannot be used.
+
+    Example: ovforge plugins show schedulers
+    """
     from ovforge.plugins.manager import Plugins
 
     plugins = Plugins()
@@ -90,7 +96,10 @@ def _print_options(plugins: Plugins, kind: str, name: str) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Import every plugin and all that it names, and say what is wrong with any. Exit code 1 if something is."""
+    """Import every plugin and all that it names, and say what is wrong with any. Exit code 1 if something is.
+
+    Example: ovforge plugins doctor
+    """
     import platform
 
     from ovforge.plugins.catalogue import Registry, user_registry_path
@@ -122,13 +131,19 @@ def doctor() -> None:
 
 @app.command()
 def enable(name: Name) -> None:
-    """Switch a plugin on."""
+    """Switch a plugin on.
+
+    Example: ovforge plugins enable schedulers
+    """
     _switch(name, True)
 
 
 @app.command()
 def disable(name: Name) -> None:
-    """Switch a plugin off: it is not imported, and what it offers is not available."""
+    """Switch a plugin off: it is not imported, and what it offers is not available.
+
+    Example: ovforge plugins disable schedulers
+    """
     _switch(name, False)
 
 
@@ -153,7 +168,10 @@ def new(
     ] = "transform",
     folder: Annotated[Path, typer.Option("--folder", help="Where to put the project.")] = Path(),
 ) -> None:
-    """Write a new plugin's project, a small and complete one with its tests, ready to change."""
+    """Write a new plugin's project, a small and complete one with its tests, ready to change.
+
+    Example: ovforge plugins new my-plugin --kind loader
+    """
     from ovforge.plugins.template import write_project
 
     print_line(f"{write_project(name, folder, kind)}: run pip install -e '.[test]' and then pytest there")

@@ -5,8 +5,10 @@ Only what a command needs is imported when it runs: `ovforge --help` imports no 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ __all__ = ["app", "main", "make_command"]
 
 _OURS = "ovforge.cli."
 _COMPLETION = ("install_completion", "show_completion")
+_start = time.time()
 _debug = False
 """Whether the traceback of an error that is explained is printed, too."""
 
@@ -60,7 +63,7 @@ class _Program(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print_note("interrupted")
+            _print_interrupted()
             raise typer.Exit(130) from None
         except Exception as error:
             offer = ctx.meta.get(_OURS)
@@ -172,7 +175,7 @@ def main() -> None:
         _explain(system_error(error), error)
         sys.exit(1)
     except KeyboardInterrupt:
-        print_note("interrupted")
+        _print_interrupted()
         sys.exit(130)
     except typer.Abort:
         print_note("aborted")
@@ -186,6 +189,18 @@ def main() -> None:
         print_block(words.getvalue().rstrip(), error=True)
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_interrupted() -> None:
+    """Say that the program was interrupted, and which finished stages the next run finds again."""
+    print_note("interrupted")
+    store = sys.modules.get("ovforge.store.cache")
+    if store is None:
+        return
+    with contextlib.suppress(OvforgeError, OSError):
+        kept = [entry.label for entry in store.Cache.default().entries() if entry.created >= _start]
+        if kept:
+            print_note(f"kept in the cache for the next run: {', '.join(kept)}")
 
 
 def _explain(explained: OvforgeError, error: BaseException) -> None:

@@ -50,7 +50,9 @@ def check_folder(folder: Path) -> None:
         ) from error  # fmt: skip
 
 
-def print_result(result: Result, files: Sequence[Path], pipeline: Pipeline, *, quiet: bool = False) -> None:
+def print_result(
+    result: Result, files: Sequence[Path], pipeline: Pipeline, *, quiet: bool = False, replaced: Sequence[Path] = ()
+) -> None:
     """Print timings, what quantizers did, the precision that ran, the result itself and its files.
 
     Warnings go to standard error, with `quiet` as well.
@@ -63,6 +65,9 @@ def print_result(result: Result, files: Sequence[Path], pipeline: Pipeline, *, q
     cached = [f"compile.{role}" for role, model in pipeline.compiled.all() if model.cached]
     _print_timings("getting ready", start, cached)
     _print_timings("run", result.timings)
+    rest = result.timings.whole() - sum(row.seconds for row in result.timings.rows() if row.depth == 0)
+    if rest > 0.01 * result.timings.whole():
+        _print_time(1, "waiting and other", rest)
     _print_time(0, "total", pipeline.elapsed)
     if start.whole() + result.timings.whole() > 1.005 * pipeline.elapsed:
         print_line("Models go on compiling while the run begins: the parts are more than the total.")
@@ -73,7 +78,7 @@ def print_result(result: Result, files: Sequence[Path], pipeline: Pipeline, *, q
     for line in result.lines():
         print_line(line)
     for file in files:
-        print_line((str(file), "bold"))
+        print_line((str(file), "bold"), " (replaced)" if file in replaced else "")
 
 
 def _print_timings(title: str, timings: Timings, cached: Sequence[str] = ()) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ValidationError, ValidationInfo
 
-from ovforge.errors import ConfigError, did_you_mean
+from ovforge.config.explanation import explained
+from ovforge.errors import ConfigError
 from ovforge.model.sources import PACKAGE, package_path
 
 __all__ = ["InputFile", "checked", "input_files", "validate_options"]
@@ -60,7 +60,8 @@ def checked(model: type[Model], value: Any, *, where: str, base: Path | None = N
         return model.model_validate(value, context={"base": base})
     except ValidationError as error:
         # pydantic's own error holds all that was given.
-        raise explain(error, model, where, secret=secret) from None if secret else error
+        problems = error.errors(include_url=False, include_input=not secret)
+        raise explained(problems, model, where) from None if secret else error
 
 
 def check_present(model: type[BaseModel], value: Mapping[str, Any], *, where: str, base: Path | None = None) -> None:
@@ -70,7 +71,7 @@ def check_present(model: type[BaseModel], value: Mapping[str, Any], *, where: st
     except ValidationError as error:
         problems = [problem for problem in error.errors(include_url=False) if problem["type"] != "missing"]
         if problems:
-            raise _explained(problems, model, where) from error
+            raise explained(problems, model, where) from error
 
 
 def input_files(options: BaseModel | None) -> list[Path]:
@@ -90,43 +91,3 @@ def input_files(options: BaseModel | None) -> list[Path]:
 def _names_files(annotation: Any) -> bool:
     """Say whether InputFile stands anywhere in a type, such as list[InputFile] | None."""
     return isinstance(annotation, _FileMarker) or any(map(_names_files, get_args(annotation)))
-
-
-def explain(error: ValidationError, model: type[BaseModel], where: str, *, secret: bool = False) -> ConfigError:
-    """Put pydantic's errors in words: the key, what is wrong, what would be right."""
-    return _explained(error.errors(include_url=False, include_input=not secret), model, where)
-
-
-def _explained(shown: Sequence[Any], model: type[BaseModel], where: str) -> ConfigError:
-    problems = [_problem(dict(problem), model) for problem in shown]
-    return ConfigError("; ".join(dict.fromkeys(what for what, _ in problems)), where=where, hint=problems[0][1])
-
-
-def _problem(problem: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(path)
-    fields = _fields(model, path[:-1])
-    listing = f"Known keys: {', '.join(fields)}." if fields else ""
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key `{key}`.{did_you_mean(path[-1], fields)}", listing
-    if problem["type"] == "missing":
-        return f"the key `{key}` is missing", listing
-    message = re.sub(r"^(Input|Value error,) ?", "", problem["msg"])
-    given = problem.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
-    if not key:
-        return message, ""
-    if problem["type"] == "value_error" and not shown:  # of options that do not go together
-        return f"`{key}`: {message}", ""
-    return f"`{key}` {message[0].lower()}{message[1:]}{shown}", ""
-
-
-def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Return the known keys at `path` inside `model`."""
-    current: Any = model
-    for part in path:
-        info = getattr(current, "model_fields", {}).get(part)
-        if info is None:
-            return []
-        current = info.annotation
-    return list(getattr(current, "model_fields", {}))

@@ -86,7 +86,7 @@ class PipelineConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     task: Use | None = Field(None, description="What the pipeline is for.")
-    load: Load
+    load: Load = Field(description="The model: where it comes from, and how it is read.")
     transform: tuple[Use, ...] = Field((), description="Changes to the models; phases first, then this order.")
     quantize: tuple[Use, ...] = Field((), description="Lower precision for named roles.")
     scheduler: Use | None = Field(None, description="The sampling method; by default the model's own.")
@@ -103,9 +103,14 @@ class PipelineConfig(BaseModel):
 
     @field_validator("device", mode="before")
     @classmethod
-    def _the_cpu(cls, value: Any) -> Any:
-        """Options alone are the CPU's."""
-        return {"use": "cpu", **value} if isinstance(value, Mapping) else value
+    def _device(cls, value: Any) -> Any:
+        """Options alone are the CPU's, and OpenVINO's "GPU" is `gpu`."""
+        if isinstance(value, Mapping):
+            value = {"use": "cpu", **value}
+            return {**value, "use": value["use"].lower()} if isinstance(value["use"], str) else value
+        if isinstance(value, Use):
+            return value.model_copy(update={"use": value.use.lower()})
+        return value.lower() if isinstance(value, str) else value
 
     @classmethod
     def of(cls, value: Any, *, where: str = "config") -> PipelineConfig:

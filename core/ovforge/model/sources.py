@@ -129,7 +129,7 @@ class FileSource:
         on_read: Callable[[Path], None] = lambda path: None,
     ) -> None:
         if not os.path.exists(path):  # noqa: PTH110 - Path's own raises if a name is too long
-            raise ModelError("no such file or folder", where=name or str(path))
+            raise ModelError("no such file or folder", where=name or str(path), hint=_looked_for(path))
         if not path.is_file() and not path.is_dir():
             raise ModelError("it is neither a file nor a folder", where=name or str(path))
         self.name = name or str(path)
@@ -206,6 +206,10 @@ class FileSource:
         from ovforge.store.digests import digest_file
 
         return digest_file(self.root / path, self.memo)
+
+
+def _looked_for(path: Path) -> str:
+    return f"{path.absolute()} was looked for: paths in a config start at its folder, others at the current one."
 
 
 def named_path(text: str, base: Path) -> Path:

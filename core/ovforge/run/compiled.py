@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import threading
@@ -9,10 +10,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ovforge.contracts.stages import Progress, ignore_progress
 from ovforge.errors import CacheError, DeviceError, InputError, ModelError
 from ovforge.model.bundle import is_tokenizer
 from ovforge.model.formats import tensor_of
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["CompiledBundle", "CompiledRole", "Shapes", "can_store", "compile_dependencies", "compile_model"]
 
 _BLOB = "compiled.blob"
+
+_PROGRESS: ContextVar[Callable[[Progress], None]] = ContextVar("progress", default=ignore_progress)
 
 Shapes = Mapping[str, Sequence[int]]
 """Input name -> shape, whole numbers only."""
@@ -119,7 +124,25 @@ class CompiledBundle:
     def compiled(self, role: str, shapes: Shapes | None = None) -> CompiledRole:
         """Return a role, started now if it was not, waiting for its compilation."""
         self.start(role, shapes)
-        return self._futures[_variant(role, shapes)].result()
+        future = self._futures[_variant(role, shapes)]
+        if not future.done():
+            self._tell(role.replace("_", " "))
+            future.result()
+            self._tell()
+        return future.result()
+
+    @contextlib.contextmanager
+    def telling(self, progress: Callable[[Progress], None]) -> Iterator[None]:
+        """Tell `progress` of compilation that this thread waits for in the block."""
+        token = _PROGRESS.set(progress)
+        try:
+            yield
+        finally:
+            _PROGRESS.reset(token)
+
+    def _tell(self, role: str = "") -> None:
+        done = sum(future.done() for future in self._futures.values())
+        _PROGRESS.get()(Progress("compile", done, len(self._futures), role))
 
     def get(self, role: str, shapes: Shapes | None = None) -> ov.CompiledModel:
         """Return a role's compiled model, for fixed shapes or any."""

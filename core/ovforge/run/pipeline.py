@@ -143,7 +143,8 @@ class Pipeline:
         self.compiled = CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache, observe=observe)
         self.controls = Controls(self.bundle.controls, self.compiled.variables)
         self.adapters = make_adapters(self.resolved, self.compiled, self._load_adapter)
-        self.task = make_task(self.resolved, self.compiled)
+        with self.compiled.telling(runner.progress):
+            self.task = make_task(self.resolved, self.compiled)
         assert self.resolved.task is not None
         self._turns = Turns(self.resolved.task.extension)
         self._at_start = len(self.compiled.wanted)
@@ -181,8 +182,9 @@ class Pipeline:
         first = dict(zip(model.model_fields, arguments, strict=False))
         values = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.base)
         start = time.perf_counter()
-        with self._turns, task.calling():
-            result = expect(Result, self.task(values, from_caller(progress)), task.offer)
+        tell = from_caller(progress)
+        with self._turns, self.compiled.telling(tell), task.calling():
+            result = expect(Result, self.task(values, tell), task.offer)
             expect(dict, result.provenance, task.offer)
         self._ended = time.perf_counter()
         result.timings.elapsed = self._ended - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ovforge._version import __version__
 from ovforge.config.files import apply_overrides, read_config
 from ovforge.config.options import check_present, checked, input_files, validate_options
 from ovforge.config.pipeline import PipelineConfig, Use
@@ -162,14 +164,26 @@ def read_pipeline(
         return PipelineConfig.of(apply_overrides(dict(config), overrides)), Path.cwd()
     path = as_path(config, where="config")
     if path.suffix.lower() in PICTURE_SUFFIXES:
-        value, base = _recorded(path)
-        return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), base
+        value, base, version = _recorded(path)
+        try:
+            return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), base
+        except ConfigError as error:
+            if not is_newer(version, __version__):
+                raise
+            hint = f"ovforge {version} made the picture, and this is {__version__}: update ovforge."
+            raise ConfigError(error.what, where=error.where, hint=hint) from error
     value = read_config(path)
     return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), path.resolve().parent
 
 
-def _recorded(path: Path) -> tuple[dict[str, Any], Path]:
-    """Return the config that a picture was made by, and its base."""
+def is_newer(version: Any, than: str) -> bool:
+    """Say whether the first version of ovforge is newer, by its leading numbers."""
+    numbers = [[int(part) for part in re.findall(r"\d{1,9}", str(text))[:3]] for text in (version, than)]
+    return numbers[0] > numbers[1]
+
+
+def _recorded(path: Path) -> tuple[dict[str, Any], Path, Any]:
+    """Return the config that a picture was made by, its base, and the version of ovforge that made it."""
     provenance = read_provenance(path)
     given = provenance["config"].get("input", {})
     if not isinstance(given, Mapping):
@@ -181,7 +195,7 @@ def _recorded(path: Path) -> tuple[dict[str, Any], Path]:
     if isinstance(value.get("quality"), Mapping):  # nor may it choose where to write
         value["quality"] = {name: part for name, part in value["quality"].items() if name != "save"}
     base = Path(provenance.get("base", ""))
-    return value, base if base.is_dir() else Path.cwd()
+    return value, base if base.is_dir() else Path.cwd(), provenance.get("versions", {}).get("ovforge")
 
 
 def load_table(config: PipelineConfig) -> dict[str, Any]:

@@ -46,7 +46,7 @@ __all__ = [
 
 _MANIFEST = "entry.json"
 _REMOVED = "removed"
-_DEFAULT_SIZE = 20 * 2**30
+_DEFAULT_SIZE = 20 * 10**9
 _ABANDONED = 24 * 3600.0
 """Seconds after which a lock that nobody holds, and what else lies about, is cleared away."""
 

@@ -338,7 +338,7 @@ def test_folders_hold_pictures_for_tasks_that_take_them(tmp_path: Path) -> None:
     [
         ({"calibration": {"file": "nowhere.txt"}}, ConfigError, r"calibration.file: .*nowhere.txt: no such file"),
         ({"calibration": {"file": "empty.txt"}}, ConfigError, "no line with anything on it"),
-        ({"calibration": {"file": "words.txt"}}, ConfigError, r"words.txt, line 2: `x` should be a valid number"),
+        ({"calibration": {"file": "words.txt"}}, ConfigError, r"words.txt, line 2: `x` should be a number"),
         ({"calibration": {"file": "bad.jsonl"}}, ConfigError, "bad.jsonl, line 1: not valid JSON"),
         ({"calibration": {"file": "list.jsonl"}}, ConfigError, "line 1: expected a JSON object"),
         ({"calibration": {"inputs": [{"y": 1}]}}, ConfigError, r"calibration.inputs.0: unknown key `y`"),

@@ -45,7 +45,10 @@ def encrypt(
     kdf: Kdf = "pbkdf2",
     force: Force = False,
 ) -> None:
-    """Encrypt a model, a folder or any file."""
+    """Encrypt a model, a folder or any file.
+
+    Example: ovforge encrypt models/lcm -o models/lcm-enc --key file:model.key --make-key
+    """
     from ovforge.cli import check_folder
     from ovforge_aes_loader import files
 
@@ -77,7 +80,10 @@ def decrypt(
     kdf: Kdf = "pbkdf2",
     force: Force = False,
 ) -> None:
-    """Write an encrypted model as plain files, which only their owner can read."""
+    """Write an encrypted model as plain files, which only their owner can read.
+
+    Example: ovforge decrypt models/lcm-enc -o models/plain --key file:model.key
+    """
     from ovforge.cli import check_folder
     from ovforge_aes_loader import files
 
@@ -95,7 +101,10 @@ def rekey(
     new_passphrase: Annotated[bool, typer.Option("--new-passphrase", help="The new one is a passphrase.")] = False,
     make_key: Annotated[bool, typer.Option("--make-key", help="Make the new key, and write it to file:PATH.")] = False,
 ) -> None:
-    """Encrypt a model under another key, in its place."""
+    """Encrypt a model under another key, in its place.
+
+    Example: ovforge rekey models/lcm-enc --key file:model.key --new-key file:new.key --make-key
+    """
     from ovforge_aes_loader import files
 
     if make_key:

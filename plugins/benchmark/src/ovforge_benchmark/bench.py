@@ -177,7 +177,10 @@ def bench_diff(
     ] = 0.05,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Compare two reports. Exit codes: 0 nothing is worse than the threshold allows, 3 something is."""
+    """Compare two reports. Exit codes: 0 nothing is worse than the threshold allows, 3 something is.
+
+    Example: ovforge bench-diff before.json after.json
+    """
     from dataclasses import asdict
 
     from ovforge.cli import print_block, print_json, print_warning

@@ -46,7 +46,10 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Run pipelines side by side: pictures, latency, memory, size, likeness."""
+    """Run pipelines side by side: pictures, latency, memory, size, likeness.
+
+    Example: ovforge compare a.toml b.toml
+    """
     from ovforge.cli import check_trust, check_writable, print_block, print_json, progress_bar
     from ovforge.config import apply_overrides
     from ovforge_benchmark import candidates

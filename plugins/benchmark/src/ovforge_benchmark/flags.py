@@ -97,6 +97,7 @@ def parser() -> _Parser:
         prog="ovforge benchmark",
         description="Measure a model, or a whole pipeline. Exit codes: 0 done, 1 an error that is explained, "
         "2 wrong usage, 130 interrupted (the report holds what was measured).",
+        epilog="Example: ovforge benchmark pipeline.toml -niter 10 --json",
         allow_abbrev=False,
         exit_on_error=False,
     )

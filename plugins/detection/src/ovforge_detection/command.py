@@ -68,7 +68,10 @@ def detect(
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
-    """Find things in pictures and folders, by text or by classes."""
+    """Find things in pictures and folders, by text or by classes.
+
+    Example: ovforge detect photo.jpg -m models/grounding-dino-tiny -t 'Horse. Clouds.' -o out.png
+    """
     import ovforge
     from ovforge import Cache
     from ovforge.cli import check_writable, print_result, progress_bar

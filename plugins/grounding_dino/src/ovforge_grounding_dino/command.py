@@ -38,6 +38,8 @@ def grounding_dino(
     """Find things with the embedded detector.
 
     It knows 84 things drawn as emoji, and nothing of photographs. `ovforge detect` takes models of your own.
+
+    Example: ovforge grounding-dino -t 'Horse. Tree.' -o found.png
     """
     import ovforge
     from ovforge import Cache, Plugins

@@ -67,7 +67,10 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show a model's weights by precision, operations, parameters, inputs and outputs; and what encrypts it."""
+    """Show a model's weights by precision, operations, parameters, inputs and outputs; and what encrypts it.
+
+    Example: ovforge inspect package:ovforge_lcm/model
+    """
     from ovforge import describe_protection, open_model
 
     place = _key(key)

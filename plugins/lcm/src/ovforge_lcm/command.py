@@ -36,6 +36,8 @@ def lcm(
     """Make pictures with the embedded latent consistency model.
 
     It knows about 150 objects in nine colours on ten backgrounds. `ovforge run` takes configs with models of your own.
+
+    Example: ovforge lcm 'a green dragon on a yellow background'
     """
     import ovforge
     from ovforge import Plugins

@@ -65,7 +65,10 @@ def quantize(
     no_cache: NoCache = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Quantize a model, calibrated by its own pipeline, and write it as a folder."""
+    """Quantize a model, calibrated by its own pipeline, and write it as a folder.
+
+    Example: ovforge quantize models/lcm -q weights-int8 -o models/lcm-int8
+    """
     from ovforge import Plugins
 
     plugins = Plugins()

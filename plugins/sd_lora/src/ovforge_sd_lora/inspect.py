@@ -47,7 +47,10 @@ def inspect(
     keys: Annotated[bool, typer.Option("--keys", help="With --model: list what fits, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what an adapter is, and with --model what of it fits."""
+    """Show what an adapter is, and with --model what of it fits.
+
+    Example: ovforge lora inspect style.safetensors --model models/sd15
+    """
     import ovforge
     from ovforge.cli import print_json
 

@@ -79,7 +79,10 @@ def generate(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
-    """Make pictures with the Stable Diffusion family in one command."""
+    """Make pictures with the Stable Diffusion family in one command.
+
+    Example: ovforge generate -m package:ovforge_lcm/model -p 'a red car' --steps 4
+    """
     import ovforge
     from ovforge import Cache
     from ovforge.cli import check_writable, print_result, progress_bar
