@@ -19,10 +19,9 @@ import pytest
 from PIL import Image
 
 import ovforge
-from families import agree
 from ovforge import Use
 from ovforge.contracts.stages import Match
-from ovforge.errors import ConfigError, InputError, ModelError
+from ovforge.errors import ConfigError, ModelError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.sources import FileSource
 from ovforge.plugins.manager import Plugins

@@ -224,7 +224,7 @@ class Denoiser:
                 raise InputError(
                     f"this scheduler's timesteps have fractions, and the {network.role} takes {kind.get_type_name()}",
                     where="scheduler",
-                    hint="Leave optimize = false out, add the transform 'fractional-timesteps', or choose another scheduler.",
+                    hint="Leave optimize = false out, or add the transform 'fractional-timesteps'.",
                 )
 
     def extra_channels(self, value: Array) -> None:
