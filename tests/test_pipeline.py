@@ -293,6 +293,26 @@ def test_a_change_survives_a_release(config: dict[str, Any], plugins: Plugins) -
     assert y(pipeline) == 5
 
 
+def test_a_size_that_does_not_compile(
+    config: dict[str, Any], plugins: Plugins, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any size takes its place, and every result says so; OpenVINO 2026.4 fails so at some compressed UNets."""
+    compile_for = compiled._compile
+
+    def fail(bundle: Any, role: str, device: str, properties: Any, shapes: Any) -> Any:
+        if shapes:
+            raise DeviceError(f"{role} does not compile: shapes {{[2,1]}}", where=device)
+        return compile_for(bundle, role, device, properties, shapes)
+
+    monkeypatch.setattr(compiled, "_compile", fail)
+    pipeline = ovforge.load(config, plugins=plugins, cache=cache)
+    assert not pipeline(x=1.0).warnings
+    assert pipeline.compiled.get("model", {"x": (1, 4)}).input().get_partial_shape().is_dynamic
+    said = "model is compiled for any size, which is slower; for x [1, 4], model does not compile: shapes {[2,1]}"
+    result = pipeline(x=1.0)
+    assert result.warnings == [said] and result.provenance["warnings"] == [said]
+
+
 def test_light_changes_are_made_when_a_model_is_read(config: dict[str, Any], plugins: Plugins, cache: Cache) -> None:
     config["transform"] = [{"use": "add-lightly", "amount": 5}, {"use": "add-lightly", "amount": 2}]
     first = ovforge.load(config, plugins=plugins, cache=cache)

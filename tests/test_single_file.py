@@ -19,10 +19,9 @@ import pytest
 from PIL import Image
 
 import ovforge
-from families import agree
 from ovforge import Use
 from ovforge.contracts.stages import Match
-from ovforge.errors import ConfigError, InputError, ModelError
+from ovforge.errors import ConfigError, ModelError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.sources import FileSource
 from ovforge.plugins.manager import Plugins
@@ -978,29 +977,6 @@ def test_what_belongs_to_no_submodel_is_said(small: Callable[[str], tuple[Path, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"load\.tokenizer.*holds no vocab\.json"):
         Checkpoint(checkpoint_file(file), options(tokenizer=tmp_path / "empty"))
-
-
-def test_fractional_timesteps(torch_family: Folder, cache: Cache, tmp_path: Path) -> None:
-    """timestep = "f32" with Karras sigmas, against diffusers; "i64" refuses them."""
-    folder = by_rule(torch_family("sd1"), tmp_path / "folder", "sd1")
-    shrink(folder)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    pipe.safety_checker = None
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
-    theirs = pipe("a cat", num_inference_steps=4, guidance_scale=2.0, width=16, height=24,
-                  generator=torch.Generator().manual_seed(4)).images  # fmt: skip
-    assert (np.asarray(pipe.scheduler.timesteps) % 1).any()
-    karras = Use("diffusers", class_name="EulerDiscreteScheduler", options={"use_karras_sigmas": True})
-    load = {"weights": "f32", "timestep": "f32"}
-    ours = ovforge.Pipeline("text-to-image", source=folder, load=load, device=F32, cache=cache, scheduler=karras)
-    inputs = {"steps": 4, "seed": 4, "guidance_scale": 2.0, "width": 16, "height": 24}
-    agree(ours("a cat", **inputs), theirs)
-    whole = ovforge.Pipeline(
-        "text-to-image", source=folder, load={"weights": "f32"}, device=F32, cache=cache, scheduler=karras
-    )
-    with pytest.raises(InputError, match="fractions"):
-        whole("a cat", **inputs)
 
 
 def test_irregular_blocks_and_pickles_are_said(small: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:

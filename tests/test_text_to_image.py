@@ -159,11 +159,39 @@ def test_damaged_weights_are_an_error_that_names_the_step(
         damaged("a cat", seed=1)
 
 
-def test_fractional_timesteps_on_whole_ones_are_refused(torch_lcm: Path, session_cache: Cache) -> None:
-    pytest.importorskip("diffusers")
-    options = {"use_karras_sigmas": True}
-    karras = pipeline(
-        torch_lcm, session_cache, scheduler=Use("diffusers", class_name="EulerDiscreteScheduler", options=options)
-    )
-    with pytest.raises(InputError, match="have fractions"):
-        karras("a cat", steps=4, seed=1)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy's functions on torch's tensors, in diffusers
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [
+        ("heun", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("dpm2", "KDPM2DiscreteScheduler", {}),
+        ("euler", "EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+        ("lms", "LMSDiscreteScheduler", {"use_karras_sigmas": True}),
+    ],
+)
+def test_fractional_timesteps_run_on_a_default_conversion(
+    torch_sd: Path, session_cache: Cache, name: str, theirs: str, options: dict[str, Any]
+) -> None:
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(torch_sd, requires_safety_checker=False)
+    reference.scheduler = getattr(diffusers, theirs).from_config(reference.scheduler.config, **options)
+    reference.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"guidance_scale": 2.0, "width": 16, "height": 16}
+    wanted = reference("a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(4), **call).images
+    assert (np.asarray(reference.scheduler.timesteps, np.float64) % 1).any()
+    ours = pipeline(torch_sd, session_cache, scheduler=Use(name, **options))
+    agree(ours("a cat", steps=3, seed=4, **call), wanted)
+
+
+def test_whole_timesteps_give_the_same_of_either_type(torch_sd: Path, session_cache: Cache) -> None:
+    call: dict[str, Any] = {"steps": 2, "seed": 1, "width": 16, "height": 16}
+    ddim = Use("diffusers", class_name="DDIMScheduler")
+    changed = pipeline(torch_sd, session_cache, scheduler=ddim)
+    stored = pipeline(torch_sd, session_cache, scheduler=ddim, optimize=False)
+    types = [str(pipe.bundle.models["unet"].input("timestep").get_element_type()) for pipe in (changed, stored)]
+    assert types == ["<Type: 'float32'>", "<Type: 'int64_t'>"]
+    np.testing.assert_array_equal(changed("a cat", **call).latents, stored("a cat", **call).latents)
+    dpm2 = pipeline(torch_sd, session_cache, scheduler="dpm2", optimize=False)
+    with pytest.raises(InputError, match="have fractions, and the unet takes i64"):
+        dpm2("a cat", **call)

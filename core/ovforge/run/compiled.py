@@ -50,7 +50,8 @@ Shapes = Mapping[str, Sequence[int]]
 class CompiledRole:
     """One compiled model, how long it took (seconds), whether it came out of the cache, and when it was ready.
 
-    `finished` is a reading of time.perf_counter(). `model` is None where it was released.
+    `finished` is a reading of time.perf_counter(). `model` is None where it was released. `note` says what people
+    should know of it.
     """
 
     model: ov.CompiledModel | None
@@ -58,6 +59,7 @@ class CompiledRole:
     seconds: float
     cached: bool
     finished: float
+    note: str | None = None
 
 
 class CompiledBundle:
@@ -189,6 +191,11 @@ class CompiledBundle:
         """Return (role, compiled) of everything that was started, in that order, released or not; waits."""
         return [(role, self._released.get(_variant(role, s)) or self.compiled(role, s)) for role, s in self.wanted]
 
+    def warnings(self) -> list[str]:
+        """Return what people should know of the models that are compiled by now."""
+        done = [future.result() for future in self._futures.values() if future.done() and not future.exception()]
+        return [role.note for role in (*done, *self._released.values()) if role.note]
+
     def scheduler_config(self) -> dict[str, Any]:
         """Return the model's scheduler_config.json, or {}."""
         return self.source.scheduler_config()
@@ -241,7 +248,24 @@ def can_store(bundle: ModelBundle, role: str, plan: DevicePlan) -> bool:
 def compile_model(
     bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None = None
 ) -> CompiledRole:
-    """Compile one role, or read it from the cache; what was compiled is put there."""
+    """Compile one role, or read it from the cache; what was compiled is put there.
+
+    A model that does not compile for fixed shapes is compiled for any: OpenVINO 2026.4 fails so at a UNet whose weights
+    are compressed, if its middle is a picture of 1x1 in a batch of two.
+    """
+    try:
+        return _compile_or_read(bundle, role, plan, cache, shapes)
+    except DeviceError as error:
+        if not shapes:
+            raise
+        name, shape = next(iter(shapes.items()))
+        note = f"{role} is compiled for any size, which is slower; for {name} {list(shape)}, {error.what}"
+        return replace(_compile_or_read(bundle, role, plan, cache, None), note=note)
+
+
+def _compile_or_read(
+    bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None
+) -> CompiledRole:
     start = time.perf_counter()
     device, properties = placement(role, plan)
     identity = bundle.identity.get(role)

@@ -271,8 +271,9 @@ class Pipeline:
         }
 
     def warnings(self) -> list[str]:
-        """Return what the stages did not apply, and their notes, with those of adapters that were loaded later."""
-        return [*warnings_of(self.resolved.steps, self.reports), *self.adapters.warnings()]
+        """Return what the stages did not apply, their notes, and those of compiling and of adapters loaded later."""
+        stages = warnings_of(self.resolved.steps, self.reports)
+        return [*stages, *self.compiled.warnings(), *self.adapters.warnings()]
 
     def _adapters_now(self) -> dict[str, Any]:
         """Return the weight of each adapter, and of those that were loaded later where they came from."""

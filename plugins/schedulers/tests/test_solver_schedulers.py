@@ -13,6 +13,7 @@ from ovforge.errors import ConfigError, InputError
 from ovforge_schedulers.deis import DEISOptions, DEISScheduler
 from ovforge_schedulers.dpm_multistep import DPMMultistepOptions, DPMMultistepScheduler
 from ovforge_schedulers.dpm_singlestep import DPMSinglestepOptions, DPMSinglestepScheduler
+from ovforge_schedulers.spacing import sigma_table
 from ovforge_schedulers.unipc import UniPCOptions, UniPCScheduler
 
 pytest.importorskip("scipy")  # diffusers takes its beta distribution
@@ -114,7 +115,8 @@ def test_whole_runs(both: Any, name: str, data: Any, steps: int, strength: float
         config |= {"algorithm_type": scheduler.config.algorithm_type}  # diffusers means this, and trips over the name
     theirs = both.theirs(name, config, scheduler)
     theirs.set_timesteps(steps)
-    both(ours, theirs, seed, random=random, tolerance=tolerance(ours, random), time_tolerance=time_tolerance(config))
+    allowed = time_tolerance(config, scheduler, theirs)
+    both(ours, theirs, seed, random=random, tolerance=tolerance(ours, random), time_tolerance=allowed)
 
 
 def tolerance(ours: Any, random: bool) -> float:
@@ -135,7 +137,13 @@ def tolerance(ours: Any, random: bool) -> float:
     return allowed
 
 
-def time_tolerance(config: dict[str, Any]) -> float:
-    """Return how far timesteps may be off: these two are cut, not rounded, often from 998.9999 or 999.0001."""
+def time_tolerance(config: dict[str, Any], ours: Any, theirs: Any) -> float:
+    """Return how far timesteps may be off: not at all, if torch's noise levels are ours to the bit.
+
+    Timesteps of spread levels are cut, often from 998.9999 or 999.0001. On some processors one in six of torch's square
+    roots in float32 is not the nearest number to the true root, as all of numpy's are, and that decides.
+    """
+    alphas = theirs.alphas_cumprod
+    same = np.array_equal(sigma_table(ours.alphas_cumprod), (((1 - alphas) / alphas) ** 0.5).numpy())
     cut = config.get("use_exponential_sigmas") or config.get("use_beta_sigmas")
-    return 1 if cut and not config.get("use_karras_sigmas") else 1e-6
+    return 1 if cut and not config.get("use_karras_sigmas") and not same else 1e-6

@@ -25,7 +25,7 @@ class LoaderOptions(BaseModel):
     width: int | None = Field(None, gt=0, description="Fix the width of pictures, in pixels; default: any.")
     batch: int | None = Field(None, gt=0, description="Fix the number of pictures at once; default: any.")
     timestep: Literal["i64", "f32"] = Field(
-        "i64", description='Type of the UNet\'s timestep; "f32" for schedulers with fractional timesteps.'
+        "i64", description="Type of the denoisers' timestep; the tasks here take fractions of either."
     )
     variant: str | None = Field(None, description='Which weights, where a folder holds several ("fp16").')
     skip: tuple[str, ...] = Field(

@@ -10,7 +10,7 @@ from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _PREVIEW = ("preview_decoder",)
-_TRANSFORMS = ("controlnet-inputs", "fold-upsample")
+_TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "fold-upsample")
 _OPTIONAL = ("guidance-embedding",)
 
 
@@ -70,6 +70,13 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         name="controlnet-inputs",
         summary="Give the UNet the inputs that ControlNets add to",
         factory="ovforge_stable_diffusion.graph.controlnet_inputs:ControlNetInputs",
+        phase=Phase.STRUCTURE,
+        recompute=True,
+    )
+    yield GraphTransformExtension(
+        name="fractional-timesteps",
+        summary="Let denoisers take timesteps with fractions",
+        factory="ovforge_stable_diffusion.graph.fractional_timesteps:FractionalTimesteps",
         phase=Phase.STRUCTURE,
         recompute=True,
     )

@@ -173,12 +173,12 @@ class Denoiser:
                 where="unet",
                 hint="Leave optimize = false out, or add the transform 'controlnet-inputs'.",
             )
-        for name in ("sample", "timestep", "controlnet_cond", *network.ports):
-            if name not in network.ports or name not in known:
-                wrong = "has no input" if name not in network.ports else "has an input that the UNet has not:"
-                raise ModelError(
-                    f"it {wrong} {name!r}", where=network.role, hint=f"Is it a converted ControlNet? {_FAMILIES}"
-                )
+        missing = [name for name in ("sample", "timestep", "controlnet_cond") if name not in network.ports]
+        # Compiling may give an input more names, so that one of them being known is enough.
+        foreign = [min(port.names) for port in network.ports.values() if not port.names & known]
+        if missing or foreign:
+            wrong = f"has no input {missing[0]!r}" if missing else f"has an input that the UNet has not: {foreign[0]!r}"
+            raise ModelError(f"it {wrong}", where=network.role, hint=f"Is it a converted ControlNet? {_FAMILIES}")
         gives = {_residual(name): port for name, port in network.outputs.items()}
         if set(gives) != takes:
             raise ModelError(
@@ -224,7 +224,7 @@ class Denoiser:
                 raise InputError(
                     f"this scheduler's timesteps have fractions, and the {network.role} takes {kind.get_type_name()}",
                     where="scheduler",
-                    hint='Convert the model with timestep = "f32", or choose another scheduler.',
+                    hint="Leave optimize = false out, or add the transform 'fractional-timesteps'.",
                 )
 
     def extra_channels(self, value: Array) -> None:
