@@ -42,6 +42,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     (tmp_path / "secret.png").write_bytes(b"secret")
     (theirs / "own.png").write_bytes(b"own")
     (theirs / "link.png").symlink_to(tmp_path / "secret.png")
+    (theirs / "inputs.jsonl").write_text('{"image": "own.png"}\n[\n{"prompt": "/etc", "image": "../secret.png"}\n')
     monkeypatch.chdir(mine)
     return mine, theirs
 
@@ -57,6 +58,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
         ({"quality": {"max_drop": 0.1, "save": "/tmp/x"}}, "writes /tmp/x (quality.save)"),
         ({"load": {"source": "m", "key": {"command": ["rm", "x"]}}}, "runs 'rm' for a key (load.key.command)"),
         ({"load": {"source": "m", "key": {"fd": 3}}}, "reads '3' for a key (load.key.fd)"),
+        ({"calibration": {"file": "inputs.jsonl"}}, "reads {root}/secret.png (calibration.file)"),
+        ({"calibration": {"file": "."}}, "reads {root}/secret.png (calibration.file)"),
         ({"input": {"image": "own.png", "prompt": "/etc and ../secret.png"}}, None),
         ({"output": "x.png", "load": "package:ovforge_lcm/model"}, None),
         ({"input": {"image": "no/such", "mask": "a\0b", "more": "~nobody-has-this-name/x"}}, None),

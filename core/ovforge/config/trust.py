@@ -6,12 +6,16 @@ be what a command prints. A config of one's own may do so. Of any other, this is
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ovforge.errors import ConfigError
+from ovforge.model.results import PICTURE_SUFFIXES
 from ovforge.model.sources import PACKAGE
+from ovforge.store.documents import SIZE, parse_object
 
 __all__ = ["foreign_effects", "is_own"]
 
@@ -51,10 +55,30 @@ def foreign_effects(config: Path, value: Mapping[str, Any], base: Path) -> list[
             if (path := _path(text, start)) is not None and not _inside(path, home, Path.cwd()):
                 found[f"writes {path} ({key})"] = None
         elif place[-1] not in _FREE_TEXT and not text.startswith(PACKAGE):
-            path = _path(text, base)
-            if path is not None and os.path.lexists(path) and not _inside(path, home):
+            for path in _read(_path(text, base), home):
                 found[f"reads {path} ({key})"] = None
     return list(found)
+
+
+def _read(path: Path | None, home: Path) -> Iterator[Path]:
+    """Yield what is read outside `home` with a path that a config names: itself, or what it leads to.
+
+    A list of inputs (.jsonl) names further files, and pictures in a folder may be links.
+    """
+    if path is None or not os.path.lexists(path):
+        return
+    if not _inside(path, home):
+        yield path
+    elif path.is_dir():
+        pictures = (each for each in sorted(path.iterdir()) if each.suffix.lower() in PICTURE_SUFFIXES)
+        yield from (each.resolve() for each in pictures if each.is_symlink() and not _inside(each.resolve(), home))
+    elif path.suffix.lower() == ".jsonl" and path.is_file() and path.stat().st_size <= SIZE:
+        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+            with contextlib.suppress(ConfigError):  # which is said when the file is read
+                for place, text in _texts(parse_object(line, str(path), error=ConfigError), ()):
+                    named = _path(text, path.parent) if place[-1] not in _FREE_TEXT else None
+                    if named is not None and os.path.lexists(named) and not _inside(named, home):
+                        yield named
 
 
 def _texts(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

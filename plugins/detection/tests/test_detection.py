@@ -203,6 +203,10 @@ def test_image_processors_that_are_not_understood(detr_files: Path) -> None:
         (detr_files / "preprocessor_config.json").write_text(json.dumps(change))
         with pytest.raises(ModelError, match=match):
             spec_of(detr_files)
+    config = json.loads((detr_files / "config.json").read_text())
+    (detr_files / "config.json").write_text(json.dumps({**config, "id2label": {"2147483647": "cat"}}))
+    with pytest.raises(ModelError, match="id2label has a class 2147483647"):
+        spec_of(detr_files)
 
 
 def test_anchors_of_another_size(rt_detr: tuple[Path, Any], detr_files: Path) -> None:

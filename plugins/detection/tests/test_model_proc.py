@@ -463,6 +463,22 @@ def test_paddle_detectors_give_boxes_of_the_picture(tmp_path: Path) -> None:
     np.testing.assert_allclose(found(folder, (256, 200)).boxes, [[10, 20, 100, 120]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("number", [2**31, -7])
+def test_a_class_that_no_model_has_is_refused(number: int, tmp_path: Path) -> None:
+    output, description = ssd()
+    output[..., 1] = number
+    with pytest.raises(ModelError, match=f"of the class {number}, and classes are 0 to 99999"):
+        found(write_model(tmp_path / "m", output, description))
+
+
+def test_labels_are_no_link_that_leads_away(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", ssd()[0], {**ssd()[1], "labels": None, "labels_file": "labels.txt"})
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "labels.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ModelError, match="labels.txt is missing"):
+        load(folder, proc=folder / "model-proc.json")
+
+
 # -- what a model says of itself --------------------------------------------------------------------------------------
 
 

@@ -12,9 +12,12 @@ from ovforge.errors import ModelError
 from ovforge_detection.phrases import Passage
 from ovforge_detection.prepare import Prepared
 
-__all__ = ["Found", "corners", "decode_classes", "decode_text", "join", "overlap", "sigmoid", "suppress"]
+__all__ = ["MAX_CLASSES", "Found", "corners", "decode_classes", "decode_text", "join", "overlap", "sigmoid", "suppress"]
 
 Floats = NDArray[np.float32]
+
+MAX_CLASSES = 100_000
+"""Most classes of a detector: the largest vocabularies of objects have a fifth of that."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ovforge.contracts import Match
 from ovforge.errors import ModelError
 from ovforge.model import DetectorSpec, ModelBundle, Source, read_json
 from ovforge_convert import Port, convert_module, need, pretrained, read_safetensors
+from ovforge_detection.decode import MAX_CLASSES
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -88,6 +89,8 @@ class DetrLoader:
         normal, rescaled = processor.get("do_normalize", False), processor.get("do_rescale", True)
         try:
             labels = {int(number): str(label) for number, label in (config.get("id2label") or {}).items()}
+            if (last := max(labels, default=-1)) >= MAX_CLASSES:
+                raise ValueError(f"id2label has a class {last}, and classes are 0 to {MAX_CLASSES - 1}")
             return DetectorSpec(
                 kind="classes",
                 **self._size(processor),
@@ -96,7 +99,7 @@ class DetrLoader:
                 scale=processor.get("rescale_factor", 1 / 255) if rescaled else 1.0,
                 mean=processor.get("image_mean", MEAN) if normal else (0, 0, 0),
                 std=processor.get("image_std", STD) if normal else (1, 1, 1),
-                labels=tuple(labels.get(number, f"class {number}") for number in range(max(labels, default=-1) + 1)),
+                labels=tuple(labels.get(number, f"class {number}") for number in range(last + 1)),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ModelError(

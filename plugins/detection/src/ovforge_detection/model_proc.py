@@ -140,7 +140,7 @@ class _Labels:
             raise ModelError(f"{path} lies elsewhere", where=where, hint="Put it beside the model-proc.")
         if self._source is None:
             file = Path(self._proc).parent / inside
-            if not file.is_file():
+            if not file.is_file() or not file.resolve().is_relative_to(file.parent.resolve()):
                 raise ModelError(f"{path} is missing", where=where, hint="Put it beside the model-proc.")
             source, name = open_file(file), file.name
         else:

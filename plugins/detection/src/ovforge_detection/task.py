@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge.contracts import Progress, TaskContext
-from ovforge.errors import ConfigError, InputError, did_you_mean
+from ovforge.errors import ConfigError, InputError, ModelError, did_you_mean
 from ovforge.model import PICTURE_SUFFIXES, DetectorSpec, Timings, open_picture, picture_name
-from ovforge_detection.decode import Found, decode_classes, decode_text, join, suppress
+from ovforge_detection.decode import MAX_CLASSES, Found, decode_classes, decode_text, join, suppress
 from ovforge_detection.description import ExtraInput
 from ovforge_detection.examples import examples
 from ovforge_detection.outputs import decode_described
@@ -264,7 +264,14 @@ class Detect:
         kept = kept.take(np.argsort(-kept.scores, kind="stable")[: inputs.limit])
         height, width = job.prepared.size
         known = list(names)
-        known += [f"class {number}" for number in range(len(known), int(kept.classes.max(initial=-1)) + 1)]
+        least, last = int(kept.classes.min(initial=0)), int(kept.classes.max(initial=-1))
+        if least < 0 or last >= MAX_CLASSES:
+            raise ModelError(
+                f"it found an object of the class {min(least, 0) or last}, and classes are 0 to {MAX_CLASSES - 1}",
+                where=job.name,
+                hint="Its outputs are not what its description says, or the model is damaged.",
+            )
+        known += [f"class {number}" for number in range(len(known), last + 1)]
         return Detections(
             job.name, (width, height), kept.boxes, kept.scores, kept.classes, known, kept.words, kept.spans
         )
