@@ -1,6 +1,6 @@
 """Pages of the site that are made when it is built: mkdocs runs this as a hook (see mkdocs.yml).
 
-The reference comes from the program, the others from files at the top of the repository; links are relative to it.
+The reference comes from the program, the others from files at the top of the repository.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 from tools import reference  # noqa: E402 - mkdocs runs this file by its path
 
+_BEHIND = "---\nsearch:\n  boost: 0.4\n---\n\n"
+"""Pages that hold every word come after those that explain it, in what a search finds."""
+
 PAGES = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 
 
@@ -25,9 +28,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages; called by mkdocs."""
     pages = {name: _on_site((ROOT / source).read_text(encoding="utf-8")) for source, name in PAGES.items()}
     pages |= {
-        "changelog.md": changelog(),
-        "reference/cli.md": reference.cli_page(),
-        "reference/config.md": reference.config_page(),
+        "changelog.md": _BEHIND + changelog(),
+        "reference/cli.md": _BEHIND + reference.cli_page(),
+        "reference/config.md": _BEHIND + reference.config_page(),
     }
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
