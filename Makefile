@@ -33,6 +33,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python tools/prose.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

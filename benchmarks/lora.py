@@ -39,7 +39,7 @@ def peak() -> float:
 
 
 def prepare(work: Path) -> None:
-    """Make the UNet, its conversion and the adapter, where they are not there yet."""
+    """Make the UNet, its conversion and the adapter, if they are not there yet."""
     if (work / "adapter.safetensors").exists():
         return
     import diffusers

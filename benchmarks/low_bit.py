@@ -288,7 +288,7 @@ def opened(model: Any) -> list[Any]:
 
 
 def corrected(bundle: ModelBundle, calibration: Recorded, samples: int, by: str | None) -> None:
-    """Correct the bias, where it is asked for."""
+    """Correct the bias, if it is asked for."""
     if by:
         ours("softmax-bias", granularity=by, samples=samples)(bundle, calibration)
 

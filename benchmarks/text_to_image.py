@@ -5,7 +5,7 @@ Reported: process start to first image, a further image (median of several), pea
 
     python benchmarks/text_to_image.py --torch-python PY --genai-python PY --optimum-python PY
 
-A tool whose interpreter is not given is looked for in this one, and left out with a line where it is not there. The
+A tool whose interpreter is not given is looked for in this one, and left out with a line if it is not there. The
 second start is measured: compiled models are cached where the tool can (ovforge; genai's CACHE_DIR as its own row).
 """
 

@@ -89,7 +89,7 @@ def test_options_of_run(tmp_path: Path) -> None:
         (["plugins", "show", "schedulrs"], "Did you mean 'schedulers'?"),
         (["plugins", "disable", "builtin"], "cannot be switched off"),
         (["plugins", "new", "Bad_Name"], "is not a valid plugin name"),
-        (["cache", "prune", "--size", "big"], "'big' is no size"),
+        (["cache", "prune", "--size", "big"], "'big' is not a size"),
         (["convert", "nowhere", "-o", "x"], "nowhere: no such file or folder"),
     ],
 )

@@ -147,7 +147,7 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def run_command(words: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert words[0] == "ovforge", f"{where}: {words[0]} is no command of ours: add <!-- not run: REASON -->"
+    assert words[0] == "ovforge", f"{where}: {words[0]} is not a command of ours: add <!-- not run: REASON -->"
     monkeypatch.setattr(sys, "argv", words)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

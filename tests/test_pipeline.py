@@ -331,7 +331,7 @@ def test_light_changes_are_made_when_a_model_is_read(config: dict[str, Any], plu
 def test_a_brought_transform_may_find_nothing_to_do(
     config: dict[str, Any], plugins: Plugins, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the user did not ask for is no error where it cannot be applied; what they asked for is."""
+    """What the user did not ask for is not an error if it cannot be applied; what they asked for is."""
     monkeypatch.setattr(Add, "apply", lambda self, bundle: Report(skipped=[Skipped("a key", "it does not fit")]))
     config["task"] = "run-plus"
     assert y(ovforge.load(config, plugins=plugins, cache=cache)) == 0

@@ -58,7 +58,7 @@ def test_an_edit_changes_the_text_between_steps(torch_family: Folder, weighted: 
 
 @pytest.mark.parametrize("guidance", ["joint", "split"])
 def test_parts_add_up(torch_family: Folder, session_cache: Cache, guidance: str) -> None:
-    """Twice the same part is twice the guidance, and a part of no weight is no part; also beside another prompt."""
+    """Twice the same part is twice the guidance, and a part of no weight is not a part; also beside another prompt."""
     pipe = pipeline(torch_family("sd1"), session_cache, task={"guidance": guidance})
     twice = pipe("a cat AND  a cat", **SMALL)
     np.testing.assert_allclose(twice.latents, pipe("a cat", **{**SMALL, "guidance_scale": 4.0}).latents, atol=2e-3)

@@ -89,7 +89,7 @@ def test_known_numbers_without_torch() -> None:
 
 @pytest.mark.parametrize("seed", [1.5, float("nan"), "3", None, True])
 def test_a_seed_is_a_whole_number(seed: object) -> None:
-    with pytest.raises(InputError, match="no whole number"):
+    with pytest.raises(InputError, match="not a whole number"):
         Generator(seed)  # type: ignore[arg-type]
 
 

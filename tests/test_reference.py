@@ -6,7 +6,7 @@ import re
 import shlex
 
 import pytest
-from tools import reference
+from tools import prose, reference
 
 from ovforge.cli.program import make_command
 
@@ -40,3 +40,15 @@ def test_the_pages_have_all_that_the_program_has() -> None:
                 assert f"| `{key}` |" in section, (kind, name, key)
     assert "PydanticUndefined" not in config
     assert "<class" not in config
+
+
+def test_the_prose_linter_finds_what_its_rules_name() -> None:
+    for line in ("x is no number", "Raises ModelError where it fails", "None where there is none", "dear stages"):
+        assert prose.problems(line, "a.md"), line
+    for line in (
+        "there is no number",
+        "it is no longer there",
+        "where the models are",
+        "x is no number <!-- prose: ok -->",
+    ):
+        assert not prose.problems(line, "a.md"), line

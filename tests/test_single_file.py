@@ -846,9 +846,9 @@ FIRST = {name: {"dtype": "F32", "shape": [1, 1, 1, 1], "data_offsets": [4 * n, 4
     ("encoder.down.0.block.0.conv1.weight", "encoder.conv_in.weight", "decoder.conv_out.weight")
 )} | {"decoder.conv_in.weight": {"dtype": "F32", "shape": [1, 4, 1, 1], "data_offsets": [12, 28]}}  # fmt: skip
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no safetensors file"),
-    "text": (b"this is no model at all", "no safetensors file"),
-    "a header longer than the file": (headed({}, length=2**62), "no safetensors file"),
+    "empty": (b"", "not a safetensors file"),
+    "text": (b"this is not a model at all", "not a safetensors file"),
+    "a header longer than the file": (headed({}, length=2**62), "not a safetensors file"),
     "a huge header": (headed(b"{" + b" " * (17 * 2**20)), "more than"),
     "no JSON": (headed(b"{" * 64), "header cannot be read|not valid JSON|expected a JSON object"),
     "deep JSON": (headed(b"[" * 100_000), "header cannot be read|not valid JSON|expected a JSON object"),

@@ -170,7 +170,7 @@ def _stage_lines() -> Callable[[Progress], None]:
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows a text in the place of the last one, on standard error, if that is a terminal."""
+    """Yield a function that shows a text instead of the last one, on standard error, if that is a terminal."""
     console = _console(error=True)
     if not console.is_terminal:
         yield lambda text: None

@@ -122,7 +122,7 @@ def convert(
     option: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the loader: weights=f32")
     ] = None,
-    use: Annotated[str | None, typer.Option("--use", help="The loader; found by content where not given.")] = None,
+    use: Annotated[str | None, typer.Option("--use", help="The loader; found by content if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     no_cache: NoCache = False,
 ) -> None:

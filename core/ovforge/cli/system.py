@@ -1,4 +1,4 @@
-"""What the system says, with what to do about it."""
+"""Errors of the operating system, and what to do about each."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _set(target: Any, path: list[str], value: Any, where: str) -> None:
         if isinstance(target, list):
             index = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
             if not 0 <= index <= len(target):
-                raise ConfigError(f"{key!r} is no position in a list of {len(target)}", where=where)
+                raise ConfigError(f"{key!r} is not a position in a list of {len(target)}", where=where)
             if index == len(target):
                 target.append({})
             place: Any = index

@@ -65,7 +65,7 @@ def checked(model: type[Model], value: Any, *, where: str, base: Path | None = N
 
 
 def check_present(model: type[BaseModel], value: Mapping[str, Any], *, where: str, base: Path | None = None) -> None:
-    """Raise ConfigError for wrong values, of which some may come later: what is missing is no mistake yet."""
+    """Raise ConfigError for wrong values, of which some may come later: what is missing is not a mistake yet."""
     try:
         model.model_validate(value, context={"base": base})
     except ValidationError as error:

@@ -115,7 +115,7 @@ class Loader(Protocol):
         ...
 
     def load(self, source: Source) -> ModelBundle:
-        """Read or convert `source`. Raises ModelError where it does not hold what it seems to."""
+        """Read or convert `source`. Raises ModelError if it does not hold what it seems to."""
         ...
 
 
@@ -180,7 +180,7 @@ class Calibration(Protocol):
         ...
 
     def score(self, models: Mapping[str, ov.Model]) -> float:
-        """Return how close the pipeline's results come to what they are now, with `models` in the place of its own.
+        """Return how close the pipeline's results come to what they are now, with `models` instead of its own.
 
         Higher is better; by the config's [quality] metric, on inputs that calibration does not use.
         """
@@ -249,7 +249,7 @@ class Scheduler(Protocol):
     """
 
     def start(self, steps: int, strength: float = 1.0) -> Sampling:
-        """Begin a run of `steps` steps. Raises InputError where the schedule cannot have that many.
+        """Begin a run of `steps` steps. Raises InputError if the schedule cannot have that many.
 
         With `strength` below 1 the run starts from a noised picture and goes only that part of the way.
         """
@@ -281,7 +281,7 @@ class Device(Protocol):
 class Progress:
     """A moment of a long piece of work: `done` of `total` steps of `stage`.
 
-    `preview` makes pictures of the work as it stands, where there is something to see; it takes time, and may be called
+    `preview` makes pictures of the work as it stands, if there is something to see; it takes time, and may be called
     in the callback only. A callback that raises ends the work: Cancelled says so in plain words.
     """
 
@@ -330,7 +330,7 @@ class CompiledModels(Protocol):
     def start(self, role: str, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
         """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
 
-        Raises ModelError where the pipeline has no such role.
+        Raises ModelError if the pipeline has no such role.
         """
         ...
 
@@ -409,10 +409,10 @@ class Task(Protocol):
         """Return representative inputs, instances of the inputs model, for calibration, quality and benchmarks.
 
         They are the first `count` of one sequence that is always the same, all different and in no order, since the
-        core takes every second one to calibrate with and the others to judge by. Fewer where there are no more.
+        core takes every second one to calibrate with and the others to judge by. Fewer if there are no more.
 
         A task may also offer `compare(result, reference) -> float`: how close a result comes to another of the same
-        inputs, 1 if they are equal, less if they differ. [quality] takes it in the place of `Result.compare`, for
+        inputs, 1 if they are equal, less if they differ. [quality] takes it instead of `Result.compare`, for
         measures that need more than the two results.
         """
         ...

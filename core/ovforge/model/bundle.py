@@ -157,7 +157,7 @@ class ModelBundle:
 
     `configs` holds a role's config.json, `index` the model_index.json, `assets` every other small file by
     relative path (tokenizer/vocab.json, scheduler/scheduler_config.json). `identity` maps a role to a digest of
-    its content, where that is known; the cache works on it.
+    its content, if that is known; the cache works on it.
     """
 
     models: Roles = field(default_factory=Roles)
@@ -272,7 +272,7 @@ class ModelBundle:
         return ModelBundle(models=self.models.copy(), protection=self.protection, **parts)
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Return scheduler/scheduler_config.json, or {} where the model has none.
+        """Return scheduler/scheduler_config.json, or {} if the model has none.
 
         If model_index.json names another class than it does, the index counts, as for diffusers.
         """
@@ -284,7 +284,7 @@ class ModelBundle:
         return config
 
     def require(self, *roles: str) -> None:
-        """Raise ModelError where a role is missing."""
+        """Raise ModelError if a role is missing."""
         if missing := [role for role in roles if role not in self.models]:
             raise ModelError(
                 f"the model has no {', '.join(missing)}",
@@ -292,7 +292,7 @@ class ModelBundle:
             )
 
     def digest(self) -> str | None:
-        """Return one digest over all content; None where a role's content is not known."""
+        """Return one digest over all content; None if a role's content is not known."""
         if any(role not in self.identity for role in self.models):
             return None
         total = hashlib.sha256()
@@ -400,7 +400,7 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 def read_json(source: Source, path: str) -> dict[str, Any]:
-    """Return the JSON object in a source's file. Raises ModelError where it holds none."""
+    """Return the JSON object in a source's file. Raises ModelError if it holds none."""
     return _parse_object(source.read(path, ASSET_LIMIT + 1), f"{source.name}: {path}")
 
 

@@ -29,7 +29,7 @@ def read_from_memory(source: Source, file: PurePosixPath) -> ov.Model:
         try:
             xml = source.read(file.as_posix()).decode()
         except UnicodeDecodeError as error:
-            raise ModelError(f"{file} is no XML: {error}", where=source.name) from error
+            raise ModelError(f"{file} is not XML: {error}", where=source.name) from error
         return core().read_model(xml, data)
     if file.suffix == ".xml":
         return core().read_model(source.read(file.as_posix()))

@@ -28,7 +28,7 @@ __all__ = ["AVAILABLE", "MemoryFolder", "large_pages", "memory_folder", "tempora
 AVAILABLE = hasattr(os, "memfd_create")
 
 _SHARED_MEMORY = Path("/dev/shm")
-"""Where there is a file system in memory, even the links are kept off the disk."""
+"""If there is a file system in memory, even the links are kept off the disk."""
 
 
 _LARGE_PAGE = 2**21

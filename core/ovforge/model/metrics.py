@@ -97,7 +97,7 @@ def _filtered(values: Floats, window: Floats) -> Floats:
 
 
 def _luminance(picture: Pixels) -> Floats:
-    """Return float64 (height, width), by ITU-R BT.601 where there are three channels."""
+    """Return float64 (height, width), by ITU-R BT.601 if there are three channels."""
     values = picture.astype(np.float64)
     return values[..., :3] @ np.array([0.299, 0.587, 0.114]) if picture.shape[2] >= 3 else values[..., 0]
 

@@ -98,7 +98,7 @@ def main() -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here is no fault that anybody wants to look into
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here is not a fault that anybody wants to look into
     with contextlib.suppress(Exception):
         core().read_model(Path(sys.argv[1]))
 

@@ -88,7 +88,7 @@ class BatchGenerator:
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """Return (batch, ...) normal numbers, row i from stream i.
 
-        Raises InputError where the batch is another.
+        Raises InputError if the batch is another.
         """
         if not len(shape) or shape[0] != len(self.generators):
             raise InputError(
@@ -105,9 +105,9 @@ def _checked_seed(seed: Any) -> int:
     try:
         number = operator.index(seed)
     except TypeError:
-        raise InputError(f"{seed!r} is no whole number", where="seed", hint=hint) from None
+        raise InputError(f"{seed!r} is not a whole number", where="seed", hint=hint) from None
     if isinstance(seed, bool):
-        raise InputError(f"{seed!r} is no whole number", where="seed", hint=hint)
+        raise InputError(f"{seed!r} is not a whole number", where="seed", hint=hint)
     if not -(2**63) <= number < 2**64:
         raise InputError(f"{number} is out of range", where="seed", hint=hint)
     return number

@@ -12,7 +12,7 @@ from ovforge.errors import ModelError
 __all__ = ["OPENVINO_ERRORS", "reading_error", "reason_of"]
 
 OPENVINO_ERRORS = (RuntimeError, UnicodeDecodeError, ValueError)
-"""What OpenVINO's bindings raise: UnicodeDecodeError in the place of a message that is not text in UTF-8."""
+"""What OpenVINO's bindings raise: UnicodeDecodeError instead of a message that is not text in UTF-8."""
 
 _LONGEST = 300
 

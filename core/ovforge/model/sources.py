@@ -45,22 +45,22 @@ class Source(Protocol):
     """What the user called it; for messages and provenance."""
 
     protection: Protection | None
-    """What keeps results that are made from it unreadable on disk; None where it is not encrypted."""
+    """What keeps results that are made from it unreadable on disk; None if it is not encrypted."""
 
     def files(self) -> Mapping[str, int]:
         """Return every file: relative path -> size in bytes."""
         ...
 
     def read(self, path: str, limit: int | None = None) -> bytes:
-        """Return a file's first `limit` bytes, or all of it. Raises ModelError where it is not there."""
+        """Return a file's first `limit` bytes, or all of it. Raises ModelError if it is not there."""
         ...
 
     def read_into(self, path: str, buffer: memoryview) -> None:
-        """Fill `buffer`, of the file's size in bytes, with the file. Raises ModelError where it is not there."""
+        """Fill `buffer`, of the file's size in bytes, with the file. Raises ModelError if it is not there."""
         ...
 
     def local(self, path: str) -> Path | None:
-        """Return the plain file, for readers that map it into memory; None where there is none."""
+        """Return the plain file, for readers that map it into memory; None if there is none."""
         ...
 
     def digest(self, path: str) -> str:
@@ -79,7 +79,7 @@ class Protection(Protocol):
         ...
 
     def open(self, folder: Path, purpose: str) -> Source:
-        """Return what `write` put below `folder` for `purpose`. Raises ModelError where it is anything else."""
+        """Return what `write` put below `folder` for `purpose`. Raises ModelError if it is anything else."""
         ...
 
 
@@ -96,7 +96,7 @@ class Opener(Protocol):
         ...
 
     def open(self, source: Source) -> Source:
-        """Return the plain source behind it. Raises ModelError or ConfigError where that cannot be."""
+        """Return the plain source behind it. Raises ModelError or ConfigError if that cannot be."""
         ...
 
 
@@ -182,7 +182,7 @@ class FileSource:
             return file.read(-1 if limit is None else limit)
 
     def read_into(self, path: str, buffer: memoryview) -> None:
-        """Fill `buffer` with the file. Raises ModelError where it no longer has that size."""
+        """Fill `buffer` with the file. Raises ModelError if it no longer has that size."""
         with self._checked(path).open("rb", buffering=0) as file:
             done = 0
             while done < len(buffer) and (count := file.readinto(buffer[done:])):
@@ -218,7 +218,7 @@ def named_path(text: str, base: Path) -> Path:
 
 
 def package_path(text: str) -> Path:
-    """Return where "package:NAME/PATH" lies. Raises ModelError where the Python package is not installed."""
+    """Return where "package:NAME/PATH" lies. Raises ModelError if the Python package is not installed."""
     package, _, inside = text.removeprefix(PACKAGE).partition("/")
     if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts or "\0" in inside:
         raise ModelError("leads out of its package", where=text, hint="Name a path inside the package, without '..'.")

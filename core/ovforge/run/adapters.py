@@ -153,7 +153,7 @@ class Adapters(Mapping[str, float]):
 
             name = pipe.adapters.load("lora", path="hero.safetensors", scale=0.4)
 
-        Raises ModelError where the models have no place for a part of it: places are made when a pipeline starts.
+        Raises ModelError if the models have no place for a part of it: places are made when a pipeline starts.
         """
         require_type(use, (str, Use), where="adapters.load", hint='Write: load("lora", path="FILE").')
         wanted = Use(use, **options) if isinstance(use, str) else Use(use.use, **{**use.options, **options})
@@ -174,7 +174,7 @@ class Adapters(Mapping[str, float]):
             raise
 
     def unload(self, *names: str) -> None:
-        """Forget adapters and free their memory; all of them where none is named. The models are then as without."""
+        """Forget adapters and free their memory; all of them if none is named. The models are then as without."""
         for name in names:
             _known(name, self._adapters, "adapters")
         for name in names or tuple(self._adapters):

@@ -50,7 +50,7 @@ Shapes = Mapping[str, Sequence[int]]
 class CompiledRole:
     """One compiled model, how long it took (seconds), whether it came out of the cache, and when it was ready.
 
-    `finished` is a reading of time.perf_counter(). `model` is None where it was released. `note` says what people
+    `finished` is a reading of time.perf_counter(). `model` is None if it was released. `note` says what people
     should know of it.
     """
 
@@ -101,7 +101,7 @@ class CompiledBundle:
     def start(self, role: str, shapes: Shapes | None = None) -> None:
         """Begin to compile a role, for fixed `shapes` of its inputs by name, or for any. Returns at once.
 
-        Raises ModelError where the pipeline has no such role.
+        Raises ModelError if the pipeline has no such role.
         """
         if role not in self._roles:
             raise ModelError(f"the pipeline has no {role!r}", hint=f"It has: {', '.join(self._roles)}.")
@@ -317,7 +317,7 @@ def _compile(
 
 
 def _reshaped(model: ov.Model, role: str, shapes: Shapes) -> ov.Model:
-    """Return a copy for fixed shapes. Raises InputError where the model was converted for others."""
+    """Return a copy for fixed shapes. Raises InputError if the model was converted for others."""
     import openvino as ov
 
     copy = model.clone()

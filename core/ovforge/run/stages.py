@@ -136,7 +136,7 @@ class LoadStage:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """None: a source is no entry."""
+        """None: a source is not an entry."""
         return ()
 
     @property

@@ -229,7 +229,7 @@ class Cache:
         `parents` are the keys of the entries that `write` reads; `inputs` is called after it, and tells the files that
         it read besides those that `dependencies` foresees.
 
-        Raises CacheError where the disk is full or not writable; nothing half-made is left.
+        Raises CacheError if the disk is full or not writable; nothing half-made is left.
         """
         import logging
 
@@ -290,7 +290,7 @@ class Cache:
                 sync_folder(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        # Not read back: another process may prune it this very moment, which is no failure of this one.
+        # Not read back: another process may prune it this very moment, which is not a failure of this one.
         return _entry(key, target, manifest, time.time())
 
     @contextlib.contextmanager
@@ -441,7 +441,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _held_if_free(self, key: str) -> Iterator[bool | None]:
-        """Hold a key's lock in the block: True; False where somebody else does; None where it cannot be had."""
+        """Hold a key's lock in the block: True; False if somebody else does; None if it cannot be had."""
         from filelock import FileLock, Timeout
 
         held: bool | None = True
@@ -468,7 +468,7 @@ class Cache:
         return [folder.name for group in _listing(self.root / "entries") for folder in _listing(group)]
 
     def _find(self, key: str) -> Entry | None:
-        """Return a sound entry, or None where there is none; raise DamagedError for one that is not sound."""
+        """Return a sound entry, or None if there is none; raise DamagedError for one that is not sound."""
         if not self._folder(key).is_dir():
             return None
         try:
@@ -561,7 +561,7 @@ def parse_size(text: str) -> int:
     """Return bytes from "500MiB", "20 GB", "1000". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{text!r} is no size", hint="Write a number with a unit: 500MB, 20GB, 2GiB.")
+        raise ConfigError(f"{text!r} is not a size", hint="Write a number with a unit: 500MB, 20GB, 2GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

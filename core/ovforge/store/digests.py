@@ -82,7 +82,7 @@ class DigestMemo:
         return str(digest) if state == state_of(stat) else None
 
     def put(self, path: Path, stat: os.stat_result, digest: str) -> None:
-        """Remember the digest of a file that was as `stat` says before it was read; failing to write is no failure."""
+        """Remember the digest of a file that was as `stat` says before it was read; not writing is not a failure."""
         if time.time() - max(stat.st_mtime, stat.st_ctime) < self._RACY or state_of(path.stat()) != state_of(stat):
             return
         known = {name: state for name, state in self._load().items() if _is_there(Path(name))}

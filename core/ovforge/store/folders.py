@@ -123,7 +123,7 @@ def _is_copy(file: Path, other: Path) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return all that is no folder, links included, and empty folders are left out: relative POSIX paths."""
+    """Return all that is not a folder, links included, and empty folders are left out: relative POSIX paths."""
     return sorted(
         (Path(top) / name).relative_to(folder).as_posix()
         for top, folders, files in os.walk(folder)

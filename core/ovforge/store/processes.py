@@ -1,4 +1,4 @@
-"""Child processes: started in one way, so that no file in the current folder is run in the place of the program's own.
+"""Child processes: started in one way, so that no file in the current folder is run instead of the program's own.
 
 Python puts the current folder before its own modules (`python -m`, `-c`), and a relative or empty entry of PATH or
 PYTHONPATH means the current folder too. A model folder from elsewhere may be the current folder.

@@ -236,7 +236,7 @@ def test_a_strangers_file_may_not_ask_for_any_cost() -> None:
 def test_other_versions_and_names_are_said() -> None:
     assert "it is of version 2" in refused(SEALED[:8] + b"\x02" + SEALED[9:])
     for name in ("/etc/passwd", "../x", "a/../../x", "a\\b", "a\0b"):
-        with pytest.raises(OvforgeError, match="no relative path"):
+        with pytest.raises(OvforgeError, match="not a relative path"):
             unseal(seal(b"x", name=name))
     with pytest.raises(OvforgeError, match="more than 1024"):
         new_header("x" * 1025, 0, MASTER, Set())

@@ -79,7 +79,7 @@ def test_a_file_that_others_can_use_is_refused(mode: int, tmp_path: Path) -> Non
         ({"env": "NO_SUCH_VARIABLE"}, "environment variable NO_SUCH_VARIABLE: it is not set"),
         ({"file": "no/such/file"}, "cannot be read: No such file"),
         ({"file": "/dev"}, "cannot be read: Is a directory"),
-        ({"file": "/dev/zero"}, "no regular file"),
+        ({"file": "/dev/zero"}, "not a regular file"),
         ({"fd": 987}, "cannot be read: Bad file descriptor"),
         ({"command": ["false"]}, "the command false: it ended with exit code 1"),
         ({"command": ["no-such-command"]}, "there is no such program"),

@@ -170,7 +170,7 @@ def test_a_graph_that_is_no_xml_inside_is_refused(ir: Path, tmp_path: Path, monk
     data[len(data) // 2] ^= 1
     sealed.write_bytes(data)
     said = {"function": lambda: "0f" * 32, "cipher": "aes-256-cbc", "iv": "f0" * 16}
-    with warnings.catch_warnings(action="ignore"), pytest.raises(ModelError, match="no XML when it is decrypted"):
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ModelError, match="not XML when it is decrypted"):
         Session(key=said).open_source(str(tmp_path / "enc"), Path())
 
 

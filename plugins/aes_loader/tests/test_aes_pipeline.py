@@ -150,7 +150,7 @@ def test_no_plain_byte_is_written_while_it_converts(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     run_script(torch, tmp_path / "plain", key=None)
     [converted] = (tmp_path / "plain" / "cache").rglob("model_index.json")
-    (converted.parent / "entry.json").unlink()  # the cache's own, with options, which are no secret
+    (converted.parent / "entry.json").unlink()  # the cache's own, with options, which are not secret
     run_traced(tmp_path / "encrypted", Marks(torch, converted.parent), tmp_path / "hidden")
     assert {path.name for path in (tmp_path / "hidden" / "cache").rglob("*")} >= {"tokenizer_config.json.ovenc"}
     pictures = [np.asarray(Image.open(tmp_path / name / "picture.png")) for name in ("plain", "hidden")]

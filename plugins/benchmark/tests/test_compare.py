@@ -112,7 +112,7 @@ def test_the_grid_puts_every_picture_in_its_place() -> None:
     ("arguments", "error", "message"),
     [
         (["nothing.toml", F32], InputError, "no such file or folder"),
-        ([F32], InputError, "no comparison"),
+        ([F32], InputError, "not a comparison"),
         ([F32, "--vary", "device.precision"], ConfigError, "is not KEY=VALUE"),
         ([F32, "--vary", "devise.precision=f32,bf16"], ConfigError, "Did you mean 'device'"),
         ([F32, F32, "-o", "nowhere/report"], InputError, "no such folder"),

@@ -354,7 +354,7 @@ def test_bad_input(pipe: Pipeline, tmp_path: Path) -> None:
     ]:
         with pytest.raises(InputError, match=match):
             pipe(image)
-    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "text.png").write_text("this is not a picture")
     with pytest.raises(InputError, match="not a readable picture"):
         pipe(tmp_path / "text.png")
     with pytest.raises(ConfigError, match="threshold"):

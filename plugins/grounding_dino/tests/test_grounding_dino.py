@@ -279,7 +279,7 @@ def test_a_config_that_runs_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"model": {"transformer.encoder.fusion_layers.0.gamma_v": torch.ones(2)}}, tmp_path / "x.pth")
     assert GroundingDinoLoader(LoaderOptions()).can_load(FileSource(tmp_path / "x.pth")) is Match.YES
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nenc_layers = 6\n")
-    refuse(tmp_path / "x.pth", "no plain assignment", ConfigError, config=tmp_path / "evil.py")
+    refuse(tmp_path / "x.pth", "not a plain assignment", ConfigError, config=tmp_path / "evil.py")
     assert not (tmp_path / "ran").exists()
 
 

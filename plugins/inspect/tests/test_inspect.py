@@ -102,7 +102,7 @@ def test_people_see_the_same_as_programs(tmp_path: Path, monkeypatch: pytest.Mon
     bundle.save(tmp_path / "model")
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "model")], catch_exceptions=False).stdout
     assert re.search(r"^model +12 parameters", shown, re.MULTILINE)
-    assert re.search(r"^\[bold\] +12 parameters", shown, re.MULTILINE), "a role is no markup"
+    assert re.search(r"^\[bold\] +12 parameters", shown, re.MULTILINE), "a role is not markup"
     assert "MatMul 1" in shown
     pytest.importorskip("ovforge_aes_loader")
     # A place of a key that this process has not read before: it remembers those.

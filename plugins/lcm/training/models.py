@@ -79,5 +79,5 @@ def save(path: Path, **state: Any) -> None:
 
 
 def restore(path: Path) -> dict[str, Any] | None:
-    """Read a checkpoint that `save` wrote; None where there is none."""
+    """Read a checkpoint that `save` wrote; None if there is none."""
     return torch.load(path, weights_only=True) if path.is_file() else None

@@ -306,7 +306,7 @@ def test_channels_that_are_not_in_fours_are_skipped() -> None:
     changed = bundle(odd)
     report = quantize("wanda", changed, Recorded((1, 3, 8, 8)), pattern="2:4")
     assert [skip.item for skip in report.skipped] == ["c", "unet"]
-    assert "its 3 inputs are no multiple of 4" in report.skipped[0].reason
+    assert "its 3 inputs are not a multiple of 4" in report.skipped[0].reason
     assert not report.roles
 
 
@@ -429,7 +429,7 @@ def test_what_is_not_there_is_said(name: str, options: dict[str, Any], message: 
         ("auto-round", {"bits": 5}, "bits"),
         ("auto-round", {"bits": 4, "packed": True}, "packed is for 3 bits"),
         ("auto-round", {"group_size": 0}, "group_size is -1"),
-        ("auto-round", {"ignored_patterns": ["("]}, "is no regular expression"),
+        ("auto-round", {"ignored_patterns": ["("]}, "is not a regular expression"),
         ("auto-round", {"types": []}, "types"),
         ("lorc", {"rank": 0}, "rank"),
         ("power-quant", {"exponent": 0.5, "search": "layer"}, "nothing to search"),

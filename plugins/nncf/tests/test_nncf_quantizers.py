@@ -516,7 +516,7 @@ def test_what_is_quantized_already_is_refused() -> None:
         ("nncf-ptq", {"advanced": {"activations": {"num_bits": 4}}}, "is for target_device = 'npu'"),
         ("nncf-ptq", {"advanced": {"bias_threshold": 2}, "bias_correction": "off"}, "bias_threshold is nothing"),
         ("nncf-ptq", {"activations_range": {"max": {"aggregator": "histogram"}}}, "activations_range"),
-        ("nncf-ptq", {"ignored_scope": {"patterns": ["("]}}, "no regular expression"),
+        ("nncf-ptq", {"ignored_scope": {"patterns": ["("]}}, "not a regular expression"),
         ("nncf-ptq", {"ignored_scope": {"names": ["conv_inn"]}}, "Did you mean 'conv_in'"),
         ("nncf-ptq", {"ignored_scope": {"types": ["Matmul"]}}, "Did you mean 'MatMul'"),
         ("nncf-ptq", {"ignored_scope": {"patterns": ["attention"]}}, "no name of an operation"),

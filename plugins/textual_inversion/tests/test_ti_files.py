@@ -1,4 +1,4 @@
-"""Files of every form, and what is no textual inversion: damaged, lying, hostile."""
+"""Files of every form, and what is not a textual inversion: damaged, lying, hostile."""
 
 from __future__ import annotations
 

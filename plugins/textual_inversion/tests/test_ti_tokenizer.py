@@ -222,7 +222,7 @@ def test_the_detokenizer_knows_the_words(ti_bundle: Callable[..., ModelBundle]) 
 
 
 def test_other_tokenizers_are_refused() -> None:
-    with pytest.raises(ModelError, match="tokenizer: is no CLIP tokenizer"):
+    with pytest.raises(ModelError, match="tokenizer: is not a CLIP tokenizer"):
         TokenizerGraph(testing.small_model(), "tokenizer")
     model = bundle().models["tokenizer"]
     graph = TokenizerGraph(model, "tokenizer")

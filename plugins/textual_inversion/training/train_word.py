@@ -92,7 +92,7 @@ class Model:
 
 
 def new_colour() -> None:
-    """Put the new colour in the place of the generator's first one, captions and all."""
+    """Put the new colour instead of the generator's first one, captions and all."""
     data.TINTS = {WORD: COLOUR, **dict(list(data.TINTS.items())[1:])}
 
 

@@ -72,7 +72,7 @@ def quiet() -> Iterator[None]:
 def read_safetensors(source: Source, hint: str) -> dict[str, Any]:
     """Return name -> torch tensor of a transformers folder: model.safetensors, or the shards that its index names.
 
-    Half precision becomes float32. Raises ModelError, with `hint`, where there are none, or the file is damaged.
+    Half precision becomes float32. Raises ModelError, with `hint`, if there are none, or the file is damaged.
     """
     files = source.files()
     if _INDEX in files:
@@ -92,7 +92,7 @@ def read_safetensors(source: Source, hint: str) -> dict[str, Any]:
 
 
 def _tensors(source: Source, path: str) -> dict[str, Any]:
-    """Return a file's tensors, mapped where the file is plain."""
+    """Return a file's tensors, mapped if the file is plain."""
     safetensors = importlib.import_module("safetensors")
     torch_files = importlib.import_module("safetensors.torch")
     try:
@@ -127,7 +127,7 @@ def read_pickle(source: Source, path: str) -> dict[str, Any]:
         ) from error
     state = loaded.get("model", loaded.get("state_dict", loaded)) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path} is no dictionary of weights", where=source.name)
+        raise ModelError(f"{path} is not a dictionary of weights", where=source.name)
     return {str(name): _checked(tensor, str(name), source) for name, tensor in state.items()}
 
 
@@ -149,7 +149,7 @@ def _checked(tensor: Any, name: str, source: Source) -> Any:
 def pretrained(kind: str, config: Mapping[str, Any], weights: dict[str, Any], where: str) -> Any:
     """Return a transformers module of class `kind` for evaluation: every weight given, and nothing left over.
 
-    transformers itself understands the names that its older versions wrote. Raises ModelError where config and weights
+    transformers itself understands the names that its older versions wrote. Raises ModelError if config and weights
     do not belong together.
     """
     transformers = importlib.import_module("transformers")
@@ -200,7 +200,7 @@ def convert_module(
 ) -> ov.Model:
     """Trace `forward` of a torch module and convert; weights are stored as "f16" or "f32".
 
-    The module itself is traced, with `forward` in the place of its own, so that nodes have the names of its parameters.
+    The module itself is traced, with `forward` instead of its own, so that nodes have the names of its parameters.
     With "f16", constants stay in float32 where `exact` says so: by default those of up to 4096 values.
     """
     import openvino as ov

@@ -57,7 +57,7 @@ class Scheduling(Generic[Config]):
         self.config: Config = merged(options, model_config)
 
     def start(self, steps: int, strength: float = 1.0) -> Run:
-        """Begin a run. Raises InputError where the schedule has no such number of steps, or `strength` leaves none.
+        """Begin a run. Raises InputError if the schedule has no such number of steps, or `strength` leaves none.
 
         With `strength` a run begins later, as in diffusers' image-to-image pipelines.
         """

@@ -123,7 +123,7 @@ def _key(place: str | None, passphrase: bool, **options: Any) -> Key:
             given = known.options.model_dump(exclude_unset=True)
             return Key(KeyOptions.model_validate({**given, **options}))
     raise ConfigError(
-        "no key is given", where="--key", hint="Add --key file:PATH, with --make-key where there is none yet."
+        "no key is given", where="--key", hint="Add --key file:PATH, with --make-key if there is none yet."
     )
 
 

@@ -175,9 +175,9 @@ def parse_header(data: bytes, size: int, where: str) -> Header:
     try:
         name = raw[_FIXED.size :].decode()
     except UnicodeDecodeError:
-        raise refuse("its name is no text") from None
+        raise refuse("its name is not text") from None
     if not _is_inside(name):
-        raise refuse("its name is no relative path")
+        raise refuse("its name is not a relative path")
     files = Set(set_id, listing)
     header = Header(scrypt, 2**chunk, length, key_id, password_salt, salt, files, name, raw, data[end - TAG : end])
     if header.total != size:
@@ -290,7 +290,7 @@ class Container:
 
 
 def write_container(file: BinaryIO, header: Header, pieces: Iterable[bytes | memoryview], master: Master) -> None:
-    """Encrypt `pieces`, together of the header's length, into a file. Raises ModelError where they are not."""
+    """Encrypt `pieces`, together of the header's length, into a file. Raises ModelError if they are not."""
     cipher, written = header.cipher(master), 0
     file.write(header.raw + header.tag)
     sealed = memoryview(bytearray(header.chunk + TAG))
@@ -305,12 +305,12 @@ def write_container(file: BinaryIO, header: Header, pieces: Iterable[bytes | mem
 
 
 def private_file(path: Path) -> BinaryIO:
-    """Make a file that only its owner can read. Raises FileExistsError where there is one."""
+    """Make a file that only its owner can read. Raises FileExistsError if there is one."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb")
 
 
 def _chunks(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:
-    """Yield all bytes again, `size` at a time, the last ones fewer; one empty chunk where there are none."""
+    """Yield all bytes again, `size` at a time, the last ones fewer; one empty chunk if there are none."""
     pending, empty = bytearray(), True
     for piece in pieces:
         view = memoryview(piece).cast("B")

@@ -60,7 +60,7 @@ def encrypt(
 def encrypt_openssl(source: Path, output: Path, key: Key, *, replace: bool = False) -> list[Path]:
     """Write a file or folder as `openssl enc` does, by the cipher and the iv of the key's options, or by a passphrase.
 
-    Raises ModelError where several files would be encrypted in counter mode with one iv: each would give away others.
+    Raises ModelError if several files would be encrypted in counter mode with one iv: each would give away others.
     """
     plain = _plain(source)
     check_apart(output, source)
@@ -182,7 +182,7 @@ def _write_all(
     replace: bool,
     own: Iterable[str] | None = None,
 ) -> list[Path]:
-    """Write one file as `output`, or several below it, in the place of `own` or of what ovforge wrote there."""
+    """Write one file as `output`, or several below it, instead of `own` or of what ovforge wrote there."""
     if not files:
         raise ModelError("there are no files", where=str(output))
     if output.exists() and not replace:

@@ -101,7 +101,7 @@ class Key:
         return self.options.form == "passphrase"
 
     def raw(self, size: int) -> bytes:
-        """Return a key of `size` bytes. Raises ConfigError where it is not such a key."""
+        """Return a key of `size` bytes. Raises ConfigError if it is not such a key."""
         if self.is_passphrase:
             raise self.options.unfit("a passphrase is given where a key is wanted")
         secret, form = self._fetched(), self.options.form
@@ -182,7 +182,7 @@ def default_keys() -> Iterator[Key]:
 def find_master(scrypt: Scrypt | None, salt: bytes, key_id: bytes, key: Key | None, where: str) -> Master:
     """Return the master key of this id: from `key`, or else from the first key in a default place that has it.
 
-    Raises ConfigError where there is none, with the ids.
+    Raises ConfigError if there is none, with the ids.
     """
     problems: list[OvforgeError] = []
     tried: list[str] = []

@@ -28,7 +28,7 @@ _ALLOWED_PLAIN = {".md", ""}
 
 
 def open_encrypted(source: Source, key: Key | None) -> Source:
-    """Return the plain source behind an encrypted one. `key` is None where any known key may open it."""
+    """Return the plain source behind an encrypted one. `key` is None if any known key may open it."""
     files = dict(source.files())
     if isinstance(source, FileSource) and source.path.is_file():
         files |= _beside(source.path)
@@ -191,7 +191,7 @@ def _is_plain(name: str, start: bytes, key: Key | None) -> bool:
 def _openssl_file(open_file: Callable[[], BinaryIO], size: int, where: str, name: str, key: Key | None) -> OpensslFile:
     """Open by a key whose options name the cipher.
 
-    Nothing else may lead here: whoever can write the files could put unauthenticated ones in the place of containers.
+    Nothing else may lead here: whoever can write the files could put unauthenticated ones instead of containers.
     """
     if key is None or key.options.cipher is None:
         raise ConfigError(

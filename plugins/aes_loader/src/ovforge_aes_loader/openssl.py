@@ -103,7 +103,7 @@ def _legacy(digest: str, passphrase: bytes, salt: bytes, size: int) -> bytes:
 
 
 class OpensslFile:
-    """A file's content, decrypted when it is asked for. Raises ModelError where this key cannot have made it."""
+    """A file's content, decrypted when it is asked for. Raises ModelError if this key cannot have made it."""
 
     def __init__(self, open_file: Callable[[], BinaryIO], size: int, where: str, key: Key) -> None:
         self._open, self.where = open_file, where
@@ -203,14 +203,14 @@ class OpensslFile:
         return data
 
     def check_form(self, name: str) -> None:
-        """Raise ModelError where an .xml or .json file does not begin like one."""
+        """Raise ModelError if an .xml or .json file does not begin like one."""
         wanted = {"xml": b"<", "json": b"{["}.get(name.rpartition(".")[2])
         if wanted and self.size:
             start = bytearray(min(self.size, 64))
             self.read_into(memoryview(start))
             first = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
             if not first or first not in wanted:
-                raise self._wrong(f"it is no {name.rpartition('.')[2].upper()} when it is decrypted")
+                raise self._wrong(f"it is not {name.rpartition('.')[2].upper()} when it is decrypted")
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError(what, where=self.where, hint=_WRONG)
@@ -235,7 +235,7 @@ _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 
 
 def check_graph(xml: bytes, weights: int, padded: bool, where: str) -> None:
-    """Raise ModelError where an IR is not well-formed, or uses other bytes of its weights than there are.
+    """Raise ModelError if an IR is not well-formed, or uses other bytes of its weights than there are.
 
     A wrong key passes for padding once in 256 times, and then gives a size that is some bytes off.
     """
@@ -244,7 +244,7 @@ def check_graph(xml: bytes, weights: int, padded: bool, where: str) -> None:
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise ModelError(f"the graph is no XML when it is decrypted: {error}", where=where, hint=_WRONG) from None
+        raise ModelError(f"the graph is not XML when it is decrypted: {error}", where=where, hint=_WRONG) from None
     try:
         ends = [int(data.get("offset", 0)) + int(data.get("size", 0)) for data in root.iter("data") if data.get("size")]
     except ValueError:

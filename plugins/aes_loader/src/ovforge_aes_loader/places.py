@@ -19,7 +19,7 @@ _COMMAND_SECONDS = 120
 
 
 def fetch(options: KeyOptions) -> bytes:
-    """Return what is at the place that the options name. Raises ConfigError where nothing is, or it is not private."""
+    """Return what is at the place that the options name. Raises ConfigError if nothing is, or it is not private."""
     secret = _read(options)
     if not secret.strip():
         raise options.unfit("nothing is there")
@@ -62,7 +62,7 @@ def _private_file(path: Path, options: KeyOptions) -> bytes:
     with path.open("rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise options.unfit("it is no regular file")
+            raise options.unfit("it is not a regular file")
         if os.name != "nt" and stat.S_ISREG(mode) and mode & 0o077:
             raise ConfigError(
                 f"others can use it (its mode is {stat.S_IMODE(mode):04o})",

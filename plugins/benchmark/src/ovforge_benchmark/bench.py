@@ -130,7 +130,7 @@ def _print_versus(flags: Mapping[str, Any], second: Mapping[str, Any], tell: Any
 
 
 def _write(flags: Mapping[str, Any], as_json: str, text: str) -> None:
-    """Write REPORT.json and REPORT.md, where a report is asked for."""
+    """Write REPORT.json and REPORT.md, if a report is asked for."""
     from ovforge.store import atomic_write
 
     if flags["output"]:

@@ -35,7 +35,7 @@ class Asked:
 def parse(text: str, task: str, overrides: Sequence[str]) -> Asked:
     """Read `[LABEL=]WHAT`, where WHAT is a config, a picture, a model's folder or file, or diffusers[@TYPE]:FOLDER.
 
-    A folder or file of a model is run as `task`. Raises InputError where it is nothing that is there.
+    A folder or file of a model is run as `task`. Raises InputError if it is nothing that is there.
     """
     label, equals, what = text.partition("=")
     if not equals or Path(text).exists():

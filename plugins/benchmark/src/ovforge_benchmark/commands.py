@@ -35,7 +35,7 @@ def compare(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; several make a row of pictures each.")
     ] = None,
-    task: Annotated[str, typer.Option("--task", help="What models that are no config are for.")] = "text-to-image",
+    task: Annotated[str, typer.Option("--task", help="What models that are not configs are for.")] = "text-to-image",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes of each candidate, in turn.")] = 3,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measured runs of each call in a process.")] = 3,
     trust: Trust = False,
@@ -64,7 +64,7 @@ def compare(
             check_trust(Path(one.config), [*one.overrides, *(f"input.{text}" for text in input_ or [])], trust)
     asked = candidates.varied(named, vary or [])
     if len(asked) < 2:
-        raise InputError("one candidate is no comparison", hint="Name another, or --vary a key.")
+        raise InputError("one candidate is not a comparison", hint="Name another, or --vary a key.")
     common = apply_overrides({}, input_ or [])
     calls = [{**common, "prompt": text} for text in prompt or ()] or [common]
     with progress_bar(quiet or as_json) as progress:
@@ -82,7 +82,7 @@ def compare(
 
 
 def _sheet(report: Any, pictures: list[list[Any]], rows: list[str]) -> Any:
-    """Return the pictures side by side; None where there are none."""
+    """Return the pictures side by side; None if there are none."""
     import statistics
 
     from ovforge_benchmark.grid import grid

@@ -30,7 +30,7 @@ class Change:
 
 
 def read_report(path: Path) -> Report:
-    """Read a JSON report of `ovforge benchmark` or `ovforge compare`. Raises InputError where it is none."""
+    """Read a JSON report of `ovforge benchmark` or `ovforge compare`. Raises InputError if it is none."""
     try:
         value: Any = parse_json(path.read_bytes(), str(path), error=InputError)
     except FileNotFoundError as error:

@@ -29,7 +29,7 @@ def make_feeds(inputs: Sequence[Input], paths: Sequence[str]) -> tuple[list[Feed
     """Return what to feed, one set a group, to be used in turn, and what each input is filled with.
 
     An input of several files takes them in turn. Without files it gets random numbers of the shapes of its groups.
-    Raises InputError where files do not fit, or an open shape has neither.
+    Raises InputError if files do not fit, or an open shape has neither.
     """
     files = _assign(inputs, paths)
     columns: list[list[Any]] = []
@@ -148,7 +148,7 @@ def _from_files(one: Input, files: Sequence[Path]) -> list[NDArray[Any]]:
 
 
 def _pictures(one: Input, files: Sequence[Path]) -> list[NDArray[Any]]:
-    """Return batches: one a shape, or as many as all files fill where there is one shape."""
+    """Return batches: one a shape, or as many as all files fill if there is one shape."""
     if not one.shapes and one.shape.rank.is_static:
         one.shapes = [_picture_shape(one, files[0])]
     shapes = list(one.shapes)
@@ -164,7 +164,7 @@ def _pictures(one: Input, files: Sequence[Path]) -> list[NDArray[Any]]:
 def _picture_shape(one: Input, file: Path) -> tuple[int, ...]:
     """Return the shape of a picture fed as it is, where the model leaves its size open."""
     if not one.layout.has_name("H"):
-        raise InputError(f"{one.name} is no picture, as far as one can tell", where=str(file), hint="Set -layout.")
+        raise InputError(f"{one.name} is not a picture, apparently", where=str(file), hint="Set -layout.")
     image = open_picture(file, str(file))
     sides = {"H": image.height, "W": image.width, "N": 1, "C": 3}
     named = [letter for letter in str(one.layout) if letter.isalpha()]
@@ -177,7 +177,7 @@ def _picture(one: Input, shape: tuple[int, ...], file: Path) -> NDArray[Any]:
     """Return a picture, resized, without the batch dimension."""
     layout = one.layout
     if not (layout.has_name("H") and layout.has_name("W") and layout.has_name("C")):
-        raise InputError(f"{one.name} is no picture, as far as one can tell", where=str(file), hint="Set -layout.")
+        raise InputError(f"{one.name} is not a picture, apparently", where=str(file), hint="Set -layout.")
     height, width, channels = (shape[layout.get_index_by_name(letter)] for letter in "HWC")
     if channels not in (1, 3):
         raise InputError(f"{one.name} takes {channels} channels", where=str(file), hint="Feed it a .npy file.")
@@ -188,7 +188,7 @@ def _picture(one: Input, shape: tuple[int, ...], file: Path) -> NDArray[Any]:
 
 
 def _array(one: Input, file: Path) -> NDArray[Any]:
-    """Return an array from .npy, .npz or .bin. Raises InputError where it does not fit the input."""
+    """Return an array from .npy, .npz or .bin. Raises InputError if it does not fit the input."""
     kind = one.type.to_dtype()
     if file.suffix not in (".npy", ".npz"):
         return _binary(one, file, kind)

@@ -37,7 +37,7 @@ SEARCHED = (
 
 
 def refuse(flags: Mapping[str, Any], names: Sequence[str], why: str) -> None:
-    """Raise InputError where one of these flags is given: none is left aside in silence."""
+    """Raise InputError if one of these flags is given: none is left aside in silence."""
     given = [name for name in names if flags[name] not in (None, False, "", 0.0, [])]
     if flags["number_iterations"] == 0 and "number_iterations" in names:
         given.append("number_iterations")
@@ -87,7 +87,7 @@ def _count(least: int) -> Any:
 def _percent(text: str) -> int:
     value = int(text)
     if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{value} is no percentile: 1 to 100")
+        raise argparse.ArgumentTypeError(f"{value} is not a percentile: 1 to 100")
     return value
 
 
@@ -170,7 +170,7 @@ def parser() -> _Parser:
     add("--no-cache", action="store_true", help="Pipelines: keep nothing on disk.")
     add("--trust", action="store_true", help="Run a stranger's pipeline although it uses files outside its folder.")
     add("--against", metavar="B", help="Measure two in turn, until the ratio is known.")
-    add("--within", type=float, default=0.02, metavar="PART", help="How narrow the ratio's interval shall be: 0.02.")
+    add("--within", type=float, default=0.02, metavar="PART", help="How narrow the ratio's interval must be: 0.02.")
     add("--tune", action="store_true", help="Search streams, threads, requests, hints and precisions within -t.")
     add("-o", "--output", metavar="REPORT", help="Write REPORT.json, .csv, .md and .html.")
     add("--schema", action="store_true", help="Print the JSON Schema of all reports, and do nothing else.")

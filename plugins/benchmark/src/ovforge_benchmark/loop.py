@@ -46,7 +46,7 @@ Tell = Callable[[int, float], None]
 
 
 def run_sync(request: ov.InferRequest, feeds: Sequence[Feed] | None, limits: Limits, tell: Tell) -> Measured:
-    """Infer one after another. `feeds` are set in the loop, in turn; None where the request has its inputs."""
+    """Infer one after another. `feeds` are set in the loop, in turn; None if the request has its inputs."""
     measured = Measured()
     latency, noticed, group = measured.latencies.append, measured.times.append, measured.groups.append
     clock, infer = time.perf_counter, request.infer

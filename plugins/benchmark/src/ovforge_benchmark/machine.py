@@ -80,7 +80,7 @@ def meminfo(name: str) -> int | None:
 
 
 def text_of(path: Path) -> str | None:
-    """Return a file's text without spaces around it, or None where it cannot be read."""
+    """Return a file's text without spaces around it, or None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:

@@ -32,7 +32,7 @@ def disturbances() -> list[str]:
 class Watch:
     """Watches the system while a `with` block runs, and says afterwards what disturbed it.
 
-    `others` is the part of all processors that other processes took, or None where the system does not tell;
+    `others` is the part of all processors that other processes took, or None if the system does not tell;
     processes that the block started and waited for are its own. `energy` is what the processor packages used, in
     joules, where the system lets this user read it (RAPL).
     """
@@ -106,5 +106,5 @@ def _package(zone: Path) -> bool:
 
 
 def _hardware_chooses() -> bool:
-    """Whether frequencies are the hardware's choice, for which "powersave" is no slow mode."""
+    """Whether frequencies are the hardware's choice, for which "powersave" is not a slow mode."""
     return text_of(_CPUS / "intel_pstate/status") == "active" or text_of(_CPUS / "amd_pstate/status") == "active"

@@ -200,7 +200,7 @@ def _compile_file(
                 return core().import_model(path.read_bytes(), flags["target_device"], dict(properties))
             except (*OPENVINO_ERRORS, TypeError) as error:
                 raise ModelError(
-                    f"is no model compiled for {flags['target_device']} by this version", where=str(path)
+                    f"is not a model compiled for {flags['target_device']} by this version", where=str(path)
                 ) from error
 
         compiled = _timed(start, "import", read)

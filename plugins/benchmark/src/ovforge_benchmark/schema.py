@@ -39,7 +39,7 @@ class Statistics(Record):
     count: int
     min: float
     mean: float
-    stdev: float = Field(description="Of the sample, by count - 1; 0 where there is one.")
+    stdev: float = Field(description="Of the sample, by count - 1; 0 if there is one.")
     median: float
     p90: float
     p95: float
@@ -48,7 +48,7 @@ class Statistics(Record):
 
 
 class Machine(Record):
-    """Where it was measured. None where the system does not tell."""
+    """Where it was measured. None if the system does not tell."""
 
     cpu: str
     cores: int = Field(description="Logical processors that this process may use.")
@@ -89,7 +89,7 @@ class Comparison(Record):
     schema_version: Literal[1] = 1
     kind: Literal["comparison"] = "comparison"
     created: str = Field(description="UTC, ISO 8601.")
-    complete: bool = Field(True, description="False where it was interrupted: it holds what was measured by then.")
+    complete: bool = Field(True, description="False if it was interrupted: it holds what was measured by then.")
     machine: Machine
     rounds: int
     runs: int
@@ -148,7 +148,7 @@ class Benchmark(Record):
     schema_version: Literal[1] = 1
     kind: Literal["benchmark"] = "benchmark"
     created: str = Field(description="UTC, ISO 8601.")
-    complete: bool = Field(True, description="False where it was interrupted: it holds what was measured by then.")
+    complete: bool = Field(True, description="False if it was interrupted: it holds what was measured by then.")
     what: str = Field(description="The model or pipeline, as it was asked for.")
     subject: Literal["model", "pipeline"]
     machine: Machine
@@ -187,7 +187,7 @@ class Versus(Record):
     pairs: int
     ratio: float = Field(description="Of A's time to B's: above 1, B is faster.")
     low: float = Field(description="Lower end of the 95 % interval.")
-    high: float | None = Field(description="Upper end; None where too little was measured to tell.")
+    high: float | None = Field(description="Upper end; None if too little was measured to tell.")
     within: float
     narrow: bool = Field(description="Whether the interval is as narrow as was asked.")
     warnings: tuple[str, ...] = ()

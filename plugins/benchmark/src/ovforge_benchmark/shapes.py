@@ -30,7 +30,7 @@ class Input:
     mean: list[float] = field(default_factory=list)
     scale: list[float] = field(default_factory=list)
     largest: int | None = None
-    """Numbers below this are valid: the rows of the table that it looks up; None where nothing tells."""
+    """Numbers below this are valid: the rows of the table that it looks up; None if nothing tells."""
 
     @property
     def is_image(self) -> bool:
@@ -47,7 +47,7 @@ class Input:
         return all(side.get_max_length() > 0 for side in sides)
 
     def batch(self, shape: Sequence[int]) -> int | None:
-        """Return the batch of data of this shape; None where there is no such dimension."""
+        """Return the batch of data of this shape; None if there is no such dimension."""
         return shape[self.layout.get_index_by_name("N")] if self.layout.has_name("N") else None
 
 
@@ -119,7 +119,7 @@ def _numbers(text: str, flag: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"{text!r} are no numbers", where=flag) from error
+        raise InputError(f"{text!r} are not numbers", where=flag) from error
 
 
 def _shape(text: str, flag: str) -> ov.PartialShape:
@@ -140,7 +140,9 @@ def _layout(port: Any, shape: ov.PartialShape, asked: list[str] | None) -> ov.La
         try:
             layout = ov.Layout(asked[0])
         except RuntimeError as error:
-            raise InputError(f"{asked[0]!r} is no layout", where="-layout", hint="Write: NCHW, NC or N...") from error
+            raise InputError(
+                f"{asked[0]!r} is not a layout", where="-layout", hint="Write: NCHW, NC or N..."
+            ) from error
         if "..." not in asked[0] and shape.rank.is_static and len(str(layout).split(",")) != shape.rank.get_length():
             raise InputError(f"{asked[0]} does not fit the shape {shape}", where="-layout")
         return layout

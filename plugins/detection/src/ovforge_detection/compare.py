@@ -1,4 +1,4 @@
-"""A transformers model on torch in the place of the converted one: the same pictures, texts and decoding."""
+"""A transformers model on torch instead of the converted one: the same pictures, texts and decoding."""
 
 from __future__ import annotations
 

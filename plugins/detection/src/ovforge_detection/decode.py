@@ -22,7 +22,7 @@ MAX_CLASSES = 100_000
 
 @dataclass(frozen=True)
 class Found:
-    """Boxes (n, 4) in pixels of the picture, scores and classes (n,); words and token spans (n, 2) where there are."""
+    """Boxes (n, 4) in pixels of the picture, scores and classes (n,); words and token spans (n, 2), if any."""
 
     boxes: Floats
     scores: Floats
@@ -87,7 +87,7 @@ def decode_classes(
 
 
 def check_finite(*outputs: Floats) -> None:
-    """Raise ModelError where a model gave NaN or infinity."""
+    """Raise ModelError if a model gave NaN or infinity."""
     if not all(np.isfinite(output).all() for output in outputs):
         raise ModelError("gave numbers that are not finite", where="detector", hint="Set device.precision = 'f32'.")
 

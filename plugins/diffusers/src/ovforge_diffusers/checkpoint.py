@@ -57,7 +57,7 @@ class Checkpoint:
             raise ModelError(
                 "it holds no UNet, autoencoder or ControlNet of the Stable Diffusion family",
                 where=source.name,
-                hint="An adapter (LoRA) or an embedding is no model: it is added to a pipeline by a transform.",
+                hint="An adapter (LoRA) or an embedding is not a model: it is added to a pipeline by a transform.",
             )
         check_file(source, self._path)
         self._warn_of_rest()
@@ -96,7 +96,7 @@ class Checkpoint:
         return self._configs[component]
 
     def optional(self, component: str, name: str) -> dict[str, Any]:
-        """Return a JSON file of the scheduler or a tokenizer, {} where it is not there."""
+        """Return a JSON file of the scheduler or a tokenizer, {} if it is not there."""
         path = f"{component}/{name}"
         return parse_object(self._assets.get(component, {}).get(path, b"{}"), path)
 
@@ -105,7 +105,7 @@ class Checkpoint:
         return self._assets[component]
 
     def file(self, path: str) -> bytes | None:
-        """Return a small file of the config's folder, None where it is not there."""
+        """Return a small file of the config's folder, None if it is not there."""
         return self._folder.file(path) if self._folder and not self.alone else None
 
     def weights(self, component: str) -> Callable[[], Tensors]:

@@ -65,7 +65,7 @@ class Folder:
         return {key: value for key, value in config.items() if key not in PRIVATE}
 
     def optional(self, component: str, name: str) -> dict[str, Any]:
-        """Return another JSON file of a component, {} where it has none."""
+        """Return another JSON file of a component, {} if it has none."""
         path = self._path(component, name)
         return read_json(self._source, path) if path in self._source.files() else {}
 
@@ -90,7 +90,7 @@ class Folder:
         return found
 
     def file(self, path: str) -> bytes | None:
-        """Return a small file at the top, None where it is not there."""
+        """Return a small file at the top, None if it is not there."""
         return self._source.read(path) if path in self._source.files() else None
 
     def _path(self, component: str, name: str) -> str:

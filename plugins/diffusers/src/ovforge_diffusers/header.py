@@ -56,13 +56,13 @@ def checkpoint_file(source: Source) -> str | None:
 
 
 def read_header(source: Source, path: str) -> Header:
-    """Read a header. Raises ModelError where the file is none of its format, cut off, or lies about itself."""
+    """Read a header. Raises ModelError if the file is none of its format, cut off, or lies about itself."""
     where = f"{source.name}: {path}" if len(source.files()) > 1 else source.name
     size = source.files()[path]
     length = int.from_bytes(source.read(path, 8), "little")
     if size < 10 or length > size - 8:
         raise ModelError(
-            "it is no safetensors file, or it is cut off",
+            "it is not a safetensors file, or it is cut off",
             where=where,
             hint="It may be an incomplete download: fetch it again.",
         )

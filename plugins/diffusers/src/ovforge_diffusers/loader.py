@@ -174,7 +174,7 @@ class Conversion:
         return convert(role, module.eval(), submodel, self.options.weights)
 
     def module(self, component: str, kind: str) -> Any:
-        """Make the torch module of a component's config. Raises ModelError where the config makes no sense."""
+        """Make the torch module of a component's config. Raises ModelError if the config makes no sense."""
         cls = getattr(need(HOMES[kind], PURPOSE), kind)
         config = self.parts.config(component)
         try:
@@ -213,7 +213,7 @@ class Conversion:
         }
 
     def _tokens(self) -> int | None:
-        """Return the tokenizer's length, which a UNet of fixed sizes takes; None where it sets no limit."""
+        """Return the tokenizer's length, which a UNet of fixed sizes takes; None if it sets no limit."""
         last = max((name for name, kind in self.parts.components.items() if kind in TOKENIZERS), default=None)
         length = self.parts.optional(last, "tokenizer_config.json").get("model_max_length") if last else None
         return length if isinstance(length, int) and 0 < length < 2**17 else None

@@ -82,7 +82,7 @@ def _check_size(options: LoaderOptions, factor: int) -> None:
         if size is not None and size % factor:
             near = max(factor, round(size / factor) * factor)
             raise ConfigError(
-                f"{size} is no multiple of the autoencoder's factor {factor}",
+                f"{size} is not a multiple of the autoencoder's factor {factor}",
                 where=f"load.options.{name}",
                 hint=f"Nearest: {near}.",
             )

@@ -42,7 +42,7 @@ def tokenizer_files(
     The vocabulary is that of the first of `places` (a source, and a folder in it) that has one; else that of an
     installed package, unless a place was `given` by name. `words` is how many the text encoder knows, `length` how many
     tokens it takes, `pad` the word that its family fills up with (OpenCLIP: "!", CLIP: the end). Raises ModelError
-    where there is no vocabulary, or it is another model's.
+    if there is no vocabulary, or it is another model's.
     """
     files = _find(places) or ({} if given else _packaged())
     if given and not files:
@@ -103,7 +103,7 @@ def _packaged() -> dict[str, bytes]:
 
 
 def packaged_merges() -> list[str]:
-    """Return OpenAI's merges from an installed package that has them, unchanged; [] where there is none."""
+    """Return OpenAI's merges from an installed package that has them, unchanged; [] if there is none."""
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
         for folder in (found.submodule_search_locations or []) if found else []:

@@ -26,7 +26,7 @@ def weight_files(source: Source, component: str, variant: str | None) -> list[st
     """Return the safetensors files of a component: one, or the shards that its index names.
 
     `component` is its folder, "." for the source itself. A file is NAME.safetensors or NAME.VARIANT.safetensors.
-    Without `variant` the plain one is taken, or the only variant that there is. Raises ModelError where there is none,
+    Without `variant` the plain one is taken, or the only variant that there is. Raises ModelError if there is none,
     or no telling which.
     """
     names = [path for path in source.files() if PurePosixPath(path).parent.as_posix() == component]
@@ -85,7 +85,7 @@ def read_weights(
     """Return name -> tensor, of those that `rename` gives a name. Others are not read.
 
     Half precision, and eight bits, become float32; plain float32 files stay mapped, not copied. Raises ModelError for
-    a damaged file, and for weights that are no numbers.
+    a damaged file, and for weights that are not numbers.
     """
     torch = need("torch", "converting a diffusers folder")
     weights: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def _tensors(source: Source, path: str, rename: Callable[[str], str | None] | No
             yield from need("safetensors.torch", "converting a diffusers folder").load(source.read(path)).items()
             return
         with safetensors.safe_open(local, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # noqa: SIM118 - it is not a mapping
                 if rename is None or rename(name) is not None:
                     yield name, file.get_tensor(name)
     except (safetensors.SafetensorError, OSError) as error:

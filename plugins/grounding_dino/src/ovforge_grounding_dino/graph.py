@@ -20,7 +20,7 @@ __all__ = ["detect", "encode_text"]
 
 Size = tuple[Any, Any]
 FAR = 1e4
-"""Logit of places that are no proposals: their sigmoid is 1, as that of infinity is, and no sum makes it NaN."""
+"""Logit of places that are not proposals: their sigmoid is 1, as that of infinity is, and no sum makes it NaN."""
 
 
 def encode_text(model: Any, input_ids: Tensor, text_self_mask: Tensor, text_position_ids: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def detect(
     """Return logits, float32 (pictures, queries, tokens), and boxes, (pictures, queries, 4): centre, width, height.
 
     `pixel_values` are float32 (pictures, 3, height, width), `pixel_mask` float32 (pictures, height, width): 1 in the
-    picture, 0 in its padding, right and below. `text_mask` is boolean (pictures, tokens): what is no padding. Boxes are
+    picture, 0 in its padding, right and below. `text_mask` is boolean (pictures, tokens): false in padding. Boxes are
     relative to the picture without its padding. One picture may come with several texts: the backbone then runs once.
     """
     base, config = model.model, model.config
@@ -317,5 +317,5 @@ def _joined(states: Tensor) -> Tensor:
 
 
 def _additive(mask: Tensor) -> Tensor:
-    """Return 0 where a mask is true, and what no score outweighs where it is not."""
+    """Return 0 where a mask is true, and what no score outweighs elsewhere."""
     return torch.where(mask, 0.0, -FAR)

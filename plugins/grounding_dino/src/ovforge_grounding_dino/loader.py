@@ -97,7 +97,7 @@ class _Folder:
             )
 
     def processor(self) -> dict[str, Any]:
-        """Return preprocessor_config.json, {} where there is none."""
+        """Return preprocessor_config.json, {} if there is none."""
         return self._json("preprocessor_config.json") if "preprocessor_config.json" in self._source.files() else {}
 
     def weights(self) -> dict[str, Any]:

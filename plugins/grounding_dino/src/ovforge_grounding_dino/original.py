@@ -159,7 +159,7 @@ def _split(name: str, tensor: Any, stored: str) -> list[tuple[str, Any]]:
     for joined, parts in _SPLIT.items():
         if f".{joined}" in name:
             if tensor.shape[0] % 3:
-                raise ModelError(f"{stored} has {tensor.shape[0]} rows, which are no queries, keys and values")
+                raise ModelError(f"{stored} has {tensor.shape[0]} rows, which are not queries, keys and values")
             head, _, tail = name.partition(f".{joined}")
             tail = tail if tail.startswith(".") else f".{tail}"
             return [(f"{head}.{part}{tail}", rows) for part, rows in zip(parts, tensor.chunk(3), strict=True)]
@@ -177,11 +177,11 @@ def parse_config(data: bytes, where: str) -> dict[str, Any]:
             if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
                 values[line.targets[0].id] = ast.literal_eval(line.value)
             elif not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):
-                raise ValueError(f"line {line.lineno} is no plain assignment")
+                raise ValueError(f"line {line.lineno} is not a plain assignment")
         return values
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ConfigError(
-            f"it is no config of GroundingDINO: {error}",
+            f"it is not a config of GroundingDINO: {error}",
             where=where,
             hint="Give the repository's own, such as GroundingDINO_SwinT_OGC.py: names and plain values.",
         ) from error
@@ -190,7 +190,7 @@ def parse_config(data: bytes, where: str) -> dict[str, Any]:
 def config_of(weights: Mapping[str, Any], given: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
     """Return transformers' config for a checkpoint; `given` is the original's, by default that of its backbone.
 
-    Raises ModelError where the backbone is not known, or the config asks for what transformers' class does not do.
+    Raises ModelError if the backbone is not known, or the config asks for what transformers' class does not do.
     """
     settings = dict(given or {})
     for key, only in _REQUIRED.items():
@@ -214,7 +214,7 @@ def config_of(weights: Mapping[str, Any], given: Mapping[str, Any] | None, where
 
 def _stages(levels: Any, where: str) -> list[str]:
     if not isinstance(levels, list) or not all(isinstance(n, int) and 0 <= n < 4 for n in levels):
-        raise ModelError(f"return_interm_indices = {levels!r} are no stages of a Swin Transformer", where=where)
+        raise ModelError(f"return_interm_indices = {levels!r} are not stages of a Swin Transformer", where=where)
     return [f"stage{level + 1}" for level in levels]
 
 
@@ -226,7 +226,7 @@ def _backbone(weights: Mapping[str, Any], where: str) -> str:
         table = weights[names["backbone.0.layers.0.blocks.0.attn.relative_position_bias_table"]].shape[0]
     except KeyError as error:
         raise ModelError(
-            f"{error.args[0]} is missing", where=where, hint="It is no GroundingDINO with Swin."
+            f"{error.args[0]} is missing", where=where, hint="It is not a GroundingDINO with Swin."
         ) from error
     window = (round(table**0.5) + 1) // 2
     for name, swin in SWINS.items():

@@ -67,7 +67,7 @@ class LCMScheduler(NoiseScheduler[LCMOptions]):
         check_distilled(self.config, self.alphas_cumprod)
 
     def start(self, steps: int, strength: float = 1.0) -> LCMSampling:
-        """Begin a run; raises InputError where the model was distilled for fewer steps.
+        """Begin a run; raises InputError if the model was distilled for fewer steps.
 
         With `strength` the steps are spread over that part of the schedule, as diffusers' latent consistency
         image-to-image pipeline does, so that none is lost.

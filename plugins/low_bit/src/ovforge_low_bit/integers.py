@@ -42,7 +42,7 @@ Array = NDArray[Any]
 class Integers:
     """A quantized matrix: codes (outputs, groups, size) int8, or uint8 with zero points; scales (outputs, groups, 1).
 
-    `zero` is None where it is symmetric, and has the shape of scales otherwise.
+    `zero` is None if it is symmetric, and has the shape of scales otherwise.
     """
 
     codes: Array

@@ -67,7 +67,7 @@ class Layer:
         return int(self.shape[1] if self.is_transposed else self.shape[0])
 
     def matrix(self) -> NDArray[np.float32]:
-        """Return the weights, (outputs, inputs) float32. Raises ModelError where they are not finite."""
+        """Return the weights, (outputs, inputs) float32. Raises ModelError if they are not finite."""
         weights: NDArray[np.float32] = self.constant.get_data(dtype=np.float32)
         if not np.isfinite(weights).all():
             raise ModelError(
@@ -133,7 +133,7 @@ def _layer(op: Any, sides: list[bool]) -> Layer | str:
 
 
 def left_alone(model: ov.Model, options: RolesOptions, keep: Collection[str], report: Report) -> set[str]:
-    """Return the operations not to be touched. Raises ConfigError where one that is named is not there."""
+    """Return the operations not to be touched. Raises ConfigError if one that is named is not there."""
     names = {op.get_friendly_name() for op in model.get_ops()}
     for name in options.ignored:
         if name not in names:

@@ -39,7 +39,7 @@ class RolesOptions(BaseModel):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
 
 
@@ -68,7 +68,7 @@ class _Grouped(ScopeOptions):
 
 
 class IntegerOptions(_Grouped):
-    """Integers with a scale, and a zero point where they are not symmetric."""
+    """Integers with a scale, and a zero point if they are not symmetric."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits of a weight.")
     symmetric: bool = Field(False, description="No zero points: the largest weight of a group sets its scale.")

@@ -63,7 +63,7 @@ class Wanda:
     def _unfit(self, layer: Layer) -> str | None:
         inputs = layer.shape[1] if layer.is_convolution else layer.width
         odd = self.options.pattern == "2:4" and inputs % 4
-        return f"its {inputs} inputs are no multiple of 4, which 2:4 needs" if odd else None
+        return f"its {inputs} inputs are not a multiple of 4, which 2:4 needs" if odd else None
 
     def _pruned(self, layer: Layer, squares: Array) -> NDArray[np.bool_]:
         """Return which weights become 0, (outputs, width)."""

@@ -51,7 +51,7 @@ class AutoRound:
     def quantize(
         self, bundle: ModelBundle, calibration: Calibration, keep: Mapping[str, Collection[str]] = {}
     ) -> Report:
-        """Round each layer's weights. Inputs are asked for only where there are iterations."""
+        """Round each layer's weights. Inputs are asked for only if there are iterations."""
         options = self.options
 
         def change(role: str, model: ov.Model, layers: Sequence[Layer], report: Report) -> str:
@@ -85,7 +85,7 @@ class AutoRound:
 
 
 def storage(options: IntegerOptions) -> str:
-    """Say in how many bits weights lie, where it is not the number asked for."""
+    """Say in how many bits weights lie, if it is not the number asked for."""
     return "3 bits (held in 4)" if options.bits == 3 and not options.packed else f"{options.bits} bits"
 
 
@@ -150,7 +150,7 @@ def gradients(
     product = flat @ gram
     slope = np.float32(2) * product.reshape(error.shape)
     by_shift = slope * scale * inside
-    # d W'/d s is q - z where q is clipped, and less W / s where it is not: the error, in steps, with V's part in it.
+    # d W'/d s is q - z where q is clipped, and less W / s elsewhere: the error, in steps, with V's part in it.
     by_scale = (slope * np.where(inside, error / scale, steps)).sum(-1, keepdims=True)
     least, greatest = ends
     errors = np.einsum("ij,ij->i", product, flat)

@@ -57,7 +57,7 @@ def change_weights(
 
 
 def recorded(calibration: Calibration, role: str, count: int, quantizer: str) -> Sequence[Mapping[str, NDArray[Any]]]:
-    """Return recorded inputs of a role. Raises ModelError where there are none."""
+    """Return recorded inputs of a role. Raises ModelError if there are none."""
     try:
         records = calibration.inputs(role, count)
     except ModelError as error:

@@ -79,7 +79,7 @@ def lowered(model: ov.Model) -> list[Lowered]:
 
 
 def is_quantized(model: ov.Model) -> str:
-    """Return how much of `model` is quantized already, or "" where nothing is."""
+    """Return how much of `model` is quantized already, or "" if nothing is."""
     return counted(lowered(model))
 
 

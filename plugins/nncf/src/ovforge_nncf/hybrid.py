@@ -61,7 +61,7 @@ class HybridOptions(PtqBase):
 
     @property
     def weights(self) -> WeightsOptions:
-        """The first step's options. Raises ValueError where they do not fit together."""
+        """The first step's options. Raises ValueError if they do not fit together."""
         given = {"mode": self.weights_mode, "group_size_fallback": self.group_size_fallback}
         return WeightsOptions.model_validate(
             {**given, "ratio": self.ratio, "group_size": self.group_size, "ignored_scope": self.ignored_scope}

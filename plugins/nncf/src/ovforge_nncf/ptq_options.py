@@ -155,7 +155,7 @@ class PtqBase(BaseModel):
 
     @property
     def resolved_preset(self) -> Preset:
-        """The preset that NNCF takes where none is given."""
+        """The preset that NNCF takes if none is given."""
         return self.preset or ("mixed" if self.model_type and not self._fp8 else "performance")
 
     def arguments(self) -> dict[str, Any]:

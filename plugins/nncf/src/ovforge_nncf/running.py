@@ -37,7 +37,7 @@ GIB = 2**30
 
 
 def chosen_roles(wanted: Sequence[str], bundle: ModelBundle, where: str, *, stepped: bool) -> list[str]:
-    """Return the roles to quantize: those wanted, else all, or with `stepped` the ones of each step where there are.
+    """Return the roles to quantize: those wanted, else all, or with `stepped` the ones of each step if there are some.
 
     Raises ConfigError for a role that there is not.
     """
@@ -73,7 +73,7 @@ def models_of(
 
 
 def dataset(calibration: Calibration, role: str, count: int, where: str) -> tuple[Any, int]:
-    """Return recorded inputs of a role as nncf.Dataset, and how many. Raises ModelError where there are none."""
+    """Return recorded inputs of a role as nncf.Dataset, and how many. Raises ModelError if there are none."""
     import nncf
 
     records: Sequence[Mapping[str, NDArray[Any]]] = calibration.inputs(role, count)
@@ -140,7 +140,7 @@ def _line(error: BaseException) -> str:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process may still take, or None where the system does not say."""
+    """Return the bytes that this process may still take, or None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -150,13 +150,13 @@ def available_memory() -> int | None:
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number: no limit
             found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(found, 0)
 
 
 def check_memory(need: int, where: str, role: str, hint: str = _SAVING) -> None:
-    """Raise ModelError where `need`, bytes, is more than there is."""
+    """Raise ModelError if `need`, bytes, is more than there is."""
     free = available_memory()
     if free is not None and need > free:
         raise ModelError(
@@ -167,7 +167,7 @@ def check_memory(need: int, where: str, role: str, hint: str = _SAVING) -> None:
 
 
 def has_fast_int8() -> bool | None:
-    """Say whether this CPU multiplies 8-bit integers faster than floats; None where the system does not say.
+    """Say whether this CPU multiplies 8-bit integers faster than floats; None if the system does not say.
 
     The runtime lists INT8 as a capability of every CPU, since it computes it on all: only the processor's flags tell.
     """

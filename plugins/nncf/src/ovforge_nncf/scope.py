@@ -43,7 +43,7 @@ class IgnoredScope(BaseModel):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
 
     def check_in(self, models: Mapping[str, ov.Model], where: str) -> None:

@@ -67,7 +67,7 @@ def constant_results(model: ov.Model) -> list[ov.Node]:
 
 
 def _fed(result: ov.Node) -> tuple[ov.Model, list[NDArray[Any]]]:
-    """Return a model of what `result` takes, with inputs in the place of floating-point constants, and their values.
+    """Return a model of what `result` takes, with inputs instead of floating-point constants, and their values.
 
     As constants they would be folded by the runtime's reference code, which is slow.
     """

@@ -61,7 +61,7 @@ class WeightCompression:
         return report
 
     def _check_groups(self, role: str, model: ov.Model, keep: Collection[str], where: str) -> None:
-        """Raise ConfigError where groups of floats would be a convolution's backup: NNCF has them for matrices."""
+        """Raise ConfigError if groups of floats would be a convolution's backup: NNCF has them for matrices."""
         options = self.options
         if not options.groups_backup:
             return
@@ -98,7 +98,7 @@ class WeightCompression:
 
 
 def runs_here(options: WeightsOptions, where: str) -> str:
-    """Return a note on how this CPU runs the mode, or "". Raises ConfigError where it does not run it at all."""
+    """Return a note on how this CPU runs the mode, or "". Raises ConfigError if it does not run it at all."""
     found = ability(options.mode)
     if found == "compressed":
         return ""

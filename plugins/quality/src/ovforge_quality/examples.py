@@ -51,7 +51,7 @@ class Examples:
     def take(self, task: Task, count: int, without: Examples | None = None) -> list[BaseModel]:
         """Return up to `count` inputs, more than are given only where a random seed makes them different.
 
-        None is among those that `without` was given. Raises ConfigError where there is none at all.
+        None is among those that `without` was given. Raises ConfigError if there is none at all.
         """
         found = list(self._given(count)) if self.given is not None else list(self._of_task(task, count, without))
         if not found:
@@ -120,7 +120,7 @@ def read_examples(
 
 
 def check_apart(calibration: Examples, quality: Examples) -> None:
-    """Raise ConfigError where pipelines would be judged by what they were calibrated with."""
+    """Raise ConfigError if pipelines would be judged by what they were calibrated with."""
     both = {_first(inputs) for inputs in calibration.given or ()} & {_first(inputs) for inputs in quality.given or ()}
     if both:
         raise ConfigError(

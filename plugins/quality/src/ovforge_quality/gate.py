@@ -67,7 +67,7 @@ def number(score: float, unit: str = "") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Scores of one pipeline, its results, and those that it is held against; None where it could compute none."""
+    """Scores of one pipeline, its results, and those that it is held against; None if it could compute none."""
 
     scores: tuple[float, ...]
     results: tuple[Result | None, ...]

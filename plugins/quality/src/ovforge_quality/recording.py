@@ -182,7 +182,7 @@ class Reservoir:
         self.capacity, self.seed, self.store = capacity, seed, store
         self.runs: int = state["runs"] if state else 0
         self.total: int | None = state["total"] if state else None
-        """Runs that there shall be, once that is known."""
+        """The number of runs, once it is known."""
         self.seen: dict[str, int] = dict(state["seen"]) if state else {}
         self.kept: dict[str, list[int]] = {role: list(kept) for role, kept in state["kept"].items()} if state else {}
         self._pending: dict[str, dict[int, Record]] = {}
@@ -337,7 +337,7 @@ class TaskCalibration:
     def inputs(self, role: str, count: int) -> Records:
         """Return up to `count` input sets of `role` by input name, an even draw.
 
-        Raises ModelError where the task never runs that role.
+        Raises ModelError if the task never runs that role.
         """
         if self._reservoir is None:
             self._reservoir = self._recorder.record()

@@ -15,7 +15,7 @@ __all__ = ["fewest", "noise_of_layers"]
 
 
 def fewest(count: int, passes: Callable[[int], bool]) -> int | None:
-    """Return the least n in 1...count - 1 for which `passes`, by bisection; None where count - 1 does not pass.
+    """Return the least n in 1...count - 1 for which `passes`, by bisection; None if count - 1 does not pass.
 
     Takes for granted that more of what passes passes, too; what is returned was tried in any case.
     """

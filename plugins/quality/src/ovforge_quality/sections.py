@@ -65,7 +65,7 @@ class QualitySection(_Data):
         if (self.min_score is None) == (self.max_drop is None):
             raise ValueError("give min_score or max_drop, one of them")
         if self.metric == "psnr" and self.max_drop is not None:
-            raise ValueError("max_drop is no limit for psnr, which is unbounded: give min_score in dB")
+            raise ValueError("max_drop is not a limit for psnr, which is unbounded: give min_score in dB")
         perfect = 100 if self.metric == "psnr" else 1
         if self.min_score is not None and self.min_score > perfect:
             raise ValueError(f"min_score = {self.min_score:g} is more than equal results have, {perfect}")

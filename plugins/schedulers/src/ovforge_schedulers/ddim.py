@@ -170,7 +170,7 @@ class DDPMSampling(AlphaSampling):
 
 
 def rounded(config: Any, alphas: Array, steps: int) -> NDArray[np.int64]:
-    """Return the whole timesteps of a run; raises InputError where they leave training's, or where alpha is zero."""
+    """Return the whole timesteps of a run; raises InputError if they leave training's, or where alpha is zero."""
     train = config.num_train_timesteps
     times = spaced(config.timestep_spacing, train, steps, config.steps_offset)
     timesteps = times.round().astype(np.int64)

@@ -55,7 +55,7 @@ class SpacedSolverOptions(SolverOptions, SpacingOptions):
 
 
 def check_spreads(config: SolverOptions, *, with_flow: tuple[str, ...] = ()) -> None:
-    """Raise ConfigError where noise levels are to be spread in two ways, or a flow's in one that is not for flows."""
+    """Raise ConfigError if noise levels are to be spread in two ways, or a flow's in one that is not for flows."""
     check_one_spread(config)
     spreads = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
     for name in set(spreads) - set(with_flow) if config.use_flow_sigmas else ():
@@ -86,7 +86,7 @@ def noise_levels(
 
 
 def scheduled(config: SolverOptions, times: NDArray[Any], levels: Doubles, last: Any) -> tuple[Times, Array]:
-    """Return timesteps and noise levels in the types of a run. Raises InputError where two levels are the same."""
+    """Return timesteps and noise levels in the types of a run. Raises InputError if two levels are the same."""
     timesteps, sigmas = times.astype(np.int64), np.append(levels, last).astype(np.float32)
     in_range(timesteps, config.num_train_timesteps, len(timesteps))
     if np.any(np.diff(sigmas[:-1]) >= 0):

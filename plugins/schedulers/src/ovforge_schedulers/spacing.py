@@ -76,7 +76,7 @@ def spaced_before_end(spacing: str, last: int, train: int, steps: int, offset: i
 
 
 def in_range(times: NDArray[Any], train: int, steps: int) -> None:
-    """Raise InputError where a schedule leaves the timesteps of training: rounding and steps_offset can do that."""
+    """Raise InputError if a schedule leaves the timesteps of training: rounding and steps_offset can do that."""
     outside = [time for time in times if not 0 <= time <= train - 1]
     if outside or not len(times):
         what = f"timestep {outside[0]:g}" if outside else "no timestep"
@@ -88,7 +88,7 @@ def in_range(times: NDArray[Any], train: int, steps: int) -> None:
 
 
 def check_one_spread(config: SigmaOptions) -> None:
-    """Raise ConfigError where more than one way to spread noise levels is asked for."""
+    """Raise ConfigError if more than one way to spread noise levels is asked for."""
     names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     chosen = [name for name in names if getattr(config, name)]
     if len(chosen) > 1:
@@ -102,7 +102,7 @@ def interpolated(alphas: Array, times: NDArray[Any]) -> Doubles:
 
 
 def spread(config: SigmaOptions, highest: float, lowest: float, steps: int) -> Doubles | None:
-    """Return noise levels from `highest` to `lowest`, or to the config's own ends; None where none are asked for."""
+    """Return noise levels from `highest` to `lowest`, or to the config's own ends; None if none are asked for."""
     high = config.sigma_max if config.sigma_max is not None else highest
     low = config.sigma_min if config.sigma_min is not None else lowest
     ramp = np.linspace(0, 1, steps)

@@ -41,7 +41,7 @@ def family_name(width: int) -> str:
 class Module:
     """What the file says of one module, weight or bias.
 
-    `keys` is tensor -> key in the file; `shape` that of what is added, () where the layer's own shape decides.
+    `keys` is tensor -> key in the file; `shape` that of what is added, () if the layer's own shape decides.
     `factor` is what the delta is multiplied by at strength 1: alpha / rank. `start` says how training changed the base
     for its start ("pissa", "olora"), which is made up for; `settings` is what PEFT's config says of the kind.
     """
@@ -90,7 +90,7 @@ class Module:
         return added * np.float32(self.factor) if self.factor != 1 else added
 
     def misfit(self, weight: tuple[int, ...]) -> str:
-        """Return why a relative kind does not fit a layer whose weight has this shape; "" where it does."""
+        """Return why a relative kind does not fit a layer whose weight has this shape; "" if it does."""
         shapes = {tensor: self.file.tensors[key].shape for tensor, key in self.keys.items()}
         try:
             RELATIVE[self.kind].check(shapes, weight, self.settings)
@@ -261,7 +261,7 @@ def _adapter_file(source: Source) -> str:
 
 
 def _modules(key: Key, keys: dict[str, str], file: TensorFile, configs: Mapping[str, PeftConfig]) -> list[Module]:
-    """Return a module's weight and bias. Raises Misshapen where the tensors do not belong together."""
+    """Return a module's weight and bias. Raises Misshapen if the tensors do not belong together."""
     config = config_of(configs, key.role)
     shapes = {tensor: file.tensors[name].shape for tensor, name in keys.items()}
     made: list[Module] = []

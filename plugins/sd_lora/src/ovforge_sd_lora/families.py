@@ -1,4 +1,4 @@
-"""Which models an adapter is for, by the names of its modules: those that are no UNet of Stable Diffusion's kind.
+"""Which models an adapter is for, by the names of its modules: those that are not a UNet of Stable Diffusion's kind.
 
 Sources: huggingface/diffusers (models/transformers; loaders/lora_conversion_utils.py), comfyanonymous/ComfyUI
 (model_detection.py), kohya-ss/sd-scripts (networks/lora_*.py).
@@ -43,7 +43,7 @@ _KINDS = tuple((re.compile(pattern), family) for pattern, family in _FAMILIES)
 
 
 def foreign_family(modules: Iterable[str]) -> str | None:
-    """Return the family that modules' names are of; None where none of them tells another than Stable Diffusion's.
+    """Return the family that modules' names are of; None if none of them tells another than Stable Diffusion's.
 
     The rule that stands first counts, since later ones are less sure.
     """

@@ -51,7 +51,7 @@ def changed_weight(weight: Array, module: Module, strength: float) -> Array:
 def difference(weight: Array, module: Module) -> Array:
     """Return what a module adds to a weight at strength 1; of relative kinds, that depends on the weight.
 
-    Raises ModelError where a relative kind's numbers, which only now are read, do not fit it.
+    Raises ModelError if a relative kind's numbers, which only now are read, do not fit it.
     """
     if module.kind in RELATIVE:
         try:
@@ -93,7 +93,7 @@ def fuse(target: Target, modules: Iterable[tuple[Module, float]], room: Room, ag
     """Change a layer's weight and bias by modules, each at its strength.
 
     Returns what was a compressed weight, which is now float16, or with `again` compressed as before; else None.
-    Raises ModelError where the result does not fit the weight's type.
+    Raises ModelError if the result does not fit the weight's type.
     """
     opened = None
     pairs = list(modules)
@@ -231,7 +231,7 @@ def _stored_type(source: ov.Output) -> str:
 
 
 def _constant(value: Array, kind: str, where: str) -> ov.Node:
-    """Return a constant of a type. Raises ModelError where a number is too large for it."""
+    """Return a constant of a type. Raises ModelError if a number is too large for it."""
     import openvino as ov
     from openvino import opset13 as ops
 

@@ -40,7 +40,7 @@ class Misshapen(ValueError):
 
 
 def kind_of(names: set[str]) -> str:
-    """Return the kind of a module's tensors. Raises Misshapen where some are missing."""
+    """Return the kind of a module's tensors. Raises Misshapen if some are missing."""
     kind = next((kind for kind, (needed, more) in FACTORS.items() if names & {*needed[:1], *more}), None)
     kind = kind or next((kind for kind, (needed, _) in FACTORS.items() if names & {*needed}), None)
     if kind is None:
@@ -57,14 +57,14 @@ def kind_of(names: set[str]) -> str:
 
 
 def rank_of(kind: str, shapes: Mapping[str, Shape]) -> int | None:
-    """Return the rank that alpha is divided by; None where alpha has no part in it."""
+    """Return the rank that alpha is divided by; None if alpha has no part in it."""
     return next((shapes[name][0] for name in _INNER.get(kind, ()) if shapes.get(name)), None)
 
 
 def delta_shape(kind: str, shapes: Mapping[str, Shape]) -> Shape:
     """Return the shape of what is added, from the factors' shapes alone.
 
-    Raises Misshapen where they do not fit each other: nothing has been read or multiplied by then.
+    Raises Misshapen if they do not fit each other: nothing has been read or multiplied by then.
     """
     if kind == "full":
         return shapes["diff"]

@@ -50,7 +50,7 @@ def preflight(
 ) -> Preflight:
     """Look up every module of an adapter in the models of a bundle; `kept` says that a list of layers will do.
 
-    Raises ModelError where the adapter was trained on another family: then its names may fit and its numbers do not.
+    Raises ModelError if the adapter was trained on another family: then its names may fit and its numbers do not.
     """
     wanted = set(roles) if roles is not None else None
     found = Preflight(skipped=list(adapter.unknown))
@@ -131,7 +131,7 @@ def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
 
 
 def _misfit(module: Module, target: Target) -> str:
-    """Return why a module's numbers do not fit a layer's; "" where they do."""
+    """Return why a module's numbers do not fit a layer's; "" if they do."""
     size, shape = math.prod(module.shape), module.shape
     if module.kind in RELATIVE:
         if target.kind == "norm" and not RELATIVE[module.kind].norms:

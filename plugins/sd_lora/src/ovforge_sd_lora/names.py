@@ -19,9 +19,9 @@ ROLES = ("unet", "text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of a file: `role` is None where the key does not say; `module` is as written, without prefixes.
+    """A key of a file: `role` is None if the key does not say; `module` is as written, without prefixes.
 
-    `adapter` is the name that PEFT gave the adapter, None where there is none; `prefixes` are what was taken off the
+    `adapter` is the name that PEFT gave the adapter, None if there is none; `prefixes` are what was taken off the
     module, so that two keys that name one thing in two ways can be told apart.
     """
 
@@ -115,7 +115,7 @@ _TEXT_START = re.compile(r"(text_model_)?(encoder_layers|embeddings|final_layer_
 
 
 def parse_key(key: str, *, scales: bool = False, whole: bool = False) -> Key | None:
-    """Return what a key names; None where no adapter that is known here has such a tensor.
+    """Return what a key names; None if no adapter that is known here has such a tensor.
 
     `scales` says that a bare `.weight` is the vector of LyCORIS' (IA)3; `whole` that bare weights and biases are of a
     file of PEFT, which replaces them.
@@ -175,7 +175,7 @@ def flat(module: str) -> str:
 
 
 def canonical(role: str, name: str) -> str | None:
-    """Return diffusers' path in a name that holds it, as `__module.model.down_blocks.0`; None where there is none.
+    """Return diffusers' path in a name that holds it, as `__module.model.down_blocks.0`; None if there is none.
 
     CLIP's level `text_model.`, which transformers had until 5.6, is left out.
     """

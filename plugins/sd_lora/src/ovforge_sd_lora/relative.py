@@ -27,7 +27,7 @@ Settings = Mapping[str, Any]
 class Relative:
     """A kind. `needed` and `optional` are its tensors; `norms` says that it acts on norms, too.
 
-    `check(shapes, weight_shape, settings)` raises Misshapen where they do not fit a layer;
+    `check(shapes, weight_shape, settings)` raises Misshapen if they do not fit a layer;
     `delta(weight, tensors, settings)` returns what is added to the weight, in its shape; and
     `bias(weight, bias, tensors, settings)` what is added to the bias, where the kind changes that.
     `settings(config, module)` reads what the tensors leave open; if it is set, PEFT's config is needed.
@@ -44,7 +44,7 @@ class Relative:
     norms: bool = False
     weight_marks: tuple[str, ...] = ()
     bias_marks: tuple[str, ...] = ()
-    """Tensors that the weight, or the bias, needs one of; () where all do for it."""
+    """Tensors that the weight, or the bias, needs one of; () if all do for it."""
 
     def on_weight(self, names: set[str]) -> bool:
         """Say whether a module of these tensors changes the weight."""
@@ -164,7 +164,7 @@ RELATIVE: dict[str, Relative] = {
 
 
 def relative_kind(names: set[str]) -> str | None:
-    """Return the kind that a module's tensors are of, None for none here. Raises Misshapen where some are missing."""
+    """Return the kind that a module's tensors are of, None for none here. Raises Misshapen if some are missing."""
     for name, kind in RELATIVE.items():
         own = {*kind.needed, *kind.optional} - {"alpha"}
         if names & own:

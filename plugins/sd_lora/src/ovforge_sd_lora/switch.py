@@ -24,7 +24,7 @@ Array = NDArray[np.float32]
 
 
 def running_adapter(options: LoraOptions, bundle: ModelBundle) -> RunningAdapter | None:
-    """Return the adapter as it is switched; None where all of it has gone into the weights.
+    """Return the adapter as it is switched; None if all of it has gone into the weights.
 
     One that no transform has prepared takes the places that others made.
     """

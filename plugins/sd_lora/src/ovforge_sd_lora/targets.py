@@ -43,7 +43,7 @@ BRANCH = "/lora"
 
 @dataclass
 class Target:
-    """A module in the graph. `nodes` are its operations: several where the module is used several times.
+    """A module in the graph. `nodes` are its operations: several if the module is used several times.
 
     `shape` is the weight's in torch's layout; `transposed` says that the graph holds a linear weight as (in, out).
     """
@@ -63,13 +63,13 @@ class Target:
         return bool(self.bias_inputs()) if self.nodes else self.kept_bias
 
     def weight_inputs(self) -> list[ov.Input]:
-        """Return the inputs that take the weight; [] where a norm's weight is 1 and left out."""
+        """Return the inputs that take the weight; [] if a norm's weight is 1 and left out."""
         if self.kind != "norm":
             return [node.input(1) for node in self.nodes]
         return [found for node in self.nodes if (found := _norm_inputs(node)[0])]
 
     def bias_inputs(self) -> list[ov.Input]:
-        """Return the inputs that take the bias; [] where there is none."""
+        """Return the inputs that take the bias; [] if there is none."""
         if self.kind == "norm":
             return [found for node in self.nodes if (found := _norm_inputs(node)[1])]
         return [found for node in self.nodes if (found := _constant_user(behind(node), "Add", self.shape[0]))]
@@ -88,7 +88,7 @@ class Target:
         return value.T if self.transposed else value.reshape(self.shape)
 
     def bias(self) -> Array:
-        """Return the bias as the model computes with it, float32, (out,); zeros where there is none."""
+        """Return the bias as the model computes with it, float32, (out,); zeros if there is none."""
         ports = self.bias_inputs()
         if not ports:
             return np.zeros(self.shape[0], np.float32)
@@ -121,7 +121,7 @@ def keep_targets(bundle: ModelBundle, role: str, targets: Mapping[str, Target]) 
 
 
 def kept_targets(bundle: ModelBundle, role: str) -> dict[str, Target] | None:
-    """Return the targets that were written down, without their operations; None where they were not."""
+    """Return the targets that were written down, without their operations; None if they were not."""
     data = bundle.assets.get(_KEPT.format(role))
     if data is None:
         return None
@@ -180,7 +180,7 @@ def is_stored(output: ov.Output) -> bool:
 
 
 def stored_nodes(node: ov.Node) -> list[ov.Node]:
-    """Return the nodes from which a weight is made, from the last to the constants; [] where it is no stored weight."""
+    """Return the nodes from which a weight is made, from the last to the constants; [] if it is not a stored weight."""
     found: list[ov.Node] = []
     waiting, seen = [node], set()
     while waiting:

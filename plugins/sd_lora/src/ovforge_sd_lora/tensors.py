@@ -1,6 +1,6 @@
 """A .safetensors file as numpy arrays: the header is checked before anything else is read.
 
-The library's own numpy reader reads other sources than plain files whole; hence the header is read here. Source of the
+The library's own numpy reader reads other sources than plain files whole; so the header is read here. Source of the
 format: https://github.com/huggingface/safetensors (README, "Format"). Scaled tensors are those of ComfyUI: a number, or
 one for each row, stands under the tensor's name with `scale_weight` or `weight_scale` and is multiplied in.
 """
@@ -87,7 +87,7 @@ class TensorFile:
         self._data = data[8 + length :]
 
     def read(self, name: str) -> Array:
-        """Return a tensor as float32, in its shape. Raises ModelError where it holds no finite numbers."""
+        """Return a tensor as float32, in its shape. Raises ModelError if it holds no finite numbers."""
         values = self._values(name, self.tensors[name])
         if (scale := self._scales.get(name)) is not None:
             factor = self._values(f"the scale of {name}", scale)
@@ -128,7 +128,7 @@ class TensorFile:
             raise self._damaged(f"its header is {error.what}") from error
         metadata = value.pop("__metadata__", {})
         if not isinstance(metadata, dict):
-            raise self._damaged("its metadata is no JSON object")
+            raise self._damaged("its metadata is not a JSON object")
         tensors = {name: self._info(name, entry, room) for name, entry in value.items()}
         ordered = sorted((info.begin, info.begin + info.size, name) for name, info in tensors.items())
         for (_, end, name), (begin, _, other) in itertools.pairwise(ordered):

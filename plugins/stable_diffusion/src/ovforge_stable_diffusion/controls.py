@@ -25,7 +25,7 @@ def condition(control: Control, width: int, height: int) -> NDArray[np.float32]:
 
 
 def canny(image: Image.Image, low: int, high: int) -> Image.Image:
-    """Return a picture's edges, white on black (Canny 1986, by OpenCV). Raises PluginError where OpenCV is missing."""
+    """Return a picture's edges, white on black (Canny 1986, by OpenCV). Raises PluginError if OpenCV is missing."""
     try:
         import cv2
     except ImportError as error:

@@ -142,7 +142,7 @@ class Diffusion:
         rng = BatchGenerator(request.seeds)
         start = self._begin(inputs, request, sampling, rng, timings)
         self._released("vae_encoder")
-        denoiser = self._denoiser_for(request, schedule.halves)  # waiting for compilation is no part of denoising
+        denoiser = self._denoiser_for(request, schedule.halves)  # waiting for compilation is not part of denoising
         with timings.span("denoise"):
             latents = self._denoise(request, sampling, schedule, start, denoiser, rng, timings, progress)
         del denoiser
@@ -172,7 +172,7 @@ class Diffusion:
     # -- what subclasses say --------------------------------------------------------------------------------------
 
     def _size_of(self, inputs: DiffusionInputs) -> tuple[int, int] | None:
-        """Return (width, height) of the picture that a run starts from; None where there is none."""
+        """Return (width, height) of the picture that a run starts from; None if there is none."""
         return None
 
     def _sampling(self, inputs: DiffusionInputs, steps: int) -> Sampling:
@@ -407,7 +407,7 @@ class Diffusion:
     # -- models and their shapes ------------------------------------------------------------------------------------
 
     def _expected(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """Return the UNet's input shape for the calls that the config foresees; None where it foresees no one size."""
+        """Return the UNet's input shape for the calls that the config foresees; None if it foresees no one size."""
         family = self.family
         width, height, count = (
             inputs.get(name) or default
@@ -423,7 +423,7 @@ class Diffusion:
         return (rows, family.channels, height // family.factor, width // family.factor)
 
     def _unet_shapes(self, sample: tuple[int, ...] | None) -> dict[str, tuple[int, ...]] | None:
-        """Return fixed shapes of every input for a sample of this shape; None where it is not the expected one."""
+        """Return fixed shapes of every input for a sample of this shape; None if it is not the expected one."""
         family = self.family
         if sample is None or sample != self._fixed or family.context is None:
             return None
@@ -458,7 +458,7 @@ class Diffusion:
         }
 
     def _residual_shapes(self, sample: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
-        """Return shapes of what ControlNets give the UNet; None where the configs do not tell."""
+        """Return shapes of what ControlNets give the UNet; None if the configs do not tell."""
         unet, family = self._bundle.configs.get("unet", {}), self.family
         nets = [self._bundle.configs.get(role, {}) for role in family.controlnets]
         same = all(
@@ -508,7 +508,7 @@ class Diffusion:
         return self._denoiser[1]
 
     def _released(self, *roles: str) -> None:
-        """Free what is not needed any more in this run, where memory shall stay low."""
+        """Free what is not needed any more in this run, if memory is to stay low."""
         if not self._options.low_memory:
             return
         if "unet" in roles:

@@ -145,7 +145,7 @@ def _type(text: str | None) -> tuple[str | None, bool]:
     weights, _, shapes = text.partition("_")
     if weights.upper() not in _TYPES or shapes not in ("", "static", "dyn"):
         raise InputError(
-            f"{text!r} is no type of model",
+            f"{text!r} is not a type of model",
             where="--type",
             hint=f"Give {', '.join(_TYPES)}, with _static or _dyn or without.",
         )

@@ -25,7 +25,7 @@ class Request:
     """For the first text encoder and for the second."""
 
     negatives: tuple[tuple[str, str], ...] | None
-    """None where there is no guidance, or where nothing means zeros."""
+    """None if there is no guidance, or where nothing means zeros."""
 
     guided: bool
     steps: int
@@ -101,7 +101,7 @@ def make_request(inputs: DiffusionInputs, family: Family, size: tuple[int, int] 
         raise InputError("no effect without guidance", where="guidance_rescale", hint="Set guidance_scale above 1.")
     if inputs.decode and inputs.denoising_end is not None:
         raise InputError(
-            "latents that a refiner shall finish make no picture", where="decode", hint="Leave denoising_end out."
+            "latents that a refiner is to finish make no picture", where="decode", hint="Leave denoising_end out."
         )
     return Request(
         prompts=_each("prompt", prompts, inputs.prompt_2, prompts, inputs.count),
@@ -145,7 +145,7 @@ def _negatives(
 def _each(
     name: str, first: Sequence[str], second: str | Sequence[str] | None, prompts: Sequence[str], count: int
 ) -> tuple[tuple[str, str], ...]:
-    """Return pairs of prompts, one for each picture; the second is the first where it is not given."""
+    """Return pairs of prompts, one for each picture; the second is the first if it is not given."""
     other = [second] * len(prompts) if isinstance(second, str) else list(second or first)
     for label, texts in ((name, first), (f"{name}_2", other)):
         if len(texts) != len(prompts):

@@ -33,14 +33,14 @@ LEARNED = "learned_tokens.json"
 
 
 def learned_tokens(assets: Mapping[str, bytes]) -> dict[str, Learned]:
-    """Return the words that each tokenizer was taught, with their ids; {} where there are none."""
+    """Return the words that each tokenizer was taught, with their ids; {} if there are none."""
     try:
         roles = parse_object(assets.get(LEARNED, b"{}"), LEARNED)
         return {
             role: {word: [int(id_) for id_ in ids] for word, ids in taught.items()} for role, taught in roles.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"is no list of learned words: {error}", where=LEARNED) from error
+        raise ModelError(f"is not a list of learned words: {error}", where=LEARNED) from error
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Denoiser:
     def control(self, models: Mapping[str, ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
         """Let ControlNets (Zhang et al. 2023), by role, condition each step; `shared` are tensors of the UNet.
 
-        Raises ModelError where one of them does not belong to the UNet.
+        Raises ModelError if one of them does not belong to the UNet.
         """
         if not self._controls:
             controls = [[Network(model, role) for _ in range(self._calls)] for role, model in models.items()]

@@ -37,7 +37,7 @@ class Autoencoder:
         self._tile = tile
 
     def tile(self, height: int, width: int) -> int | None:
-        """Return the side of tiles, in pixels, for a picture of this size; None where it goes as a whole."""
+        """Return the side of tiles, in pixels, for a picture of this size; None if it goes as a whole."""
         side = self._tile or (_TILE if height * width > _LARGE else None)
         if side is None or max(height, width) <= side:
             return None
@@ -164,7 +164,7 @@ def _starts(length: int, side: int, unit: int) -> Iterator[int]:
 
 
 def _fade(length: int, before: bool, after: bool) -> Array:
-    """Return weights along a side: rising and falling over a quarter, where there is a neighbour."""
+    """Return weights along a side: rising and falling over a quarter, if there is a neighbour."""
     quarter = max(length // 4, 1)
     ramp = (np.arange(quarter, dtype=np.float32) + np.float32(0.5)) / np.float32(quarter)
     weights = np.ones(length, np.float32)

@@ -18,7 +18,7 @@ LIST = "learned_tokens.json"
 
 
 def read_list(assets: Assets) -> dict[str, dict[str, list[int]]]:
-    """Return the words that tokenizers have learned, by role; {} where there are none."""
+    """Return the words that tokenizers have learned, by role; {} if there are none."""
     return _read(assets, LIST) if LIST in assets else {}
 
 

@@ -95,7 +95,7 @@ def _table(gather: ov.Node) -> ov.Output:
 
 
 def width_of(model: ov.Model, tokens: int, role: str) -> int:
-    """Return how many numbers a vector has in the table for `tokens` tokens. Raises ModelError where there is none."""
+    """Return how many numbers a vector has in the table for `tokens` tokens. Raises ModelError if there is none."""
     beside = _beside(model)
     table = _table(beside[0]) if beside else _table(_find(model, tokens, role)[0])
     return int(table.get_partial_shape()[1].get_length())
@@ -163,5 +163,5 @@ def _look_up_beside(gather: ov.Node, tokens: int, rows: NDArray[np.float32], num
 
 
 def _beside(model: ov.Model) -> list[ov.Node]:
-    """Return the look-ups beside a compressed table, where there are some."""
+    """Return the look-ups beside a compressed table, if there are some."""
     return [node for node in model.get_ordered_ops() if node.get_friendly_name().startswith(_NEW)]

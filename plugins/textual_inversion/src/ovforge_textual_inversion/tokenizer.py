@@ -53,13 +53,13 @@ def normalized(word: str) -> str:
 
 
 class TokenizerGraph:
-    """A CLIP tokenizer's model without learned words. Raises ModelError where it is built in another way."""
+    """A CLIP tokenizer's model without learned words. Raises ModelError if it is built in another way."""
 
     def __init__(self, model: ov.Model, role: str) -> None:
         self._model, self._role = model, role
         encoders = [node for node in model.get_ordered_ops() if node.get_type_name() == "BPETokenizer"]
         if len(encoders) != 1 or encoders[0].get_input_size() not in (15, 18):
-            raise ModelError("is no CLIP tokenizer that can learn words", where=role, hint=_AGAIN)
+            raise ModelError("is not a CLIP tokenizer that can learn words", where=role, hint=_AGAIN)
         self._encoder = encoders[0]
         self._suffix = str(self._encoder.get_attributes()["end_suffix"])
         self._splits = self._find_splits()

@@ -41,7 +41,7 @@ class ClipSkip:
         self._layers, self._negative = options.layers, options.negative
 
     def apply(self, bundle: ModelBundle) -> Report:
-        """Change every text encoder. Raises ModelError where it has too few layers."""
+        """Change every text encoder. Raises ModelError if it has too few layers."""
         roles = tuple(role for role in _ENCODERS if role in bundle.models)
         if not roles:
             raise ModelError("the model has no text encoder", where="clip-skip")

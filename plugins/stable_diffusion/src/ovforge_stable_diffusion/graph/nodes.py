@@ -38,7 +38,7 @@ def ancestors(node: ov.Node, places: Mapping[str, int], down_to: int = 0) -> Ite
 
 
 def kept_operand(add: ov.Node, places: Mapping[str, int]) -> ov.Node | None:
-    """Return what a residual addition x + f(x) keeps: x. None where a node is no such addition."""
+    """Return what a residual addition x + f(x) keeps: x. None if a node is no such addition."""
     if add.get_type_name() != "Add":
         return None
     earlier, later = sorted(operands(add), key=lambda node: places[node.get_name()])
@@ -48,7 +48,7 @@ def kept_operand(add: ov.Node, places: Mapping[str, int]) -> ov.Node | None:
 
 
 def port_named(ports: Iterable[ov.Output], name: str, role: str) -> ov.Output:
-    """Return the input or output of a model that has a name. Raises ModelError where there is none."""
+    """Return the input or output of a model that has a name. Raises ModelError if there is none."""
     listed = list(ports)
     for port in listed:
         if name in port.names:
