@@ -31,7 +31,6 @@ RULES = {
     r"\bwith what to do\b": "and what to do",
     r"\bin the place of\b": "instead of",
     r"\bas far as one can tell\b": "apparently",
-    r"\b(informations|softwares|advices|trainings)\b": "the singular",
 }  # fmt: skip
 _RULES = [(re.compile(pattern, re.IGNORECASE), instead) for pattern, instead in RULES.items()]
 

@@ -96,7 +96,7 @@ class Family:
         channels = int(unet.get("in_channels", 4))
         if channels not in (latent, 2 * latent + 1):
             raise ModelError(
-                f"a UNet with {channels} input channels for latents of {latent} is of neither text-to-image nor inpainting",
+                f"a UNet with {channels} input channels does not fit latents of {latent} channels",
                 where="unet/config.json",
                 hint=f"Expected {latent}, or {2 * latent + 1} for inpainting.",
             )
