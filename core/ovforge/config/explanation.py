@@ -96,13 +96,13 @@ def _sentence(key: tuple[str, ...], found: Sequence[tuple[Mapping[str, Any], Any
     message = re.sub(r"^\w+ (should have at \w+ \d+) items? after validation", r"\1 values", message)
     if not name:
         return message, ""
-    given = problem.get("input")
-    shown = f", not {_as_written(given)}" if isinstance(given, str | int | float | bool) else ""
+    value = problem.get("input")
+    shown = f", not {_as_written(value)}" if isinstance(value, str | int | float | bool) else ""
     kinds = list(dict.fromkeys(kind for each, _ in found if (kind := _kind(each))))
     if len(kinds) == len(found) or (kinds and len(found) > 1):
         hint = ""
-        if {"text", "a path"} & set(kinds) and not isinstance(given, str | list | dict | None):
-            text = f'{key[-1]}="{_as_written(given)}"'
+        if {"text", "a path"} & set(kinds) and not isinstance(value, str | list | dict | None):
+            text = f'{key[-1]}="{_as_written(value)}"'
             hint = f"Text stands in quotes: {text}, and on the command line also in single ones: '{text}'."
         return f"`{name}` should be {' or '.join(kinds)}{shown}", hint
     if problem["type"] == "value_error" and not shown:  # of options that do not go together

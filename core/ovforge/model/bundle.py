@@ -179,8 +179,8 @@ class ModelBundle:
 
     def __post_init__(self) -> None:
         if not isinstance(self.models, Roles):  # ModelBundle({"model": model})
-            given, self.models = self.models, Roles()
-            self.models.update(given)
+            models, self.models = self.models, Roles()
+            self.models.update(models)
 
     @classmethod
     def open(cls, source: Source) -> ModelBundle:

@@ -46,7 +46,7 @@ def loaded_identity(identity: Mapping[str, str], resolved: ResolvedSource, read:
     """
     memo = resolved.loader.session.memo if resolved.loader else None
     done = {**load_dependencies(resolved), "read": [content_of(path, memo) for path in sorted(read)]}
-    return {role: fingerprint({**done, "role": role, "identity": said}) for role, said in identity.items()}
+    return {role: fingerprint({**done, "role": role, "identity": value}) for role, value in identity.items()}
 
 
 def step_dependencies(

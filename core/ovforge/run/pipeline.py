@@ -267,7 +267,7 @@ class Pipeline:
             "precision": {role: kind for role, kind in precisions.items() if not is_tokenizer(role)},
             **({"controls": changed} if (changed := self.controls.changed()) else {}),
             **({"adapters": self._adapters_now()} if self.adapters else {}),
-            **({"warnings": said} if (said := self.warnings()) else {}),
+            **({"warnings": notes} if (notes := self.warnings()) else {}),
         }
 
     def warnings(self) -> list[str]:

@@ -185,10 +185,10 @@ def is_newer(version: Any, than: str) -> bool:
 def _recorded(path: Path) -> tuple[dict[str, Any], Path, Any]:
     """Return the config that a picture was made by, its base, and the version of ovforge that made it."""
     provenance = read_provenance(path)
-    given = provenance["config"].get("input", {})
-    if not isinstance(given, Mapping):
+    inputs = provenance["config"].get("input", {})
+    if not isinstance(inputs, Mapping):
         raise ConfigError("its config's input is not a table", where=str(path), hint="The picture is damaged.")
-    value = {**provenance["config"], "input": {**given, **provenance["inputs"]}}
+    value = {**provenance["config"], "input": {**inputs, **provenance["inputs"]}}
     if isinstance(value.get("load"), Mapping) and "key" in value["load"]:
         # ovforge writes none; and a key may be the output of a command, which a picture must not choose.
         raise ConfigError("a picture may not say where a key is", where=str(path), hint="Do not run it.")

@@ -63,10 +63,10 @@ def _put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> N
             f"it has no {role!r}", where=f"load.parts.{role}: {name}", hint=f"It has: {', '.join(sorted(part.models))}."
         )
     bundle.take(role, part, chosen)
-    brought = {path: data for path, data in part.assets.items() if path.startswith(f"{chosen}/")}
-    for path in [path for path in bundle.assets if brought and path.startswith(f"{role}/")]:
+    assets = {path: data for path, data in part.assets.items() if path.startswith(f"{chosen}/")}
+    for path in [path for path in bundle.assets if assets and path.startswith(f"{role}/")]:
         del bundle.assets[path]
-    bundle.assets.update({f"{role}/{path.removeprefix(f'{chosen}/')}": data for path, data in brought.items()})
+    bundle.assets.update({f"{role}/{path.removeprefix(f'{chosen}/')}": data for path, data in assets.items()})
 
 
 @dataclass

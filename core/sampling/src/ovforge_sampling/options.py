@@ -102,21 +102,21 @@ class BoundOptions(ThresholdOptions, ClipOptions):
 Given = TypeVar("Given", bound=Options)
 
 
-def merged(given: Given, model_config: Mapping[str, Any]) -> Given:
+def merged(options: Given, model_config: Mapping[str, Any]) -> Given:
     """Return the given options over the model's over the defaults. Raises ConfigError for a key that nobody knows."""
-    fields = type(given).model_fields
+    fields = type(options).model_fields
     unset = model_config.get("_use_default_values") or ()  # diffusers: these were defaults of the class that saved them
     known = {}
     for key, value in model_config.items():
         if key not in KEYS and not key.startswith("_"):
             raise ConfigError(
-                f"the option {key!r} is not one of {given.original}'s",
+                f"the option {key!r} is not one of {options.original}'s",
                 where=CONFIG_FILE,
-                hint=f"Remove it if it does not matter, or set {adapter(given)}.",
+                hint=f"Remove it if it does not matter, or set {adapter(options)}.",
             )
-        if key in fields and key not in given.ours and key not in unset:
+        if key in fields and key not in options.ours and key not in unset:
             known[key] = value
-    return checked(type(given), {**known, **given.model_dump(exclude_unset=True)}, where=CONFIG_FILE)
+    return checked(type(options), {**known, **options.model_dump(exclude_unset=True)}, where=CONFIG_FILE)
 
 
 def refuse(config: Options, option: str, why: str, instead: str = "") -> ConfigError:

@@ -120,16 +120,16 @@ def _key(place: str | None, passphrase: bool, **options: Any) -> Key:
         return Key(place_of(place, **options))
     for known in default_keys():
         if known.is_passphrase == (passphrase or known.is_passphrase):
-            given = known.options.model_dump(exclude_unset=True)
-            return Key(KeyOptions.model_validate({**given, **options}))
+            settings = known.options.model_dump(exclude_unset=True)
+            return Key(KeyOptions.model_validate({**settings, **options}))
     raise ConfigError(
         "no key is given", where="--key", hint="Add --key file:PATH, with --make-key if there is none yet."
     )
 
 
 def _openssl(cipher: str | None, iv: str | None, iterations: int, digest: str, kdf: str) -> dict[str, Any]:
-    given = {"cipher": cipher, "iv": iv, "iterations": iterations, "digest": digest, "kdf": kdf}
-    return {name: value for name, value in given.items() if value is not None}
+    settings = {"cipher": cipher, "iv": iv, "iterations": iterations, "digest": digest, "kdf": kdf}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _make_key(place: str | None) -> None:

@@ -125,12 +125,12 @@ def rekey(source: Path, old: Key | None, new: Key, *, scrypt: Scrypt | None = No
 
 def describe(source: Source) -> list[dict[str, Any]]:
     """Return what each file says of itself, without a key and therefore unchecked: form, name, size, key id, cost."""
-    said = []
+    descriptions = []
     for path, size in source.files().items():
         start = source.read(path, HEADER_LIMIT)
         if start.startswith(MAGIC):
             header = parse_header(start, size, f"{source.name}: {path}")
-            said.append(
+            descriptions.append(
                 {
                     "file": path,
                     "form": f".ovenc version {start[len(MAGIC)]}, AES-256-GCM",
@@ -145,10 +145,14 @@ def describe(source: Source) -> list[dict[str, Any]]:
                 }
             )
         elif start.startswith((SALTED, SALTED_TEXT)):
-            said.append({"file": path, "form": "openssl enc, with a salt; not authenticated", "name": plain_name(path)})
+            descriptions.append(
+                {"file": path, "form": "openssl enc, with a salt; not authenticated", "name": plain_name(path)}
+            )
         else:
-            said.append({"file": path, "form": "plain, or openssl enc without a salt", "name": plain_name(path)})
-    return said
+            descriptions.append(
+                {"file": path, "form": "plain, or openssl enc without a salt", "name": plain_name(path)}
+            )
+    return descriptions
 
 
 def _plain(path: Path) -> FileSource:

@@ -71,21 +71,21 @@ def key_size(cipher: str) -> int:
 
 def parameters_of(key: Key, salt: bytes | None) -> Parameters:
     """Return the parameters that a key and its options give: for a salted file, or for one without a header."""
-    said = key.options
-    cipher = said.cipher or _DEFAULT
+    options = key.options
+    cipher = options.cipher or _DEFAULT
     size = key_size(cipher)
     if salt is not None:
         # `openssl enc` derives key and iv together.
-        if said.kdf == "legacy":
-            derived = _legacy(said.digest, key.passphrase(), salt, size + BLOCK)
+        if options.kdf == "legacy":
+            derived = _legacy(options.digest, key.passphrase(), salt, size + BLOCK)
         else:
-            derived = _pbkdf2(said.digest, key.passphrase(), salt, said.iterations, size + BLOCK)
+            derived = _pbkdf2(options.digest, key.passphrase(), salt, options.iterations, size + BLOCK)
         return Parameters(cipher, derived[:size], derived[size:], begin=len(SALTED) + len(salt))
-    if said.iv is None:
+    if options.iv is None:
         raise ConfigError(
             f"{cipher} without a salt needs the iv", where="load.key.iv", hint="It is what `openssl enc -iv` was given."
         )
-    return Parameters(cipher, key.raw(size), bytes.fromhex(said.iv))
+    return Parameters(cipher, key.raw(size), bytes.fromhex(options.iv))
 
 
 @functools.lru_cache(maxsize=256)

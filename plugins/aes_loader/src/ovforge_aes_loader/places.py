@@ -31,12 +31,12 @@ def fetch(options: KeyOptions) -> bytes:
 def _read(options: KeyOptions) -> bytes:
     if options.function is not None:
         try:
-            given = options.function()
+            secret = options.function()
         except OvforgeError:
             raise
         except Exception as error:  # a function raises what it likes; the cause is left out, as below
             raise options.unfit(f"it raised {type(error).__name__}") from None
-        return given.encode() if isinstance(given, str) else bytes(given)
+        return secret.encode() if isinstance(secret, str) else bytes(secret)
     try:
         if options.env is not None:
             return os.environ[options.env].encode("utf-8", "surrogateescape")

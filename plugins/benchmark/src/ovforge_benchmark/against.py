@@ -142,13 +142,13 @@ def _model_side(flags: Mapping[str, Any]) -> _Side:
     limits, quiet = Limits(1, _BLOCK), lambda *_: None
     feeds = prepared.feeds
     closed = len({tuple(tuple(tensor.shape) for tensor in feed.values()) for feed in feeds}) == 1
-    given = None if closed and flags["inference_only"] is not False else feeds
+    inputs = None if closed and flags["inference_only"] is not False else feeds
     if prepared.api == "sync":
         request = prepared.compiled.create_infer_request()
         request.set_tensors(feeds[0])
 
         def run() -> float:
-            measured = run_sync(request, given, limits, quiet)
+            measured = run_sync(request, inputs, limits, quiet)
             return _each(measured)
     else:
         queue = ov.AsyncInferQueue(prepared.compiled, flags["number_infer_requests"] or 0)
@@ -156,7 +156,7 @@ def _model_side(flags: Mapping[str, Any]) -> _Side:
             queue[number].set_tensors(feeds[number % len(feeds)])
 
         def run() -> float:
-            return _each(run_async(queue, given, limits, quiet))
+            return _each(run_async(queue, inputs, limits, quiet))
 
     precision = precision_of(ran(prepared.compiled))
     return _Side(flags["label"], run, precision)

@@ -30,8 +30,8 @@ def _benchmark(context: typer.Context) -> None:
     from ovforge_benchmark.flags import parser
 
     reader = parser()
-    given = reader.check(context.args)
-    flags = vars(given)
+    arguments = reader.check(context.args)
+    flags = vars(arguments)
     if flags["schema"]:
         from ovforge_benchmark.schema import report_schema
 
@@ -39,14 +39,14 @@ def _benchmark(context: typer.Context) -> None:
         return
     _name_model(flags)
     with _teller(flags) as tell:
-        _measure(reader, given, tell)
+        _measure(reader, arguments, tell)
 
 
-def _measure(reader: Any, given: Any, tell: Any) -> None:
-    flags = vars(given)
+def _measure(reader: Any, arguments: Any, tell: Any) -> None:
+    flags = vars(arguments)
     if flags["against"]:
         words = shlex.split(flags["against"])
-        start = copy.deepcopy(given)
+        start = copy.deepcopy(arguments)
         start.model = start.path_to_model = start.against = None
         second = vars(reader.check(words, start))
         _name_model(second)

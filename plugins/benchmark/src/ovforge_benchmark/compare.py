@@ -102,8 +102,8 @@ def _prepare(
             one.results = [ImagesResult(images=[open_picture(Path(one.asked.what), "compare")])] * len(calls)
             continue
         if one.asked.kind == "diffusers":
-            given = inputs or [{"seed": _DEFAULT_SEED}] * len(calls)
-            one.calls = [{**first, **call} for first, call in zip(given, calls, strict=True)]
+            first_inputs = inputs or [{"seed": _DEFAULT_SEED}] * len(calls)
+            one.calls = [{**first, **call} for first, call in zip(first_inputs, calls, strict=True)]
         else:
             one.calls = calls
         seed = inputs[0].get("seed") if inputs else None

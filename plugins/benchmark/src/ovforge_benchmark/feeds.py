@@ -33,15 +33,15 @@ def make_feeds(inputs: Sequence[Input], paths: Sequence[str]) -> tuple[list[Feed
     """
     files = _assign(inputs, paths)
     columns: list[list[Any]] = []
-    said: dict[str, str] = {}
+    sources: dict[str, str] = {}
     rng = np.random.default_rng(0)
     for one in inputs:
         if mine := files.get(one.name):
             columns.append(_from_files(one, mine))
-            said[one.name] = ", ".join(path.name for path in mine[:3]) + (" ..." if len(mine) > 3 else "")
+            sources[one.name] = ", ".join(path.name for path in mine[:3]) + (" ..." if len(mine) > 3 else "")
         elif one.shapes:
             columns.append([_random(one, shape, rng) for shape in one.shapes])
-            said[one.name] = _TEXT if one.type == ov.Type.string else _RANDOM
+            sources[one.name] = _TEXT if one.type == ov.Type.string else _RANDOM
         else:
             raise InputError(
                 f"{one.name} has the open shape {one.shape}",
@@ -57,7 +57,7 @@ def make_feeds(inputs: Sequence[Input], paths: Sequence[str]) -> tuple[list[Feed
         {one.name: ov.Tensor(np.ascontiguousarray(array)) for one, array in zip(inputs, turn, strict=True)}
         for turn in zip(*turns, strict=True)
     ]
-    return feeds, said
+    return feeds, sources
 
 
 def _random(one: Input, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:

@@ -38,12 +38,12 @@ SEARCHED = (
 
 def refuse(flags: Mapping[str, Any], names: Sequence[str], why: str) -> None:
     """Raise InputError if one of these flags is given: none is left aside in silence."""
-    given = [name for name in names if flags[name] not in (None, False, "", 0.0, [])]
+    chosen = [name for name in names if flags[name] not in (None, False, "", 0.0, [])]
     if flags["number_iterations"] == 0 and "number_iterations" in names:
-        given.append("number_iterations")
-    if given:
-        said = ", ".join(f"--{name}" for name in given)
-        raise InputError(f"{said}: {why}", where=flags["model"], hint="Take it out.")
+        chosen.append("number_iterations")
+    if chosen:
+        listing = ", ".join(f"--{name}" for name in chosen)
+        raise InputError(f"{listing}: {why}", where=flags["model"], hint="Take it out.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
     def check(self, arguments: Sequence[str], start: argparse.Namespace | None = None) -> argparse.Namespace:
         """Parse, over what `start` says; name the nearest flag for unknown ones."""
         try:
-            given, rest = self.parse_known_args(list(arguments), start)
+            namespace, rest = self.parse_known_args(list(arguments), start)
         except argparse.ArgumentError as error:
             raise typer.BadParameter(str(error)) from error
         if rest:
@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
             flag = rest[0].partition("=")[0]
             what = f"No such option: {flag}." if flag.startswith("-") else f"Unexpected argument: {rest[0]}."
             raise typer.BadParameter(what + did_you_mean(flag, known))
-        return given
+        return namespace
 
 
 def _truth(text: str) -> bool:

@@ -64,13 +64,13 @@ def measure(prepared: Prepared, tell: Tell, before: Sequence[str] = ()) -> Bench
     limits = _limits(flags, len(loop.requests), len(prepared.feeds))
     batch = _batches(prepared)
 
-    def told(count: int, seconds: float) -> None:
+    def report_progress(count: int, seconds: float) -> None:
         fps = count * sum(batch) / len(batch) / seconds
         tell("running", {"iterations": count, "seconds": seconds, "of": limits.seconds, "throughput": fps})
 
     tell("step", {"step": "measure"})
     with Watch() as watch:
-        measured = loop.run(limits, told)
+        measured = loop.run(limits, report_progress)
     return _report(prepared, facts, measured, batch, loop.requests, watch, before)
 
 

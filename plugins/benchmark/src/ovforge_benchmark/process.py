@@ -39,12 +39,12 @@ def in_process(job: Mapping[str, Any], name: str) -> dict[str, Any]:
         where = f"{name}: {error['where']}" if error["where"] else name
         raise kind(error["what"], where=where, hint=error["hint"])
     if done.returncode or not answered:
-        said = done.stderr.strip().splitlines()
+        output = done.stderr.strip().splitlines()
         killed = done.returncode < 0
         raise ModelError(
-            f"its process was ended by signal {-done.returncode}" if killed else f"its process failed: {said[-1:]}",
+            f"its process was ended by signal {-done.returncode}" if killed else f"its process failed: {output[-1:]}",
             where=name,
-            hint="Signal 9 is mostly the system's when memory is used up." if killed else "\n  ".join(said[-8:]),
+            hint="Signal 9 is mostly the system's when memory is used up." if killed else "\n  ".join(output[-8:]),
         )
     return answered
 

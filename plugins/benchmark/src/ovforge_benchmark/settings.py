@@ -48,7 +48,7 @@ def wanted(core: ov.Core, flags: Mapping[str, Any], api: str) -> tuple[dict[str,
     """Return the properties to compile with, and remarks on what was chosen for the user."""
     device = flags["target_device"].partition(":")[0]
     devices = check_device(core, flags["target_device"])
-    said: list[str] = []
+    notes: list[str] = []
     properties = _loaded(flags["load_config"], device)
     tuned = [f"-{name}" for name, key in (("nstreams", "number_streams"), ("nthreads", "number_threads"),
              ("pin", "infer_threads_pinning")) if flags[key] is not None]  # fmt: skip
@@ -59,10 +59,10 @@ def wanted(core: ov.Core, flags: Mapping[str, Any], api: str) -> tuple[dict[str,
             where="-hint", hint="Set -hint none, or leave them out.",
         )  # fmt: skip
     if hint is None and tuned:
-        said.append(f"-hint none, since {', '.join(tuned)} is given")
+        notes.append(f"-hint none, since {', '.join(tuned)} is given")
     elif hint is None and "PERFORMANCE_HINT" not in properties:
         properties["PERFORMANCE_HINT"] = "LATENCY" if api == "sync" else "THROUGHPUT"
-        said.append(f"-hint was not given: {properties['PERFORMANCE_HINT'].lower()}, as -api {api} suggests")
+        notes.append(f"-hint was not given: {properties['PERFORMANCE_HINT'].lower()}, as -api {api} suggests")
     elif hint is not None and hint != "none":
         properties["PERFORMANCE_HINT"] = _HINTS[hint]
     if properties.get("PERFORMANCE_HINT") in _UNSET:  # so a config says that there is to be none
@@ -93,7 +93,7 @@ def wanted(core: ov.Core, flags: Mapping[str, Any], api: str) -> tuple[dict[str,
         if not any(name.startswith("GPU") for name in devices):
             raise InputError("is for GPUs", where="-c", hint="Take it out, or add -d GPU.")
         core.set_property("GPU", {"CONFIG_FILE": flags["path_to_cldnn_config"]})
-    return properties, said
+    return properties, notes
 
 
 def _put(core: ov.Core, properties: dict[str, Any], device: str, where: str, key: str, value: Any, flag: str) -> None:
@@ -194,8 +194,8 @@ def dump(device: str, properties: Mapping[str, Any]) -> bytes:
 
     That there is no hint is written, too: else a run that reads it would choose one.
     """
-    said = {key: _write(value) for key, value in {"PERFORMANCE_HINT": "", **properties}.items()}
-    return (json.dumps({device.partition(":")[0]: said}, indent=4) + "\n").encode()
+    settings = {key: _write(value) for key, value in {"PERFORMANCE_HINT": "", **properties}.items()}
+    return (json.dumps({device.partition(":")[0]: settings}, indent=4) + "\n").encode()
 
 
 def _write(value: Any) -> str:

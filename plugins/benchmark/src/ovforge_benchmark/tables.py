@@ -72,9 +72,9 @@ def comparison_markdown(report: Comparison, picture: str | None) -> str:
     if outputs := list(_outputs(report)):
         lines.append(markdown_table(["", *(one.label for one in shown)], outputs))
     lines.append(f"{machine_line(report.machine)}.\n")
-    said = [*report.warnings, *(f"{one.label}: {text}" for one in shown for text in one.warnings)]
-    lines += [f"- warning: {warning}" for warning in said]
-    return "\n".join(lines) + ("\n" if said else "")
+    warnings = [*report.warnings, *(f"{one.label}: {text}" for one in shown for text in one.warnings)]
+    lines += [f"- warning: {warning}" for warning in warnings]
+    return "\n".join(lines) + ("\n" if warnings else "")
 
 
 def _rows(shown: Sequence[Candidate]) -> Iterable[list[str]]:
@@ -142,14 +142,14 @@ def versus_markdown(report: Versus) -> str:
     """Return the ratio of two, with its interval, in words and as a table."""
     first, second = report.labels
     if report.seconds is None or report.high is None:
-        said = "Too little was measured to tell which one is faster."
+        sentence = "Too little was measured to tell which one is faster."
     elif report.low > 1:
-        said = f"{second} is {report.ratio:.3f} times as fast as {first}."
+        sentence = f"{second} is {report.ratio:.3f} times as fast as {first}."
     elif report.high < 1:
-        said = f"{first} is {1 / report.ratio:.3f} times as fast as {second}."
+        sentence = f"{first} is {1 / report.ratio:.3f} times as fast as {second}."
     else:
-        said = "No difference can be told from chance."
-    lines = [f"# {first} against {second}\n", f"{said}\n"]
+        sentence = "No difference can be told from chance."
+    lines = [f"# {first} against {second}\n", f"{sentence}\n"]
     if report.seconds is not None:
         rows = [
             [

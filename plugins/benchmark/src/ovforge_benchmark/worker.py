@@ -51,7 +51,7 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
                 for name in result.timings.spans:
                     stages.setdefault(name, []).append(result.timings.total(name))
     peak = peak_memory()
-    said = [warning for result in results for warning in result.warnings]
+    messages = [warning for result in results for warning in result.warnings]
     if job["results"]:
         hand_over(results, Path(job["results"]))
     return {
@@ -61,7 +61,7 @@ def measure_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
         "provenance": pipe.provenance(),
         "inputs": [result.provenance.get("inputs", {}) for result in results],
         "sizes": _sizes(pipe) if job["sizes"] else {},
-        "warnings": list(dict.fromkeys(said)),
+        "warnings": list(dict.fromkeys(messages)),
         "noise": watch.warnings(),
     }
 
@@ -103,9 +103,9 @@ def main() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             measured = _measure(job)
-        said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
         measured["warnings"] = list(
-            dict.fromkeys([*measured["warnings"], *(said if job["kind"] == "pipeline" else ())])
+            dict.fromkeys([*measured["warnings"], *(messages if job["kind"] == "pipeline" else ())])
         )
         answer(target, measured)
     except OvforgeError as error:

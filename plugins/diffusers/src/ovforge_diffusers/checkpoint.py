@@ -125,8 +125,8 @@ class Checkpoint:
                 where=self.name,
                 hint=infer.IRREGULAR,
             )
-        said = self._options.prediction_type
-        if said is None and not family.sure and self._folder is None and not self.alone:
+        prediction = self._options.prediction_type
+        if prediction is None and not family.sure and self._folder is None and not self.alone:
             self._say(
                 "the file does not say what its UNet predicts: v_prediction is taken, as Stable Diffusion 2 for 768 "
                 'pixels has it. Set the option prediction_type to "epsilon" for a model of 512 pixels.'
@@ -137,7 +137,7 @@ class Checkpoint:
                 f"that of {'SDXL' if family.xl else 'Stable Diffusion 1 and 2'}, by the file's name. "
                 "A folder with its config.json says it."
             )
-        return family if said is None else replace(family, prediction=said, sure=True)
+        return family if prediction is None else replace(family, prediction=prediction, sure=True)
 
     def _config(self, component: str) -> dict[str, Any]:
         """Return a component's config: the folder's, or what shapes and family say."""
@@ -196,8 +196,8 @@ class Checkpoint:
             config = self._folder.optional("scheduler", "scheduler_config.json")
             changes = {key: value for key, value in self._family.marks().items() if config.get(key) != value}
             if changes:
-                said = ", ".join(f"{key} = {str(value).lower()}" for key, value in changes.items())
-                self._say(f"the file says {said}, and the option config says otherwise: the file counts")
+                prediction = ", ".join(f"{key} = {str(value).lower()}" for key, value in changes.items())
+                self._say(f"the file says {prediction}, and the option config says otherwise: the file counts")
         if self._folder is None or self._options.prediction_type:
             changes["prediction_type"] = self._family.prediction
         if changes:
@@ -208,8 +208,8 @@ class Checkpoint:
     def _add_tokenizer(self, encoder: str) -> None:
         component = encoder.replace("text_encoder", "tokenizer")
         self.components = {**self.components, component: "CLIPTokenizer"}
-        given = self._options.tokenizer
-        if given is None and self._folder is not None and component in self._folder.components:
+        folder = self._options.tokenizer
+        if folder is None and self._folder is not None and component in self._folder.components:
             self._assets[component] = self._folder.assets(component)
             return
         config = self._configs[encoder]
@@ -220,13 +220,13 @@ class Checkpoint:
             words=config["vocab_size"],
             length=config["max_position_embeddings"],
             pad=self._family.pad(component),
-            given=str(given) if given else None,
+            path=str(folder) if folder else None,
         )
 
     def _places(self, component: str) -> list[tuple[Source, str]]:
         """Return where a tokenizer may lie: the option's folder; or in the source, with what is beside it."""
-        if given := self._options.tokenizer:
-            source = open_file(given)
+        if folder := self._options.tokenizer:
+            source = open_file(folder)
             return [(source, component), (source, "tokenizer"), (source, ".")]
         return [(self._source, component), (self._source, "tokenizer")]
 
@@ -244,8 +244,8 @@ class Checkpoint:
         if self._options.ema and component == "unet":
             names = {name: self._average(name) for name in names}
         wanted = {stored: original_name(part, name, config) for name, stored in names.items()}
-        given = read_weights(self._source, [self._path], wanted.get)
+        tensors = read_weights(self._source, [self._path], wanted.get)
         try:
-            return to_diffusers(part, given, config)
+            return to_diffusers(part, tensors, config)
         except ModelError as error:
             raise ModelError(error.what, where=self.where(component), hint=self.misfit) from error

@@ -74,10 +74,10 @@ class Family:
 
     def marks(self) -> dict[str, Any]:
         """Return what the checkpoint itself says of the noise it was trained on, as options of a scheduler."""
-        said: dict[str, Any] = {"prediction_type": self.prediction} if self.marked else {}
+        prediction: dict[str, Any] = {"prediction_type": self.prediction} if self.marked else {}
         if self.zero_snr:
-            said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return said
+            prediction |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return prediction
 
     def _sampler(self) -> str:
         if self.consistency:
@@ -128,10 +128,10 @@ def identify(parts: Mapping[str, Part], header: Header, name: str, steps: int | 
         consistency=bool({"time_embed.cond_proj.weight", "time_embedding.cond_proj.weight"} & own.keys()),
         zero_snr="ztsnr" in header.shapes,
     )
-    said = header.metadata.get("modelspec.prediction_type", "").lower()
-    if said in _V or "v_pred" in header.shapes:
+    prediction = header.metadata.get("modelspec.prediction_type", "").lower()
+    if prediction in _V or "v_pred" in header.shapes:
         return replace(family, prediction="v_prediction", marked=True)
-    if said == "epsilon":
+    if prediction == "epsilon":
         return replace(family, marked=True)
     if family.name != "sd2" or family.inpainting or steps == _BASE_STEPS:
         return family
@@ -153,5 +153,7 @@ def _name(parts: Mapping[str, Part], header: Header, file: str) -> str:
             return "refiner" if first[:1] == (384,) else "xl"
         projection = "middle_block.1.proj_in.weight" if original else "mid_block.attentions.0.proj_in.weight"
         return "sd2" if len(own.get(projection, ())) == 2 else "sd1"
-    told = f"{file} {header.metadata.get('modelspec.architecture', '')} {header.metadata.get('modelspec.title', '')}"
-    return "xl" if re.search(r"xl|stable-diffusion-xl", told.lower()) else "sd1"
+    description = (
+        f"{file} {header.metadata.get('modelspec.architecture', '')} {header.metadata.get('modelspec.title', '')}"
+    )
+    return "xl" if re.search(r"xl|stable-diffusion-xl", description.lower()) else "sd1"

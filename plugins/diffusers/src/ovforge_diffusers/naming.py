@@ -52,30 +52,32 @@ def original_name(part: Part, name: str, config: dict[str, Any]) -> str | None:
     return _PREFIXES[part.kind] + name
 
 
-def to_diffusers(part: Part, given: Tensors, config: dict[str, Any]) -> Tensors:
+def to_diffusers(part: Part, tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """Return a submodel's weights in diffusers' naming. `given` has the names of `original_name`.
 
     Raises ModelError for tensors that have no place there: a part of a model is never left out in silence.
     """
     code = need("diffusers.loaders.single_file_utils", "converting a checkpoint")
     prefix = _PREFIXES[part.kind]
-    unknown = {new: given[prefix + old] for old, new in _UNKNOWN.get(part.kind, {}).items() if prefix + old in given}
+    unknown = {
+        new: tensors[prefix + old] for old, new in _UNKNOWN.get(part.kind, {}).items() if prefix + old in tensors
+    }
     try:
         if part.naming == "open_clip":
             stand_in = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-            found = code.convert_open_clip_checkpoint(stand_in, given, prefix=prefix)
+            found = code.convert_open_clip_checkpoint(stand_in, tensors, prefix=prefix)
         else:
             convert = {
                 "UNet2DConditionModel": code.convert_ldm_unet_checkpoint,
                 "ControlNetModel": code.convert_controlnet_checkpoint,
                 "AutoencoderKL": code.convert_ldm_vae_checkpoint,
             }[part.kind]
-            found = convert(given, config)
+            found = convert(tensors, config)
     except (KeyError, AttributeError, IndexError, TypeError) as error:
         raise ModelError(f"its weights do not fit its config: {error!r}") from error
     found = {name: tensor for name, tensor in found.items() if tensor is not None} | unknown
     used = {tensor.data_ptr() for tensor in found.values()}
-    strange = [name for name, tensor in given.items() if tensor.data_ptr() not in used]
+    strange = [name for name, tensor in tensors.items() if tensor.data_ptr() not in used]
     if strange and part.naming != "open_clip":
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ModelError(f"{strange[0]}{more} belong nowhere in a {part.kind} of its kind")

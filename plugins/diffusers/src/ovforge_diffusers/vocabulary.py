@@ -31,7 +31,7 @@ def tokenizer_files(
     component: str,
     places: Sequence[tuple[Source, str]],
     *,
-    given: str | None,
+    path: str | None,
     where: str,
     words: int,
     length: int,
@@ -44,9 +44,9 @@ def tokenizer_files(
     tokens it takes, `pad` the word that its family fills up with (OpenCLIP: "!", CLIP: the end). Raises ModelError
     if there is no vocabulary, or it is another model's.
     """
-    files = _find(places) or ({} if given else _packaged())
-    if given and not files:
-        raise ModelError("it holds no vocab.json and merges.txt", where=f"load.tokenizer: {given}")
+    files = _find(places) or ({} if path else _packaged())
+    if path and not files:
+        raise ModelError("it holds no vocab.json and merges.txt", where=f"load.tokenizer: {path}")
     if not files:
         raise ModelError(
             "a checkpoint has no tokenizer, and none is at hand",

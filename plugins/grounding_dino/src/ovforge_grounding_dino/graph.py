@@ -166,9 +166,9 @@ def _fuse(attn: Any, vision: Tensor, text: Tensor, see_vision: Tensor, see_text:
     looked = (key @ attn.vision_proj.weight.reshape(1, heads, size, -1)).flatten(1, 2)
     bias = (key @ attn.vision_proj.bias.reshape(1, heads, size, 1)).transpose(2, 3) + see_text
     scores = (vision @ looked.transpose(1, 2)).reshape(-1, vision.shape[1], heads, tokens) + bias.transpose(1, 2)
-    told = _heads(attn.values_text_proj(text), heads, size)
-    told = told @ attn.out_vision_proj.weight.reshape(1, -1, heads, size).permute(0, 2, 3, 1)
-    to_text = scores.softmax(-1).flatten(2) @ told.flatten(1, 2) + attn.out_vision_proj.bias
+    attended = _heads(attn.values_text_proj(text), heads, size)
+    attended = attended @ attn.out_vision_proj.weight.reshape(1, -1, heads, size).permute(0, 2, 3, 1)
+    to_text = scores.softmax(-1).flatten(2) @ attended.flatten(1, 2) + attn.out_vision_proj.bias
     # The bias of queries adds the same to a token's scores in all places, which a softmax over places does not see.
     turned = looked @ vision.transpose(1, 2) + see_vision[:, 0]
     found = (turned.softmax(-1) @ vision).reshape(-1, heads, tokens, vision.shape[2])
@@ -277,8 +277,8 @@ def _decode(
         positions = decoder.reference_points_head(torch.cat([y, x, *extent], -1))
         looked = states + positions
         states = layer.self_attn_layer_norm(states + _attention(layer.self_attn, looked, looked, states, None))
-        told = _attention(layer.encoder_attn_text, states + positions, text, text, see_text)
-        states = layer.encoder_attn_text_layer_norm(states + told)
+        attended = _attention(layer.encoder_attn_text, states + positions, text, text, see_text)
+        states = layer.encoder_attn_text_layer_norm(states + attended)
         seen = _deformable(layer.encoder_attn, states + positions, vision, mask, places, sizes)
         states = _feed_forward(layer, layer.encoder_attn_layer_norm(states + seen))
         before = reference.clamp(1e-5, 1 - 1e-5)

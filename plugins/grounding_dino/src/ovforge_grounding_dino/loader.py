@@ -125,12 +125,12 @@ class _Checkpoint:
                 where=source.name,
                 hint=f"It begins with {', '.join(list(stored)[:3])}. Is it another model's checkpoint?",
             )
-        given = None
+        settings = None
         if options.config is not None:
-            given = original.parse_config(options.config.read_bytes(), str(options.config))
+            settings = original.parse_config(options.config.read_bytes(), str(options.config))
         self.config: dict[str, Any] = {
             "model_type": "grounding-dino",
-            **original.config_of(stored, given, str(options.config or source.name)),
+            **original.config_of(stored, settings, str(options.config or source.name)),
         }
 
     @cached_property

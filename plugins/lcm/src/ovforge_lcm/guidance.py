@@ -65,8 +65,8 @@ class GuidanceEmbedding:
         own = _own(bundle)
         defaults = {**DEFAULTS, **own.get("defaults", {})}
         bundle.assets[DEFAULTS_FILE] = json.dumps({**own, "defaults": defaults}, sort_keys=True).encode()
-        told = ", ".join(f"{name} = {value}" for name, value in defaults.items())
-        return Report(applied=[f"unet: guidance as an embedding of {width} numbers; by default {told}"])
+        listing = ", ".join(f"{name} = {value}" for name, value in defaults.items())
+        return Report(applied=[f"unet: guidance as an embedding of {width} numbers; by default {listing}"])
 
 
 def _width(bundle: ModelBundle) -> int | None:

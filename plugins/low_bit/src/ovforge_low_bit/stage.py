@@ -47,12 +47,12 @@ def change_weights(
             continue
         names = [layer.name for layer in layers]
         weights = sum(layer.width * layer.outputs for layer in layers)
-        said = change(role, model, layers, report)
+        note = change(role, model, layers, report)
         report.roles += (role,)
         report.layers[role] = names
         report.bytes_before = (report.bytes_before or 0) + before
         report.bytes_after = (report.bytes_after or 0) + constant_bytes(model)
-        report.applied.append(f"{role}: {weights} weights of {len(names)} operations {said}")
+        report.applied.append(f"{role}: {weights} weights of {len(names)} operations {note}")
     return report
 
 

@@ -325,8 +325,8 @@ def _of_parts(word: str, content: Mapping[str, Any], where: str) -> Learned:
         )
     learned = _learned(word, parts, where)
     if outputs:
-        said = f"{where}: {' and '.join(outputs)} are vectors for what the text encoder gives, and are not applied"
-        return replace(learned, note=said)
+        reason = f"{where}: {' and '.join(outputs)} are vectors for what the text encoder gives, and are not applied"
+        return replace(learned, note=reason)
     return learned
 
 
@@ -359,8 +359,8 @@ def _vectors(value: Any, where: str) -> Array:
     if len(shape) == 3 and shape[0] == 1:  # a batch of one, as some trainers keep it
         shape = shape[1:]
     if not shape or len(shape) > 2 or 0 in shape:
-        said = f"has the shape {list(shape)}" if shape else f"is a {type(value).__name__}"
-        raise ModelError(f"{said}, and not (vectors, width)", where=where)
+        reason = f"has the shape {list(shape)}" if shape else f"is a {type(value).__name__}"
+        raise ModelError(f"{reason}, and not (vectors, width)", where=where)
     rows, width = (1, *shape)[-2:]
     if rows > VECTOR_LIMIT or width > WIDTH_LIMIT:
         raise ModelError(

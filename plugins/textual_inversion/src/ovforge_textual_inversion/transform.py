@@ -188,8 +188,8 @@ def _place(item: Learned, lesson: _Lesson, *, alone: bool) -> str | None:
     width = rows.shape[1]
     if width != lesson.width:
         family = f", as for {FAMILIES[width]}" if width in FAMILIES else ""
-        said = f"{item.file} has vectors of {width} numbers{family}, and {lesson.role} takes {lesson.width}"
-        return said if alone else f"{said}; to teach one text encoder alone, set `roles`"
+        reason = f"{item.file} has vectors of {width} numbers{family}, and {lesson.role} takes {lesson.width}"
+        return reason if alone else f"{reason}; to teach one text encoder alone, set `roles`"
     # One name more than there are vectors: diffusers reads word, word_1, word_2... as one word wherever they come from.
     names = parts_of(item.word, len(rows) + 1)
     if taken := next((name for name in names if lesson.tokenizer.knows(name)), None):
