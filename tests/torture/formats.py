@@ -21,6 +21,7 @@ __all__ = ["FORMATS", "Format"]
 ROOT = Path(__file__).parents[2]
 KEY = "0f" * 32
 PLAN = ["plan", "{file}", "--no-cache"]
+PLAN_OF_IT = ["plan", "c.json", "--no-cache"]
 CONFIG = {
     "task": {"use": "text-to-image"}, "load": {"source": "package:ovforge_lcm/model"}, "scheduler": {"use": "lcm"},
     "device": {"use": "cpu", "precision": "f32", "threads": 2}, "transform": [{"use": "clip-skip", "layers": 1}],
@@ -120,17 +121,60 @@ def _of_bundle(name: str) -> Callable[[Path], None]:
     return lambda folder: getattr(_tests("tests/test_bundle.py"), name)(folder)
 
 
+def _onnx(folder: Path) -> None:
+    """A graph of operations that take several inputs, with branches and a loop."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng, node = np.random.default_rng(0), helper.make_node
+    value = lambda name, kind=TensorProto.FLOAT, shape=None: helper.make_tensor_value_info(name, kind, shape)  # noqa: E731
+    constants: dict[str, Any] = {
+        "w": rng.standard_normal((4, 3, 3, 3)).astype(np.float32), "pads": np.array([0, 0, 0, 0, 0, 0, 1, 1]), "flat": np.array([1, -1]),
+        "matrix": rng.standard_normal((324, 8)).astype(np.float32), "trip": np.array(3), "yes": np.array(True), "two": np.array([2]),
+        "scale": np.float32(0.1), "zero": np.uint8(3),
+    }  # fmt: skip
+    body = helper.make_graph(
+        [node("Identity", ["c"], ["go"]), node("Add", ["a", "a"], ["b"])], "body",
+        [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, []), value("a")], [value("go", TensorProto.BOOL, []), value("b")],
+    )  # fmt: skip
+    then, other = (helper.make_graph([node(kind, ["p"], [kind])], kind, [], [value(kind)]) for kind in ("Relu", "Neg"))
+    nodes = [
+        node("Pad", ["x", "pads"], ["padded"]), node("Conv", ["padded", "w"], ["c1"], pads=[1, 1, 1, 1], kernel_shape=[3, 3]),
+        node("Reshape", ["c1", "flat"], ["f"]), node("QuantizeLinear", ["f", "scale", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["d"]), node("MatMul", ["d", "matrix"], ["m"]), node("Softmax", ["m"], ["p"], axis=-1),
+        node("If", ["yes"], ["branch"], then_branch=then, else_branch=other), node("Loop", ["trip", "yes", "branch"], ["l"], body=body),
+        node("TopK", ["l", "two"], ["y", "places"]),
+    ]  # fmt: skip
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", [value("x", shape=[1, 3, 8, 8])], [value("y")], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "m.onnx")
+
+
 def _lora(folder: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {f"{name}.lora_down.weight": np.ones((4, 32), np.float32), f"{name}.lora_up.weight": np.ones((32, 4), np.float32),
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": np.ones((4, 112), np.float32), f"{name}.lora_up.weight": np.ones((112, 4), np.float32),
                f"{name}.alpha": np.array(4, np.float32)}  # fmt: skip
     tags = json.dumps({"folder": {"cat": 3}})
     save_file(
         tensors, folder / "m.safetensors", {"ss_tag_frequency": tags, "ss_network_dim": "4", "ss_network_alpha": "4"}
     )
+
+
+def _fused(folder: Path) -> None:
+    _lora(folder)
+    config = {**CONFIG, "transform": [{"use": "lora", "path": "m.safetensors"}]}
+    (folder / "c.json").write_text(json.dumps(config))
+
+
+def _calibrated(folder: Path) -> None:
+    lines = [{"prompt": "a cat", "steps": 2}, {"prompt": "a dog", "seed": 3}, {"prompt": "x", "width": 64}]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = {**CONFIG, "quantize": ["nncf-ptq"], "calibration": {"file": "in.jsonl", "samples": 2}}
+    (folder / "c.json").write_text(json.dumps(config))
 
 
 def _peft(folder: Path) -> None:
@@ -177,6 +221,18 @@ def _described(folder: Path) -> None:
     described = _tests("plugins/detection/tests/test_model_proc.py")
     described.write_model(folder / "model", *described.yolo_v8())
     (folder / "p.png").write_bytes(_picture(".png")())
+
+
+def _labelled(folder: Path) -> None:
+    _described(folder)
+    proc = folder / "model" / "model-proc.json"
+    described = json.loads(proc.read_text())
+    post = described["output_postproc"]
+    entry = post[0] if isinstance(post, list) else post
+    entry.pop("labels", None)
+    entry["labels_file"] = "labels.txt"
+    proc.write_text(json.dumps(described))
+    (folder / "model" / "labels.txt").write_text("cat\ndog\nbird\n")
 
 
 def _detected(suffix: str) -> Callable[[Path], None]:
@@ -250,7 +306,8 @@ def _masked(folder: Path) -> None:
 
 def _flags(random: Random) -> list[str]:
     names = ["-shape", "-data_shape", "-b", "-layout", "-ip", "-op", "-iop", "-mean_values", "-scale_values", "-hint", "-infer_precision",
-             "-nstreams", "-nthreads", "-niter", "-t", "-i", "-api", "-d", "-report_type", "-pin", "-latency_percentile"]  # fmt: skip
+             "-nstreams", "-nthreads", "-niter", "-t", "-i", "-api", "-d", "-report_type", "-pin", "-latency_percentile", "-max_irate",
+             "-lfile", "-pc", "-pcsort", "-inference_only", "-extensions", "--within", "--role", "--key", "--runs", "--trust", "-s"]  # fmt: skip
     values = ["[1,3,8,8]", "[?,?]", "x[1,3,8,8]", "[-1]", "NCHW", "x:f32", "u8", "[1,1,1]", "x[0,0,0]", "inf", "nan", "latency", "none", "1e9",
               "AUTO:CPU", "HETERO:CPU,CPU", "MULTI:", "CPU.9", "detailed_counters", "YES"]  # fmt: skip
     return [
@@ -258,7 +315,7 @@ def _flags(random: Random) -> list[str]:
         for _ in range(random.choice([1, 1, 2, 3]))
         for part in (
             random.choice(names),
-            str(random.choice(values) if random.random() < 0.6 else mutate.odd(random))[:3000],
+            random.choice(values) if random.random() < 0.6 else mutate.odd_text(random),
         )
     ]
 
@@ -324,13 +381,15 @@ FORMATS: dict[str, Format] = {
         Format("picture-metadata", _write("p.png", _picture(".png", PROVENANCE)), "p.png", mutate.bend_png_text, PLAN),
         Format("ir", _ir, "m.xml", mutate.bend_xml, BENCH),
         Format("ir-weights", _ir, "m.bin", mutate.bend_bytes, BENCH),
-        Format("onnx", _of_bundle("test_onnx"), "m.onnx", mutate.bend_bytes, ["inspect", "{file}"]),
+        Format("onnx", _onnx, "m.onnx", mutate.bend_protobuf, ["inspect", "{file}"]),
         Format("tflite", _of_bundle("test_tflite"), "m.tflite", mutate.bend_bytes, ["inspect", "{file}"]),
-        Format("tensorflow", _of_bundle("test_tensorflow_frozen_graph"), "m.pb", mutate.bend_bytes, ["inspect", "{file}"]),
-        Format("saved-model", _of_bundle("test_tensorflow_saved_model"), "exported/saved_model.pb", mutate.bend_bytes, ["inspect", "exported"]),
-        Format("paddle", _of_bundle("test_paddle"), "m.pdmodel", mutate.bend_bytes, ["inspect", "{file}"]),
+        Format("tensorflow", _of_bundle("test_tensorflow_frozen_graph"), "m.pb", mutate.bend_protobuf, ["inspect", "{file}"]),
+        Format("saved-model", _of_bundle("test_tensorflow_saved_model"), "exported/saved_model.pb", mutate.bend_protobuf, ["inspect", "exported"]),
+        Format("paddle", _of_bundle("test_paddle"), "m.pdmodel", mutate.bend_protobuf, ["inspect", "."]),
         Format("lora", _lora, "m.safetensors", mutate.bend_safetensors, ["lora", "inspect", "{file}", "--json"]),
         Format("lora-fits", _lora, "m.safetensors", mutate.bend_safetensors, ["lora", "inspect", "{file}", "--model", "package:ovforge_lcm/model"]),
+        Format("lora-fused", _fused, "m.safetensors", mutate.bend_safetensors, RUN),
+        Format("calibration", _calibrated, "in.jsonl", mutate.bend_lines, PLAN_OF_IT),
         Format("peft-config", _peft, "adapter_config.json", mutate.bend_json, ["lora", "inspect", ".", "--json"]),
         Format("embedding", _embedding, "word.safetensors", mutate.bend_safetensors, RUN),
         Format("scheduler-config", _run_model, "model/scheduler/scheduler_config.json", mutate.bend_json, RUN),
@@ -340,6 +399,7 @@ FORMATS: dict[str, Format] = {
         Format("tokenizer", _run_model, "model/tokenizer/vocab.json", mutate.bend_json, RUN),
         Format("mask", _masked, "mask.png", mutate.bend_bytes, RUN),
         Format("model-proc", _described, "model/model-proc.json", mutate.bend_json, ["detect", "p.png", "--model", "model", "--model-proc", "model/model-proc.json", "-o", "out.json"]),
+        Format("labels", _labelled, "model/labels.txt", mutate.bend_bytes, ["detect", "p.png", "--model", "model", "--model-proc", "model/model-proc.json", "-o", "out.json"]),
         *(
             Format(f"detect{suffix}", _detected(suffix), f"in{suffix}", mutate.bend_bytes, ["detect", "{file}", "--model", "model", "--model-proc", "model/model-proc.json", "-o", "out.json"])
             for suffix in (".png", ".jpg", ".webp", ".tif", ".gif", ".bmp")
@@ -349,6 +409,7 @@ FORMATS: dict[str, Format] = {
         Format("benchmark-config", _with_ir("c.json", {"CPU": {"NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}}), "c.json", mutate.bend_json, [*BENCH, "-load_config", "c.json"]),
         Format("report", _report, "r.json", mutate.bend_json, ["bench-diff", "r.json", "r.json"]),
         Format("registry", _write("r.toml", REGISTRY), "r.toml", mutate.bend_toml, ["plugins", "list"], environment={"OVFORGE_REGISTRY": "r.toml"}),
+        Format("registry-edited", _write("r.toml", REGISTRY), "r.toml", mutate.bend_toml, ["plugins", "disable", "lcm"], environment={"OVFORGE_REGISTRY": "r.toml"}),
         Format("ovenc", _encrypted, "x.ovenc", mutate.bend_bytes, ["decrypt", "x.ovenc", "-o", "out"], same=("out", "plain.txt")),
         Format("openssl", _openssl, "x.json.enc", mutate.bend_bytes, ["decrypt", "x.json.enc", "-o", "out", "--key", "env:OVFORGE_PASSPHRASE", "--passphrase", "--cipher", "aes-256-cbc", "--iterations", "1000"]),
         Format("key-places", _encrypted, "x.ovenc", _kept, ["decrypt", "x.ovenc", "-o", "out"], _places, same=("out", "plain.txt")),

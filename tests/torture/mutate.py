@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 from xml.etree import ElementTree
 
-__all__ = ["bend", "bend_bytes", "bend_json", "bend_png_text", "bend_safetensors", "bend_toml", "bend_xml", "odd"]
+__all__ = [
+    "bend",
+    "bend_bytes",
+    "bend_json",
+    "bend_lines",
+    "bend_png_text",
+    "bend_protobuf",
+    "bend_safetensors",
+    "bend_toml",
+    "bend_xml",
+    "odd",
+    "odd_text",
+]
 
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 2**70, 10**300, 0.5, -0.0, 1e-320, 1e308, "", " ", "x", "0", "..",
@@ -29,6 +42,14 @@ def odd(random: Random) -> Any:
             value = [value] if random.random() < 0.5 else {"a": value}
         return value
     return copy.deepcopy(random.choice(ODD))
+
+
+def odd_text(random: Random) -> str:
+    """Return an odd value as text, as a command line has it."""
+    try:
+        return str(odd(random))[:3000]
+    except RecursionError:  # a value inside thousands of others
+        return "[" * 3000
 
 
 def bend(value: Any, random: Random) -> Any:
@@ -100,6 +121,16 @@ def bend_json(data: bytes, random: Random) -> bytes:
     return text.encode()
 
 
+def bend_lines(data: bytes, random: Random) -> bytes:
+    """Change one line of JSON Lines, or the bytes of all."""
+    if random.random() < 0.2:
+        return bend_bytes(data, random)
+    lines = data.splitlines()
+    at = random.randrange(len(lines))
+    lines[at] = bend_json(lines[at], random)
+    return random.choice([b"\n", b"\r\n", b"\n\n", b"\0\n"]).join(lines)
+
+
 def bend_toml(data: bytes, random: Random) -> bytes:
     """Change the values of a TOML text, or now and then its bytes."""
     import tomllib
@@ -167,3 +198,115 @@ def bend_png_text(data: bytes, random: Random, change: Callable[[bytes, Random],
     changed = b"iTXt" + content[:head] + change(content[head:], random)
     chunk = struct.pack(">I", len(changed) - 4) + changed + struct.pack(">I", zlib.crc32(changed))
     return data[:at] + chunk + data[at + 12 + length :]
+
+
+# -- protobuf, without its schema -------------------------------------------------------------------------------------
+
+Field = list[Any]
+"""Number, wire type (0 varint, 1 eight bytes, 2 of a length, 5 four bytes), value; a message is a list of fields."""
+
+
+def bend_protobuf(data: bytes, random: Random) -> bytes:
+    """Remove, repeat, copy, renumber or change fields of a message or of those inside it, or now and then bytes."""
+    if random.random() < 0.15:
+        return bend_bytes(data, random)
+    message = _parsed(data)
+    for _ in range(random.choice([1, 1, 1, 2, 3])):
+        places = list(_places(message))
+        if not places:
+            break
+        inside, field = random.choice(places)
+        action = random.randrange(8)
+        if action == 0:
+            inside.remove(field)
+        elif action == 1:
+            inside.insert(random.randint(0, len(inside)), copy.deepcopy(field))
+        elif action == 2:
+            other = random.choice(places)[1]
+            field[1:] = copy.deepcopy(other[1:])
+        elif action == 3:
+            field[0] = random.choice([1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 15, 20])
+        elif action == 4:
+            random.shuffle(inside)
+        elif field[1] == 0:
+            field[2] = random.choice([0, 1, 2, 3, 5, 7, 19, 23, 100, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -1, -2])
+        elif field[1] == 2:
+            own = _written(field[2]) if isinstance(field[2], list) else field[2]
+            words = [
+                b"",
+                b"x",
+                b"y",
+                b"Add",
+                b"Loop",
+                b"Const",
+                b"\xff\xfe",
+                b"a" * 70_000,
+                b"../x",
+                b":0",
+                b"^x",
+                b"y:1",
+            ]
+            field[2] = random.choice([*words, own[: random.randint(0, 8)], own * 2])
+        else:
+            field[2] = random.choice([b"\xff", b"\0", b"\x7f"]) * len(field[2])
+    return _written(message)
+
+
+def _places(message: list[Field]) -> Iterator[tuple[list[Field], Field]]:
+    for field in message:
+        yield message, field
+        if isinstance(field[2], list):
+            yield from _places(field[2])
+
+
+def _parsed(data: bytes, depth: int = 0) -> list[Field]:
+    """Return a message's fields; what has a length is a message if it can be read as one. Raises ValueError."""
+    fields, at = list[Field](), 0
+    while at < len(data):
+        tag, at = _number(data, at)
+        number, wire = tag >> 3, tag & 7
+        value: Any
+        if wire == 0:
+            value, at = _number(data, at)
+        else:
+            length, at = _number(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, len(data)), at)
+            value, at = data[at : at + length], at + length
+        if number == 0 or at > len(data):
+            raise ValueError("not a message")
+        if wire == 2 and value and depth < 12:
+            with contextlib.suppress(ValueError):
+                value = _parsed(value, depth + 1)
+        fields.append([number, wire, value])
+    return fields
+
+
+def _number(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError("not a number")
+
+
+def _written(message: list[Field]) -> bytes:
+    out = bytearray()
+    for number, wire, value in message:
+        out += _varint(number << 3 | wire)
+        if wire == 0:
+            out += _varint(value)
+        else:
+            data = _written(value) if isinstance(value, list) else value
+            out += (_varint(len(data)) if wire == 2 else b"") + data
+    return bytes(out)
+
+
+def _varint(value: int) -> bytes:
+    out, value = bytearray(), value & (2**64 - 1)
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
