@@ -165,7 +165,28 @@ def mask_rows() -> tuple[Any, dict[str, Any]]:
     }
 
 
+def more(kind: str, converter: str) -> tuple[Any, dict[str, Any]]:
+    """Return outputs that hold more than boxes: a turned box's angle, a weight for each mask, and masks."""
+    masks = np.ones((1, 5, HEIGHT // 4, WIDTH // 4))
+    if converter == "rfdetr_seg":
+        outputs, _ = queries("rfdetr")
+        return {**outputs, "masks": np.zeros((1, 6, HEIGHT // 4, WIDTH // 4))}, {"converter": converter}
+    if kind == "rows":
+        rows = yolo_v10()[0]
+        if converter.endswith("obb"):
+            rows[..., :4] = np.concatenate([(rows[..., :2] + rows[..., 2:4]) / 2, rows[..., 2:4] - rows[..., :2]], -1)
+            return np.pad(rows, ((0, 0), (0, 0), (0, 1)), constant_values=1.5), {"converter": converter}
+        return {"boxes": np.pad(rows, ((0, 0), (0, 0), (0, 5)), constant_values=3), "masks": masks}, {
+            "converter": converter
+        }
+    count = 5 if converter.lower().endswith("seg") else 1
+    boxes = np.pad(yolo_v8()[0], ((0, 0), (0, count), (0, 0)), constant_values=7.0)
+    return {"boxes": boxes, **({"masks": masks} if count == 5 else {})}, {"converter": converter}
+
+
 DESCRIBED = {
+    **{n: (lambda n=n: more("columns", n)) for n in ("yolo_v8_obb", "YOLOv8-OBB", "yolo_v11_seg", "YOLOv8-SEG")},
+    **{n: (lambda n=n: more("rows", n)) for n in ("yolo_v26_obb", "yolo_v26_pose", "yolo_v26_seg", "rfdetr_seg")},
     "ssd": ssd, "yolo-v7": yolo_v7, "yolo-v8": yolo_v8, "yolo-v10": yolo_v10, "yolo-x": yolo_x,
     "yolo-v5-rows": lambda: (yolo_v7()[0], {"converter": "yolo_v5"}), "rtdetr": lambda: queries("rtdetr"),
     "rfdetr": lambda: queries("rfdetr"), "mask-rcnn-rows": mask_rows,
@@ -181,6 +202,54 @@ def test_outputs_are_read_by_their_description(kind: str, tmp_path: Path) -> Non
     order = np.argsort(detections.classes)
     assert [detections.labels[n] for n in order] == ["cat", "dog"]
     np.testing.assert_allclose(detections.boxes[order], BOXES * [2, 1, 2, 1], atol=0.05)
+
+
+def test_poses_are_boxes_of_one_class(tmp_path: Path) -> None:
+    output = rows_of(5 + 17 * 3).transpose(0, 2, 1)
+    output[0, 4, 7:9], output[0, 5:] = [0.9, 0.6], 200
+    pipe = load(write_model(tmp_path / "m", output, {"converter": "yolo_v11_pose", "labels": ["person"]}))
+    result = pipe(Image.new("RGB", (WIDTH, HEIGHT)))
+    assert list(result.detections[0].labels) == ["person", "person"]
+    np.testing.assert_allclose(result.detections[0].boxes, BOXES, atol=0.05)
+    np.testing.assert_allclose(result.detections[0].scores, [0.9, 0.6], rtol=1e-6)
+    assert "boxes are read, and the points of the model are not" in " ".join(result.warnings)
+
+
+def test_faces_by_their_centres(tmp_path: Path) -> None:
+    """Against what the source of the converter `centerface` computes, place by place."""
+    rng = np.random.default_rng(3)
+    rows, columns = HEIGHT // 4, WIDTH // 4
+    heatmap, scale = np.zeros((1, 1, rows, columns)), rng.uniform(0, 2, (1, 2, rows, columns))
+    offset = rng.uniform(-0.5, 0.5, (1, 2, rows, columns))
+    places = [(0, 0, 0.9), (12, 20, 0.8), (23, 31, 0.7), (12, 5, 0.51), (5, 5, 0.49)]
+    for row, column, score in places:
+        heatmap[0, 0, row, column] = score
+    expected = []
+    for row, column, score in places[:4]:
+        high, wide = np.exp(scale[0, :, row, column]) * 4
+        x = min(max(0, (column + offset[0, 1, row, column] + 0.5) * 4 - wide / 2), WIDTH)
+        y = min(max(0, (row + offset[0, 0, row, column] + 0.5) * 4 - high / 2), HEIGHT)
+        expected.append([x, y, min(x + wide, WIDTH), min(y + high, HEIGHT), score])
+    outputs = {"heatmap": heatmap, "scale": scale, "offset": offset, "landmarks": np.zeros((1, 10, rows, columns))}
+    detections = found(write_model(tmp_path / "m", outputs, {"converter": "centerface", "labels": ["face"]}))
+    assert set(detections.labels) == {"face"}
+    given = np.column_stack([detections.boxes, detections.scores])
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_text_by_its_outline(tmp_path: Path) -> None:
+    """Boxes around rectangles of a map, the score their mean; small ones and what scores low are left out."""
+    pytest.importorskip("cv2")
+    heatmap = np.zeros((1, 1, HEIGHT, WIDTH))
+    heatmap[0, 0, 10:30, 20:90], heatmap[0, 0, 12:20, 30:60] = 0.8, 0.6
+    heatmap[0, 0, 50:60, 5:40] = 0.4  # scores below the threshold
+    heatmap[0, 0, 70:73, 5:40] = 0.9  # a side of 3
+    post = {"converter": "heatmap_boxes", "labels": ["text"], "confidence_threshold": 0.5}
+    detections = found(write_model(tmp_path / "m", heatmap, post))
+    np.testing.assert_allclose(detections.boxes, [[20, 10, 90, 30]])
+    np.testing.assert_allclose(detections.scores, [heatmap[0, 0, 10:30, 20:90].mean()], rtol=1e-5)
+    both = {**post, "confidence_threshold": 0.3, "minimum_side": 2, "binarize_threshold": 0.2}
+    assert len(found(write_model(tmp_path / "m", heatmap, both)).boxes) == 3
 
 
 def test_without_an_entry_outputs_are_read_by_their_shapes(tmp_path: Path) -> None:

@@ -627,6 +627,22 @@ def test_what_int8_brings_here_is_said(
     assert note in running.speed_note(fast)
 
 
+def test_it_is_said_why_weights_have_eight_bits() -> None:
+    four = {"mode": "int4_sym", "group_size": 64}
+    _, report = quantize("nncf-weights", {**four, "group_size_fallback": "adjust", "advanced": {"min_group_size": 64}})
+    assert [note for note in report.notes if "8 bits" in note] == [
+        "unet: in 8 bits, not int4_sym: conv_in and 1 more (NNCF gives convolutions no int4_sym)",
+        "unet: in 8 bits, not int4_sym: to_k and 1 more (a row of 96 weights is not divided by group_size = 64)",
+        "unet: in 8 bits, not int4_sym: down (the last layer keeps 8 bits unless all_layers = true)",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"groups of 64 do not divide the rows of weights of to_v \(96\), to_k \(96\)"
+    ):
+        quantize("nncf-weights", four)
+    _, report = quantize("nncf-weights", {"mode": "int8_sym"})
+    assert not [note for note in report.notes if "8 bits" in note]
+
+
 def test_recipes_are_their_base_with_other_defaults() -> None:
     article = {"model_type": "transformer", "preset": "mixed", "bias_correction": "off"}
     same(quantize("sd-int8-hybrid", {})[0], quantize("nncf-hybrid", {"bias_correction": "off"})[0])

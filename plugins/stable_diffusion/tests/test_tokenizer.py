@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ovforge.errors import InputError, ModelError
-from ovforge_stable_diffusion.editing import EditedPrompt, adapters_in, split_parts
+from ovforge_stable_diffusion.editing import EditedPrompt, adapters_in, split_parts, without_comments
 from ovforge_stable_diffusion.prompts import parse
 from ovforge_stable_diffusion.text import TextEncoder
 from ovforge_stable_diffusion.tokenizer import FileTokenizer, Piece
@@ -129,15 +129,46 @@ class Letters:
         return found
 
 
-def test_a_learned_word_stays_in_one_chunk() -> None:
+def letters(length: int) -> TextEncoder:
     import openvino as ov
     from openvino import opset13 as ops
 
-    ids = ops.parameter([-1, 12], np_type(), "input_ids")
+    ids = ops.parameter([-1, length], np_type(), "input_ids")
     states = ops.unsqueeze(ops.convert(ids, "f32"), 2)
     states.output(0).get_tensor().set_names({"last_hidden_state"})
     ids.output(0).get_tensor().set_names({"input_ids"})
-    encoder = TextEncoder(Letters(), ov.Core().compile_model(ov.Model([states], [ids]), "CPU"), penultimate=False)
+    return TextEncoder(Letters(), ov.Core().compile_model(ov.Model([states], [ids]), "CPU"), penultimate=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        (f"{'x' * 20},{'y' * 30}", [f"{'x' * 20},", "y" * 30]),
+        (f"{'x' * 19},{'y' * 30}", [f"{'x' * 19},{'y' * 20}", "y" * 10]),  # 21 after the comma
+        (f"{'x' * 20},{'y' * 19}", [f"{'x' * 20},{'y' * 19}"]),  # fits whole
+        (f"{'x' * 39},y", [f"{'x' * 39},", "y"]),
+        (f"{'x' * 40},y", ["x" * 40, ",y"]),
+        (f"{'x' * 25},{'y' * 13},{'z' * 50}", [f"{'x' * 25},{'y' * 13},", "z" * 40, "z" * 10]),
+        (f"{'x' * 35},yyabc", [f"{'x' * 35},yy", "abc"]),  # a learned word moves alone
+        (f"{'x' * 30},BREAK,{'y' * 45}", [f"{'x' * 30},", f",{'y' * 39}", "y" * 6]),
+    ],
+)
+def test_what_follows_a_comma_moves_to_the_next_chunk(prompt: str, chunks: list[str]) -> None:
+    encoder = letters(42)
+    rows, _ = encoder.weighted(parse(prompt), chunks=True, wrap=True)
+    assert ["".join(map(chr, row[1 : row.index(1)])).replace("\u01f4\u01f5\u01f6\u01f7\u01f8", "abc")
+            for row in rows.tolist()] == chunks  # fmt: skip
+    assert "".join(chunks) == prompt.replace("BREAK", "")
+
+
+def test_comments_are_left_out() -> None:
+    """As two substitutions of the web UI's `strip_comments` do it."""
+    text = "# a plan\na cat # not a dog\n#\nin red#\n\nend #"
+    assert without_comments(text) == "\na cat \nin red\n\nend \n"
+
+
+def test_a_learned_word_stays_in_one_chunk() -> None:
+    encoder = letters(12)
     rows, weights = encoder.weighted(parse("xxxxxxx(abc:1.5)y"), chunks=True)
     assert rows.tolist() == [
         [0, *[ord("x")] * 7, 1, 2, 2, 2],

@@ -29,6 +29,11 @@ _CONVERTERS = {
     "yolo_v5": "yolo_v5", "tensor_to_bbox_yolo_v5": "yolo_v5", "yolo_v7": "yolo_v7",
     "tensor_to_bbox_yolo_v7": "yolo_v7", "yolo_v8": "yolo_v8", "tensor_to_bbox_yolo_v8": "yolo_v8",
     "YOLOv8": "yolo_v8", "yolo_v11": "yolo_v8", "yolo_v10": "yolo_v10", "yolo_v26": "yolo_v10", "yolo_x": "yolo_x",
+    "yolo_v8_obb": "yolo_v8_obb", "YOLOv8-OBB": "yolo_v8_obb", "yolo_v11_obb": "yolo_v8_obb",
+    "yolo_v26_obb": "yolo_v26_obb", "yolo_v8_pose": "yolo_v8_pose", "yolo_v11_pose": "yolo_v8_pose",
+    "yolo_v26_pose": "yolo_v10", "yolo_v8_seg": "yolo_v8_seg", "YOLOv8-SEG": "yolo_v8_seg",
+    "yolo_v11_seg": "yolo_v8_seg", "yolo_v26_seg": "yolo_v10", "rfdetr_seg": "rfdetr", "centerface": "centerface",
+    "heatmap_boxes": "heatmap_boxes", "rotated_detection": "mask_rcnn",
     "mask_rcnn": "mask_rcnn", "tensor_to_bbox_mask_rcnn": "mask_rcnn", "MaskRCNN": "mask_rcnn", "rtdetr": "rtdetr",
     "rfdetr": "rfdetr", "detection": "detection", "paddle_detection": "paddle_detection",
 }  # fmt: skip
@@ -36,9 +41,16 @@ _CONVERTERS = {
 
 _NMS = {
     "yolo_v2": 0.5, "yolo_v3": 0.5, "yolo_v5": 0.5, "yolo_v7": 0.4, "yolo_v8": 0.4, "yolo_v10": 0.4, "yolo_x": 0.4,
-    "boxes_labels": 0.4, "boxes_scores": 0.4, "boxes": 0.4, "mask_rcnn": 0.4,
+    "boxes_labels": 0.4, "boxes_scores": 0.4, "boxes": 0.4, "mask_rcnn": 0.4, "yolo_v8_obb": 0.4, "yolo_v8_pose": 0.4,
+    "yolo_v8_seg": 0.4, "yolo_v26_obb": 0.4, "centerface": 0.4,
 }  # fmt: skip
 """Converter -> the overlap above which a box goes, if the file names none; others keep all boxes."""
+
+_UNREAD = {
+    "obb": "angles", "rotated_detection": "angles", "pose": "points", "seg": "masks", "mask_rcnn": "masks",
+    "maskrcnn": "masks", "centerface": "landmarks",
+}  # fmt: skip
+"""The end of a converter's name -> what of a model's outputs is no box."""
 
 _RESIZE = {"no-aspect-ratio": "stretch", "aspect-ratio": "fit", "aspect-ratio-pad": "fit"}
 
@@ -128,6 +140,8 @@ class Postprocessing(_Part):
     confidence_threshold: float | None = Field(None, ge=0, le=1)
     iou_threshold: float | None = Field(None, ge=0, le=1)
     roi_scale: float = Field(1.0, gt=0)
+    minimum_side: float = Field(5.0, ge=0)
+    binarize_threshold: float = Field(0.3, ge=0, le=255)
 
     @model_validator(mode="after")
     def _one_way(self) -> Postprocessing:
@@ -272,8 +286,9 @@ def spec_of(
     said = list(notes)
     if params.crop and crop == "none":
         said.append("crop is left out, because resize is no-aspect-ratio")
-    if any(each["converter"] == "mask_rcnn" for each in outputs):
-        said.append("boxes are read, and the masks of the model are not")
+    names = [(each.converter or "").lower() for each in proc.outputs]
+    unread = {what for name in names for end, what in _UNREAD.items() if name.endswith(end)}
+    said += [f"boxes are read, and the {what} of the model are not" for what in sorted(unread)]
     try:
         return DetectorSpec(
             kind="described", height=picture.height, width=picture.width, layout=picture.layout, input=picture.name,
@@ -330,6 +345,7 @@ def _outputs(
         described = Description(
             converter=converter, layers=each.layers, classes=each.classes, labels=len(own), first=places[own],
             anchors=each.anchors, masks=each.masks, boxes=each.bbox_number_on_cell, cells=each.cells,
+            binarize=each.binarize_threshold, shortest=each.minimum_side,
             sigmoid=each.output_sigmoid_activation, softmax=each.do_cls_softmax, roi_scale=each.roi_scale,
             threshold=0.5 if each.confidence_threshold is None else each.confidence_threshold,
             nms=_NMS.get(converter) if each.iou_threshold is None or converter not in _NMS else each.iou_threshold,

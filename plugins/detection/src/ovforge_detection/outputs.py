@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ovforge.errors import ModelError
 from ovforge.model import DetectorSpec
 from ovforge_detection.decode import Found, check_finite, corners, join, sigmoid, suppress
+from ovforge_detection.heatmaps import faces, outlined
 from ovforge_detection.prepare import Prepared
 
 __all__ = ["Description", "decode_described"]
@@ -39,7 +40,8 @@ class Description(BaseModel):
 
     converter: Literal[
         "detection_output", "boxes_labels", "boxes_scores", "boxes", "yolo_v2", "yolo_v3", "yolo_v5", "yolo_v7",
-        "yolo_v8", "yolo_v10", "yolo_x", "mask_rcnn", "rtdetr", "rfdetr", "detection", "paddle_detection",
+        "yolo_v8", "yolo_v8_obb", "yolo_v8_pose", "yolo_v8_seg", "yolo_v10", "yolo_v26_obb", "yolo_x", "mask_rcnn",
+        "rtdetr", "rfdetr", "detection", "centerface", "heatmap_boxes", "paddle_detection",
     ]  # fmt: skip
     layers: tuple[str, ...] = Field((), description="The outputs that it is about; by default all.")
     classes: int | None = Field(None, gt=0)
@@ -54,6 +56,8 @@ class Description(BaseModel):
     sigmoid: bool = Field(False, description="Whether places and confidences are still without the logistic function.")
     softmax: bool = Field(False, description="Whether the scores of classes are still without softmax.")
     roi_scale: float = Field(1.0, gt=0, description="Boxes are made so much larger about their middle.")
+    binarize: float = Field(0.3, ge=0, le=255, description="What counts in a map of scores.")
+    shortest: float = Field(5.0, ge=0, description="Side that boxes of a map need, in its places.")
     threshold: float = Field(0.5, ge=0, le=1)
     nms: float | None = Field(None, ge=0, le=1)
 
@@ -178,17 +182,22 @@ def _mask_rcnn(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec
 
 
 def _yolo_v10(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
-    """Read rows of left, top, right, bottom in pixels of the input, score and class."""
-    rows = _only(outputs, lambda shape: len(shape) >= 2 and shape[-1] >= 6)
+    """Read rows of left, top, right, bottom in pixels of the input, score and class, and more that is no box.
+
+    Of turned boxes, rows have centre and size, and an angle at the end: the box is the one before it is turned.
+    """
+    turned = d.converter == "yolo_v26_obb"
+    rows = _only(outputs, lambda shape: len(shape) in (2, 3) and shape[-1] >= 6 + turned)
     rows = rows.reshape(-1, rows.shape[-1]).astype(np.float32)
     classes = rows[:, 5].astype(np.int64)
-    return rows[:, :4], rows[:, 4], classes % d.labels if d.labels else classes
+    boxes = corners(rows[:, :4]) if turned else rows[:, :4]
+    return boxes, rows[:, 4], classes % d.labels if d.labels else classes
 
 
 def _queries(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
     """Read boxes (n, 4), relative centre and size, and a score for each class: one box of a query."""
     boxes = _only(outputs, lambda shape: len(shape) >= 2 and shape[-1] == 4).reshape(-1, 4).astype(np.float32)
-    logits = _only(outputs, lambda shape: len(shape) >= 2 and shape[-1] != 4 and shape[-2] == len(boxes))
+    logits = _only(outputs, lambda shape: len(shape) in (2, 3) and shape[-1] != 4 and shape[-2] == len(boxes))
     logits = logits.reshape(len(boxes), -1).astype(np.float32)
     scores = _softmax(logits, 1) if d.converter == "rtdetr" else sigmoid(logits)
     scores = scores[:, : d.labels or None]
@@ -353,21 +362,59 @@ def _rows(table: Values) -> Raw:
 
 
 def _yolo_v8(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
-    """Read (1, 4 + classes, n): centre and size in pixels of the input, and a score for each class."""
+    """Read (1, 4 + classes, n): centre and size in pixels of the input, and a score for each class.
+
+    After the classes come the angle of a turned box, which is read before it is turned, three values for each point of
+    a pose, whose only class is the first, or a weight for each of the masks (1, masks, height, width).
+    """
     output = _only(outputs, lambda shape: len(shape) == 3)[0].astype(np.float32)
+    more = 0
+    match d.converter:
+        case "yolo_v8_obb":
+            more = 1
+        case "yolo_v8_seg":
+            more = _only(outputs, lambda shape: len(shape) == 4).shape[1]
+        case "yolo_v8_pose":
+            output = output if (output.shape[0] - 5) % 3 == 0 else output.T
+            more = output.shape[0] - 5
     classes = d.classes or d.labels
-    if classes and output.shape[0] != 4 + classes and output.shape[1] == 4 + classes:
+    if classes and output.shape[0] != 4 + classes + more and output.shape[1] == 4 + classes + more:
         output = output.T
-    if output.shape[0] < 5:
+    if output.shape[0] < 5 + more:
         raise _unlike(outputs)
-    return corners(output[:4].T), output[4:].max(0), output[4:].argmax(0)
+    scores = output[4 : len(output) - more]
+    return corners(output[:4].T), scores.max(0), scores.argmax(0)
+
+
+# -- maps -------------------------------------------------------------------------------------------------------------
+
+
+def _centerface(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
+    """Read `heatmap` (1, 1, h, w), `scale` and `offset` (1, 2, h, w); `landmarks` are left out."""
+    maps = [_named(outputs, name).astype(np.float32) for name in ("heatmap", "scale", "offset")]
+    channels = [value.shape[:2] for value in maps]
+    if channels != [(1, 1), (1, 2), (1, 2)] or len({value.shape[2:] for value in maps}) != 1:
+        raise _unlike(outputs)
+    boxes, scores = faces(maps[0][0, 0], maps[1][0], maps[2][0], d.threshold, _sides(spec)[:2])
+    return boxes, scores, np.zeros(len(boxes), np.int64)
+
+
+def _heatmap(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
+    """Read a map of scores (1, 1, h, w), of which the first channel counts."""
+    values = _only(outputs, lambda shape: len(shape) == 4)[0, 0].astype(np.float32)
+    check_finite(values[None], np.zeros(0, np.float32))
+    boxes, scores = outlined(values, d.binarize, d.shortest)
+    height, width = values.shape
+    return boxes * (_sides(spec) / np.array([width, height] * 2, np.float32)), scores, np.zeros(len(boxes), np.int64)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Values], Description, DetectorSpec, Prepared], Raw]] = {
     "detection_output": _detection_output, "boxes_labels": _boxes_labels, "boxes_scores": _boxes_scores,
     "boxes": _boxes, "yolo_v2": _yolo_grids, "yolo_v3": _yolo_grids, "yolo_v5": _yolo_grids, "yolo_v7": _yolo_v7,
-    "yolo_v8": _yolo_v8, "yolo_v10": _yolo_v10, "yolo_x": _yolo_x, "mask_rcnn": _mask_rcnn, "rtdetr": _queries,
-    "rfdetr": _queries, "detection": _detection, "paddle_detection": _paddle,
+    "yolo_v8": _yolo_v8, "yolo_v8_obb": _yolo_v8, "yolo_v8_pose": _yolo_v8, "yolo_v8_seg": _yolo_v8,
+    "yolo_v10": _yolo_v10, "yolo_v26_obb": _yolo_v10, "yolo_x": _yolo_x, "mask_rcnn": _mask_rcnn, "rtdetr": _queries,
+    "rfdetr": _queries, "detection": _detection, "centerface": _centerface, "heatmap_boxes": _heatmap,
+    "paddle_detection": _paddle,
 }  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ovforge.contracts import Calibration, Report, Skipped
 from ovforge.errors import ConfigError
 from ovforge.model import ModelBundle, core
-from ovforge_nncf.graph import CONVOLUTIONS, constant_bytes, counted, float_bytes, lowered
+from ovforge_nncf.graph import CONVOLUTIONS, Lowered, constant_bytes, counted, float_bytes, lowered
 from ovforge_nncf.running import check_memory, chosen_roles, dataset, in_plain_words, models_of, quiet
 from ovforge_nncf.weights_options import WeightsOptions
 
@@ -50,6 +51,7 @@ class WeightCompression:
             report.roles += (role,)
             report.layers[role] = [op.name for op in found]
             report.applied.append(f"{role}: {counted(found)}")
+            report.notes += [f"{role}: {why}" for why in self._not_lower(model, found)]
             if options.lora_correction:
                 new = [op for op in compressed.get_ops() if op.get_friendly_name() not in own]
                 branches = sum(op.get_type_name() == "MatMul" for op in new) // 2  # each has two matrices
@@ -59,6 +61,38 @@ class WeightCompression:
             done[role] = compressed
         bundle.models.update(done)  # all or none
         return report
+
+    def _not_lower(self, model: ov.Model, found: Sequence[Lowered]) -> Iterator[str]:
+        """Say why operations have 8 bits although fewer were asked for; NNCF's rules, in its own order."""
+        options = self.options
+        wider = {op.name for op in found if op.weights in ("INT8", "FP8")}
+        if options.is_int8 or options.mode.startswith(("fp8", "mxfp8")) or not wider:
+            return
+        ordered = [op for op in model.get_ordered_ops() if op.get_friendly_name() in {each.name for each in found}]
+        matrices = [op.get_friendly_name() for op in ordered if op.get_type_name() == "MatMul"]
+        group = options.group
+        why: dict[str, list[str]] = {}
+        for op in ordered:
+            name, kind = op.get_friendly_name(), op.get_type_name()
+            if name not in wider:
+                continue
+            row = _row(op)
+            if kind in CONVOLUTIONS:
+                reason = f"NNCF gives convolutions no {options.mode}"
+            elif kind != "MatMul":
+                reason = "embeddings keep 8 bits unless all_layers = true"
+            elif group > 0 and row and row % group:
+                reason = f"a row of {row} weights is not divided by group_size = {group}"
+            elif not options.all_layers and name == matrices[-1]:
+                reason = "the last layer keeps 8 bits unless all_layers = true"
+            else:
+                reason = (
+                    f"outside of ratio = {options.ratio:g}" if options.ratio else f"NNCF gives it no {options.mode}"
+                )
+            why.setdefault(reason, []).append(name)
+        for reason, names in why.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"in 8 bits, not {options.mode}: {names[0]}{more} ({reason})"
 
     def _check_groups(self, role: str, model: ov.Model, keep: Collection[str], where: str) -> None:
         """Raise ConfigError if groups of floats would be a convolution's backup: NNCF has them for matrices."""
@@ -88,13 +122,23 @@ class WeightCompression:
                 # A copy, which shares the weights: nncf changes what it is given, and may be interrupted.
                 compressed: ov.Model = nncf.compress_weights(model.clone(), **arguments)
             except nncf.errors.InvalidGroupSizeError as error:
+                named = [f"{name} ({row})" for name, row in re.findall(r'"(.+?)" \(channel size: (\d+)\)', str(error))]
+                told = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
                 raise ConfigError(
-                    f"groups of {options.group_size or 128} do not divide every row of weights",
+                    f"groups of {options.group} do not divide the rows of weights of {told or 'some layers'}",
                     where=f"{where}, role {role}",
                     hint="Set group_size to a number that does, -1 for whole rows, or group_size_fallback to 'ignore'"
                     " or 'adjust'.",
                 ) from error
         return compressed
+
+
+def _row(op: ov.Node) -> int | None:
+    """Return how many weights one output of a matrix product sums up; None if no input is a matrix of weights."""
+    transposed = op.get_attributes().get("transpose_b", False)
+    shape = op.input_value(1).get_partial_shape()
+    place = -1 if transposed else -2
+    return shape[len(shape) + place].get_length() if shape.is_static and len(shape) > 1 else None
 
 
 def runs_here(options: WeightsOptions, where: str) -> str:

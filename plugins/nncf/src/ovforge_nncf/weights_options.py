@@ -102,7 +102,7 @@ class WeightsOptions(BaseModel):
     )
     group_size_fallback: Literal["error", "ignore", "adjust"] = Field(
         "error",
-        description="Where group_size does not divide a row of weights: refuse, leave that matrix in 8 bits, or take"
+        description="Where group_size does not divide a row of weights: refuse, leave that matrix as it is, or take"
         " smaller groups.",
     )
     all_layers: bool = Field(False, description="Below 8 bits: also embeddings and the last layer.")
@@ -131,6 +131,16 @@ class WeightsOptions(BaseModel):
     def is_int8(self) -> bool:
         """Whether all weights get 8-bit integers."""
         return self.mode.startswith("int8")
+
+    @property
+    def group(self) -> int:
+        """How many weights share a scale; -1: all of an output channel. NNCF's defaults if it is not said."""
+        if self.group_size is not None:
+            return self.group_size
+        if self.mode in _FIXED_GROUPS:
+            return _FIXED_GROUPS[self.mode]
+        whole = ("codebook", "adaptive_codebook", "cb4")
+        return -1 if self.is_int8 or self.mode in whole else 128
 
     @property
     def groups_backup(self) -> bool:

@@ -51,7 +51,9 @@ def quantize(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", "-c", help="Inputs: lines of text, .jsonl, or a folder of pictures."),
+        typer.Option(
+            "--calibration", "-c", help="Inputs: lines of text, .jsonl, a folder of pictures, or arrays (.npz)."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Records of each role to calibrate with.")] = None,
     runs: Annotated[int | None, typer.Option("--runs", help="Calls of the pipeline to record.")] = None,
@@ -192,15 +194,16 @@ def _prepare(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: boo
 
 
 def _prepare_model(config: dict[str, Any], base: Path, plugins: Plugins, no_cache: bool, progress: Any) -> Prepared:
-    """Quantize a model by itself: with the first task that runs it, or without one if no data is asked for."""
-    found = _task_for(config["load"], base, plugins, no_cache)
-    if found is None:
-        for key in ("calibration", "quality"):
-            if key in config:
-                raise PluginError(
-                    "no task here runs this model", where=f"--{key}" if key == "calibration" else key,
-                    hint="Name the task with --task, or install the plugin that has it.",
-                )  # fmt: skip
+    """Quantize a model by itself: with the first task that runs it, or without one."""
+    from ovforge_quality.arrays import are_arrays
+
+    file = config.get("calibration", {}).get("file")
+    found = None if file and are_arrays(Path(file)) else _task_for(config["load"], base, plugins, no_cache)
+    if found is None and "quality" in config:
+        raise PluginError(
+            "no task here runs this model", where="quality",
+            hint="Name the task with --task, or install the plugin that has it.",
+        )  # fmt: skip
     return _prepare({**config, **({"task": found} if found else {})}, base, plugins, no_cache, progress)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovforge.contracts import Progress, Quantized
+from ovforge.errors import ConfigError
 from ovforge.store import digest_file, fingerprint
+from ovforge_quality.arrays import ArrayCalibration, are_arrays, array_files
 from ovforge_quality.examples import Examples, check_apart, read_examples
 from ovforge_quality.gate import Judge, JudgedQuality, Verdict, failed, outcome_of
 from ovforge_quality.recording import Recorder, TaskCalibration
@@ -20,7 +22,7 @@ from ovforge_quality.sections import CalibrationSection, QualitySection
 if TYPE_CHECKING:
     import openvino as ov
 
-    from ovforge.contracts import DriverContext, Need, QuantizationRun, Report
+    from ovforge.contracts import Calibration, DriverContext, Need, QuantizationRun, Report
     from ovforge.model import ModelBundle
 
 __all__ = ["QualityDriver"]
@@ -39,7 +41,8 @@ class QualityDriver:
     def __init__(self, context: DriverContext) -> None:
         self.calibration: CalibrationSection = context.sections.get("calibration") or CalibrationSection()
         self.quality: QualitySection | None = context.sections.get("quality")
-        self.base = context.base
+        self.base, self.runs_task = context.base, context.task is not None
+        self.arrays = self._arrays(context)
         self.examples, self.held_out = self._read(context)
 
     @property
@@ -54,6 +57,9 @@ class QualityDriver:
 
     def recorded_content(self, section: CalibrationSection, digest: Digest) -> dict[str, Any]:
         """Return what recorded inputs depend on, besides the models and who calls them."""
+        if not self.runs_task:
+            files = array_files(self.arrays) if self.arrays else []
+            return {"samples": section.samples, "arrays": [[f.parent.name, f.name, digest(f)] for f in files]}
         return {"samples": section.samples, "runs": section.runs, **self.examples.content(digest)}
 
     def judged_content(self, digest: Digest) -> dict[str, Any]:
@@ -69,6 +75,29 @@ class QualityDriver:
     def run(self, run: QuantizationRun) -> Quantized:
         """Quantize, and hold the result to the gate. Raises QualityError if it does not pass."""
         return _Quantization(self, run).run()
+
+    def _arrays(self, context: DriverContext) -> Path | None:
+        """Return the file or folder of arrays that a model is calibrated with if no task runs it."""
+        section = self.calibration
+        if section.file is None or (context.task is None and (section.inputs or section.options)):
+            return None
+        path = self.base / Path(section.file).expanduser()
+        arrays = are_arrays(path)
+        if arrays and context.task is not None:
+            raise ConfigError(
+                f"it holds arrays, and the task {context.task.name} records what its models are given",
+                where=f"calibration.file: {path}",
+                hint="Give the task's inputs, or quantize the model without a task.",
+            )
+        if context.task is None and not path.exists():
+            raise ConfigError("no such file or folder", where=f"calibration.file: {path}")
+        if context.task is None and not arrays:
+            raise ConfigError(
+                "no task runs this model, and it takes arrays: a .npz, or a folder of .npz or .npy files",
+                where=f"calibration.file: {path}",
+                hint="Save them as the model is given them, with the names of its inputs; or name the task.",
+            )
+        return path if arrays else None
 
     def _read(self, context: DriverContext) -> tuple[Examples, Examples]:
         """Return the inputs that calibrate and those that judge."""
@@ -99,7 +128,7 @@ class _Quantization:
             lambda task, count: driver.held_out.take(task, count, driver.examples),
             run.progress,
         )
-        self._calibration = self._recorded(driver.calibration)
+        self._calibration: Calibration = self._recorded(driver.calibration)
 
     def run(self) -> Quantized:
         """Return the quantized bundle, a report for each quantizer, and what the gate said if there is one."""
@@ -149,7 +178,9 @@ class _Quantization:
             key = {"stage": "quality trial", "keep": fingerprint(kept) if self._run.protection else kept}
         return {**key, **callers, **self._run.steps, "judge": self._driver.judged_content(digest_file)}
 
-    def _recorded(self, section: CalibrationSection) -> TaskCalibration:
+    def _recorded(self, section: CalibrationSection) -> Calibration:
+        if not self._driver.runs_task:
+            return ArrayCalibration(self._driver.arrays, self._run.bundle, self._score, section.samples)
         examples = self._driver.examples
         content = self._driver.recorded_content(section, digest_file)
         recorder = Recorder(self._run, examples.take, examples.options, section, content)

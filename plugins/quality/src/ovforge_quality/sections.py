@@ -17,7 +17,8 @@ class _Data(BaseModel):
     file: str | None = Field(
         None,
         description="A text file with the task's first input on each line, a .jsonl of inputs, or, where the first "
-        "input is a picture, a folder of pictures. Relative to the config.",
+        "input is a picture, a folder of pictures; without a task, a .npz of the model's inputs, or a folder of such "
+        "files. Relative to the config.",
     )
     inputs: tuple[dict[str, Any], ...] = Field((), description="Inputs themselves, a table for each call.")
     options: dict[str, Any] = Field(

@@ -158,7 +158,7 @@ class Diffusion:
         return ImagesResult(
             timings=timings,
             provenance={"inputs": request.as_inputs(), **learned},
-            warnings=lost + unused,
+            warnings=lost + unused + self._statistics(),
             images=images,
             seeds=request.seeds,
             latents=latents,
@@ -208,11 +208,14 @@ class Diffusion:
             return {}
         return overridden(config, inpainting=self.inpaints, own=own)
 
+    def _statistics(self) -> list[str]:
+        """Return a note if the autoencoder brings statistics of latents: not all programs apply them."""
+        applied = self.family.decoding.mean and self.family.decoding.deviation
+        return ["the autoencoder's latents_mean and latents_std are applied"] if applied else []
+
     def notes(self) -> list[str]:
         """Return what a plan should say: what is changed of the scheduler's config, and statistics of latents."""
-        notes = []
-        if self.family.decoding.mean and self.family.decoding.deviation:
-            notes.append("the autoencoder's latents_mean and latents_std are applied")
+        notes = self._statistics()
         config = self._bundle.scheduler_config()
         named = config.get("_class_name")
         said = json.loads(self._bundle.assets.get(SCHEDULER, b"{}")).get("_class_name", named)

@@ -5,8 +5,10 @@
     [a|b|c]          another one at each step
     a AND b:0.5      two prompts, each pulling the prediction by its weight (Liu et al. 2022)
     <lora:x:0.8>     the adapter x at this strength, for this call
+    # why            nothing, to the end of the line
 
-Source of the notation: stable-diffusion-webui, `modules/prompt_parser.py` and `modules/extra_networks.py` (1.10).
+Source of the notation: stable-diffusion-webui, `modules/prompt_parser.py`, `modules/extra_networks.py` and
+`modules/processing_scripts/comments.py` (1.10).
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from dataclasses import dataclass, field
 
 from ovforge.errors import InputError
 
-__all__ = ["EditedPrompt", "Part", "adapters_in", "split_parts"]
+__all__ = ["EditedPrompt", "Part", "adapters_in", "split_parts", "without_comments"]
 
 _PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+")
 _WHEN = re.compile(r"\s*([+-]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)\s*\]")
 _AND = re.compile(r"\bAND\b")
 _WEIGHT = re.compile(r"(\s*(?:\s|.)*?)(?:\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+)))?\s*")
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
+_COMMENTS = (re.compile(r"(^|\n)#[^\n]*(\n|$)"), re.compile(r"#[^\n]*(\n|$)"))
+"""On a line of their own, then behind something: either leaves the end of a line."""
+
 _ADAPTERS = ("lora", "lyco")
 _DEEPEST = 64
 """Brackets inside brackets; more are a mistake, or an attack on the stack."""
@@ -70,6 +75,13 @@ def split_parts(prompt: str) -> list[Part]:
         assert match is not None  # every text matches
         parts.append(Part(match[1], 1.0 if match[2] is None else float(match[2])))
     return parts
+
+
+def without_comments(prompt: str) -> str:
+    """Return a prompt without its comments, from `#` to the end of the line."""
+    for comment in _COMMENTS:
+        prompt = comment.sub("\n", prompt)
+    return prompt
 
 
 def adapters_in(prompt: str) -> tuple[str, dict[str, float]]:

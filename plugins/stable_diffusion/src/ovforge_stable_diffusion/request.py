@@ -10,7 +10,7 @@ from PIL import Image
 
 from ovforge.errors import InputError
 from ovforge.model import fresh_seed, open_picture, picture_name
-from ovforge_stable_diffusion.editing import adapters_in
+from ovforge_stable_diffusion.editing import adapters_in, without_comments
 from ovforge_stable_diffusion.family import Family
 from ovforge_stable_diffusion.inputs import Control, DiffusionInputs
 
@@ -38,11 +38,11 @@ class Request:
     given: DiffusionInputs
 
     def without_adapters(self) -> tuple[Request, dict[str, float]]:
-        """Return the call without `<lora:NAME:STRENGTH>` in its prompts, and the adapters that they name.
+        """Return the call without comments and `<lora:NAME:STRENGTH>` in its prompts, and the adapters that they name.
 
         Raises InputError if the prompts of a batch differ in that: adapters hold for the whole batch.
         """
-        read = [[adapters_in(text) for text in pair] for pair in self.prompts]
+        read = [[adapters_in(without_comments(text)) for text in pair] for pair in self.prompts]
         named = [pair[0][1] for pair in read]
         if any(other != named[0] for other in named) or any(pair[1][1] not in ({}, pair[0][1]) for pair in read):
             raise InputError(

@@ -22,6 +22,9 @@ Ids = NDArray[np.int64]
 DEFAULT_LENGTH = 77
 """CLIP's number of tokens, for text encoders whose input leaves it open."""
 
+WRAPPED = 20
+"""Tokens after the last comma that move to the next chunk, if they do not fit: the web UI's own default."""
+
 LAYER = "hidden_states."
 """What the outputs before and after each layer are called, before their number."""
 
@@ -73,6 +76,7 @@ class TextEncoder:
     ) -> None:
         self.learned = learned or {}
         self._tokenizer = tokenizer
+        self._comma = next((piece.ids for piece in tokenizer.pieces(",")), ())
         self._encoder = encoder.create_infer_request()
         self._input = _port(encoder.inputs, "input_ids", "text encoder")
         name = _penultimate(encoder) if penultimate else "last_hidden_state"
@@ -92,21 +96,33 @@ class TextEncoder:
         rows = [[id_ for piece in self._tokenizer.pieces(text) for id_ in piece.ids] for text in prompts]
         return np.stack([self._row(row[: self.room]) for row in rows])
 
-    def weighted(self, spans: Sequence[Span], *, chunks: bool) -> tuple[Ids, Array]:
+    def weighted(self, spans: Sequence[Span], *, chunks: bool, wrap: bool = False) -> tuple[Ids, Array]:
         """Return token ids and weights, both (chunks, length); one chunk, cut, if `chunks` is false.
 
-        The vectors of a learned word stay in one chunk, unless it has more of them than a chunk has places.
+        The vectors of a learned word stay in one chunk, unless it has more of them than a chunk has places. With
+        `wrap`, what stands after a comma moves to the next chunk if it is short and does not fit whole. Source: the web
+        UI's `sd_hijack_clip.tokenize_line`.
         """
         content: list[list[tuple[int, float]]] = [[]]
+        comma: int | None = None  # place of the last one in its chunk
         for piece, span, _ in self._pieces(spans):
             if piece is None:
                 content.append([])
+                comma = None
                 continue
+            if piece.ids == self._comma:
+                comma = len(content[-1])
+            elif wrap and comma is not None and len(content[-1]) == self.room and self.room - comma <= WRAPPED:
+                content.append(content[-1][comma + 1 :])
+                del content[-2][comma + 1 :]
+                comma = None
             if len(piece.ids) > 1 and len(content[-1]) + len(piece.ids) > self.room:
                 content.append([])
+                comma = None
             for token in piece.ids:
                 if len(content[-1]) == self.room:
                     content.append([])
+                    comma = None
                 content[-1].append((token, span.weight))
         content = content if chunks else content[:1]
         ids = np.stack([self._row([token for token, _ in tokens]) for tokens in content])
@@ -183,7 +199,7 @@ class TextEncoders:
 
     def __init__(self, encoders: Sequence[TextEncoder], *, weighted: bool, chunks: bool) -> None:
         self._encoders = list(encoders)
-        self._weighted, self._chunks = weighted, chunks
+        self._weighted, self._chunks, self._wrap = weighted, chunks, weighted and chunks
 
     def encode(
         self, prompts: Sequence[tuple[str, str]], timings: Timings, whole: Sequence[bool] = ()
@@ -217,7 +233,7 @@ class TextEncoders:
 
     def _ids(self, encoder: TextEncoder, text: str) -> Ids:
         if self._weighted or self._chunks:
-            return encoder.weighted(self._spans(text), chunks=self._chunks)[0]
+            return encoder.weighted(self._spans(text), chunks=self._chunks, wrap=self._wrap)[0]
         return encoder.fitted([text])
 
     def _run(
@@ -228,7 +244,7 @@ class TextEncoders:
                 ids = encoder.fitted(texts)
             return encoder.run(ids, whole)
         with timings.span("text_encoder.tokenizer"):
-            rows = [encoder.weighted(self._spans(text), chunks=self._chunks) for text in texts]
+            rows = [encoder.weighted(self._spans(text), chunks=self._chunks, wrap=self._wrap) for text in texts]
             # All prompts of a run get the same number of chunks: the shorter ones end with empty ones.
             empty, ones = encoder.weighted([], chunks=True)
             most = max(len(ids) for ids, _ in rows)
