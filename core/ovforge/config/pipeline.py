@@ -93,7 +93,7 @@ class PipelineConfig(BaseModel):
     device: Use = Field(default_factory=lambda: Use("cpu"), description="Where to run.")
     input: dict[str, Any] = Field(default_factory=dict, description="The task's inputs: prompt, steps, seed...")
     optimize: bool = Field(True, description="Make the exact changes to models that the task brings to run faster.")
-    strict: bool = Field(True, description="Refuse to go on where something asked for could not be applied.")
+    strict: bool = Field(True, description="Refuse to go on if something that was asked for cannot be applied.")
     output: str | None = Field(None, description="Where `ovforge run` writes its result.")
 
     @property

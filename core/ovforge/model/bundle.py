@@ -310,7 +310,7 @@ class ModelBundle:
             raise ModelError(
                 "the model is encrypted, and would be written plain",
                 where=str(folder),
-                hint="Run `ovforge decrypt` first, where that is what you want; then convert, and encrypt the result.",
+                hint="Run `ovforge decrypt` first if that is what you want; then convert, and encrypt the result.",
             )
         with atomic_folder(folder, replace=replace) as temporary:
             self.write_into(temporary)

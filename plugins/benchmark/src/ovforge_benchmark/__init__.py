@@ -20,7 +20,7 @@ def ovforge_commands() -> Iterator[CommandExtension]:
     )
     yield CommandExtension(
         name="bench-diff",
-        summary="Compare two reports, and fail where something became slower",
+        summary="Compare two reports, and fail if something became slower",
         factory="ovforge_benchmark.bench:bench_diff",
     )
     yield CommandExtension(

@@ -118,7 +118,7 @@ def parser() -> _Parser:
     add("-hint", "--perf_hint", choices=_HINTS, help="What the device should optimise for.")
     add("-api", "--api_type", choices=("sync", "async"), help="One after another, or several at once.")
     add("-niter", "--number_iterations", type=_count(0), metavar="N", help="Iterations; 0 compiles only.")
-    add("-t", "--time", type=_count(1), metavar="SECONDS", help="How long; 60 where -niter is not given.")
+    add("-t", "--time", type=_count(1), metavar="SECONDS", help="How long; 60 if -niter is not given.")
     add("-max_irate", "--maximum_inference_rate", type=float, default=0.0, metavar="FPS", help="Run no faster.")
 
     group = made.add_argument_group("shapes")

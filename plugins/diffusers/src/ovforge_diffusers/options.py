@@ -27,7 +27,7 @@ class LoaderOptions(BaseModel):
     timestep: Literal["i64", "f32"] = Field(
         "i64", description="Type of the denoisers' timestep; the tasks here take fractions of either."
     )
-    variant: str | None = Field(None, description='Which weights, where a folder holds several ("fp16").')
+    variant: str | None = Field(None, description='Which weights, if a folder holds several ("fp16").')
     skip: tuple[str, ...] = Field(
         ("safety_checker", "image_encoder"), description="Components to leave out, with a warning."
     )
@@ -38,7 +38,7 @@ class LoaderOptions(BaseModel):
         None, description="A diffusers folder whose configs, and not weights, a checkpoint is to have."
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="What a checkpoint's UNet predicts, where the file does not say it."
+        None, description="What a checkpoint's UNet predicts, if the file does not say it."
     )
     ema: bool = Field(False, description="Take the running averages (model_ema) of a checkpoint's UNet.")
 

@@ -56,7 +56,7 @@ class _Grouped(ScopeOptions):
         64,
         ge=-1,
         description="Weights of a row that share a scale, -1: all of them. Where it does not divide a row, the greatest"
-        " common divisor is taken, and the whole row where that is below 8.",
+        " common divisor is taken, and the whole row if that is below 8.",
     )
 
     @field_validator("group_size")
@@ -125,7 +125,7 @@ class AutoRoundOptions(IntegerOptions, _Learned):
 class LorcOptions(IntegerOptions):
     """Low-rank compensation."""
 
-    rank: int = Field(8, ge=1, le=4096, description="Rank of the branch; less where a matrix is smaller.")
+    rank: int = Field(8, ge=1, le=4096, description="Rank of the branch; less if a matrix is smaller.")
     factors: Literal["f16", "i8"] = Field("i8", description="Type of the branch's two matrices.")
 
 

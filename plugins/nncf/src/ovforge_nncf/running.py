@@ -183,7 +183,7 @@ def speed_note(fast: bool | None) -> str:
     """Return what INT8 brings on this CPU, for reports."""
     name = str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
     if fast is None:
-        return f"INT8 is smaller; it is faster only where the CPU has VNNI or AMX, which {name} does not say"
+        return f"INT8 is smaller; it is faster only if the CPU has VNNI or AMX, which {name} does not say"
     if fast:
         return f"INT8 is smaller, and {name} multiplies it faster than floats"
     return f"{name} has no VNNI or AMX: here INT8 is smaller, and not faster"

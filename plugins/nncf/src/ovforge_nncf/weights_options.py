@@ -116,7 +116,7 @@ class WeightsOptions(BaseModel):
     scale_estimation: bool = Field(False, description="Scales by the error of outputs; needs data.")
     gptq: bool = Field(False, description="GPTQ; needs data.")
     lora_correction: bool = Field(False, description="Low-rank branches for the error; needs data.")
-    data: bool | None = Field(None, description="Use recorded inputs; by default where something above asks for them.")
+    data: bool | None = Field(None, description="Use recorded inputs; by default if something above asks for them.")
     subset_size: int = Field(128, ge=1, description="Records, where data are used.")
     codebook: tuple[float, ...] | None = Field(
         None, description="mode = 'codebook': 2 to 256 rising values that weights are divided into."

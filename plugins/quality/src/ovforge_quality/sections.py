@@ -16,7 +16,7 @@ class _Data(BaseModel):
 
     file: str | None = Field(
         None,
-        description="A text file with the task's first input on each line, a .jsonl of inputs, or, where the first "
+        description="A text file with the task's first input on each line, a .jsonl of inputs, or, if the first "
         "input is a picture, a folder of pictures; without a task, a .npz of the model's inputs, or a folder of such "
         "files. Relative to the config.",
     )

@@ -21,7 +21,7 @@ class LoraOptions(BaseModel):
     path: InputFile = Field(description="The adapter: a .safetensors file, or a folder of PEFT or diffusers.")
     scale: float = Field(1.0, ge=-_LARGEST, le=_LARGEST, description="Strength; 0 is none, 1 is as trained.")
     adapter: str | None = Field(
-        None, description="Which one, where PEFT has put several, each with a name, into one file."
+        None, description="Which one, if PEFT has put several, each with a name, into one file."
     )
     name: str | None = Field(None, pattern=r"^[\w.+-]+$", description="Its name at run time; the file's by default.")
     roles: tuple[str, ...] | None = Field(None, description="Only these models; by default all that the file is for.")
@@ -35,7 +35,7 @@ class LoraOptions(BaseModel):
     mode: Literal["auto", "fuse", "runtime"] = Field(
         "auto",
         description="fuse: into the weights. runtime: beside them, to be switched while running. "
-        "auto: fuse, and runtime where weights are compressed.",
+        "auto: fuse, and runtime if weights are compressed.",
     )
     compressed: Literal["float16", "requantize"] = Field(
         "float16",
