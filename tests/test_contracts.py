@@ -95,7 +95,7 @@ def module_of(hook: str, *extensions: object) -> types.ModuleType:
 )  # fmt: skip
 def test_check_plugin_refuses(hook: str, extension: object, reason: str) -> None:
     with pytest.raises((AssertionError, PluginError)) as raised:
-        testing.check_plugin(module_of(f"ovforge_{hook}", extension), light=False)
+        testing.check_plugin(module_of(f"ovforge_{hook}", extension), check_imports=False)
     assert reason in str(raised.value)
 
 

@@ -153,7 +153,7 @@ def test_every_hook_has_its_kind_and_its_check() -> None:
 def test_the_example_of_each_hook_keeps_its_contract(kind: str, tmp_path: Path) -> None:
     module = example(kind)
     try:
-        testing.check_plugin(module, light=False)
+        testing.check_plugin(module, check_imports=False)
         CHECKS[kind](module, tmp_path)
     finally:
         del sys.modules[module.__name__]

@@ -40,10 +40,10 @@ def create(module: types.ModuleType, kind: str, name: str, options: Mapping[str,
     return described.create(checked, *more)
 
 
-def check_plugin(module: types.ModuleType, light: bool = True) -> list[Extension]:
+def check_plugin(module: types.ModuleType, check_imports: bool = True) -> list[Extension]:
     """Check the rules for every plugin: it registers, names only what exists, refuses unknown options, imports lightly.
 
-    Returns its extensions. `light=False` leaves the last out, for a plugin whose own module must be heavy.
+    Returns its extensions. `check_imports=False` leaves the last out, for a plugin whose own module must be heavy.
     """
     plugins = _plugins(module)
     offers = [offer.extension for kind in HOOK_OF_KIND for offer in plugins.all(kind) if offer.plugin == _UNDER_TEST]
@@ -62,8 +62,8 @@ def check_plugin(module: types.ModuleType, light: bool = True) -> list[Extension
                     _check_defaults(extension(module, "transform", name), f"{offered.name} brings it without any")
         if offered.kind == "source":
             _check_defaults(offered, "every source is shown to it, whatever the config says")
-    if light:
-        _check_light(module)
+    if check_imports:
+        _check_imports(module)
     return offers
 
 
@@ -130,7 +130,7 @@ def _plugins(module: types.ModuleType) -> Plugins:
     return plugins
 
 
-def _check_light(module: types.ModuleType) -> None:
+def _check_imports(module: types.ModuleType) -> None:
     """Import the module in a fresh interpreter and look for heavy modules."""
     code = f"import sys, {module.__name__}; print(*[name for name in {HEAVY} if name in sys.modules])"
     done = run_python(["-c", code], capture_output=True, text=True)
