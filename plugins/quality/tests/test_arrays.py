@@ -90,7 +90,7 @@ def test_rows_and_files_are_calls(tmp_path: Path, arrays: dict[str, np.ndarray])
         ({"pixel": np.zeros(3)}, "no input 'pixel'. Did you mean 'pixels'"),
         ({"pixels": np.zeros((6, 3, 8, 9))}, r"pixels is \[1, 3, 8, 9\], and the model takes"),
         ({"pixels": np.zeros((5, 3, 8, 8))}, "different numbers of calls: pixels 5, size 6"),
-        ({"pixels": np.zeros((8, 8))}, "its rows are no calls"),
+        ({"pixels": np.zeros((8, 8))}, "its rows are not calls"),
         ({"size": np.zeros((6, 2))}, "size holds float64, and the model takes i64"),
         ({"pixels": np.full((6, 3, 8, 8), np.nan)}, "NaN"),
         ({"size": np.full((6, 2), None)}, "cannot be read as numpy's arrays"),

@@ -50,7 +50,7 @@ _UNREAD = {
     "obb": "angles", "rotated_detection": "angles", "pose": "points", "seg": "masks", "mask_rcnn": "masks",
     "maskrcnn": "masks", "centerface": "landmarks",
 }  # fmt: skip
-"""The end of a converter's name -> what of a model's outputs is no box."""
+"""The end of a converter's name -> what of a model's outputs is not a box."""
 
 _RESIZE = {"no-aspect-ratio": "stretch", "aspect-ratio": "fit", "aspect-ratio-pad": "fit"}
 

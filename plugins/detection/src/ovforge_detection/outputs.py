@@ -182,7 +182,7 @@ def _mask_rcnn(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec
 
 
 def _yolo_v10(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
-    """Read rows of left, top, right, bottom in pixels of the input, score and class, and more that is no box.
+    """Read rows of left, top, right, bottom in pixels of the input, score and class, and more that is not a box.
 
     Of turned boxes, rows have centre and size, and an angle at the end: the box is the one before it is turned.
     """

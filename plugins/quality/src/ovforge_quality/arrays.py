@@ -84,7 +84,7 @@ def _rows(path: Path, model: ov.Model) -> Iterator[Record]:
         shape = ports[name].get_partial_shape()
         if not array.ndim or (shape.rank.is_static and array.ndim != len(shape)):
             raise ConfigError(
-                f"{name} is {list(array.shape)}, and the model takes {shape}: its rows are no calls",
+                f"{name} is {list(array.shape)}, and the model takes {shape}: its rows are not calls",
                 where=f"calibration.file: {path}",
                 hint=_FORMS,
             )
