@@ -139,10 +139,10 @@ def test_nothing_is_lost_at_any_kill(swaps: bool, tmp_path: Path) -> None:
             (folder / name).write_text("0")
     (target / "mine").write_text("mine")
     patch = "" if swaps else "import ovforge.store.files as f; f._swap = lambda *_: False\n"
-    for n in range(12):
+    for n in range(6):
         process = subprocess.Popen([sys.executable, "-c", patch + KILLED, str(target)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"go\n"
-        time.sleep(0.02 + 0.007 * n)
+        time.sleep(0.02 + 0.015 * n)
         process.kill()
         process.wait()
         remove_abandoned(tmp_path)

@@ -11,16 +11,13 @@ from ovforge.model import probing
 from torture.formats import FORMATS
 from torture.run import OUTCOMES, run_case
 
-# These compile a model for each case.
-SLOW = {
-    "embedding",
-    "lora-fused",
-    "scheduler-config",
-    "model-index",
-    "model-config",
-    "ovforge-json",
-    "tokenizer",
-    "mask",
+CASES = 8
+FEWER = {
+    # These compile a model for each case,
+    **dict.fromkeys(["embedding", "lora-fused", "scheduler-config", "model-index", "model-config"], 1),
+    **dict.fromkeys(["ovforge-json", "tokenizer", "mask"], 1),
+    # and these start a process.
+    **dict.fromkeys(["onnx", "tflite", "tensorflow", "saved-model", "paddle"], 3),
 }
 
 
@@ -36,7 +33,7 @@ def test_sound_files_are_right_and_bent_ones_are_refused_in_words(
 ) -> None:
     sound = replace(FORMATS[name], change=lambda data, random: data, arguments=lambda random: [])
     assert run_case(sound, 0, tmp_path_factory.mktemp("sound")).kind == "right"
-    for seed in range(1 if name in SLOW else 8):
+    for seed in range(FEWER.get(name, CASES)):
         outcome = run_case(FORMATS[name], seed, tmp_path_factory.mktemp("bent"))
         assert outcome.kind in ("right", "refused"), f"{name} {seed}: {outcome}"
 

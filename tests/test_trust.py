@@ -55,6 +55,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
         ({"transform": [{"use": "lora", "path": "link.png"}]}, "reads {root}/secret.png (transform.path)"),
         ({"load": "/etc"}, "reads /etc (load)"),
         ({"output": "../secret.png"}, "writes {root}/secret.png (output)"),
+        ({"device": {"properties": {"CACHE_DIR": "/tmp/x"}}}, "writes /tmp/x (device.properties.CACHE_DIR)"),
         ({"quality": {"max_drop": 0.1, "save": "/tmp/x"}}, "writes /tmp/x (quality.save)"),
         ({"load": {"source": "m", "key": {"command": ["rm", "x"]}}}, "runs 'rm' for a key (load.key.command)"),
         ({"load": {"source": "m", "key": {"fd": 3}}}, "reads '3' for a key (load.key.fd)"),

@@ -22,6 +22,9 @@ __all__ = ["foreign_effects", "is_own"]
 _WRITTEN = {("output",), ("quality", "save")}
 _FREE_TEXT = {"prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "text"}
 _KEY = ("load", "key")
+_DEVICE = ("device", "properties")
+_PLACES = ("_DIR", "_FILE", "_PATH")
+"""Endings of the properties of OpenVINO that name files or folders, which a device writes if they are not there."""
 
 
 def is_own(config: Path) -> bool:
@@ -50,7 +53,7 @@ def foreign_effects(config: Path, value: Mapping[str, Any], base: Path) -> list[
         if place[:2] == _KEY:
             how = {"command": "runs", "file": "reads", "fd": "reads", "keyring": "asks for"}.get(place[2:3][0], "takes")
             found[f"{how} {text!r} for a key ({key})"] = None
-        elif place in _WRITTEN:
+        elif place in _WRITTEN or (place[:2] == _DEVICE and key.upper().endswith(_PLACES)):
             start = base if place[0] == "quality" else Path.cwd()
             if (path := _path(text, start)) is not None and not _inside(path, home, Path.cwd()):
                 found[f"writes {path} ({key})"] = None
