@@ -664,6 +664,8 @@ def test_a_model_that_says_nothing_of_itself(tmp_path: Path) -> None:
         load(folder)
     result = load(folder, height=HEIGHT, width=WIDTH)(Image.new("RGB", (WIDTH, HEIGHT)))
     np.testing.assert_allclose(result.detections[0].boxes, BOXES, atol=0.05)
+    with pytest.raises(ModelError, match=r"has no detector\n.*load.proc = .*--model-proc FILE"):
+        ovforge.Pipeline("detect", source=folder / "model.xml", cache=None)
 
 
 def test_contract(tmp_path: Path) -> None:
