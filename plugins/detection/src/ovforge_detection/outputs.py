@@ -71,6 +71,7 @@ def decode_described(
     description says so. Raises ModelError for outputs that are not as described, and for scores outside 0..1.
     """
     parts = []
+    spec = spec.model_copy(update={"height": picture.canvas[0], "width": picture.canvas[1]})
     for entry in spec.outputs:
         described = Description.model_validate(entry)
         if threshold is not None:
