@@ -406,7 +406,9 @@ def _heatmap(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, 
     check_finite(values[None], np.zeros(0, np.float32))
     boxes, scores = outlined(values, d.binarize, d.shortest)
     height, width = values.shape
-    return boxes * (_sides(spec) / np.array([width, height] * 2, np.float32)), scores, np.zeros(len(boxes), np.int64)
+    places: Floats = np.array([width, height] * 2, np.float32)
+    placed: Floats = boxes * (_sides(spec) / places)
+    return placed, scores, np.zeros(len(boxes), np.int64)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Values], Description, DetectorSpec, Prepared], Raw]] = {
