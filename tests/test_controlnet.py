@@ -207,33 +207,33 @@ def test_a_consistency_model(torch_lcm: Path, session_cache: Cache) -> None:
     assert dict(pipe.compiled.wanted)["controlnet"]["sample"] == (1, 4, 8, 12)
 
 
-def test_timesteps_of_other_types(folder: Path, session_cache: Cache) -> None:
+def test_timesteps_of_other_types(torch_sd: Path, session_cache: Cache) -> None:
     """Of the models as they are stored, the UNet takes float32, and the ControlNet int64, and no fractions."""
-    call = {"control": picture(16, 16), "width": 16, "height": 16, "steps": 2, **CALL}
-    parts = {"controlnet": str(net(folder, 0))}
+    call = {"control": picture(16, 16), "width": 16, "height": 16, "steps": 3, **CALL}
+    parts = {"controlnet": str(net(torch_sd, 0))}
 
     def mixed(scheduler: Use, **options: Any) -> Any:
         return ovforge.Pipeline(
-            "text-to-image", source=folder, load={"weights": "f32", "timestep": "f32", "parts": parts},
+            "text-to-image", source=torch_sd, load={"weights": "f32", "timestep": "f32", "parts": parts},
             device=Use("cpu", precision="f32"), cache=session_cache, scheduler=scheduler, **options,
         )  # fmt: skip
 
     raw: dict[str, Any] = {"optimize": False, "transforms": ["controlnet-inputs"]}
     stored = mixed(Use("diffusers", class_name="DDIMScheduler"), **raw)
-    plain = pipeline("text-to-image", folder, session_cache, 0)
+    plain = pipeline("text-to-image", torch_sd, session_cache, 0)
     np.testing.assert_allclose(stored("a cat", **call).latents, plain("a cat", **call).latents, atol=1e-4)
     linear = Use("diffusers", class_name="EulerDiscreteScheduler", options={"timestep_spacing": "linspace"})
     with pytest.raises(InputError, match="the controlnet takes i64"):
-        mixed(linear, **raw)("a cat", **{**call, "steps": 4})
-    wanted = reference("StableDiffusionControlNetPipeline", folder, 0)
+        mixed(linear, **raw)("a cat", **call)
+    wanted = reference("StableDiffusionControlNetPipeline", torch_sd, 0)
     diffusers = pytest.importorskip("diffusers")
     wanted.scheduler = diffusers.EulerDiscreteScheduler.from_config(
         wanted.scheduler.config, timestep_spacing="linspace"
     )
-    theirs = wanted("a cat", image=call["control"], num_inference_steps=4, guidance_scale=2.0, width=16, height=16,
+    theirs = wanted("a cat", image=call["control"], num_inference_steps=3, guidance_scale=2.0, width=16, height=16,
                     generator=generator()).images  # fmt: skip
     assert (np.asarray(wanted.scheduler.timesteps) % 1).any()
-    agree(mixed(linear)("a cat", **{**call, "steps": 4}), theirs)
+    agree(mixed(linear)("a cat", **call), theirs)
 
 
 def test_without_the_inputs_it_is_said(folder: Path, session_cache: Cache) -> None:

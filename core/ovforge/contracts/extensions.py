@@ -311,6 +311,7 @@ class TaskExtension(Extension):
     written to before anything is computed; without it, afterwards.
     `optional_transforms` are some that a kind of model cannot do without, and that other plugins offer: pipelines get
     those that are here, whatever `optimize` says.
+    `advice` is what an error says if a model lacks one of the roles: how such a model is opened instead.
     With `threads`, one running task may be called from several threads at a time; without, a pipeline serves such calls
     one after the other.
     """
@@ -322,6 +323,7 @@ class TaskExtension(Extension):
     transforms: tuple[str, ...] = ()
     result: str | type[Result] | None = None
     optional_transforms: tuple[str, ...] = ()
+    advice: str = ""
     threads: bool = False
 
     def inputs_model(self) -> type[BaseModel]:

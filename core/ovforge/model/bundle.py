@@ -283,12 +283,12 @@ class ModelBundle:
             config["_class_name"] = named[1]
         return config
 
-    def require(self, *roles: str) -> None:
-        """Raise ModelError if a role is missing."""
+    def require(self, *roles: str, advice: str = "") -> None:
+        """Raise ModelError, with advice on what to do, if a role is missing."""
         if missing := [role for role in roles if role not in self.models]:
             raise ModelError(
                 f"the model has no {', '.join(missing)}",
-                hint=f"It has: {', '.join(sorted(self.models)) or 'no model at all'}.",
+                hint=f"It has: {', '.join(sorted(self.models)) or 'no model at all'}. {advice}".rstrip(),
             )
 
     def digest(self) -> str | None:

@@ -39,9 +39,10 @@ class DetectorSpec(BaseModel):
     longest: int | None = Field(None, gt=0, description="Longest side that it may lead to.")
     height: int | None = Field(None, gt=0, description="Height of the input, in pixels; without it any.")
     width: int | None = Field(None, gt=0, description="Width of the input, in pixels.")
-    resize: Literal["stretch", "fit", "none"] = Field(
+    resize: Literal["stretch", "fit", "none", "multiple"] = Field(
         "stretch",
-        description="Without `shortest`: to the input's size, into it with the picture's shape, or not at all.",
+        description="Without `shortest`: to the input's size, into it with the picture's shape, or not at all; for an "
+        "input of any size to about the picture's shape, by that side of `bounds` which changes less.",
     )
     bounds: tuple[int, int] | None = Field(
         None, description="Height and width that pictures are scaled to or into, if they are not the input's."

@@ -34,7 +34,7 @@ def roles_of(pipeline: ResolvedPipeline, bundle: ModelBundle) -> list[str]:
     """Return the roles that the task uses. Raises ModelError if one is missing."""
     assert pipeline.task is not None
     extension = pipeline.task.extension
-    bundle.require(*extension.roles)
+    bundle.require(*extension.roles, advice=extension.advice)
     return [role for role in (*extension.roles, *extension.optional_roles) if role in bundle.models]
 
 

@@ -454,6 +454,36 @@ def test_pixels_are_normalized_as_dl_streamer_does(params: dict[str, Any], expec
     np.testing.assert_allclose(pixels.transpose(1, 2, 0), expected(image.astype(float)), atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1000, 400), (520, 3000), (700, 10), (518, 518), (77, 91)])
+def test_sizes_by_multiples(size: tuple[int, int]) -> None:
+    """As `CalculateAspectRatioMultipleOfResize` of DL Streamer computes them: by the scale that is nearer to 1."""
+    across, down = 518 / size[0], 448 / size[1]
+    scale = across if abs(1 - across) < abs(1 - down) else down
+    width, height = (max(1, math.floor(scale * side / 14 + 0.5)) * 14 for side in size)
+    pre = {"resize": "aspect-ratio-multiple-of", "reshape_size": [448, 518], "resize-multiple": 14}
+    assert prepare(Image.new("RGB", size), spec_for({}, pre)).canvas == (height, width)
+
+
+def test_a_model_takes_each_picture_at_its_own_size(tmp_path: Path) -> None:
+    """Also one that was made for a size; boxes come back into the picture."""
+    pre = {"params": {"resize": "aspect-ratio-multiple-of", "reshape_size": [64, 64], "resize-multiple": 32}}
+    info = {"layer_name": "info", "format": "image_info"}
+    inputs = {"info": [1, 3], "image": [1, 3, HEIGHT, WIDTH]}
+    output = {"out": gather("info", 1, 1000)}
+    pipe = load(write_model(tmp_path / "m", output, {"converter": "detection_output"}, [info, pre], inputs))
+    for size, width in (((200, 100), 0.128), ((70, 70), 0.064)):
+        found = pipe(Image.new("RGB", size), threshold=0.0).detections[0]
+        np.testing.assert_allclose(found.scores, [width], rtol=1e-5)
+        np.testing.assert_allclose(found.boxes, [np.array([0.1, 0.1, 0.5, 0.5]) * [*size, *size]], rtol=1e-4)
+    with pytest.raises(ConfigError, match="what each picture gives"):
+        ovforge.Pipeline(
+            ovforge.Use("detect", size=(64, 64)), source=tmp_path / "m", load={"use": "model-proc"}, cache=None
+        )
+    for wrong in ({"reshape_size": None}, {"padding": {"stride": 2}}, {"resize-multiple": 0}):
+        with pytest.raises(ModelError):
+            load(write_model(tmp_path / "w", *ssd(), [{"params": {**pre["params"], **wrong}}]))
+
+
 @pytest.mark.parametrize(("channels", "layout"), [(1, "NCHW"), (1, "NHWC"), (4, "NCHW"), (4, "NHWC"), (3, "NHWC")])
 def test_grey_and_four_channels(channels: int, layout: str, tmp_path: Path) -> None:
     sides = [HEIGHT, WIDTH]
@@ -680,6 +710,8 @@ def test_a_model_that_says_nothing_of_itself(tmp_path: Path) -> None:
         load(folder)
     result = load(folder, height=HEIGHT, width=WIDTH)(Image.new("RGB", (WIDTH, HEIGHT)))
     np.testing.assert_allclose(result.detections[0].boxes, BOXES, atol=0.05)
+    with pytest.raises(ModelError, match=r"has no detector\n.*load.proc = .*--model-proc FILE"):
+        ovforge.Pipeline("detect", source=folder / "model.xml", cache=None)
 
 
 def test_contract(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_detection.task:Detect",
         roles=("detector",),
         optional_roles=("text_encoder", "tokenizer"),
+        advice='A ready model needs a description of its outputs: load.use = "model-proc" with load.proc = "FILE.json" '
+        "in DL Streamer's model-proc format; `ovforge detect --model-proc FILE` says both.",
     )
 
 

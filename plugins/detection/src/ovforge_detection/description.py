@@ -52,7 +52,11 @@ _UNREAD = {
 }  # fmt: skip
 """The end of a converter's name -> what of a model's outputs is not a box."""
 
-_RESIZE = {"no-aspect-ratio": "stretch", "aspect-ratio": "fit", "aspect-ratio-pad": "fit"}
+_MULTIPLE = ("aspect-ratio-multiple-of", "aspect-ratio-multiple")
+_RESIZE = {
+    "no-aspect-ratio": "stretch", "aspect-ratio": "fit", "aspect-ratio-pad": "fit",
+    **dict.fromkeys(_MULTIPLE, "multiple"),
+}  # fmt: skip
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -84,7 +88,9 @@ class Padding(_Part):
 class ImageParams(_Part):
     """How pictures become an input."""
 
-    resize: Literal["no", "no-aspect-ratio", "aspect-ratio", "aspect-ratio-pad"] = "no"
+    resize: Literal[
+        "no", "no-aspect-ratio", "aspect-ratio", "aspect-ratio-pad", "aspect-ratio-multiple-of", "aspect-ratio-multiple"
+    ] = "no"
     crop: Literal["central", "central-resize", "top_left", "top_right", "bottom_left", "bottom_right"] | None = None
     color_space: Literal["RGB", "BGR", "GRAYSCALE"] | None = None
     range: tuple[float, float] | None = None
@@ -93,6 +99,7 @@ class ImageParams(_Part):
     scale: float | None = Field(None, description="What pixels are divided by.")
     padding: Padding | None = None
     reshape_size: tuple[int, int] | None = Field(None, description="Height and width of an input that takes any.")
+    resize_multiple: int = Field(1, gt=0, alias="resize-multiple", description="What sides are multiples of.")
 
     @model_validator(mode="after")
     def _together(self) -> ImageParams:
@@ -100,7 +107,16 @@ class ImageParams(_Part):
             raise ValueError("mean and std go together")
         if self.scale == 0 or 0 in (self.std or ()):
             raise ValueError("scale and std divide, and cannot be 0")
+        if self.by_multiple and (self.reshape_size is None or min(self.reshape_size) < 1):
+            raise ValueError(f"{self.resize} needs reshape_size, a height and a width")
+        if self.by_multiple and (self.crop or self.padding):
+            raise ValueError(f"{self.resize} goes without crop and padding")
         return self
+
+    @property
+    def by_multiple(self) -> bool:
+        """Whether each picture gives the input its size."""
+        return self.resize in _MULTIPLE
 
 
 class InfoParams(_Part):
@@ -291,7 +307,9 @@ def spec_of(
     said += [f"boxes are read, and the {what} of the model are not" for what in sorted(unread)]
     try:
         return DetectorSpec(
-            kind="described", height=picture.height, width=picture.width, layout=picture.layout, input=picture.name,
+            kind="described", height=None if params.by_multiple else picture.height,
+            width=None if params.by_multiple else picture.width, multiple=params.resize_multiple,
+            bounds=params.reshape_size if params.by_multiple else None, layout=picture.layout, input=picture.name,
             resize=_RESIZE.get(params.resize, "none" if crop != "none" else "stretch"),
             resample="bicubic" if crop == "central-resize" else "linear", crop=crop, margin=margin,
             centred=params.resize != "aspect-ratio-pad", fill=_of(padding.fill_value, channels),

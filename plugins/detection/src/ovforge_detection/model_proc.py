@@ -64,6 +64,8 @@ class ModelProcLoader:
         _name_ports(model)
         proc, labels = self._description(source, model)
         notes: list[str] = []
+        if proc.image.by_multiple:
+            _open_sides(model, proc, source.name, notes)
         picture, port = self._picture(model, proc, source.name, notes)
         inputs = _inputs(model, port, proc, source.name, notes)
         shapes = {name: _shape(output) for output in model.outputs for name in output.names}
@@ -164,6 +166,23 @@ def _name_ports(model: ov.Model) -> None:
     for port in model.outputs:
         if not port.names:
             port.get_tensor().set_names({port.get_node().input_value(0).get_node().get_friendly_name()})
+
+
+def _open_sides(model: ov.Model, proc: ModelProc, where: str, notes: list[str]) -> None:
+    """Let the input take pictures of any size. Raises ModelError for a model that is made for one."""
+    import openvino as ov
+
+    port = _picture_port(model, proc, where, [])
+    shape, first = port.get_partial_shape(), 1 if _layout(port) == "NHWC" else 2
+    shape[first] = shape[first + 1] = ov.Dimension(-1)
+    try:
+        model.reshape({port: shape})
+    except RuntimeError as error:
+        raise ModelError(
+            f"its description asks for an input of any size, and it has one: {' '.join(str(error).split())[:200]}",
+            where=where,
+            hint=f"Export it with an open height and width, or take another resize than {proc.image.resize}.",
+        ) from error
 
 
 def _picture_port(model: ov.Model, proc: ModelProc, where: str, notes: list[str]) -> ov.Output:

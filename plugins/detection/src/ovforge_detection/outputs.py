@@ -71,6 +71,7 @@ def decode_described(
     description says so. Raises ModelError for outputs that are not as described, and for scores outside 0..1.
     """
     parts = []
+    spec = spec.model_copy(update={"height": picture.canvas[0], "width": picture.canvas[1]})
     for entry in spec.outputs:
         described = Description.model_validate(entry)
         if threshold is not None:
@@ -405,7 +406,9 @@ def _heatmap(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, 
     check_finite(values[None], np.zeros(0, np.float32))
     boxes, scores = outlined(values, d.binarize, d.shortest)
     height, width = values.shape
-    return boxes * (_sides(spec) / np.array([width, height] * 2, np.float32)), scores, np.zeros(len(boxes), np.int64)
+    places: Floats = np.array([width, height] * 2, np.float32)
+    placed: Floats = boxes * (_sides(spec) / places)
+    return placed, scores, np.zeros(len(boxes), np.int64)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Values], Description, DetectorSpec, Prepared], Raw]] = {

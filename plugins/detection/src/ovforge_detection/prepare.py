@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from ovforge.errors import InputError
 from ovforge.model import DetectorSpec
 
 __all__ = ["Prepared", "mode_of", "prepare"]
+
+LARGEST = 2**26
+"""Places of an input whose size a thin picture could make endless."""
 
 CROP_SCALE = 1.125
 """How much larger DL Streamer scales a picture that it crops."""
@@ -157,6 +160,9 @@ def _check(content: Size, canvas: Size, spec: DetectorSpec) -> None:
 
 def _placed_in_streamer(size: Size, spec: DetectorSpec) -> _Placement:
     """Return how DL Streamer places a picture, by its `CustomImageConvert`: scaled, cropped, then put in its place."""
+    if spec.resize == "multiple":
+        canvas = _by_multiple(size, spec)
+        return _Placement(canvas, None, canvas, (canvas[1] / size[1], canvas[0] / size[0]), (0, 0), canvas, (0, 0))
     assert spec.height is not None
     assert spec.width is not None
     canvas = (spec.height, spec.width)
@@ -181,6 +187,20 @@ def _placed_in_streamer(size: Size, spec: DetectorSpec) -> _Placement:
     left = {"left": 0, "right": over[1]}.get(horizontal, over[1] // 2)
     place = ((canvas[1] - kept[1]) // 2, (canvas[0] - kept[0]) // 2) if spec.centred else (0, 0)
     return _Placement(canvas, cut, scaled, scale, (left, top), kept, place)
+
+
+def _by_multiple(size: Size, spec: DetectorSpec) -> Size:
+    """Return the size of both sides by the scale nearer to 1, to whole multiples; halves are rounded up."""
+    assert spec.bounds is not None
+    scale = min((spec.bounds[0] / size[0], spec.bounds[1] / size[1]), key=lambda factor: abs(1 - factor))
+    height, width = (max(floor(scale * side / spec.multiple + 0.5), 1) * spec.multiple for side in size)
+    if height * width > LARGEST:
+        raise InputError(
+            f"the picture comes to {width}x{height}, which is more than {LARGEST} places",
+            where="image",
+            hint="Give a picture of a more usual shape, or cut it.",
+        )
+    return height, width
 
 
 def _inside_scale(size: Size, bounds: Size) -> float:

@@ -62,9 +62,14 @@ class Detect:
         self._requests: dict[str, ov.InferRequest] = {}
         self._reader: TextReader | None = None
         self._inputs = [ExtraInput.model_validate(entry) for entry in self.spec.inputs]
-        if options.size and self.spec.height:
+        if options.size and (self.spec.height or self.spec.resize == "multiple"):
+            own = (
+                f"{self.spec.height}x{self.spec.width}, whatever the picture's size"
+                if self.spec.height
+                else "what each picture gives"
+            )
             raise ConfigError(
-                f"the model's input is {self.spec.height}x{self.spec.width}, whatever the picture's size",
+                f"the model's input is {own}",
                 where="task.size",
                 hint="Take it out, or load the model for another size: load.height and load.width.",
             )

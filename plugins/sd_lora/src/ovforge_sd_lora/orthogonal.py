@@ -50,21 +50,32 @@ def delta_oft(weight: Array, tensors: Tensors, settings: Settings) -> Array:
 
 
 def check_boft(shapes: Shapes, weight: Shape, settings: Settings) -> None:
-    stages, *blocks = shapes["boft_R"] if len(shapes["boft_R"]) == 4 else (0,)
-    if stages != 1:
-        raise Misshapen(f"{stages} butterfly factors: PEFT runs those on NVIDIA GPUs alone, and here one is known")
-    if blocks[1] != blocks[2] or blocks[0] * blocks[1] != math.prod(weight[1:]):
-        raise Misshapen(f"rotations of {blocks} do not fit {math.prod(weight[1:])} inputs")
+    stages, *blocks = shapes["boft_R"] if len(shapes["boft_R"]) == 4 else (0, 0, 0, 0)
+    inner = math.prod(weight[1:])
+    if not stages or blocks[1] != blocks[2] or blocks[0] * blocks[1] != inner:
+        raise Misshapen(f"rotations of {list(shapes['boft_R'])} do not fit {inner} inputs")
+    if stages > 1 and (blocks[1] % 2 or stages > blocks[0].bit_length() or blocks[0] % 2 ** (stages - 1)):
+        raise Misshapen(f"{stages} butterfly factors of {blocks} do not fit {inner} inputs")
     _size(shapes, "boft_s", weight[0])
 
 
 def delta_boft(weight: Array, tensors: Tensors, settings: Settings) -> Array:
-    """Return s W R - W for block-diagonal rotations R of the inputs and a scale of each output: PEFT's BOFT."""
-    blocks = tensors["boft_R"][0]
-    turned = _cayley(0.5 * (blocks.transpose(0, 2, 1) - blocks))
-    size = blocks.shape[-1]
-    product = weight.reshape(len(weight), -1, size).transpose(1, 0, 2) @ turned.transpose(0, 2, 1)
-    scaled = product.transpose(1, 0, 2).reshape(len(weight), -1) * tensors["boft_s"].reshape(-1, 1)
+    """Return s W R - W for rotations R of the inputs and a scale of each output: PEFT's BOFT.
+
+    R is a butterfly: each factor is block-diagonal, and mixes inputs that are farther apart than those of the one
+    before it.
+    """
+    blocks = tensors["boft_R"]
+    turned = _cayley(0.5 * (blocks.swapaxes(-1, -2) - blocks))
+    _, count, size, _ = blocks.shape
+    rows = weight.reshape(len(weight), -1).T
+    for stage, turn in enumerate(turned):
+        order = np.arange(count * size).reshape(count >> stage, -1, 2, size // 2) if stage else np.arange(count * size)
+        order = (order.swapaxes(1, 2) if stage else order).reshape(-1)
+        mixed = np.empty_like(rows)
+        mixed[order] = rows
+        rows = (turn @ mixed.reshape(count, size, -1)).reshape(rows.shape)[order]
+    scaled: Array = rows.T * tensors["boft_s"].reshape(-1, 1)
     return scaled.reshape(weight.shape) - weight
 
 
