@@ -116,15 +116,15 @@ def test_several_each_with_its_own_part(folder: Path, session_cache: Cache) -> N
     agree(ours, wanted)
 
 
-def test_edges(folder: Path, session_cache: Cache) -> None:
+def test_edges(torch_sd: Path, session_cache: Cache) -> None:
     cv2 = pytest.importorskip("cv2")
     image = picture(24, 32)
     edges = Image.fromarray(np.repeat(cv2.Canny(np.asarray(image), 20, 60)[:, :, None], 3, axis=2))
     assert 0 < np.asarray(edges).mean() < 255
-    wanted = reference("StableDiffusionControlNetPipeline", folder, 0)(
+    wanted = reference("StableDiffusionControlNetPipeline", torch_sd, 0)(
         PROMPT, image=edges, num_inference_steps=3, guidance_scale=2.0, generator=generator(), width=24, height=32
     ).images
-    pipe = pipeline("text-to-image", folder, session_cache, 0)
+    pipe = pipeline("text-to-image", torch_sd, session_cache, 0)
     control = {"image": image, "preprocess": "canny", "low": 20, "high": 60}
     agree(pipe(PROMPT, control=control, width=24, height=32, steps=3, **CALL), wanted)
 
@@ -236,12 +236,12 @@ def test_timesteps_of_other_types(torch_sd: Path, session_cache: Cache) -> None:
     agree(mixed(linear)("a cat", **call), theirs)
 
 
-def test_without_the_inputs_it_is_said(folder: Path, session_cache: Cache) -> None:
-    pipe = pipeline("text-to-image", folder, session_cache, 0, optimize=False)
+def test_without_the_inputs_it_is_said(torch_sd: Path, session_cache: Cache) -> None:
+    pipe = pipeline("text-to-image", torch_sd, session_cache, 0, optimize=False)
     with pytest.raises(ModelError, match="takes no residuals") as raised:
         pipe("a cat", control=picture(16, 16), width=16, height=16, steps=1)
     assert "controlnet-inputs" in str(raised.value)
-    asked = pipeline("text-to-image", folder, session_cache, 0, optimize=False, transforms=["controlnet-inputs"])
+    asked = pipeline("text-to-image", torch_sd, session_cache, 0, optimize=False, transforms=["controlnet-inputs"])
     assert asked("a cat", control=picture(16, 16), width=16, height=16, steps=1).images
 
 
@@ -254,27 +254,27 @@ def test_a_pipeline_without_one_has_nothing_to_do(torch_family: Folder, session_
     ("change", "message"),
     [
         ({"cross_attention_dim": 40}, "encoder_hidden_states"),
-        ({"layers_per_block": 1}, "it gives 9 residuals, and the UNet takes 13"),
-        ({"block_out_channels": (16, 32, 32, 32)}, "down_block_additional_residual_4 is f32"),
+        ({"layers_per_block": 2}, "it gives 7 residuals, and the UNet takes 5"),
+        ({"block_out_channels": (16, 64)}, "down_block_additional_residual_3 is f32"),
         ("vae", "it has no input"),
     ],
 )
 def test_a_controlnet_of_another_family(
-    folder: Path, session_cache: Cache, tmp_path: Path, change: Any, message: str
+    torch_sd: Path, session_cache: Cache, tmp_path: Path, change: Any, message: str
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
     other = tmp_path / "net"
     if change == "vae":
-        pipe = pipeline("text-to-image", folder, session_cache)
+        pipe = pipeline("text-to-image", torch_sd, session_cache)
         bundle = ModelBundle()
         bundle.models["controlnet"] = pipe.bundle.models["vae_decoder"].clone()
         bundle.configs["controlnet"] = {"_class_name": "ControlNetModel"}
         bundle.save(other)
     else:
-        config = json.loads((net(folder, 0) / "config.json").read_text())
+        config = json.loads((net(torch_sd, 0) / "config.json").read_text())
         diffusers.ControlNetModel.from_config({**config, **change}).save_pretrained(other)
     pipe = ovforge.Pipeline(
-        "text-to-image", source=folder, load={"weights": "f32", "parts": {"controlnet": str(other)}},
+        "text-to-image", source=torch_sd, load={"weights": "f32", "parts": {"controlnet": str(other)}},
         device=Use("cpu", precision="f32"), cache=session_cache,
         scheduler=Use("diffusers", class_name="DDIMScheduler"),
     )  # fmt: skip
@@ -293,15 +293,15 @@ def test_a_controlnet_of_another_family(
         ({"image": "nowhere.png"}, "nowhere.png"),
     ],
 )
-def test_bad_conditions_are_said(folder: Path, session_cache: Cache, control: Any, message: str) -> None:
+def test_bad_conditions_are_said(torch_sd: Path, session_cache: Cache, control: Any, message: str) -> None:
     with pytest.raises(OvforgeError, match=message):
-        pipeline("text-to-image", folder, session_cache, 0)("a cat", control=control, width=16, height=16, steps=1)
+        pipeline("text-to-image", torch_sd, session_cache, 0)("a cat", control=control, width=16, height=16, steps=1)
 
 
-def test_the_contract_of_the_transform_is_kept(folder: Path, session_cache: Cache) -> None:
+def test_the_contract_of_the_transform_is_kept(torch_sd: Path, session_cache: Cache) -> None:
     import ovforge_stable_diffusion
 
-    plain = pipeline("text-to-image", folder, session_cache).bundle.models["unet"]
+    plain = pipeline("text-to-image", torch_sd, session_cache).bundle.models["unet"]
 
     def bundle() -> ModelBundle:
         made = ModelBundle()
@@ -309,7 +309,7 @@ def test_the_contract_of_the_transform_is_kept(folder: Path, session_cache: Cach
         return made
 
     report = testing.check_transform(ovforge_stable_diffusion, "controlnet-inputs", {}, bundle)
-    assert report.applied == ["unet: 13 inputs for a ControlNet's residuals"]
+    assert report.applied == ["unet: 5 inputs for a ControlNet's residuals"]
 
 
 def test_another_structure_is_refused() -> None:
