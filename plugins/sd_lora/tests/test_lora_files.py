@@ -168,7 +168,11 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
         ({"lora_unet_conv_in.lambda_layer": (2, 2)}, "'lambda_layer' is not supported"),
         ({"base_model.model.conv_in.waveft_spectrum": (2,)}, "'waveft_spectrum' is not supported"),
         ({"base_model.model.conv_in.oft_R.weight": (2, 3)}, "adapter_config.json, .* is not there"),
-        ({"base_model.model.conv_in.vera_lambda_b": (2,), "base_model.model.conv_in.vera_lambda_d": (2,)}, "no vera_A"),
+        (
+            {"base_model.model.x.vera_lambda_b": (2,), "base_model.model.x.vera_lambda_d": (2,)},
+            "_config.json, .* is not",
+        ),
+        ({"base_model.model.x.randlora_lambda": (2,), "base_model.model.x.randlora_gamma": (2,)}, "no randlora_A"),
         ({"lora_unet_conv_in.a1.weight": (2, 2)}, "it has no a2, b1, b2"),
         ({"lora_unet_conv_in.dora_scale": (2, 1)}, "alone change nothing"),
         ({"first_stage_model.decoder.weight": (2, 2)}, "no adapter's tensor"),

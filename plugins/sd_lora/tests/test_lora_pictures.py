@@ -181,6 +181,8 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "glora-vectors": ("GloraConfig", {"target_modules": LINEAR, "config_A_B": "vector", "config_C": "vector",
                                       "config_D_E": "vector"}),
     "vera": ("VeraConfig", {"target_modules": LINEAR, "r": 4}),
+    "vera-drawn": ("VeraConfig", {"target_modules": LINEAR, "r": 4, "save_projection": False,
+                                  "projection_prng_key": 2**33 + 5}),
     "randlora": ("RandLoraConfig", {"target_modules": LINEAR, "r": 5, "randlora_alpha": 60}),
     "fourierft": ("FourierFTConfig", {"target_modules": LINEAR, "n_frequency": 20, "random_loc_seed": 9}),
     "miss": ("MissConfig", {"target_modules": LINEAR, "r": 5}),
@@ -215,6 +217,7 @@ def test_kinds_of_peft(family: Families, cache: Cache, switched: Any, tmp_path: 
         "c3a": 3,
         "delora": 0.5,
         "vera": 1.0,
+        "vera-drawn": 1.0,
         "road-2": 0.8,
         "coft": 0.6,
     }.get(kind, 0.25)

@@ -311,7 +311,7 @@ def _relative_modules(
     kind = RELATIVE[name]
     if name != "SHiRA" and any(0 in shape for tensor, shape in shapes.items()):
         raise kinds.Misshapen("it is empty")
-    settings = kind.settings_of(config, key.module)
+    settings = kind.settings_of(config, key.module, set(keys))
     rank = kind.rank(shapes) if kind.rank and all(shapes[tensor] for tensor in kind.needed) else None
     whole = Module(key.role, key.module, name, keys, (), rank, 1.0, file, settings=settings)
     parts = [whole] if kind.on_weight(set(keys)) else []

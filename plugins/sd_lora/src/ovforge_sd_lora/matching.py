@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ovforge.contracts import Skipped
 from ovforge.errors import ConfigError, ModelError
@@ -69,7 +69,7 @@ def preflight(
         if role == "unet":
             _check_family(adapter, targets)
         names = found.names[role] = aliases(targets)
-        for module in of_role[role]:
+        for module in _with_sizes(of_role[role], names, targets):
             path = names.get(flat(module.name))
             reason = "the model has no such layer" if path is None else _misfit(module, targets[path])
             if path is None or reason:
@@ -81,6 +81,18 @@ def preflight(
         sizes = {path: math.prod(target.shape) for path, target in targets.items()}
         found.touched[role] = sum(sizes[path] for path in paths), sum(sizes.values())
     return found
+
+
+def _with_sizes(modules: list[Module], names: Mapping[str, str], targets: Mapping[str, Target]) -> Iterable[Module]:
+    """Tell VeRA's modules without projections how wide the widest of their layers is, if all are known."""
+    drawn = [module for module in modules if module.kind == "VeRA" and "seed" in module.settings]
+    paths = [names.get(flat(module.name)) for module in drawn]
+    shapes = [targets[path].shape for path in paths if path is not None]
+    if not drawn or len(shapes) != len(drawn):
+        return modules
+    widest = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    sized = {id(module): replace(module, settings={**module.settings, "widest": widest}) for module in drawn}
+    return [sized.get(id(module), module) for module in modules]
 
 
 def _idle(module: Module, target: Target) -> bool:

@@ -30,7 +30,8 @@ class Relative:
     `check(shapes, weight_shape, settings)` raises Misshapen if they do not fit a layer;
     `delta(weight, tensors, settings)` returns what is added to the weight, in its shape; and
     `bias(weight, bias, tensors, settings)` what is added to the bias, where the kind changes that.
-    `settings(config, module)` reads what the tensors leave open; if it is set, PEFT's config is needed.
+    `settings(config, module)` reads what the tensors leave open; if it is set, PEFT's config is needed, unless the
+    tensors `instead` are all there.
     `rank(shapes)` is shown to people.
     """
 
@@ -40,6 +41,7 @@ class Relative:
     bias: Callable[[Array, Array, Mapping[str, Array], Settings], Array] | None = None
     optional: tuple[str, ...] = ()
     settings: Callable[[PeftConfig, str], Settings] | None = None
+    instead: tuple[str, ...] = ()
     rank: Callable[[Mapping[str, Shape]], int] | None = None
     norms: bool = False
     weight_marks: tuple[str, ...] = ()
@@ -59,9 +61,9 @@ class Relative:
         """Whether a layer without bias gets one: scales and rotations of nothing are nothing."""
         return bool(self.bias_marks)
 
-    def settings_of(self, config: PeftConfig | None, module: str) -> Settings:
-        """Return the settings of a module. Raises Misshapen without the config that they stand in."""
-        if self.settings is None:
+    def settings_of(self, config: PeftConfig | None, module: str, names: set[str]) -> Settings:
+        """Return the settings of a module of these tensors. Raises Misshapen without the config that they stand in."""
+        if self.settings is None or (self.instead and names.issuperset(self.instead)):
             return {}
         if config is None:
             raise Misshapen("adapter_config.json, which says how it was trained, is not there: give the folder")
@@ -124,7 +126,9 @@ RELATIVE: dict[str, Relative] = {
         optional=("bm", "alpha"), rank=lambda shapes: shapes["a2"][0],
     ),
     "VeRA": Relative(
-        ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"), structured.check_vera, structured.delta_vera,
+        ("vera_lambda_b", "vera_lambda_d"), structured.check_vera, structured.delta_vera,
+        optional=("vera_A", "vera_B"), instead=("vera_A", "vera_B"),
+        settings=lambda config, module: {"seed": int(config.number("projection_prng_key", 0))},
         rank=lambda shapes: shapes["vera_lambda_d"][0],
     ),
     "RandLoRA": Relative(

@@ -160,17 +160,42 @@ def delta_glora_lycoris(weight: Array, tensors: Tensors, settings: Settings) -> 
 
 def check_vera(shapes: Shapes, weight: Shape, settings: Settings) -> None:
     _linear(weight)
-    a, b, rank = shapes["vera_A"], shapes["vera_B"], math.prod(shapes["vera_lambda_d"])
-    fits = len(a) == len(b) == 2 and a[0] == b[1] == rank and a[1] >= weight[1] and b[0] >= weight[0]
-    if not fits or math.prod(shapes["vera_lambda_b"]) != weight[0]:
+    rank = math.prod(shapes["vera_lambda_d"])
+    if math.prod(shapes["vera_lambda_b"]) != weight[0] or not rank:
+        raise Misshapen(f"{math.prod(shapes['vera_lambda_b'])} scales for {weight[0]} outputs")
+    if "seed" in settings:
+        if "widest" not in settings:
+            raise Misshapen("its projections are not in the file, and the model lacks layers that give them their size")
+        return
+    a, b = shapes["vera_A"], shapes["vera_B"]
+    if not (len(a) == len(b) == 2 and a[0] == b[1] == rank and a[1] >= weight[1] and b[0] >= weight[0]):
         raise Misshapen(f"projections of {list(a)} and {list(b)} do not fit {list(weight)}")
 
 
 def delta_vera(weight: Array, tensors: Tensors, settings: Settings) -> Array:
-    """Return diag(b) B diag(d) A of the file's shared A and B, cut to the layer."""
-    a, b = tensors["vera_A"][:, : weight.shape[1]], tensors["vera_B"][: weight.shape[0]]
-    product: Array = (tensors["vera_lambda_b"].reshape(-1, 1) * b) @ (tensors["vera_lambda_d"].reshape(-1, 1) * a)
+    """Return diag(b) B diag(d) A of the A and B that all layers share, cut to this one; from the file, or drawn."""
+    scale = tensors["vera_lambda_d"].reshape(-1, 1)
+    if "seed" in settings:
+        a, b = vera_projections(settings["seed"], len(scale), settings["widest"])
+    else:
+        a, b = tensors["vera_A"], tensors["vera_B"]
+    product: Array = (tensors["vera_lambda_b"].reshape(-1, 1) * b[: len(weight)]) @ (scale * a[:, : weight.shape[1]])
     return product
+
+
+def vera_projections(seed: int, rank: int, widest: tuple[int, int]) -> tuple[Array, Array]:
+    """Return the A (rank, in) and B (out, rank) that PEFT draws for layers of at most `widest`, (out, in).
+
+    They are uniform, by Kaiming's bound, from torch's generator: 24 bits of each of its numbers.
+    """
+    out, inner = widest
+    drawn = np.random.RandomState(seed % 2**32).randint(0, 2**32, rank * (inner + out), np.uint32)
+    parts = np.split((drawn & 0xFFFFFF) * 2.0**-24, [rank * inner])
+    a, b = (
+        part * 2 * float(bound) - float(bound)
+        for part, bound in zip(parts, (np.float32(math.sqrt(6 / inner)), np.float32(math.sqrt(6 / rank))), strict=True)
+    )
+    return a.astype(np.float32).reshape(rank, inner), b.astype(np.float32).reshape(out, rank)
 
 
 def check_randlora(shapes: Shapes, weight: Shape, settings: Settings) -> None:
