@@ -51,7 +51,7 @@ torture: $(VENV)/.test
 
 # Wheels and sdists of all distributions in dist/, checked, installed into a clean environment, and tried there.
 release: $(VENV)/.release
-	$(BIN)/python tools/release.py
+	$(BIN)/python tools/release.py --python $(PYTHON)
 
 # What the next release will say, from the fragments in changelog.d/
 changelog: $(VENV)/.release

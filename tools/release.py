@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
@@ -29,6 +28,7 @@ def main() -> None:
     """Build, check, try. Ends with the exit code of the first step that fails."""
     parser = argparse.ArgumentParser(description="Build, check and try all distributions.")
     parser.add_argument("--no-try", action="store_true", help="do not install what was built")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter to try them with")
     options = parser.parse_args()
     shutil.rmtree(DIST, ignore_errors=True)
     for project in projects():
@@ -38,7 +38,7 @@ def main() -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", *wheels, *sorted(DIST.glob("*.tar.gz")))
     if not options.no_try:
         with tempfile.TemporaryDirectory(prefix="ovforge-release-") as folder:
-            try_wheels(wheels, Path(folder))
+            try_wheels(wheels, Path(folder), options.python)
     print(f"{len(wheels)} distributions are in {DIST}")
 
 
@@ -50,9 +50,9 @@ def projects() -> list[Path]:
     ]
 
 
-def try_wheels(wheels: list[Path], folder: Path) -> None:
+def try_wheels(wheels: list[Path], folder: Path, interpreter: str) -> None:
     """Install the wheels into an environment of their own and make a picture there, far from this checkout."""
-    venv.create(folder / "venv", with_pip=True)
+    run(interpreter, "-m", "venv", folder / "venv")
     python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     names = {metadata(wheel)["Name"] for wheel in wheels}
     others = {

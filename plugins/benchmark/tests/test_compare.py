@@ -62,8 +62,8 @@ def test_diffusers_and_ours_are_measured_and_alike(tmp_path: Path) -> None:
     torch, ours = said.candidates
     assert min(ours.likeness["ssim"]) > 0.999 and len(ours.likeness["ssim"]) == 2, "the same picture as diffusers makes"
     unet = ROOT / "plugins/lcm/src/ovforge_lcm/model/unet"
-    written = sum(file.stat().st_size for file in unet.glob("openvino_model.*"))
-    assert ours.sizes["unet"] == pytest.approx(written, rel=0.02), "the task's own changes are in it"
+    shipped = sum(file.stat().st_size for file in unet.glob("openvino_model.*"))
+    assert ours.sizes["unet"] == pytest.approx(shipped, rel=0.01), "the task's transforms add operations, not weights"
     assert torch.sizes["unet"] == sum(file.stat().st_size for file in (TORCH / "unet").iterdir())
     assert torch.precision["unet"] == ours.precision["unet"] == "f32"
     for one in said.candidates:
