@@ -7,6 +7,8 @@ import io
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -278,14 +280,22 @@ def test_a_run_ends_when_its_client_goes_away(client: httpx.Client, server: Any)
 # -- limits, keys, the end --------------------------------------------------------------------------------------------
 
 
-def test_queue_time_and_keys_have_bounds(start: Callable[..., Any], configs: dict[str, Path], tmp_path: Path) -> None:
-    key, other = "k" * 20, "o" * 20
-    (tmp_path / "keys").write_text(f"# who\none {key} 3\n\ntwo {other}\n")
-    guarded = start(configs["lcm"], "--keys", tmp_path / "keys", "--queue", "1", "--timeout", "4", "--preload")
+KEY, OTHER = "k" * 20, "o" * 20
+
+
+@pytest.fixture(scope="module")
+def guarded(start: Callable[..., Any], configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a server with keys, one place to wait, and four seconds for each request."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# who\none {KEY} 3\n\ntwo {OTHER}\n")
+    return start(configs["lcm"], "--keys", file, "--queue", "1", "--timeout", "4", "--preload")
+
+
+def test_queue_time_and_keys_have_bounds(guarded: Any) -> None:
     long = {"prompt": PROMPT, "steps": 50, "count": 8}
     with guarded.client() as stranger:
         assert stranger.get("/v1/pipelines").status_code == 401
-        assert stranger.get("/v1/pipelines", headers={"authorization": f"Bearer {key}x"}).status_code == 401
+        assert stranger.get("/v1/pipelines", headers={"authorization": f"Bearer {KEY}x"}).status_code == 401
         assert stranger.get("/metrics").status_code == 401
         assert stranger.get("/ready").status_code == 200
     with ThreadPoolExecutor(8) as threads:
@@ -294,44 +304,75 @@ def test_queue_time_and_keys_have_bounds(start: Callable[..., Any], configs: dic
             with guarded.client(headers={"authorization": f"Bearer {secret}"}) as mine:
                 return mine.post("/v1/pipelines/lcm/run", json=long)
 
-        first = threads.submit(ask, key)
+        first = threads.submit(ask, KEY)
         time.sleep(0.5)
-        waiting = threads.submit(ask, key)
+        waiting = threads.submit(ask, KEY)
         time.sleep(0.5)
-        full = threads.submit(ask, other).result()
+        full = threads.submit(ask, OTHER).result()
         assert (full.status_code, message(full)) == (429, "1 requests are waiting")
         assert int(full.headers["retry-after"]) >= 1
         for late in (first.result(), waiting.result()):
             assert (late.status_code, message(late)) == (504, "it took more than 4 s")
-    with guarded.client(headers={"authorization": f"Bearer {key}"}) as mine:
+    with guarded.client(headers={"authorization": f"Bearer {KEY}"}) as mine:
         run(mine, "lcm", prompt=PROMPT, steps=1).raise_for_status()
         assert "ovforge_refused_total 1.0" in mine.get("/metrics").text
         assert "ovforge_waiting 0.0" in mine.get("/metrics").text
     log = guarded.log.read_text()
-    assert key not in log
+    assert KEY not in log
     assert '"key": "one"' in log
 
 
-def test_it_ends_gracefully_and_leaves_nothing_even_if_killed(
+def test_a_killed_server_leaves_what_the_next_one_removes_and_that_ends_gracefully(
     start: Callable[..., Any], configs: dict[str, Path]
 ) -> None:
-    first = start(configs["lcm"], "--preload")
-    with ThreadPoolExecutor(1) as threads, first.client() as client:
-        answer = threads.submit(run, client, "lcm", prompt=PROMPT, steps=40)
-        time.sleep(0.5)
-        first.process.send_signal(signal.SIGTERM)
-        assert answer.result().status_code == 200
-        host, port = first.url.removeprefix("http://").split(":")
-        with pytest.raises(ConnectionError), socket.create_connection((host, int(port)), timeout=5):
-            pass
-    first.process.wait(20)
-    assert first.left() == []
-    assert first.events()[-1]["event"] == "stopped"
     killed = start(configs["lcm"])
     killed.process.kill()
     killed.process.wait()
-    assert killed.left()
-    again = start(configs["lcm"], scratch=killed.scratch)
-    again.process.send_signal(signal.SIGTERM)
+    left = killed.left()
+    assert left
+    again = start(configs["lcm"], "--preload", scratch=killed.scratch)
+    assert not set(left) & set(again.left())
+    with ThreadPoolExecutor(1) as threads, again.client() as client:
+        answer = threads.submit(run, client, "lcm", prompt=PROMPT, steps=40)
+        time.sleep(0.5)
+        again.process.send_signal(signal.SIGTERM)
+        assert answer.result().status_code == 200
+        host, port = again.url.removeprefix("http://").split(":")
+        with pytest.raises(ConnectionError), socket.create_connection((host, int(port)), timeout=5):
+            pass
     again.process.wait(20)
     assert again.left() == []
+    assert again.events()[-1]["event"] == "stopped"
+
+
+def test_nothing_that_the_openapi_document_allows_is_an_error_of_the_server(
+    start: Callable[..., Any], configs: dict[str, Path]
+) -> None:
+    """Schemathesis sends what the document describes, and what it forbids; and nothing else is left open after it."""
+    small = [f"--bound={name}={value}" for name, value in {"steps": 1, "width": 64, "height": 64, "count": 1}.items()]
+    server = start(configs["lcm"], configs["edit"], *small, "--max-pixels", "4096")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--seed=1"]
+    command += ["--checks=not_a_server_error", "--max-examples=4", "--phases=fuzzing", "--request-timeout=30"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    statuses = {event["status"] for event in server.events() if event["event"] == "request"}
+    assert {200, 400} <= statuses
+    assert max(statuses) < 500
+
+
+def test_a_crowd_is_answered_or_refused(guarded: Any) -> None:
+    """A short form of benchmarks/serve.py: 96 requests of 32 clients, and one place to wait."""
+
+    def ask(number: int) -> list[tuple[int, str]]:
+        with guarded.client(headers={"authorization": f"Bearer {OTHER}"}) as client:
+            body = {"prompt": PROMPT, "seed": number, "steps": 1}
+            answers = [client.post("/v1/pipelines/lcm/run", json=body) for _ in range(3)]
+        return [(each.status_code, each.json().get("files", [{}])[0].get("base64", "")) for each in answers]
+
+    with ThreadPoolExecutor(32) as threads:
+        each = list(threads.map(ask, range(32)))
+    statuses = {status for answers in each for status, _ in answers}
+    assert statuses == {200, 429}
+    for answers in each:  # every client has its own picture, however crowded it was
+        assert len({data for status, data in answers if status == 200}) <= 1
+    assert len({data for answers in each for status, data in answers if status == 200}) > 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -33,6 +35,9 @@ from ovforge_serve.settings import HttpError, Settings, error_body, status_of
 
 __all__ = ["Pictures", "Server", "answers", "json_or_form", "make_app", "pipelines_for", "received"]
 
+_SHARED_MEMORY, _ROOM = Path("/dev/shm"), 2**30
+"""A file system in memory, and the bytes that must be free there."""
+
 _FIELDS = 256
 """Parts of a form, at the most."""
 
@@ -59,7 +64,7 @@ class Server:
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Hold the folder of temporary files; what a killed server left is removed before."""
-        with scratch_folder() as self._scratch:
+        with scratch_folder(_scratch_parent()) as self._scratch:
             self.ready = True
             self.log("ready", pipelines=list(self.pipelines))
             yield
@@ -95,6 +100,13 @@ class Pictures:
         """Return (media type, content), None if it is not there or too old."""
         since, kind, data = self._pictures.get(name, (0.0, "", b""))
         return (kind, data) if data and time.monotonic() - since <= self.seconds else None
+
+
+def _scratch_parent() -> Path | None:
+    """Return where temporary files lie: in memory if there is room, since files on a disk wait for it."""
+    if "TMPDIR" in os.environ or not os.access(_SHARED_MEMORY, os.W_OK):
+        return None
+    return _SHARED_MEMORY if shutil.disk_usage(_SHARED_MEMORY).free > _ROOM else None
 
 
 def make_app(server: Server) -> Any:
