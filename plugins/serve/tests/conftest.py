@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
+
+from ovforge import testing
 
 TASKS = {"lcm": "text-to-image", "edit": "image-to-image", "paint": "inpainting"}
 
@@ -89,9 +94,22 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
 
 
 @pytest.fixture(scope="session")
-def server(start: Callable[..., Running], configs: dict[str, Path]) -> Running:
-    """Return a server of the embedded models."""
-    return start(*configs.values())
+def server(
+    start: Callable[..., Running], configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Running:
+    """Return a server of the embedded models, and of single ones: `small`, `typed`, and the roles of `folder`."""
+    folder = tmp_path_factory.mktemp("models")
+    testing.small_bundle().save(folder / "small")
+    sides = ops.parameter([-1, 2], np.float32, name="a"), ops.parameter([-1, 2], np.int64, name="b")
+    flags = ops.parameter([-1, 2], bool, name="c")
+    chosen = ops.select(flags, sides[0], ops.convert(sides[1], "f32"))
+    results = [ops.convert(chosen, "f16"), ops.add(sides[1], np.int64(1)), ops.logical_not(flags)]
+    model = ov.Model([ops.result(each, name=name) for each, name in zip(results, "xyz", strict=True)], [*sides, flags])
+    for port, name in zip([*model.inputs, *model.outputs], "abcxyz", strict=True):
+        port.get_tensor().set_names({name})
+    ov.save_model(model, folder / "typed.xml")
+    models = ["small=" + str(folder / "small"), folder / "typed.xml", "folder=package:ovforge_lcm/model"]
+    return start(*configs.values(), *models)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def served(model: type[BaseModel]) -> Any:
     class Config:
         input: Mapping[str, Any] = {}
 
-    fake: Any = Served("x", Config(), Path("/"), None, 1)  # type: ignore[arg-type]
+    fake: Any = Served(name="x", config=Config(), base=Path("/"), task=None)  # type: ignore[arg-type]
     fake.inputs, fake.schema = model, model.model_json_schema()
     return fake
 

@@ -17,6 +17,6 @@ def ovforge_commands() -> Iterator[CommandExtension]:
     """Yield serve."""
     yield CommandExtension(
         name="serve",
-        summary="Serve pipelines over HTTP",
+        summary="Serve pipelines and models over HTTP",
         factory="ovforge_serve.command:serve",
     )

@@ -18,7 +18,11 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 def serve(
     configs: Annotated[
-        list[str], typer.Argument(metavar="[NAME=]CONFIG...", help="Configs of pipelines; a name is the file's.")
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]CONFIG|MODEL...",
+            help="Configs of pipelines (.toml, .json), and models; a name is the file's.",
+        ),
     ],
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="0: one that is free.")] = 8000,
@@ -62,14 +66,16 @@ def serve(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing on disk.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Serve pipelines over HTTP: any task, OpenAI's images API, detection. See /openapi.json.
+    """Serve pipelines over HTTP: any task, OpenAI's images API, detection; and models, by the Open Inference Protocol.
+
+    /openapi.json says all.
 
     Prints its address when it listens. Ctrl-C or SIGTERM: running requests finish, new ones are refused.
     """
     from ovforge.cli import check_trust
     from ovforge_serve.keys import Keys
     from ovforge_serve.log import Log
-    from ovforge_serve.pipelines import Pipelines, split_name
+    from ovforge_serve.pipelines import Pipelines, is_config, split_name
     from ovforge_serve.remote import origin_of
     from ovforge_serve.run import Address, listen
     from ovforge_serve.server import Server
@@ -84,8 +90,9 @@ def serve(
         )
     if (certificate is None) != (private_key is None):
         raise ConfigError("TLS needs both --tls-cert and --tls-key", where="--tls-cert")
-    for config in configs:
-        check_trust(split_name(config)[1], set_ or [], trust)
+    for _, place in map(split_name, configs):
+        if is_config(place):
+            check_trust(Path(place), set_ or [], trust)
     settings = Settings(
         queue=queue,
         timeout=timeout,

@@ -50,7 +50,7 @@ class Guard:
         record: dict[str, Any] = {"request": number, "method": scope["method"], "path": scope["path"]}
         REQUEST.set(record)
         began = time.perf_counter()
-        answer = _Answer(send, number)
+        answer = _Answer(send, number, scope["path"])
         try:
             await self._pass(scope, headers, receive, answer, record)
         except OvforgeError as error:
@@ -117,8 +117,8 @@ class Guard:
 class _Answer:
     """Sends an answer with our headers, and remembers its status."""
 
-    def __init__(self, send: Send, number: str) -> None:
-        self._send, self._number = send, number
+    def __init__(self, send: Send, number: str, path: str) -> None:
+        self._send, self._number, self._path = send, number, path
         self.status = 499
         self._began = False
 
@@ -135,7 +135,7 @@ class _Answer:
         """Answer with an error, unless an answer has begun; the connection ends, since a body may be unread."""
         if self._began:
             return
-        body = json.dumps(error_body(error)).encode()
+        body = json.dumps(error_body(error, self._path)).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         headers |= getattr(error, "headers", {})
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]

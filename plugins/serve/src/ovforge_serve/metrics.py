@@ -7,7 +7,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ovforge.model import Timings
-from ovforge_serve.pipelines import Pipelines, Served, resident_memory
+from ovforge_serve.pipelines import Loadable, Pipelines, resident_memory
 
 __all__ = ["Metrics"]
 
@@ -39,9 +39,9 @@ class Metrics:
         self.refused = Counter("ovforge_refused", "Requests that found the queue full.", registry=registry)
         memory = Gauge("ovforge_resident_bytes", "Memory that the process holds.", registry=registry)
         memory.set_function(lambda: float(resident_memory()))
-        loaded = Gauge("ovforge_loaded", "Whether a pipeline is loaded.", ["pipeline"], registry=registry)
-        for name, served in pipelines.items():
-            loaded.labels(name).set_function(partial(_is_loaded, served))
+        loaded = Gauge("ovforge_loaded", "Whether a pipeline or model is loaded.", ["pipeline"], registry=registry)
+        for served in pipelines.all():
+            loaded.labels(served.name).set_function(partial(_is_loaded, served))
 
     def count(self, pipeline: str, timings: Timings) -> None:
         """Add the stages of one run."""
@@ -53,5 +53,5 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def _is_loaded(served: Served) -> float:
-    return float(served.pipeline is not None)
+def _is_loaded(served: Loadable) -> float:
+    return float(served.content is not None)

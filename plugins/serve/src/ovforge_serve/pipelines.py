@@ -13,41 +13,63 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 
-from ovforge import Pipeline, PipelineConfig, Plugins
+from ovforge import Pipeline, PipelineConfig, Plugins, find_loader, open_model
 from ovforge.config import apply_overrides, read_config
 from ovforge.errors import ConfigError, InputError
+from ovforge.model import core
 
 if TYPE_CHECKING:
+    import openvino as ov
     from pydantic import BaseModel
 
     from ovforge.contracts import TaskExtension
 
-__all__ = ["Pipelines", "Served", "resident_memory", "split_name"]
+__all__ = ["Loadable", "Model", "Pipelines", "Served", "is_config", "resident_memory", "split_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-@dataclass(eq=False)
-class Served:
-    """A pipeline with a name. What is not loaded has no `pipeline`."""
+@dataclass(eq=False, kw_only=True)
+class Loadable:
+    """Something with a name that is loaded when it is first needed; what is not loaded has no `content`."""
 
     name: str
-    config: PipelineConfig
-    base: Path
-    task: TaskExtension
-    width: int
+    width: int = 1
     """Calls that run at the same time."""
 
-    pipeline: Pipeline | None = None
+    content: Any = None
     uses: int = 0
     used: float = 0.0
     size: int = 0
     """Bytes by which memory grew when it was loaded the last time."""
     loading: threading.Lock = field(default_factory=threading.Lock)
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """The threads that its calls run in."""
+        return ThreadPoolExecutor(self.width, thread_name_prefix=self.name)
+
+    def load(self, plugins: Plugins, cache: str | None) -> Any:
+        """Return the content, ready to be used."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, kw_only=True)
+class Served(Loadable):
+    """A pipeline with a name."""
+
+    config: PipelineConfig
+    base: Path
+    task: TaskExtension
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline, if it is loaded."""
+        return cast("Pipeline | None", self.content)
 
     @cached_property
     def inputs(self) -> type[BaseModel]:
@@ -59,14 +81,27 @@ class Served:
         """The JSON Schema of what a call takes."""
         return self.inputs.model_json_schema()
 
-    @cached_property
-    def threads(self) -> ThreadPoolExecutor:
-        """The threads that its calls run in."""
-        return ThreadPoolExecutor(self.width, thread_name_prefix=self.name)
+    def load(self, plugins: Plugins, cache: str | None) -> Pipeline:
+        """Return the pipeline when all is compiled."""
+        pipeline = Pipeline.from_config(self.config, base=self.base, plugins=plugins, cache=cache)
+        pipeline.start_timings()  # waits for the compilations
+        return pipeline
+
+
+@dataclass(eq=False, kw_only=True)
+class Model(Loadable):
+    """The models of a file or folder, by role, each compiled for the CPU, with one request each."""
+
+    source: str
+
+    def load(self, plugins: Plugins, cache: str | None) -> dict[str, ov.InferRequest]:
+        """Return role -> a request."""
+        bundle = open_model(self.source, cache=cache, plugins=plugins)
+        return {role: core().compile_model(bundle.models[role], "CPU").create_infer_request() for role in bundle.models}
 
 
 class Pipelines(Mapping[str, Served]):
-    """Pipelines by name. `say` is told of loading and releasing."""
+    """Pipelines by name, and beside them `models`. `say` is told of loading and releasing."""
 
     def __init__(
         self,
@@ -82,68 +117,72 @@ class Pipelines(Mapping[str, Served]):
         self._memory, self._cache, self._say = memory, cache, say
         self._lock = threading.Lock()
         self._served: dict[str, Served] = {}
+        self.models: dict[str, Model] = {}
         for place in places:
-            served = self._read(place, overrides, threads)
-            if served.name in self._served:
-                raise ConfigError(
-                    f"two pipelines are called {served.name!r}", where=place, hint="Write NAME=CONFIG for one of them."
-                )
-            self._served[served.name] = served
+            name, source = split_name(place)
+            if name in self._served or name in self.models:
+                raise ConfigError(f"two are called {name!r}", where=place, hint="Write NAME=CONFIG for one of them.")
+            if is_config(source):
+                self._served[name] = self._read(name, Path(source), overrides, threads)
+            else:
+                find_loader(source, plugins=self._plugins)
+                self.models[name] = Model(name=name, source=source)
 
-    def _read(self, place: str, overrides: Sequence[str], threads: int) -> Served:
+    def all(self) -> list[Loadable]:
+        """Return pipelines and models."""
+        return [*self._served.values(), *self.models.values()]
+
+    def _read(self, name: str, path: Path, overrides: Sequence[str], threads: int) -> Served:
         """Read a config, and check all that it says without loading a model."""
         from ovforge import plan
 
-        name, path = split_name(place)
         config = PipelineConfig.of(apply_overrides(read_config(path), overrides), where=str(path))
         if config.task is None:
             raise ConfigError("`task` is missing", where=str(path), hint="Say what the pipeline is for: task = ...")
         task: Any = self._plugins.find("task", config.task.use).extension
         plan(path, overrides=overrides, plugins=self._plugins, cache=self._cache)
-        return Served(name, config, path.parent, task, threads if task.threads else 1)
+        return Served(name=name, config=config, base=path.parent, task=task, width=threads if task.threads else 1)
 
     @contextlib.contextmanager
-    def use(self, served: Served) -> Iterator[Pipeline]:
-        """Give the pipeline, loaded; it is not released while the block runs. Call it in a thread of the pipeline's."""
+    def use(self, served: Loadable) -> Iterator[Any]:
+        """Give the content, loaded; it is not released while the block runs. Call it in a thread of its own."""
         with self._lock:
             served.uses += 1
         try:
             with served.loading:
-                pipeline = served.pipeline or self._load(served)
-            yield pipeline
+                content = served.content or self._load(served)
+            yield content
         finally:
             with self._lock:
                 served.uses -= 1
                 served.used = time.monotonic()
 
-    def _load(self, served: Served) -> Pipeline:
+    def _load(self, served: Loadable) -> Any:
         self._make_room(served, served.size)
         before, start = resident_memory(), time.perf_counter()
-        pipeline = Pipeline.from_config(served.config, base=served.base, plugins=self._plugins, cache=self._cache)
-        pipeline.start_timings()  # waits until all is compiled
-        served.pipeline = pipeline
+        content = served.content = served.load(self._plugins, self._cache)
         served.size = max(0, resident_memory() - before)
-        self._say("loaded", pipeline=served.name, seconds=round(time.perf_counter() - start, 3), bytes=served.size)
+        self._say("loaded", name=served.name, seconds=round(time.perf_counter() - start, 3), bytes=served.size)
         self._make_room(served, 0)
-        return pipeline
+        return content
 
-    def _make_room(self, wanted: Served, more: int) -> None:
-        """Release pipelines that rest until `more` bytes fit below the limit, or none is left."""
+    def _make_room(self, wanted: Loadable, more: int) -> None:
+        """Release what rests until `more` bytes fit below the limit, or nothing rests any more."""
         while self._memory is not None and resident_memory() + more > self._memory:
             with self._lock:
-                resting = [one for one in self.values() if one.pipeline and not one.uses and one is not wanted]
+                resting = [one for one in self.all() if one.content and not one.uses and one is not wanted]
                 if not resting:
                     return
                 oldest = min(resting, key=lambda one: one.used)
-                oldest.pipeline = None
+                oldest.content = None
             _return_memory()
-            self._say("released", pipeline=oldest.name, bytes=resident_memory())
+            self._say("released", name=oldest.name, bytes=resident_memory())
 
     def close(self) -> None:
         """Wait for what still runs, and release all."""
-        for served in self.values():
+        for served in self.all():
             served.threads.shutdown()
-            served.pipeline = None
+            served.content = None
 
     def __getitem__(self, name: str) -> Served:
         return self._served[name]
@@ -155,18 +194,23 @@ class Pipelines(Mapping[str, Served]):
         return len(self._served)
 
 
-def split_name(place: str) -> tuple[str, Path]:
-    """Return (name, path) of "NAME=PATH", or of a path alone, which is called as its file. Raises InputError."""
-    name, equals, path = place.partition("=")
+def split_name(place: str) -> tuple[str, str]:
+    """Return (name, place) of "NAME=PLACE", or of a path alone, which is called as its file. Raises InputError."""
+    name, equals, source = place.partition("=")
     if not equals:
-        name, path = Path(place).stem, place
+        name, source = Path(place).stem, place
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"{name!r} is not a valid name of a pipeline",
+            f"{name!r} is not a valid name",
             where=place,
             hint="Write NAME=CONFIG, with a name of letters, digits, - and _.",
         )
-    return name, Path(path)
+    return name, source
+
+
+def is_config(place: str) -> bool:
+    """Say whether a place is a pipeline's config; anything else is a model."""
+    return Path(place).suffix.lower() in (".toml", ".json")
 
 
 def resident_memory() -> int:

@@ -7,10 +7,10 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ovforge import Cancelled, Pipeline, Progress
-from ovforge_serve.pipelines import Pipelines, Served
+from ovforge import Cancelled, Progress
+from ovforge_serve.pipelines import Loadable, Pipelines
 from ovforge_serve.settings import CLIENT_GONE, HttpError, Settings
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ class Queue:
 
     def __init__(self, pipelines: Pipelines, settings: Settings, metrics: Metrics) -> None:
         self._pipelines, self._settings, self._metrics = pipelines, settings, metrics
-        self._turns = {name: asyncio.Semaphore(served.width) for name, served in pipelines.items()}
+        self._turns = {served.name: asyncio.Semaphore(served.width) for served in pipelines.all()}
         self._running: set[Stop] = set()
         self._waiting = 0
         self._seconds = 1.0
         """How long calls took, the last ones counting most."""
 
     async def run(
-        self, request: Request, served: Served, call: Callable[[Pipeline, Stop], T], stop: Stop | None = None
+        self, request: Request, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop | None = None
     ) -> T:
-        """Return what `call` makes of the pipeline and its `stop`.
+        """Return what `call` makes of the pipeline, or the model, and `stop`.
 
         Raises HttpError if too many wait, if the time is over, and if the client goes away; the run then ends at its
         next step.
@@ -83,7 +83,7 @@ class Queue:
         for stop in tuple(self._running):
             stop.ask()
 
-    async def _turn(self, served: Served, call: Callable[[Pipeline, Stop], T], stop: Stop) -> T:
+    async def _turn(self, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop) -> T:
         turns = self._turns[served.name]
         with self._place(turns):
             began = time.perf_counter()
@@ -104,7 +104,7 @@ class Queue:
         run.add_done_callback(end)
         return await asyncio.shield(run)
 
-    def _call(self, served: Served, call: Callable[[Pipeline, Stop], T], stop: Stop) -> T:
+    def _call(self, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop) -> T:
         with self._pipelines.use(served) as pipeline:
             began = time.perf_counter()
             try:

@@ -50,7 +50,7 @@ def listen(server: Server, address: Address, *, connections: int = 1000, preload
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())
     _allow_files(connections + _OTHER_FILES)
     if preload:
-        for served in server.pipelines.values():
+        for served in server.pipelines.all():
             with server.pipelines.use(served):
                 pass
     config = uvicorn.Config(

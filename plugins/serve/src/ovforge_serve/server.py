@@ -66,7 +66,7 @@ class Server:
         """Hold the folder of temporary files; what a killed server left is removed before."""
         with scratch_folder(_scratch_parent()) as self._scratch:
             self.ready = True
-            self.log("ready", pipelines=list(self.pipelines))
+            self.log("ready", pipelines=list(self.pipelines), models=list(self.pipelines.models))
             yield
             self.ready = False
             self.queue.stop_all()
@@ -111,13 +111,13 @@ def _scratch_parent() -> Path | None:
 
 def make_app(server: Server) -> Any:
     """Return the ASGI application."""
-    from ovforge_serve import detections, images, runs, status
+    from ovforge_serve import detections, images, runs, status, tensors
 
     app = FastAPI(
         title="ovforge", version=__version__, lifespan=server.running, docs_url=None, redoc_url=None,
         exception_handlers={OvforgeError: _explain, HTTPException: _explain_http},
     )  # fmt: skip
-    for part in (status, runs, images, detections):
+    for part in (status, runs, images, detections, tensors):
         part.add_routes(app, server)
     app.openapi = lambda: _openapi(app, server)  # type: ignore[method-assign]
     guarded: Any = Guard(app, server.settings, server.keys, server.metrics, server.log)
@@ -205,12 +205,14 @@ async def _explain(request: Request, error: Exception) -> Response:
     if status == 500:
         note(error=str(error))
         error = OvforgeError("the run failed", hint="The server's log says why.")
-    return JSONResponse(error_body(error), status, headers=getattr(error, "headers", None))
+    return JSONResponse(error_body(error, request.url.path), status, headers=getattr(error, "headers", None))
 
 
 async def _explain_http(request: Request, error: Exception) -> Response:
     """Answer what the framework refuses (no such route, a wrong method, a damaged form) in the same form."""
     assert isinstance(error, HTTPException)
     return JSONResponse(
-        error_body(HttpError(error.status_code, str(error.detail))), error.status_code, headers=error.headers
+        error_body(HttpError(error.status_code, str(error.detail)), request.url.path),
+        error.status_code,
+        headers=error.headers,
     )

@@ -73,8 +73,10 @@ def status_of(error: OvforgeError) -> int:
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def error_body(error: OvforgeError) -> dict[str, object]:
-    """Return an error in the form of OpenAI's API, with our hint beside it."""
+def error_body(error: OvforgeError, path: str = "") -> dict[str, object]:
+    """Return an error in the form of OpenAI's API, with our hint beside it; below /v2, in that of its protocol."""
+    if path.startswith("/v2"):
+        return {"error": str(error)}
     status = status_of(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {
