@@ -346,14 +346,14 @@ def test_a_killed_server_leaves_what_the_next_one_removes_and_that_ends_graceful
 
 
 def test_nothing_that_the_openapi_document_allows_is_an_error_of_the_server(
-    start: Callable[..., Any], configs: dict[str, Path]
+    start: Callable[..., Any], configs: dict[str, Path], tmp_path: Path
 ) -> None:
     """Schemathesis sends what the document describes, and what it forbids; and nothing else is left open after it."""
     small = [f"--bound={name}={value}" for name, value in {"steps": 1, "width": 64, "height": 64, "count": 1}.items()]
     server = start(configs["lcm"], configs["edit"], *small, "--max-pixels", "4096")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--seed=1"]
     command += ["--checks=not_a_server_error", "--max-examples=4", "--phases=fuzzing", "--request-timeout=30"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     statuses = {event["status"] for event in server.events() if event["event"] == "request"}
     assert {200, 400} <= statuses

@@ -49,6 +49,8 @@ def batch(
     """Run a pipeline on many inputs. Run it again after a crash: it goes on with what is not done.
 
     Items that fail are reported at the end, and tried again when the batch is run again. Exit code 3: some failed.
+
+    Example: ovforge batch examples/unicorn.toml cats.jsonl -o cats --workers 2
     """
     from ovforge import Plugins
     from ovforge.cli import check_folder, check_trust, progress_bar

@@ -68,9 +68,10 @@ def serve(
 ) -> None:
     """Serve pipelines over HTTP: any task, OpenAI's images API, detection; and models, by the Open Inference Protocol.
 
-    /openapi.json says all.
+    It prints its address when it listens; /openapi.json there says all. Ctrl-C or SIGTERM: running requests finish, new
+    ones are refused.
 
-    Prints its address when it listens. Ctrl-C or SIGTERM: running requests finish, new ones are refused.
+    Example: ovforge serve lcm=examples/unicorn.toml --port 8080
     """
     from ovforge.cli import check_trust
     from ovforge_serve.keys import Keys

@@ -61,7 +61,10 @@ def ovms(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing of models elsewhere on disk.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Write a pipeline's models, after all its steps, as a folder for OpenVINO Model Server."""
+    """Write a pipeline's models, after all its steps, as a folder for OpenVINO Model Server.
+
+    Example: ovforge export ovms examples/unicorn.toml -o servables
+    """
     from ovforge import PipelineConfig, prepare
     from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar
     from ovforge.config import apply_overrides, read_config

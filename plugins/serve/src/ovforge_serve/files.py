@@ -94,7 +94,7 @@ class Sent:
         return [self.shown(part) for part in value] if isinstance(value, list | tuple) else value
 
     def _placed(self, value: Any, schemas: Sequence[Any], definitions: Mapping[str, Any], where: str) -> Any:
-        """Return a part of the inputs with paths in the place of files' contents."""
+        """Return a part of the inputs with paths instead of the contents of files."""
         nodes = [node for schema in schemas for node in _alternatives(schema, definitions)]
         if isinstance(value, bytes):
             return self._stored(value, where)
