@@ -33,6 +33,7 @@ from ovforge_serve.log import Log
 from ovforge_serve.metrics import Metrics
 from ovforge_serve.pipelines import Pipelines, Served
 from ovforge_serve.protocol import bounded_protocol
+from ovforge_serve.queue import Queue, Stop
 from ovforge_serve.settings import HttpError, Settings
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -326,6 +327,63 @@ def test_pipelines_that_rest_are_released_by_memory(tmp_path: Path, monkeypatch:
             assert all(every[name].pipeline for name in names)
     assert loaded == ["a", "b", "c", "b"]
     assert said.count("released") == 1
+
+
+def test_what_cannot_be_loaded_is_told_to_the_log_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.toml").write_text('task = "text-to-image"\nload = "gone"\n')
+    monkeypatch.setattr("ovforge.plan", lambda *_, **__: None)
+    said: list[dict[str, Any]] = []
+    every = Pipelines([str(tmp_path / "x.toml")], say=lambda event, **facts: said.append(facts))
+    with pytest.raises(HttpError, match="x cannot be loaded") as caught, every.use(every["x"]):
+        pass
+    assert caught.value.status == 503
+    assert "gone" not in str(caught.value)
+    assert "gone" in said[0]["error"]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_as_many_calls_run_at_a_time_as_the_task_allows_in_order(width: int) -> None:
+    """Eight requests for one pipeline and a queue of four: who waits is served in order, one more is refused."""
+    running, most, order = 0, 0, list[int]()
+    lock = threading.Lock()
+
+    class Connected:
+        async def receive(self) -> Any:
+            await asyncio.sleep(60)
+
+    async def ask_all() -> list[Any]:
+        served = Served(name="x", config=None, base=Path(), task=None, width=width, content=object())  # type: ignore[arg-type]
+        every: Any = Pipelines([])
+        every._served["x"] = served
+        queue = Queue(every, Settings(queue=4, timeout=30), Metrics(every))
+
+        def call(number: int) -> Any:
+            def work(content: Any, stop: Stop) -> int:
+                nonlocal running, most
+                with lock:
+                    running += 1
+                    most = max(most, running)
+                    order.append(number)
+                time.sleep(0.1)
+                with lock:
+                    running -= 1
+                return number
+
+            return work
+
+        asks = []
+        for number in range(4 + width + 1):
+            asks.append(asyncio.create_task(queue.run(Connected(), served, call(number))))  # type: ignore[arg-type]
+            await asyncio.sleep(0.01)
+        return await asyncio.gather(*asks, return_exceptions=True)
+
+    *answered, refused = asyncio.run(ask_all())
+    assert answered == list(range(4 + width))
+    assert most == width
+    if width == 1:
+        assert order == answered
+    assert isinstance(refused, HttpError)
+    assert refused.status == 429
 
 
 def test_errors_say_no_more_than_they_should() -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OPEN", "Guard"]
 
-OPEN = ("/health", "/ready", "/v2/health/live", "/v2/health/ready", "/v1/files/")
+_FILES = "/v1/files/"
+OPEN = ("/health", "/ready", "/v2/health/live", "/v2/health/ready", _FILES)
 """Paths that need no key: they say nothing but yes or no, or are secrets themselves."""
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -47,7 +48,7 @@ class Guard:
         headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         number = asked if _ID.fullmatch(asked) else os.urandom(8).hex()
-        record: dict[str, Any] = {"request": number, "method": scope["method"], "path": scope["path"]}
+        record: dict[str, Any] = {"request": number, "method": scope["method"], "path": _shown(scope["path"])}
         REQUEST.set(record)
         began = time.perf_counter()
         answer = _Answer(send, number, scope["path"])
@@ -155,6 +156,11 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
+
+
+def _shown(path: str) -> str:
+    """Return a path for the log, without the name of a file, which is a secret."""
+    return f"{_FILES}*" if path.startswith(_FILES) else path
 
 
 def _name(host: str) -> str:

@@ -19,8 +19,9 @@ import psutil
 
 from ovforge import Pipeline, PipelineConfig, Plugins, find_loader, open_model
 from ovforge.config import apply_overrides, read_config
-from ovforge.errors import ConfigError, InputError
+from ovforge.errors import ConfigError, InputError, OvforgeError
 from ovforge.model import core
+from ovforge_serve.settings import HttpError
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -145,7 +146,10 @@ class Pipelines(Mapping[str, Served]):
 
     @contextlib.contextmanager
     def use(self, served: Loadable) -> Iterator[Any]:
-        """Give the content, loaded; it is not released while the block runs. Call it in a thread of its own."""
+        """Give the content, loaded; it is not released while the block runs. Call it in a thread of its own.
+
+        Raises HttpError if it cannot be loaded, which says no more: the reason may name the server's files.
+        """
         with self._lock:
             served.uses += 1
         try:
@@ -160,7 +164,11 @@ class Pipelines(Mapping[str, Served]):
     def _load(self, served: Loadable) -> Any:
         self._make_room(served, served.size)
         before, start = resident_memory(), time.perf_counter()
-        content = served.content = served.load(self._plugins, self._cache)
+        try:
+            content = served.content = served.load(self._plugins, self._cache)
+        except OvforgeError as error:
+            self._say("failed", name=served.name, error=str(error))
+            raise HttpError(503, f"{served.name} cannot be loaded", hint="The server's log says why.") from error
         served.size = max(0, resident_memory() - before)
         self._say("loaded", name=served.name, seconds=round(time.perf_counter() - start, 3), bytes=served.size)
         self._make_room(served, 0)
