@@ -61,7 +61,7 @@ def ovms(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing of models elsewhere on disk.")] = False,
     trust: Trust = False,
 ) -> None:
-    """Write a pipeline's models, after all its steps, as a folder for OpenVINO Model Server.
+    """Write a pipeline's models, after the config's steps, as a folder for OpenVINO Model Server.
 
     Example: ovforge export ovms examples/unicorn.toml -o servables
     """
@@ -78,6 +78,8 @@ def ovms(
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
     checked = PipelineConfig.of(apply_overrides(read_config(config), overrides), where=str(config))
+    # What the task changes to run faster is for the task: the server gives the UNet integer timesteps, for example.
+    checked = checked.model_copy(update={"optimize": False})
     check_apart(output, named_path(checked.load.source, config.parent))
     check_folder(output.parent)
     with progress_bar(False) as progress:
