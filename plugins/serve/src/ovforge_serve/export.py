@@ -1,0 +1,155 @@
+"""`ovforge export ovms`: a pipeline's models as OpenVINO Model Server serves them.
+
+Source: the server's own export_model.py and its ImageGenCalculatorOptions (github.com/openvinotoolkit/model_server,
+2025). A bundle of the diffusers layout becomes one servable of image generation; of any other, each role becomes a
+model for the Open Inference Protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ovforge.cli import Trust
+from ovforge.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from ovforge import PipelineConfig
+    from ovforge.model import ModelBundle
+
+__all__ = ["export", "graph", "write_servables"]
+
+export = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write what other servers serve.")
+
+_GRAPH = """\
+input_stream: "HTTP_REQUEST_PAYLOAD:input"
+output_stream: "HTTP_RESPONSE_PAYLOAD:output"
+node {{
+  name: "ImageGenExecutor"
+  calculator: "ImageGenCalculator"
+  input_stream: "HTTP_REQUEST_PAYLOAD:input"
+  input_side_packet: "IMAGE_GEN_NODE_RESOURCES:pipes"
+  output_stream: "HTTP_RESPONSE_PAYLOAD:output"
+  node_options {{
+    [type.googleapis.com/mediapipe.ImageGenCalculatorOptions] {{
+{options}
+    }}
+  }}
+}}
+"""
+
+
+@export.callback()
+def _group() -> None:
+    """Write what other servers serve."""
+
+
+@export.command()
+def ovms(
+    config: Annotated[Path, typer.Argument(help="The pipeline's config, .toml or .json.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write: ovms --config_path FOLDER/config.json")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the config.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing of models elsewhere on disk.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Write a pipeline's models, after the config's steps, as a folder for OpenVINO Model Server.
+
+    Example: ovforge export ovms examples/unicorn.toml -o servables
+    """
+    from ovforge import PipelineConfig, prepare
+    from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar
+    from ovforge.config import apply_overrides, read_config
+    from ovforge.model import named_path
+    from ovforge.store import atomic_folder, check_apart
+    from ovforge_serve.pipelines import split_name
+
+    overrides = set_ or []
+    name, _ = split_name(str(config))
+    check_trust(config, overrides, trust)
+    if output.exists() and not force:
+        raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
+    checked = PipelineConfig.of(apply_overrides(read_config(config), overrides), where=str(config))
+    # What the task changes to run faster is for the task: the server gives the UNet integer timesteps, for example.
+    checked = checked.model_copy(update={"optimize": False})
+    check_apart(output, named_path(checked.load.source, config.parent))
+    check_folder(output.parent)
+    with progress_bar(False) as progress:
+        bundle = prepare(checked, base=config.parent, cache=None if no_cache else "default", progress=progress).bundle
+        if bundle.adapters:
+            raise InputError(
+                "its adapters are switched while it runs, which the server cannot do", where=str(config),
+                hint="Fuse them: the transform's mode = \"fuse\".",
+            )  # fmt: skip
+        with atomic_folder(output, replace=force) as folder:
+            served = write_servables(bundle, checked, name, folder)
+    for warning in _lost(bundle, checked):
+        print_warning(warning)
+    print_line(f"{output}: {', '.join(served)}")
+
+
+def write_servables(bundle: ModelBundle, config: PipelineConfig, name: str, folder: Path) -> list[str]:
+    """Write models and config.json into a folder; return the servables' names. Raises ModelError for encrypted ones."""
+    import openvino as ov
+
+    device = config.device.use.upper()
+    servers: dict[str, list[dict[str, Any]]] = {"model_config_list": [], "mediapipe_config_list": []}
+    if _draws(bundle):
+        bundle.save(folder / name)
+        (folder / name / "graph.pbtxt").write_text(graph(config.input, device, _properties(config)), encoding="utf-8")
+        names = [name]
+        servers["mediapipe_config_list"] = [{"name": name, "base_path": name}]
+    else:
+        if bundle.protection is not None:
+            raise ModelError("the model is encrypted, and would be written plain", where=str(folder))
+        roles = {role: name if len(bundle.models) == 1 else f"{name}.{role}" for role in bundle.models}
+        for role, model in roles.items():
+            (folder / model / "1").mkdir(parents=True)
+            ov.save_model(bundle.models[role], folder / model / "1" / "model.xml", compress_to_fp16=False)
+            bundle.models.release(role)
+            entry = {"name": model, "base_path": model, "target_device": device, "plugin_config": _properties(config)}
+            servers["model_config_list"].append({"config": entry})
+        names = list(roles.values())
+    (folder / "config.json").write_text(json.dumps(servers, indent=2) + "\n", encoding="utf-8")
+    return names
+
+
+def graph(inputs: Mapping[str, Any], device: str, properties: Mapping[str, Any]) -> str:
+    """Return the server's graph of image generation, with what a config's [input] says as its defaults."""
+    options = ['models_path: "./"', f'device: "{device}"']
+    if properties:
+        options.append(f"plugin_config: {json.dumps(json.dumps(properties))}")
+    if "width" in inputs and "height" in inputs:
+        options.append(f'default_resolution: "{int(inputs["width"])}x{int(inputs["height"])}"')
+    if "steps" in inputs:
+        options.append(f"default_num_inference_steps: {int(inputs['steps'])}")
+    return _GRAPH.format(options="\n".join(f"      {option}" for option in options))
+
+
+def _draws(bundle: ModelBundle) -> bool:
+    """Say whether openvino-genai, which the server runs, makes pictures with a bundle."""
+    return "_class_name" in bundle.index and "vae_decoder" in bundle.models
+
+
+def _properties(config: PipelineConfig) -> dict[str, str]:
+    precision = config.device.options.get("precision", "auto")
+    return {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": str(precision)}
+
+
+def _lost(bundle: ModelBundle, config: PipelineConfig) -> Iterator[str]:
+    """Yield what of a pipeline the server does not do."""
+    if _draws(bundle) and config.scheduler is not None:
+        yield f"the server takes the model's own scheduler, not the config's ({config.scheduler.use})"
+    if bundle.controls:
+        yield f"controls keep their first values: {', '.join(bundle.controls)}"
+    known = {"steps", "width", "height"} if _draws(bundle) else set()
+    if other := sorted(config.input.keys() - known):
+        yield f"clients give these inputs themselves: {', '.join(other)}"

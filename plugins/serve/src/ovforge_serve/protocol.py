@@ -1,0 +1,54 @@
+"""The connection: bounded in number, and in the time that a request's head may take."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["bounded_protocol"]
+
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+
+
+def bounded_protocol(most: int, seconds: float) -> type[H11Protocol]:
+    """Return uvicorn's protocol for at most `most` connections; a request's head must be there within `seconds`."""
+
+    class Bounded(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.write(_FULL)
+                transport.close()
+            else:
+                self._deadline = self.loop.call_later(seconds, self._end)
+
+        def data_received(self, data: bytes) -> None:
+            if self._between() and self._deadline is None:
+                self._deadline = self.loop.call_later(seconds, self._end)
+            super().data_received(data)
+            if not self._between():
+                self._forget()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _between(self) -> bool:
+            """Say whether no request is in work, so that the next one's head is awaited."""
+            return self.cycle is None or self.cycle.response_complete
+
+        def _end(self) -> None:
+            self._deadline = None
+            if self._between():
+                self.transport.close()
+
+        def _forget(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Bounded

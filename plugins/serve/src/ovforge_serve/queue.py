@@ -1,0 +1,138 @@
+"""Who runs when: a bounded queue, one turn at a time for each pipeline, and an end for requests that nobody awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ovforge import Cancelled, Progress
+from ovforge_serve.pipelines import Loadable, Pipelines
+from ovforge_serve.settings import CLIENT_GONE, HttpError, Settings
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from ovforge_serve.metrics import Metrics
+
+__all__ = ["Queue", "Stop"]
+
+T = TypeVar("T")
+
+
+class Stop:
+    """Ends a run at its next step; give it to a pipeline as its progress callback. `watch` sees each moment first."""
+
+    def __init__(self, watch: Callable[[Progress], None] = lambda _: None) -> None:
+        self._asked = threading.Event()
+        self._watch = watch
+
+    def ask(self) -> None:
+        """Let the run end."""
+        self._asked.set()
+
+    def __call__(self, moment: Progress) -> None:
+        if self._asked.is_set():
+            raise Cancelled
+        self._watch(moment)
+
+
+class Queue:
+    """Runs calls of pipelines in their threads, in the order in which they came."""
+
+    def __init__(self, pipelines: Pipelines, settings: Settings, metrics: Metrics) -> None:
+        self._pipelines, self._settings, self._metrics = pipelines, settings, metrics
+        self._turns = {served.name: asyncio.Semaphore(served.width) for served in pipelines.all()}
+        self._running: set[Stop] = set()
+        self._waiting = 0
+        self._seconds = 1.0
+        """How long calls took, the last ones counting most."""
+
+    async def run(
+        self, request: Request, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop | None = None
+    ) -> T:
+        """Return what `call` makes of the pipeline, or the model, and `stop`.
+
+        Raises HttpError if too many wait, if the time is over, and if the client goes away; the run then ends at its
+        next step.
+        """
+        stop = stop or Stop()
+        work = asyncio.create_task(self._turn(served, call, stop))
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({work, gone}, timeout=self._settings.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            if gone.done():
+                raise HttpError(CLIENT_GONE, "the client went away")
+            raise HttpError(
+                504,
+                f"it took more than {self._settings.timeout:g} s",
+                hint="Ask for less at a time, or raise --timeout.",
+            )
+        finally:
+            stop.ask()
+            for task in (work, gone):
+                task.cancel()
+
+    def stop_all(self) -> None:
+        """Let all runs end at their next step."""
+        for stop in tuple(self._running):
+            stop.ask()
+
+    async def _turn(self, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop) -> T:
+        turns = self._turns[served.name]
+        with self._place(turns):
+            began = time.perf_counter()
+            await turns.acquire()
+        self._metrics.waited.labels(served.name).observe(time.perf_counter() - began)
+        self._running.add(stop)
+        self._metrics.running.labels(served.name).inc()
+        run = asyncio.get_running_loop().run_in_executor(served.threads, self._call, served, call, stop)
+
+        def end(done: asyncio.Future[T]) -> None:
+            turns.release()
+            self._running.discard(stop)
+            self._metrics.running.labels(served.name).dec()
+            if not done.cancelled():
+                done.exception()  # nobody may be left to look at it
+
+        # The turn lasts until the thread ends, whether or not somebody still waits for it.
+        run.add_done_callback(end)
+        return await asyncio.shield(run)
+
+    def _call(self, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop) -> T:
+        with self._pipelines.use(served) as pipeline:
+            began = time.perf_counter()
+            try:
+                return call(pipeline, stop)
+            finally:
+                self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
+
+    @contextlib.contextmanager
+    def _place(self, turns: asyncio.Semaphore) -> Iterator[None]:
+        """Hold a place among those that wait. Raises HttpError if there is none."""
+        if self._waiting >= self._settings.queue and turns.locked():
+            self._metrics.refused.inc()
+            raise HttpError(
+                429,
+                f"{self._waiting} requests are waiting",
+                hint="Try again later.",
+                retry_after=self._seconds * self._waiting,
+            )
+        self._waiting += 1
+        self._metrics.waiting.set(self._waiting)
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            self._metrics.waiting.set(self._waiting)
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has closed the connection; the request's body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,90 @@
+"""Listening: uvicorn, with our bounds on connections, until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from ovforge.cli import print_line
+from ovforge.errors import ConfigError
+from ovforge_serve.protocol import bounded_protocol
+from ovforge_serve.server import Server, make_app
+
+__all__ = ["Address", "listen"]
+
+_HEAD, _IDLE = 10.0, 5
+"""Seconds for a request's head, and between requests of one connection."""
+
+_OTHER_FILES = 256
+"""Files that a server has open beside its connections."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen, and with which certificate."""
+
+    host: str
+    port: int
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says where it listens, and lets runs go on for as long as a request may take."""
+
+    async def startup(self, sockets: object = None) -> None:
+        await super().startup(sockets)  # type: ignore[arg-type]
+        for server in getattr(self, "servers", ()):
+            for socket in server.sockets:
+                host, port = socket.getsockname()[:2]
+                name = f"[{host}]" if ":" in host else host
+                print_line(f"{'https' if self.config.is_ssl else 'http'}://{name}:{port}")
+
+
+def listen(server: Server, address: Address, *, connections: int = 1000, preload: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError if the address or the certificate cannot be used."""
+    logging.getLogger("uvicorn").addHandler(logging.NullHandler())
+    _allow_files(connections + _OTHER_FILES)
+    if preload:
+        for served in server.pipelines.all():
+            with server.pipelines.use(served):
+                pass
+    config = uvicorn.Config(
+        make_app(server), host=address.host, port=address.port, http=bounded_protocol(connections, _HEAD), ws="none",
+        ssl_certfile=address.certificate, ssl_keyfile=address.private_key, log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=_IDLE, lifespan="on",
+        timeout_graceful_shutdown=int(server.settings.timeout) + 1,
+    )  # fmt: skip
+    try:
+        config.load()
+        running = _Uvicorn(config)
+        running.run()
+    except OSError as error:
+        raise ConfigError(f"cannot listen there: {error}", where=f"{address.host}:{address.port}") from error
+    except SystemExit as error:  # uvicorn has logged why
+        raise ConfigError(
+            "cannot listen there", where=f"{address.host}:{address.port}", hint="Name a free --port."
+        ) from error
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files to what the connections need, as far as this user may. Raises ConfigError."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+            )
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
+            raise ConfigError(
+                f"this user may have {hard} files open, and {wanted} are needed", where="--connections",
+                hint="Name fewer, or raise the limit (ulimit -n).",
+            )  # fmt: skip

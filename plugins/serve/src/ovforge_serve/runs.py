@@ -1,0 +1,158 @@
+"""POST /v1/pipelines/NAME/run: any task, by its own inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import mimetypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from ovforge import Pipeline, Result
+from ovforge.errors import InputError
+from ovforge.model import values_as_json
+from ovforge_serve.files import Sent, files_as_text
+from ovforge_serve.log import note
+from ovforge_serve.pipelines import Served
+from ovforge_serve.queue import Stop
+from ovforge_serve.server import Server, answers, json_or_form, received
+
+__all__ = ["add_routes", "adjusted", "saved"]
+
+_PARAMETERS = [
+    {
+        "name": name, "in": "query", "required": False, "description": description,
+        "schema": {"type": "array", "items": {"type": "string"}} if several else {"type": "string"},
+    }
+    for name, several, description in (
+        ("as", False, "Ending of the files to give, such as .jpg; by default the result's own."),
+        ("adapter", True, "NAME:WEIGHT of an adapter, for this run."),
+        ("control", True, "NAME:VALUE of a control, for this run."),
+    )
+]  # fmt: skip
+
+
+def add_routes(app: FastAPI, server: Server) -> None:
+    """Add a route for each pipeline, described by its task's inputs."""
+    for served in server.pipelines.values():
+        _add_route(app, server, served)
+
+
+def _add_route(app: FastAPI, server: Server, served: Served) -> None:
+    async def run(request: Request) -> Response:
+        note(pipeline=served.name)
+        suffix = _suffix(served, request.query_params.get("as"))
+        adapters = _numbers(request.query_params.getlist("adapter"), "adapter")
+        controls = _numbers(request.query_params.getlist("control"), "control")
+        with server.sent() as sent:
+            given = await asyncio.to_thread(sent.inputs, served, await received(request))
+            if server.settings.log_inputs:
+                note(inputs=sent.shown(values_as_json(given, "input")))
+
+            def call(pipeline: Pipeline, stop: Stop) -> bytes:
+                with adjusted(served, pipeline, adapters, controls):
+                    result = pipeline(progress=stop, **given)
+                server.metrics.count(served.name, result.timings)
+                return json.dumps(_answer(result, sent, server.scratch, suffix)).encode()
+
+            body = await server.queue.run(request, served, call)
+        return Response(body, media_type="application/json")
+
+    schema = served.inputs.model_json_schema(ref_template=f"#/components/schemas/{served.name}.{{model}}")
+    for name, definition in schema.pop("$defs", {}).items():
+        server.schemas[f"{served.name}.{name}"] = files_as_text(definition)
+    # What the config says of inputs need not be said again.
+    schema["required"] = [name for name in schema.get("required", ()) if name not in served.config.input]
+    server.schemas[f"{served.name}.inputs"] = files_as_text(schema)
+    app.add_api_route(
+        f"/v1/pipelines/{served.name}/run", run, methods=["POST"], summary=served.task.summary, tags=["pipelines"],
+        operation_id=f"run_{served.name}", responses=answers(400, 413, 415, 429, 504),
+        openapi_extra={
+            **json_or_form({"$ref": f"#/components/schemas/{served.name}.inputs"}), "parameters": _PARAMETERS,
+        },
+    )  # fmt: skip
+
+
+@contextmanager
+def adjusted(
+    served: Served, pipeline: Pipeline, adapters: Mapping[str, float], controls: Mapping[str, float]
+) -> Iterator[None]:
+    """Set adapters and controls while the block runs. Raises InputError for unknown ones."""
+    if not adapters and not controls:
+        yield
+        return
+    if served.width > 1:
+        raise InputError("this pipeline's calls run side by side, and share adapters and controls", where="adapter")
+    before = dict(pipeline.adapters), dict(pipeline.controls)
+    try:
+        if adapters:
+            pipeline.adapters.set({**before[0], **adapters})
+        pipeline.controls.update(controls)
+        yield
+    finally:
+        pipeline.adapters.set(before[0])
+        pipeline.controls.update(before[1])
+
+
+def saved(result: Result, folder: Path, suffix: str) -> list[tuple[str, str, bytes]]:
+    """Return the files that a result is written to: name, media type, content. They carry no path of this machine."""
+    result.provenance.pop("base", None)
+    token = os.urandom(8).hex()
+    files = result.save(folder / f"{token}{suffix}")
+    found = []
+    for file in files:
+        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        found.append((file.name.replace(token, "result"), kind, file.read_bytes()))
+        file.unlink()
+    return found
+
+
+def _answer(result: Result, sent: Sent, folder: Path, suffix: str | None) -> Any:
+    result.provenance["inputs"] = sent.shown(values_as_json(result.provenance.get("inputs", {}), "input"))
+    files = saved(result, folder, suffix) if suffix else []
+    result.provenance.pop("base", None)
+    return sent.shown(
+        {
+            "result": result.as_json(),
+            "timings": result.timings.spans,
+            "seconds": result.timings.whole(),
+            "warnings": result.warnings,
+            "provenance": values_as_json(result.provenance, "provenance"),
+        }
+    ) | {
+        "files": [{"name": name, "type": kind, "base64": base64.b64encode(data).decode()} for name, kind, data in files]
+    }
+
+
+def _suffix(served: Served, asked: str | None) -> str | None:
+    """Return the ending of the files to give, None for a result that is JSON alone. Raises InputError."""
+    kind = served.task.result_type() or Result
+    if asked is None:
+        first = next((suffix for suffix in kind.suffixes if suffix), None)
+        return None if first == ".json" else first
+    suffix = f".{asked.lower().removeprefix('.')}"
+    if suffix not in kind.suffixes:
+        known = ", ".join(known for known in kind.suffixes if known)
+        raise InputError(f"{asked!r} is not an ending of this result", where="as", hint=f"It has: {known}.")
+    return suffix
+
+
+def _numbers(texts: Sequence[str], where: str) -> dict[str, float]:
+    """Return the numbers of "NAME:NUMBER", by name."""
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition(":")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            found[name] = math.nan
+        if not name or not math.isfinite(found[name]):
+            raise InputError(f"{text!r} is not NAME:NUMBER", where=where)
+    return found
