@@ -132,6 +132,10 @@ def check_task(module: types.ModuleType, folder: Path) -> None:
     assert file.read_text() == str(expected)
 
 
+def check_tracker(module: types.ModuleType, folder: Path) -> None:
+    testing.check_tracker(module, "nearest")
+
+
 def check_command(module: types.ModuleType, folder: Path) -> None:
     testing.small_bundle().save(folder / "model")
     assert testing.check_command(module, "count", [str(folder)]) == "1\n"

@@ -163,7 +163,7 @@ def new(
     kind: Annotated[
         str,
         typer.Option(
-            "--kind", help="What it offers: transform, loader, quantizer, scheduler, device, task or command."
+            "--kind", help="What it offers: transform, loader, quantizer, scheduler, device, task, tracker or command."
         ),
     ] = "transform",
     folder: Annotated[Path, typer.Option("--folder", help="Where to put the project.")] = Path(),

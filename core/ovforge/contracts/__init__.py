@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SchedulerExtension,
         SourceExtension,
         TaskExtension,
+        TrackerExtension,
     )
     from ovforge.contracts.hookspecs import hookimpl
     from ovforge.contracts.quantization import (
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
         Adapter,
         Adapters,
         Calibration,
+        Choice,
         CompiledModels,
         Device,
         DevicePlan,
         Embedder,
+        FrameDetector,
         GraphTransform,
         Inference,
         Loader,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
         Skipped,
         Task,
         TaskContext,
+        Tracker,
         ignore_progress,
     )
 
@@ -65,6 +69,7 @@ __all__ = [
     "Adapter",
     "Adapters",
     "Calibration",
+    "Choice",
     "CommandExtension",
     "CompiledModels",
     "Device",
@@ -75,6 +80,7 @@ __all__ = [
     "DriverExtension",
     "Embedder",
     "Extension",
+    "FrameDetector",
     "GraphTransform",
     "GraphTransformExtension",
     "Inference",
@@ -104,6 +110,8 @@ __all__ = [
     "Task",
     "TaskContext",
     "TaskExtension",
+    "Tracker",
+    "TrackerExtension",
     "hookimpl",
     "ignore_progress",
 ]
@@ -124,6 +132,7 @@ __getattr__, __dir__ = lazy(
             "SchedulerExtension",
             "SourceExtension",
             "TaskExtension",
+            "TrackerExtension",
         ],
         "hookspecs": ["hookimpl"],
         "quantization": [
@@ -140,10 +149,12 @@ __getattr__, __dir__ = lazy(
             "Adapter",
             "Adapters",
             "Calibration",
+            "Choice",
             "CompiledModels",
             "Device",
             "DevicePlan",
             "Embedder",
+            "FrameDetector",
             "GraphTransform",
             "Inference",
             "Loader",
@@ -159,6 +170,7 @@ __getattr__, __dir__ = lazy(
             "Skipped",
             "Task",
             "TaskContext",
+            "Tracker",
             "ignore_progress",
         ],
     },

@@ -35,6 +35,7 @@ __all__ = [
     "SchedulerExtension",
     "SourceExtension",
     "TaskExtension",
+    "TrackerExtension",
     "is_extension_name",
     "resolve",
 ]
@@ -348,6 +349,17 @@ class CommandExtension(Extension):
     kind: ClassVar[str] = "command"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackerExtension(Extension):
+    """Follows things through a stream of pictures. `factory(options) -> Tracker`, once for each stream.
+
+    With `every_picture`, it needs what a detector finds in each picture, and works out no place of its own between.
+    """
+
+    kind: ClassVar[str] = "tracker"
+    every_picture: bool = False
+
+
 KINDS: tuple[type[Extension], ...] = (
     SourceExtension,
     LoaderExtension,
@@ -357,5 +369,6 @@ KINDS: tuple[type[Extension], ...] = (
     SchedulerExtension,
     DeviceExtension,
     TaskExtension,
+    TrackerExtension,
     CommandExtension,
 )

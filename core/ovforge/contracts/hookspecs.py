@@ -25,6 +25,7 @@ from ovforge.contracts.extensions import (
     SchedulerExtension,
     SourceExtension,
     TaskExtension,
+    TrackerExtension,
 )
 
 __all__ = ["ENTRY_POINT_GROUP", "HOOK_OF_KIND", "hookimpl", "hookspec"]
@@ -359,6 +360,43 @@ def ovforge_tasks() -> Iterable[TaskExtension]:
 
 
 @hookspec
+def ovforge_trackers() -> Iterable[TrackerExtension]:
+    """What follows things through videos, for the task `video`.
+
+    Example: a thing is the one of the picture before whose middle is nearest, and no further than its own width.
+
+        import numpy as np
+        from ovforge import hookimpl
+        from ovforge.contracts import TrackerExtension
+        from ovforge.model import Tracks
+
+        class Nearest:
+            def __init__(self, options):
+                self.ids, self.middles, self.last = np.zeros(0, np.int64), np.zeros((0, 2)), 0
+
+            def update(self, found, picture, seconds):
+                middles = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2
+                ids, free = np.zeros(len(found), np.int64), set(range(len(self.ids)))
+                for row, (middle, box) in enumerate(zip(middles, found.boxes)):
+                    near = sorted((np.hypot(*(self.middles[old] - middle)), old) for old in free)
+                    if near and near[0][0] <= box[2] - box[0]:
+                        ids[row] = self.ids[near[0][1]]
+                        free.remove(near[0][1])
+                    else:
+                        self.last = ids[row] = self.last + 1
+                self.ids, self.middles = ids, middles
+                return Tracks(found.boxes, found.scores, found.classes, ids, np.arange(len(ids)))
+
+        @hookimpl
+        def ovforge_trackers():
+            yield TrackerExtension(
+                name="nearest", summary="The nearest middle", factory=Nearest, every_picture=True
+            )
+    """
+    return ()
+
+
+@hookspec
 def ovforge_commands() -> Iterable[CommandExtension]:
     """Commands of the `ovforge` program; its own come through this hook, too.
 
@@ -393,5 +431,6 @@ HOOK_OF_KIND = {
     "scheduler": "ovforge_schedulers",
     "device": "ovforge_devices",
     "task": "ovforge_tasks",
+    "tracker": "ovforge_trackers",
     "command": "ovforge_commands",
 }

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from ovforge.model.bundle import ModelBundle
     from ovforge.model.results import Result
     from ovforge.model.sources import Source
+    from ovforge.model.video import Boxes, Tracks
 
 __all__ = [
     "Adapter",
     "Adapters",
     "Calibration",
+    "Choice",
     "CompiledModels",
     "Device",
     "DevicePlan",
     "Embedder",
+    "FrameDetector",
     "GraphTransform",
     "Inference",
     "Loader",
@@ -44,6 +47,7 @@ __all__ = [
     "Skipped",
     "Task",
     "TaskContext",
+    "Tracker",
     "ignore_progress",
 ]
 
@@ -309,6 +313,37 @@ class Inference(Protocol):
         ...
 
 
+class FrameDetector(Protocol):
+    """Finds things in pictures of streams, for tasks that build on one that detects; that one makes it.
+
+    Several threads may call it at a time, `parallel` of them to good use. What it finds in a picture does not depend on
+    the pictures beside it.
+    """
+
+    names: Sequence[str]
+    """Names of classes, by their number."""
+
+    parallel: int
+    batch: int
+    """How many pictures of one size it takes at once."""
+
+    def __call__(self, pictures: Sequence[NDArray[np.uint8]]) -> list[Boxes]:
+        """Return what is in each picture, from the highest score to the lowest. Pictures are RGB (height, width, 3)."""
+        ...
+
+
+class Tracker(Protocol):
+    """Follows things through the pictures of one stream, in their order; used by one thread at a time."""
+
+    def update(self, found: Boxes | None, picture: NDArray[np.uint8], seconds: float) -> Tracks:
+        """Return the things that are in the next picture, RGB (height, width, 3), which is shown at `seconds`.
+
+        `found` is what the detector sees there, of any order and score; None if it was not asked. `seconds` rises from
+        picture to picture. Must depend on what it was given so far alone.
+        """
+        ...
+
+
 class CompiledModels(Protocol):
     """Compiled models by role, with the bundle's configs and assets. Compilation goes on in the background."""
 
@@ -357,6 +392,19 @@ class CompiledModels(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
+class Choice(Protocol):
+    """Another plugin's extension, with its checked options; see `TaskContext.choose`."""
+
+    @property
+    def extension(self) -> Any:
+        """Its description."""
+        ...
+
+    def create(self, *arguments: Any) -> Any:
+        """Return what its factory makes of the options and `arguments`. Errors name the plugin."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TaskContext:
     """All that a task is built from."""
@@ -379,6 +427,13 @@ class TaskContext:
 
     adapters: Adapters | None = None
     """The adapters that can be switched, for prompts that name some; None if there are none to switch."""
+
+    choose: Callable[[str, Any, str], Choice] | None = None
+    """Finds another plugin's extension: `choose(kind, use, where)`.
+
+    `use` is what a config says: a name, or a table with `use` and options, which are checked; `where` is the option's
+    key. A task that builds on another one makes that so: `choose("task", "detect", "task.detect").create(context)`.
+    """
 
 
 @runtime_checkable

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         source_digest,
     )
     from ovforge.model.validation import check_model_file
+    from ovforge.model.video import Boxes, Tracks
 
 __all__ = [
     "MAX_PSNR",
@@ -51,6 +52,7 @@ __all__ = [
     "PACKAGE",
     "PICTURE_SUFFIXES",
     "BatchGenerator",
+    "Boxes",
     "Control",
     "DetectorSpec",
     "FileSource",
@@ -68,6 +70,7 @@ __all__ = [
     "Source",
     "TimingRow",
     "Timings",
+    "Tracks",
     "check_model_file",
     "core",
     "digest_picture",
@@ -127,5 +130,6 @@ __getattr__, __dir__ = lazy(
             "source_digest",
         ],
         "validation": ["check_model_file"],
+        "video": ["Boxes", "Tracks"],
     },
 )

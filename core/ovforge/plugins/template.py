@@ -14,7 +14,7 @@ from ovforge.store import atomic_folder
 
 __all__ = ["TEMPLATES", "write_project"]
 
-TEMPLATES = ("transform", "loader", "quantizer", "scheduler", "device", "task", "command")
+TEMPLATES = ("transform", "loader", "quantizer", "scheduler", "device", "task", "tracker", "command")
 """The kinds that there is a project for; the first is the default."""
 
 _FOLDER = Path(__file__).parent / "templates"

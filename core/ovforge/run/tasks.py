@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ovforge.config.options import checked
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.extensions import GraphTransformExtension, SchedulerExtension, resolve
 from ovforge.contracts.stages import Adapter, DevicePlan, Embedder, Scheduler, Task, TaskContext
@@ -48,6 +49,9 @@ def make_task(pipeline: ResolvedPipeline, compiled: CompiledBundle) -> Task:
         inputs=pipeline.config.input,
         embedders=_make_embedders(pipeline, compiled.source),
         adapters=compiled.adapters,
+        choose=lambda kind, use, where: choose(
+            pipeline.session, kind, checked(Use, use, where=where), where, pipeline.base
+        ),
     )
     made: Task = expect("__call__", task.create(context), task.offer)
     compiled.start_rest()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         check_scheduler,
         check_source,
         check_task,
+        check_tracker,
     )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "check_scheduler",
     "check_source",
     "check_task",
+    "check_tracker",
     "check_transform",
     "extension",
     "run",
@@ -56,6 +58,14 @@ __getattr__, __dir__ = lazy(
         "changes": ["FixedCalibration", "check_quantizer", "check_transform"],
         "models": ["run", "small_bundle", "small_model"],
         "plugin": ["check_command", "check_plugin", "extension"],
-        "stages": ["check_device", "check_driver", "check_loader", "check_scheduler", "check_source", "check_task"],
+        "stages": [
+            "check_device",
+            "check_driver",
+            "check_loader",
+            "check_scheduler",
+            "check_source",
+            "check_task",
+            "check_tracker",
+        ],
     },
 )

@@ -11,18 +11,27 @@ from typing import Any
 
 from ovforge.config.inputs import input_content
 from ovforge.config.options import checked, validate_options
-from ovforge.contracts.extensions import DriverExtension, Need, TaskExtension
+from ovforge.contracts.extensions import DriverExtension, Need, TaskExtension, TrackerExtension
 from ovforge.contracts.quantization import DriverContext
 from ovforge.contracts.stages import Match, ignore_progress
 from ovforge.errors import ConfigError, OvforgeError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.results import Result
 from ovforge.model.sources import FileSource, Source
+from ovforge.model.video import Boxes
 from ovforge.store import digest_file
 from ovforge.testing.models import small_model
 from ovforge.testing.plugin import create, extension
 
-__all__ = ["check_device", "check_driver", "check_loader", "check_scheduler", "check_source", "check_task"]
+__all__ = [
+    "check_device",
+    "check_driver",
+    "check_loader",
+    "check_scheduler",
+    "check_source",
+    "check_task",
+    "check_tracker",
+]
 
 
 def check_loader(
@@ -202,6 +211,62 @@ def check_task(module: types.ModuleType, name: str, task: Any = None) -> None:
     same = fewer == written[:4]
     assert same, f"examples of {name} change from call to call: calibration would use what quality judges by"
     _check_threads(described, task, examples[:2])
+
+
+def check_tracker(module: types.ModuleType, name: str, options: Mapping[str, Any] = {}) -> None:
+    """Check a tracker: things that move evenly keep their numbers, and two streams do not know of each other.
+
+    Two squares move through forty pictures, one of them comes late; some pictures are empty, and, unless the tracker
+    needs every picture, every second one is not looked at.
+    """
+    import numpy as np
+
+    described = extension(module, "tracker", name)
+    assert isinstance(described, TrackerExtension)
+    every = described.every_picture
+    first, second, again = (create(module, "tracker", name, options) for _ in range(3))
+    seen: list[tuple[str, ...]] = []
+    ids: list[set[int]] = [set(), set()]
+    for number in range(40):
+        picture, found = _squares(number)
+        given = found if every or number % 2 == 0 else None
+        tracks = first.update(given, picture, number / 25)
+        count = len(tracks)
+        assert tracks.boxes.shape == (count, 4), f"{name}: the boxes are {tracks.boxes.shape}, not ({count}, 4)"
+        assert tracks.boxes.dtype == np.float32, f"{name}: the boxes are {tracks.boxes.dtype}, not float32"
+        assert len(tracks.scores) == len(tracks.classes) == len(tracks.rows) == count, f"{name}: lengths differ"
+        assert len(set(tracks.ids.tolist())) == count, f"{name} gives one number to two things of a picture"
+        assert (tracks.ids > 0).all(), f"{name} gives numbers below 1"
+        assert np.isfinite(tracks.boxes).all(), f"{name} gives places that are not finite"
+        limit = len(given) if given is not None else 0
+        assert ((tracks.rows >= -1) & (tracks.rows < limit)).all(), f"{name}: `rows` names boxes that it was not given"
+        for of, box in zip(ids, found.boxes, strict=False):
+            near = np.abs(tracks.boxes - box).max(axis=1) < 15
+            of.update(tracks.ids[near].tolist())
+        seen.append(tuple(part.tobytes() for part in (tracks.boxes, tracks.ids, tracks.rows)))
+        second.update(_squares(number + 7)[1], picture, number / 25)
+    assert all(len(each) == 1 for each in ids), f"{name}: squares that move evenly have the numbers {ids}, not one each"
+    for number in range(40):
+        picture, found = _squares(number)
+        tracks = again.update(found if every or number % 2 == 0 else None, picture, number / 25)
+        same = seen[number] == tuple(part.tobytes() for part in (tracks.boxes, tracks.ids, tracks.rows))
+        assert same, f"{name}: another stream, or a second run, changes what it says of picture {number}"
+    nothing = create(module, "tracker", name, options)
+    for number in range(3):
+        empty = nothing.update(Boxes.none(), _squares(0)[0], float(number))
+        assert len(empty) == 0, f"{name} sees things where there are none"
+
+
+def _squares(number: int) -> tuple[Any, Boxes]:
+    """Return a picture (120, 240, 3) of one or two squares on their way, and their boxes."""
+    import numpy as np
+
+    places = [(10 + 3 * number, 20), (200 - 3 * number, 80)][: 1 + (number >= 6)]
+    picture = np.full((120, 240, 3), 90, np.uint8)
+    for shade, (left, top) in zip((250, 20), places, strict=False):
+        picture[top : top + 30, max(0, left) : left + 30] = shade
+    boxes = np.array([(left, top, left + 30, top + 30) for left, top in places], np.float32)
+    return picture, Boxes(boxes, np.full(len(boxes), 0.9, np.float32), np.arange(len(boxes), dtype=np.int64))
 
 
 def _check_threads(described: TaskExtension, task: Any, examples: Sequence[Any]) -> None:
