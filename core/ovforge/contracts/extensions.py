@@ -351,8 +351,9 @@ class CommandExtension(Extension):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerExtension(Extension):
-    """Follows things through a stream of pictures. `factory(options) -> Tracker`, once for each stream.
+    """Follows things through a stream of pictures. `factory(options, threshold) -> Tracker`, once for each stream.
 
+    `threshold` is the score from which a box is a find for the detector; a tracker gets weaker ones, too.
     With `every_picture`, it needs what a detector finds in each picture, and works out no place of its own between.
     """
 

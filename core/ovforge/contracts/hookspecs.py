@@ -371,10 +371,13 @@ def ovforge_trackers() -> Iterable[TrackerExtension]:
         from ovforge.model import Tracks
 
         class Nearest:
-            def __init__(self, options):
+            def __init__(self, options, threshold):
+                self.threshold = threshold
                 self.ids, self.middles, self.last = np.zeros(0, np.int64), np.zeros((0, 2)), 0
 
             def update(self, found, picture, seconds):
+                rows = np.flatnonzero(found.scores >= self.threshold)
+                found = found.take(rows)
                 middles = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2
                 ids, free = np.zeros(len(found), np.int64), set(range(len(self.ids)))
                 for row, (middle, box) in enumerate(zip(middles, found.boxes)):
@@ -385,7 +388,7 @@ def ovforge_trackers() -> Iterable[TrackerExtension]:
                     else:
                         self.last = ids[row] = self.last + 1
                 self.ids, self.middles = ids, middles
-                return Tracks(found.boxes, found.scores, found.classes, ids, np.arange(len(ids)))
+                return Tracks(found.boxes, found.scores, found.classes, ids, rows)
 
         @hookimpl
         def ovforge_trackers():

@@ -323,6 +323,12 @@ class FrameDetector(Protocol):
     names: Sequence[str]
     """Names of classes, by their number."""
 
+    threshold: float
+    """Score from which the model's boxes are meant to count."""
+
+    notes: Sequence[str]
+    """What people should know of it."""
+
     parallel: int
     batch: int
     """How many pictures of one size it takes at once."""

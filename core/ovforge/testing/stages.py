@@ -224,7 +224,7 @@ def check_tracker(module: types.ModuleType, name: str, options: Mapping[str, Any
     described = extension(module, "tracker", name)
     assert isinstance(described, TrackerExtension)
     every = described.every_picture
-    first, second, again = (create(module, "tracker", name, options) for _ in range(3))
+    first, second, again = (create(module, "tracker", name, options, 0.5) for _ in range(3))
     seen: list[tuple[str, ...]] = []
     ids: list[set[int]] = [set(), set()]
     for number in range(40):
@@ -251,7 +251,7 @@ def check_tracker(module: types.ModuleType, name: str, options: Mapping[str, Any
         tracks = again.update(found if every or number % 2 == 0 else None, picture, number / 25)
         same = seen[number] == tuple(part.tobytes() for part in (tracks.boxes, tracks.ids, tracks.rows))
         assert same, f"{name}: another stream, or a second run, changes what it says of picture {number}"
-    nothing = create(module, "tracker", name, options)
+    nothing = create(module, "tracker", name, options, 0.5)
     for number in range(3):
         empty = nothing.update(Boxes.none(), _squares(0)[0], float(number))
         assert len(empty) == 0, f"{name} sees things where there are none"

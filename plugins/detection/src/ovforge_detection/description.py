@@ -36,13 +36,14 @@ _CONVERTERS = {
     "heatmap_boxes": "heatmap_boxes", "rotated_detection": "mask_rcnn",
     "mask_rcnn": "mask_rcnn", "tensor_to_bbox_mask_rcnn": "mask_rcnn", "MaskRCNN": "mask_rcnn", "rtdetr": "rtdetr",
     "rfdetr": "rfdetr", "detection": "detection", "paddle_detection": "paddle_detection",
+    "gfl": "gfl", "nanodet": "gfl", "centernet": "yolo_v10",
 }  # fmt: skip
 """Names of converters, old ones among them -> ours."""
 
 _NMS = {
     "yolo_v2": 0.5, "yolo_v3": 0.5, "yolo_v5": 0.5, "yolo_v7": 0.4, "yolo_v8": 0.4, "yolo_v10": 0.4, "yolo_x": 0.4,
     "boxes_labels": 0.4, "boxes_scores": 0.4, "boxes": 0.4, "mask_rcnn": 0.4, "yolo_v8_obb": 0.4, "yolo_v8_pose": 0.4,
-    "yolo_v8_seg": 0.4, "yolo_v26_obb": 0.4, "centerface": 0.4,
+    "yolo_v8_seg": 0.4, "yolo_v26_obb": 0.4, "centerface": 0.4, "gfl": 0.6,
 }  # fmt: skip
 """Converter -> the overlap above which a box goes, if the file names none; others keep all boxes."""
 

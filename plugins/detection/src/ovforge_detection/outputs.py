@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ovforge.errors import ModelError
 from ovforge.model import DetectorSpec
 from ovforge_detection.decode import Found, check_finite, corners, join, sigmoid, suppress
+from ovforge_detection.gfl import decode_gfl
 from ovforge_detection.heatmaps import faces, outlined
 from ovforge_detection.prepare import Prepared
 
@@ -41,7 +42,7 @@ class Description(BaseModel):
     converter: Literal[
         "detection_output", "boxes_labels", "boxes_scores", "boxes", "yolo_v2", "yolo_v3", "yolo_v5", "yolo_v7",
         "yolo_v8", "yolo_v8_obb", "yolo_v8_pose", "yolo_v8_seg", "yolo_v10", "yolo_v26_obb", "yolo_x", "mask_rcnn",
-        "rtdetr", "rfdetr", "detection", "centerface", "heatmap_boxes", "paddle_detection",
+        "rtdetr", "rfdetr", "detection", "centerface", "heatmap_boxes", "paddle_detection", "gfl",
     ]  # fmt: skip
     layers: tuple[str, ...] = Field((), description="The outputs that it is about; by default all.")
     classes: int | None = Field(None, gt=0)
@@ -411,13 +412,18 @@ def _heatmap(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, 
     return placed, scores, np.zeros(len(boxes), np.int64)
 
 
+def _gfl(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
+    """Read scores and distributions of the sides. Source: Generalized Focal Loss (Li et al. 2020)."""
+    return decode_gfl(outputs, d.classes or d.labels or None, spec, d.threshold, d.sigmoid)
+
+
 _READERS: dict[str, Callable[[Mapping[str, Values], Description, DetectorSpec, Prepared], Raw]] = {
     "detection_output": _detection_output, "boxes_labels": _boxes_labels, "boxes_scores": _boxes_scores,
     "boxes": _boxes, "yolo_v2": _yolo_grids, "yolo_v3": _yolo_grids, "yolo_v5": _yolo_grids, "yolo_v7": _yolo_v7,
     "yolo_v8": _yolo_v8, "yolo_v8_obb": _yolo_v8, "yolo_v8_pose": _yolo_v8, "yolo_v8_seg": _yolo_v8,
     "yolo_v10": _yolo_v10, "yolo_v26_obb": _yolo_v10, "yolo_x": _yolo_x, "mask_rcnn": _mask_rcnn, "rtdetr": _queries,
     "rfdetr": _queries, "detection": _detection, "centerface": _centerface, "heatmap_boxes": _heatmap,
-    "paddle_detection": _paddle,
+    "paddle_detection": _paddle, "gfl": _gfl,
 }  # fmt: skip
 
 

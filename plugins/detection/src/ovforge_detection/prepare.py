@@ -12,7 +12,7 @@ from PIL import Image
 from ovforge.errors import InputError
 from ovforge.model import DetectorSpec
 
-__all__ = ["Prepared", "mode_of", "prepare"]
+__all__ = ["Placement", "Prepared", "Size", "mode_of", "placement", "prepare"]
 
 LARGEST = 2**26
 """Places of an input whose size a thin picture could make endless."""
@@ -60,7 +60,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Placement:
+class Placement:
     """How a picture comes into the input. Sizes are (height, width), places and scales (across, down)."""
 
     canvas: Size
@@ -86,7 +86,7 @@ def prepare(image: Image.Image, spec: DetectorSpec, fixed: Size | None = None) -
     Raises InputError if the picture does not come to a size that the detector takes.
     """
     size = (image.height, image.width)
-    placed = _placed_in_streamer(size, spec) if spec.kind == "described" else _placed(size, spec, fixed)
+    placed = placement(size, spec, fixed)
     part = image.crop(placed.cut) if placed.cut else image
     top, left = placed.offset[1], placed.offset[0]
     inside = (slice(top, top + placed.kept[0]), slice(left, left + placed.kept[1]))
@@ -108,6 +108,11 @@ def prepare(image: Image.Image, spec: DetectorSpec, fixed: Size | None = None) -
     return Prepared(pixels, mask, placed.kept, size, (across, down), shift)
 
 
+def placement(size: Size, spec: DetectorSpec, fixed: Size | None = None) -> Placement:
+    """Return how a picture of `size` comes into the input; see `prepare`."""
+    return _placed_in_streamer(size, spec) if spec.kind == "described" else _placed(size, spec, fixed)
+
+
 def _normalized(pixels: NDArray[np.generic], spec: DetectorSpec) -> Floats:
     centred = np.asarray(pixels, np.float32) * np.float32(spec.scale) - np.array(spec.mean, np.float32)
     values: Floats = np.asarray(centred / np.array(spec.std, np.float32), np.float32)
@@ -126,7 +131,7 @@ def _resized(image: Image.Image, size: Size, resample: str) -> Image.Image:
     return image.transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def _placed(size: Size, spec: DetectorSpec, fixed: Size | None) -> _Placement:
+def _placed(size: Size, spec: DetectorSpec, fixed: Size | None) -> Placement:
     """Return how transformers places a picture: at the top left."""
     own = (spec.height, spec.width) if spec.height and spec.width else None
     canvas = own or fixed
@@ -140,7 +145,7 @@ def _placed(size: Size, spec: DetectorSpec, fixed: Size | None) -> _Placement:
         content = size if spec.resize == "none" else spec.bounds or canvas or size
     canvas = canvas or _enough(content, spec)
     _check(content, canvas, spec)
-    return _Placement(canvas, None, content, (content[1] / size[1], content[0] / size[0]), (0, 0), content, (0, 0))
+    return Placement(canvas, None, content, (content[1] / size[1], content[0] / size[0]), (0, 0), content, (0, 0))
 
 
 def _check(content: Size, canvas: Size, spec: DetectorSpec) -> None:
@@ -158,7 +163,7 @@ def _check(content: Size, canvas: Size, spec: DetectorSpec) -> None:
         )
 
 
-def _placed_in_streamer(size: Size, spec: DetectorSpec) -> _Placement:
+def _placed_in_streamer(size: Size, spec: DetectorSpec) -> Placement:
     """Return how DL Streamer places a picture, by its `CustomImageConvert`: scaled, cropped, then put in its place."""
     if spec.resize == "multiple":
         canvas = _by_multiple(size, spec)
@@ -186,7 +191,7 @@ def _placed_in_streamer(size: Size, spec: DetectorSpec) -> _Placement:
     top = {"top": 0, "bottom": over[0]}.get(vertical, over[0] // 2)
     left = {"left": 0, "right": over[1]}.get(horizontal, over[1] // 2)
     place = ((canvas[1] - kept[1]) // 2, (canvas[0] - kept[0]) // 2) if spec.centred else (0, 0)
-    return _Placement(canvas, cut, scaled, scale, (left, top), kept, place)
+    return Placement(canvas, cut, scaled, scale, (left, top), kept, place)
 
 
 def _by_multiple(size: Size, spec: DetectorSpec) -> Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from ovforge.config import checked
 from ovforge.contracts import Progress, TaskContext
 from ovforge.errors import ConfigError, InputError, ModelError, did_you_mean
-from ovforge.model import PICTURE_SUFFIXES, DetectorSpec, Timings, open_picture, picture_name
+from ovforge.model import OPENVINO_ERRORS, PICTURE_SUFFIXES, DetectorSpec, Timings, open_picture, picture_name
 from ovforge_detection.decode import MAX_CLASSES, Found, decode_classes, decode_text, join, suppress
 from ovforge_detection.description import ExtraInput
 from ovforge_detection.examples import examples
+from ovforge_detection.frames import Frames
 from ovforge_detection.outputs import decode_described
 from ovforge_detection.phrases import Passage, TextReader, Wanted, phrase_of, wanted
 from ovforge_detection.prepare import Prepared, mode_of, prepare
@@ -60,6 +64,7 @@ class Detect:
         self._options, self._bundle = options, context.bundle
         self.spec = DetectorSpec.of(context.bundle.configs.get("detector", {}))
         self._requests: dict[str, ov.InferRequest] = {}
+        self._dividing: dict[int, bool] = {}
         self._reader: TextReader | None = None
         self._inputs = [ExtraInput.model_validate(entry) for entry in self.spec.inputs]
         if options.size and (self.spec.height or self.spec.resize == "multiple"):
@@ -83,7 +88,7 @@ class Detect:
         Raises InputError for an empty text, a text where the model knows classes, and classes that it does not know.
         """
         timings, said = Timings(), list(self.spec.notes)
-        names, passages, classes = self._looked_for(inputs, timings, said)
+        names, passages, classes = self.looked_for(inputs, timings, said)
         paths, whole = _pictures(inputs.image)
         found: dict[int, Detections] = {}
         progress(Progress("detect", 0, len(paths)))
@@ -101,13 +106,71 @@ class Detect:
             pictures=[paths[place] for place in sorted(found)],
         )
 
+    # -- frames of video ------------------------------------------------------------------------------------------
+
+    def frames(self, **inputs: Any) -> Frames:
+        """Return what finds things in frames of video: an `ovforge.contracts.FrameDetector`.
+
+        `inputs` are those of a call without `image`. Raises ConfigError and InputError for wrong ones.
+        """
+        given = {name: value for name, value in inputs.items() if value is not None}
+        return Frames(self, checked(DetectInputs, {**given, "image": Image.new("RGB", (1, 1))}, where="input"))
+
+    @property
+    def batch(self) -> int:
+        """How many pictures run at once."""
+        return self._options.batch
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width that pictures of any size are scaled into."""
+        return self._options.size
+
+    def parallel(self) -> int:
+        """Return how many requests the device works on at a time; waits for the detector's compilation."""
+        shapes = self._shapes(1) if self.spec.kind != "text" else None
+        return int(self._bundle.get("detector", shapes).get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+
+    def beside(self) -> Detect:
+        """Return a task with the same models and requests of its own, for another thread."""
+        other = copy.copy(self)
+        other._requests = {}
+        return other
+
+    def find(
+        self,
+        pictures: Sequence[Prepared],
+        names: Sequence[str],
+        passages: Sequence[Passage],
+        classes: NDArray[np.bool_] | None,
+        inputs: DetectInputs,
+    ) -> list[Detections]:
+        """Return what is in prepared pictures. Those of one size run at once; a batch is filled up to its length.
+
+        So what is found in a picture does not depend on how many come with it.
+        """
+        timings, groups = Timings(), dict[tuple[int, int], list[int]]()
+        for place, picture in enumerate(pictures):
+            groups.setdefault(picture.canvas, []).append(place)
+        found: dict[int, Detections] = {}
+        for places in groups.values():
+            for start in range(0, len(places), self.batch):
+                chosen = places[start : start + self.batch]
+                jobs = [_Job(place, "", pictures[place]) for place in chosen]
+                if self.spec.kind != "described" or self._divides(self.batch):
+                    jobs += [jobs[-1]] * (self.batch - len(jobs))
+                results = self._run(jobs, passages, classes, inputs, timings)
+                for place, job, each in zip(chosen, jobs, results, strict=False):
+                    found[place] = self._sorted(each, job, names, inputs)
+        return [found[place] for place in range(len(pictures))]
+
     def examples(self, count: int) -> Sequence[DetectInputs]:
         """Return drawn scenes, with a text that names what is drawn where the model reads one."""
         return examples(count, text=self.spec.kind == "text")
 
     # -- what to look for -----------------------------------------------------------------------------------------
 
-    def _looked_for(
+    def looked_for(
         self, inputs: DetectInputs, timings: Timings, said: list[str]
     ) -> tuple[Sequence[str], Sequence[Passage], NDArray[np.bool_] | None]:
         """Return the names of classes, passages of the text, and which classes of the model's own are wanted."""
@@ -179,7 +242,7 @@ class Detect:
     ) -> list[Found]:
         """Return what is found in each of the pictures, which have one size."""
         if self.spec.kind == "described":
-            return [self._described(job, classes, inputs, timings) for job in jobs]
+            return self._described(jobs, classes, inputs, timings)
         threshold = self.spec.threshold if inputs.threshold is None else inputs.threshold
         if self.spec.kind == "text":
             return self._run_text(jobs, passages, threshold, inputs.text_threshold, timings)
@@ -190,14 +253,38 @@ class Detect:
             for n, job in enumerate(jobs)
         ]
 
-    def _described(self, job: _Job, classes: NDArray[np.bool_] | None, inputs: DetectInputs, timings: Timings) -> Found:
-        pixels = job.prepared.pixels[None]
+    def _described(
+        self, jobs: Sequence[_Job], classes: NDArray[np.bool_] | None, inputs: DetectInputs, timings: Timings
+    ) -> list[Found]:
+        """Run pictures at once if each output has a part for each of them, and one by one otherwise."""
+        if len(jobs) > 1 and not self._divides(len(jobs)):
+            return [each for job in jobs for each in self._described([job], classes, inputs, timings)]
+        pixels = np.stack([job.prepared.pixels for job in jobs])
         given = pixels if self.spec.layout == "NCHW" else pixels.transpose(0, 2, 3, 1)
         values = {self.spec.input: np.ascontiguousarray(given)}
-        values |= {each.name: _filled(each, job.prepared) for each in self._inputs}
-        outputs = self._infer(values, self._shapes(1), timings)
-        found = decode_described(outputs, self.spec, job.prepared, inputs.threshold, suppressed=inputs.nms is None)
-        return found if classes is None else found.take(np.flatnonzero(_named(classes, found.classes)))
+        values |= {each.name: _filled(each, jobs[0].prepared) for each in self._inputs}
+        outputs = self._infer(values, self._shapes(len(jobs)), timings)
+        found = []
+        for n, job in enumerate(jobs):
+            own = _parts(outputs, n) if len(jobs) > 1 else outputs
+            each = decode_described(own, self.spec, job.prepared, inputs.threshold, suppressed=inputs.nms is None)
+            found.append(each if classes is None else each.take(np.flatnonzero(_named(classes, each.classes))))
+        return found
+
+    def _divides(self, count: int) -> bool:
+        """Say whether the model takes `count` pictures, and gives a part of each output to each of them."""
+        if self._inputs or self.spec.kind != "described":
+            return False
+        if count not in self._dividing:
+            try:
+                ports = self._bundle.get("detector", self._shapes(count)).outputs
+                whole = all(
+                    port.partial_shape.rank.get_length() >= 3 and port.partial_shape[0] == count for port in ports
+                )
+            except (InputError, *OPENVINO_ERRORS):
+                whole = False
+            self._dividing[count] = whole
+        return self._dividing[count]
 
     def _run_text(
         self,
@@ -293,6 +380,12 @@ def _named(wanted_classes: NDArray[np.bool_], classes: NDArray[np.int64]) -> NDA
     known = (classes >= 0) & (classes < len(wanted_classes))
     which: NDArray[np.bool_] = known & np.append(wanted_classes, False)[np.where(known, classes, -1)]
     return which
+
+
+def _parts(outputs: Outputs, place: int) -> Outputs:
+    """Return the outputs of one picture of several; those of several names stay one array."""
+    parts = {id(value): value[place : place + 1] for value in outputs.values()}
+    return {name: parts[id(value)] for name, value in outputs.items()}
 
 
 def _filled(extra: ExtraInput, picture: Prepared) -> NDArray[np.float32]:

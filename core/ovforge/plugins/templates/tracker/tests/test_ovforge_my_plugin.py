@@ -23,7 +23,7 @@ def test_contract() -> None:
 @pytest.mark.parametrize(("overlap", "expected"), [(0.3, [1]), (0.9, [2])])
 def test_a_thing_keeps_its_number_as_far_as_its_boxes_overlap(overlap: float, expected: list[int]) -> None:
     described = testing.extension(ovforge_my_plugin, "tracker", "my-plugin")
-    tracker = described.create(described.options_model()(overlap=overlap))
+    tracker = described.create(described.options_model()(overlap=overlap), 0.5)
     picture = np.zeros((40, 40, 3), np.uint8)
     tracker.update(boxes((0, 0, 10, 10)), picture, 0.0)
     assert tracker.update(boxes((2, 0, 12, 10)), picture, 0.04).ids.tolist() == expected

@@ -19,8 +19,8 @@ class Options(BaseModel):
 class Tracker:
     """Gives a box the number of the box of the picture before that it overlaps most."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, threshold: float) -> None:
+        self.options, self.threshold = options, threshold
         self.before = np.zeros((0, 4), np.float32)
         self.ids = np.zeros(0, np.int64)
         self.last = 0
@@ -28,6 +28,8 @@ class Tracker:
     def update(self, found: Boxes | None, picture: NDArray[np.uint8], seconds: float) -> Tracks:
         """Return what is in the next picture. `found` is never None, since the description says every_picture."""
         assert found is not None
+        rows = np.flatnonzero(found.scores >= self.threshold)
+        found = found.take(rows)
         shared = overlaps(found.boxes, self.before)
         ids = np.zeros(len(found), np.int64)
         while shared.size and shared.max() >= self.options.overlap:
@@ -38,7 +40,7 @@ class Tracker:
             self.last += 1
             ids[row] = self.last
         self.before, self.ids = found.boxes, ids
-        return Tracks(found.boxes, found.scores, found.classes, ids, np.arange(len(found)))
+        return Tracks(found.boxes, found.scores, found.classes, ids, rows)
 
 
 def overlaps(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,0 +1,166 @@
+"""Frames into H.265, H.264 or AV1, by PyAV (FFmpeg)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.errors import ConfigError, InputError, did_you_mean
+from ovforge_video.options import EncodeOptions
+from ovforge_video.reading import av_errors
+
+__all__ = ["VIDEO_SUFFIXES", "Encoder", "encoder_name"]
+
+_FORMATS = {
+    ".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".265": "hevc", ".hevc": "hevc", ".264": "h264", ".h264": "h264",
+    ".obu": "obu",
+}  # fmt: skip
+VIDEO_SUFFIXES = tuple(_FORMATS)
+_CODEC_OF_RAW = {"hevc": "h265", "h264": "h264", "obu": "av1"}
+_ENCODERS = {
+    "h265": ("libx265", "hevc_qsv", "hevc_vaapi", "hevc_nvenc"),
+    "h264": ("libx264", "h264_qsv", "h264_vaapi", "h264_nvenc"),
+    "av1": ("libsvtav1", "av1_qsv", "av1_vaapi", "av1_nvenc"),
+}
+_CRF = {"h265": 28, "h264": 23, "av1": 35}
+"""The encoders' own defaults."""
+CLOCK = 90_000
+"""Ticks of a second."""
+
+
+def encoder_name(options: EncodeOptions, path: Path) -> str:
+    """Return FFmpeg's encoder for a file. Raises ConfigError if codec, encoder and the file's ending do not agree."""
+    raw = _CODEC_OF_RAW.get(_FORMATS[path.suffix.lower()])
+    codec = options.codec or raw or "h265"
+    if raw not in (None, codec):
+        raise ConfigError(f"a {path.suffix} file holds {raw}, not {codec}", where="encode.codec", hint="Leave it out.")
+    if options.encoder is None:
+        return _ENCODERS[codec][0]
+    if options.encoder not in av.codecs_available:
+        known = sorted(set(sum(_ENCODERS.values(), ())) & av.codecs_available)
+        raise ConfigError(
+            f"this FFmpeg has no encoder {options.encoder!r}.{did_you_mean(options.encoder, known)}",
+            where="encode.encoder", hint=f"It has: {', '.join(known)}.",
+        )  # fmt: skip
+    return options.encoder
+
+
+class Encoder:
+    """Writes one video. MP4 is written in fragments, so that what is there of a broken run can be played."""
+
+    def __init__(self, path: Path, options: EncodeOptions, rate: Fraction, audio: str | None = None) -> None:
+        self._path, self._options, self._rate = path, options, rate
+        self._container: Any = None
+        self._stream: Any = None
+        self._audio: _Audio | None = None
+        self._source, self._last, self._size = audio, -1, (0, 0)
+
+    def write(self, picture: NDArray[np.uint8], seconds: float) -> None:
+        """Encode a frame, RGB (height, width, 3), to be shown at `seconds`."""
+        with av_errors(str(self._path)):
+            if self._stream is None:
+                self._open(picture.shape[1], picture.shape[0])
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            self._last = frame.pts = max(self._last + 1, round(seconds * CLOCK))
+            frame.time_base = Fraction(1, CLOCK)
+            self._mux(self._stream.encode(frame))
+            if self._audio is not None:
+                self._audio.copy(self._container, seconds)
+
+    def close(self) -> None:
+        """Write what the encoder still holds."""
+        if self._container is None:
+            return
+        with av_errors(str(self._path)):
+            try:
+                self._mux(self._stream.encode(None))
+                if self._audio is not None:
+                    self._audio.copy(self._container, self._last / CLOCK)
+                    self._audio.close()
+            finally:
+                self._container.close()
+
+    def _mux(self, packets: Any) -> None:
+        for packet in packets:
+            self._container.mux(packet)
+
+    def _open(self, width: int, height: int) -> None:
+        kind = _FORMATS[self._path.suffix.lower().removesuffix(".part")]
+        name, options = encoder_name(self._options, self._path), self._options
+        flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof"} if kind in ("mp4", "mov") else {}
+        self._container = av.open(str(self._path), "w", format=kind, options=flags)
+        try:
+            stream = self._container.add_stream(name, rate=self._rate)
+            stream.width, stream.height = width, height
+            odd = width % 2 or height % 2
+            if odd and not name.startswith("libx26"):
+                raise InputError(
+                    f"{name} does not write frames of {width}x{height}", where=str(self._path),
+                    hint="Scale them to even sides: --size.",
+                )  # fmt: skip
+            stream.pix_fmt = "yuv444p" if odd else "nv12" if name.endswith(("_qsv", "_nvenc")) else "yuv420p"
+            stream.codec_context.time_base = Fraction(1, CLOCK)
+            stream.codec_context.gop_size = max(1, round(float(self._rate) * options.key_seconds))
+            stream.options = self._encoder_options(name, stream.codec_context)
+            if name == "libx265" and kind in ("mp4", "mov"):
+                stream.codec_context.codec_tag = "hvc1"
+            if self._source is not None:
+                self._audio = _Audio(self._source, self._container)
+            self._stream = stream
+            stream.codec_context.open()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._container.close()
+            raise
+
+    def _encoder_options(self, name: str, context: Any) -> dict[str, str]:
+        options = self._options
+        said: dict[str, str] = {}
+        if options.preset is not None:
+            said["preset"] = options.preset
+        elif name.startswith("libx26"):
+            said["preset"] = "veryfast"
+        elif name == "libsvtav1":
+            said["preset"] = "10"
+        if options.rate_control == "cbr":
+            assert options.bitrate is not None
+            context.bit_rate = options.bitrate * 1000
+            rate = str(options.bitrate * 1000)
+            if name != "libsvtav1":
+                said |= {"maxrate": rate, "minrate": rate, "bufsize": rate}
+        else:
+            codec = next((codec for codec, names in _ENCODERS.items() if name in names), "h265")
+            said["crf" if name.startswith("lib") else "global_quality"] = str(options.crf or _CRF[codec])
+        if name == "libx265":
+            said["x265-params"] = "log-level=error"
+        return said
+
+
+class _Audio:
+    """Copies the sound of the input as it is, up to where the picture is."""
+
+    def __init__(self, source: str, target: Any) -> None:
+        self._input = av.open(f"file:{source}", options={"protocol_whitelist": "file,crypto,data"})
+        self._packets: Iterator[Any] = iter(())
+        self._next: Any = None
+        if self._input.streams.audio:
+            stream = self._input.streams.audio[0]
+            self._output = target.add_stream_from_template(stream)
+            self._packets = (packet for packet in self._input.demux(stream) if packet.dts is not None)
+            self._next = next(self._packets, None)
+
+    def copy(self, target: Any, seconds: float) -> None:
+        while self._next is not None and float(self._next.dts * self._next.time_base) <= seconds:
+            self._next.stream = self._output
+            target.mux(self._next)
+            self._next = next(self._packets, None)
+
+    def close(self) -> None:
+        self._input.close()

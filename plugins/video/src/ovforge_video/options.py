@@ -1,0 +1,90 @@
+"""What a config says of the task `video`, and what one call takes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["EncodeOptions", "OverlayOptions", "VideoInputs", "VideoOptions"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OverlayOptions(_Part):
+    """What is drawn."""
+
+    boxes: bool = Field(True, description="Boxes.")
+    ids: bool = Field(True, description="The numbers of tracks.")
+    labels: bool = Field(True, description="The names of classes.")
+    scores: bool = Field(False, description="Scores.")
+    facts: bool = Field(True, description="What the second model says.")
+    trails: int = Field(30, ge=0, le=1000, description="Frames that a thing's way is drawn for; 0 draws none.")
+    time: bool = Field(True, description="The stream's name and time.")
+
+
+class EncodeOptions(_Part):
+    """How videos are written."""
+
+    codec: Literal["h265", "h264", "av1"] | None = Field(None, description="By default h265, or what the file holds.")
+    encoder: str | None = Field(None, description="FFmpeg's encoder, such as hevc_qsv; by default the codec's own.")
+    rate_control: Literal["crf", "cbr"] = Field("crf", description="Constant quality, or constant bitrate.")
+    crf: int | None = Field(None, ge=0, le=63, description="Quality, less is better; by default the encoder's.")
+    bitrate: int | None = Field(None, ge=1, le=10_000_000, description="Kilobits a second, for cbr.")
+    preset: str | None = Field(None, pattern="^[a-z0-9]+$", description="The encoder's speed, such as medium.")
+    key_seconds: float = Field(2.0, gt=0, le=60, description="Seconds between key frames: what a killed run may lose.")
+
+    @model_validator(mode="after")
+    def _together(self) -> EncodeOptions:
+        if (self.rate_control == "cbr") != (self.bitrate is not None):
+            raise ValueError("cbr and bitrate go together")
+        if self.rate_control == "cbr" and self.crf is not None:
+            raise ValueError("crf is for rate_control crf")
+        return self
+
+
+class VideoOptions(_Part):
+    """How the task runs."""
+
+    detect: dict[str, Any] | str = Field("detect", description="The task that detects, and its options.")
+    track: dict[str, Any] | str = Field("steady", description='The tracker, and its options; "none": boxes alone.')
+    interval: int = Field(1, ge=1, le=1000, description="The detector looks at every so many frames.")
+    lowest: float = Field(0.1, ge=0, le=1, description="Score of the weakest boxes that the tracker gets.")
+    tiles: int = Field(1, ge=1, le=8, description="The detector looks at so many overlapping parts a side, too.")
+    overlay: OverlayOptions = Field(OverlayOptions(), description="What is drawn.")
+    encode: EncodeOptions = Field(EncodeOptions(), description="How videos are written.")
+
+
+class VideoInputs(_Part):
+    """What one call of the task `video` takes."""
+
+    video: str | list[str] = Field(
+        description="Videos, folders or patterns of pictures, addresses (rtsp, http), /dev/video0, - for standard input"
+    )
+    name: list[str] = Field([], description="A name for each stream; by default from the file or address.")
+    text: str | list[str] | None = Field(None, description="What to find; models with classes of their own: which.")
+    threshold: float | None = Field(None, ge=0, le=1, description="Score of sure boxes; by default the model's own.")
+    nms: float | None = Field(None, ge=0, le=1, description="Overlap above which the lower score of a label goes.")
+    region: list[tuple[float, float]] = Field(
+        [], description="Corners of a polygon, as shares of width and height: only things whose middle is inside count."
+    )
+    start: float = Field(0.0, ge=0, description="Seconds of each video to leave out at the begin.")
+    end: float | None = Field(None, gt=0, description="Second to end at.")
+    fps: float | None = Field(None, gt=0, le=1000, description="Frames of a second to look at, at the most.")
+    size: tuple[int, int] | None = Field(None, description="Width and height that frames are scaled to.")
+    loop: int = Field(1, ge=1, description="How often each file is read.")
+    again: float = Field(60.0, ge=0, description="Seconds to wait for a lost stream to come back.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> VideoInputs:
+        if self.region and len(self.region) < 3:
+            raise ValueError("region has three corners or more")
+        if self.end is not None and self.end <= self.start:
+            raise ValueError("end lies after start")
+        if self.size is not None and not all(1 <= side <= 8192 for side in self.size):
+            raise ValueError("size is 1x1 to 8192x8192")
+        if not self.video:
+            raise ValueError("video names none")
+        return self

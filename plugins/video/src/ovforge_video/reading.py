@@ -1,0 +1,345 @@
+"""Videos, streams, cameras and folders of pictures into RGB frames, by PyAV (FFmpeg)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import av.error
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.errors import InputError, OvforgeError
+from ovforge.model import PICTURE_SUFFIXES, open_picture
+
+__all__ = ["ReadOptions", "Reader", "Shot", "av_errors", "readers"]
+
+MOST_PIXELS = 2**26
+"""Largest frame: 8192x8192."""
+TIMEOUT = 10.0
+"""Seconds that a socket may be silent."""
+_LIVE = ("rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
+_REMOTE = (*_LIVE, "http://", "https://")
+_NESTED = frozenset({"hls", "concat", "dash", "sdp", "imf", "applehttp"})
+"""Formats whose files name other files or hosts."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Which part of a stream is read, and how. `size` is (width, height); `again` seconds to wait for a lost stream."""
+
+    start: float = 0.0
+    end: float | None = None
+    fps: float | None = None
+    size: tuple[int, int] | None = None
+    again: float = 60.0
+    loop: int = 1
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A frame as it was read: RGB (height, width, 3), `seconds` from the stream's begin, which rise."""
+
+    number: int
+    seconds: float
+    picture: NDArray[np.uint8]
+    session: int = 0
+
+
+@dataclass
+class Reader:
+    """Reads one input. `notes` say what was odd about it; `rate` and `total` are known once it is open."""
+
+    name: str
+    source: str | Sequence[Path]
+    options: ReadOptions = ReadOptions()
+    notes: list[str] = field(default_factory=list)
+    rate: Fraction = Fraction(25)
+    total: int | None = None
+    """About how many frames there will be."""
+    damaged: int = 0
+    session: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether frames come by themselves, and do not wait."""
+        return isinstance(self.source, str) and (self.source.startswith(_LIVE) or self.source.startswith("/dev/video"))
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is read from the network."""
+        return isinstance(self.source, str) and self.source.startswith(_REMOTE)
+
+    def shots(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Shot]:
+        """Yield the frames. Raises InputError for what cannot be read; damaged parts are passed over, and counted."""
+        number, last, due = 0, -1.0, self.options.start
+        size: tuple[int, int] | None = self.options.size
+        for seconds, picture in self._pictures(stopped):
+            if self.options.end is not None and seconds >= self.options.end:
+                break
+            if self.options.fps:
+                if seconds + 1e-6 < due:
+                    continue
+                due = max(due + 1 / self.options.fps, seconds + 1e-6)
+            if seconds <= last:
+                self._say("its timestamps jump back: frames go on evenly from there")
+                seconds = last + float(1 / self.rate)
+            size = size or (picture.width, picture.height)
+            if (picture.width, picture.height) != size:
+                if self.options.size is None:
+                    self._say(f"its frames change their size: all are scaled to {size[0]}x{size[1]}")
+                picture = picture.reformat(width=size[0], height=size[1])
+            array = picture.to_ndarray(format="rgb24")
+            last = seconds
+            yield Shot(number, seconds, array, self.session)
+            number += 1
+        if self.damaged:
+            self._say(f"{self.damaged} damaged parts were passed over")
+        if number == 0 and not stopped():
+            raise InputError("not a frame of it can be read", where=self.name, hint="Is it a whole video, and is "
+                             "--start before its end?")  # fmt: skip
+
+    def _say(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _pictures(self, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
+        if not isinstance(self.source, str):
+            yield from self._files(self.source)
+            return
+        offset = 0.0
+        for _ in range(self.options.loop):
+            seconds = 0.0
+            for seconds, frame in self._sessions(self.source, stopped):
+                yield offset + seconds, frame
+            offset += seconds + float(1 / self.rate)
+
+    def _files(self, paths: Sequence[Path]) -> Iterator[tuple[float, Any]]:
+        self.total = len(paths)
+        for number, path in enumerate(paths):
+            image = open_picture(path, self.name, "RGB")
+            yield number / float(self.rate), av.VideoFrame.from_image(image)
+
+    def _sessions(self, source: str, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
+        """Yield frames; of a stream that is lost, from where it is found again."""
+        began, lost = time.monotonic(), 0.0
+        opened = False
+        while not stopped():
+            try:
+                for seconds, frame in self._opened(source, stopped):
+                    opened, lost = True, 0.0
+                    late = time.monotonic() - began if self.session else seconds
+                    yield max(seconds, late) if self.session else seconds, frame
+                if not self.live:
+                    return
+            except InputError:
+                if not (opened and (self.live or self.remote)):
+                    raise
+            now = time.monotonic()
+            lost = lost or now
+            if now - lost > self.options.again:
+                raise InputError(f"it is lost for {self.options.again:g} s", where=self.name, hint="Is its server up?")
+            if self.session == 0 or now - lost < 0.1:
+                self.session += 1
+                self._say("it was lost and found again: its tracks are new ones")
+            wait = min(8.0, 0.25 * 2 ** min(5, int(now - lost)))
+            end = time.monotonic() + wait
+            while time.monotonic() < end and not stopped():
+                time.sleep(0.05)
+
+    def _opened(self, source: str, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
+        with av_errors(self.name), contextlib.closing(_container(source)) as container:
+            if not container.streams.video:
+                raise InputError("it has no video", where=self.name, hint="It holds sound alone: name a video.")
+            if not self.remote and container.format.name.split(",")[0] in _NESTED:
+                raise InputError(
+                    f"it is a list of other files ({container.format.name}), which is not read",
+                    where=self.name, hint="Name the videos themselves.",
+                )  # fmt: skip
+            stream = container.streams.video[0]
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MOST_PIXELS:
+                raise InputError(f"its frames are {width}x{height}", where=self.name, hint="8192x8192 is the most.")
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            self.rate = Fraction(rate) if 0 < rate <= 1000 else Fraction(25)
+            duration = container.duration / av.time_base if container.duration else None
+            if duration is not None and 0 < duration < 1e7:
+                until = min(self.options.end or duration, duration)
+                rate = min(float(self.rate), self.options.fps or float(self.rate))
+                self.total = max(1, round((until - self.options.start) * rate)) * self.options.loop
+            if self.options.start and not self.live:
+                with contextlib.suppress(av.error.FFmpegError):
+                    container.seek(round(self.options.start * av.time_base), backward=True)
+            yield from self._decoded(container, stream, stopped)
+
+    def _decoded(self, container: Any, stream: Any, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
+        first = float(stream.start_time * stream.time_base) if stream.start_time is not None else None
+        deinterlace, count = _Deinterlace(), 0
+        for packet in container.demux(stream):
+            if stopped():
+                return
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                self.damaged += 1
+                continue
+            for decoded in frames:
+                frame = _upright(deinterlace(decoded))
+                if first is None and frame.time is not None:
+                    first = frame.time
+                at = frame.time - (first or 0.0) if frame.time is not None else count / float(self.rate)
+                count += 1
+                if at + 1e-6 >= self.options.start:
+                    yield at, frame
+
+
+def _container(source: str) -> Any:
+    """Open a file, an address, a camera, or "-". A file reaches no other file and no host."""
+    if source == "-":
+        return av.open(_Unseekable(sys.stdin.buffer), mode="r")
+    if source.startswith("/dev/video"):
+        return av.open(source, format="v4l2", timeout=TIMEOUT)
+    if source.startswith(_REMOTE):
+        options = {"protocol_whitelist": "http,https,tls,tcp,udp,rtp,srtp,rtsp,rtsps,rtmp,srt,crypto,httpproxy"}
+        if source.startswith("rtsp"):
+            options["rtsp_transport"] = "tcp"
+        return av.open(source, options=options, timeout=TIMEOUT)
+    return av.open(f"file:{source}", options={"protocol_whitelist": "file,crypto,data"})
+
+
+class _Unseekable:
+    """Standard input for PyAV, which would try to seek in it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
+
+class _Deinterlace:
+    """Makes whole frames of interlaced ones; others pass as they are. Source: FFmpeg's filter yadif."""
+
+    def __init__(self) -> None:
+        self._graph: Any = None
+        self._key: Any = None
+
+    def __call__(self, frame: Any) -> Any:
+        if not frame.interlaced_frame:
+            return frame
+        key = (frame.width, frame.height, frame.format.name)
+        if key != self._key:
+            graph = av.filter.Graph()
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format,
+                time_base=frame.time_base or Fraction(1, 1000)
+            )  # fmt: skip
+            filters = [source, graph.add("yadif", "mode=send_frame"), graph.add("buffersink")]
+            for one, other in itertools.pairwise(filters):
+                one.link_to(other)
+            graph.configure()
+            self._graph, self._key = graph, key
+        self._graph.push(frame)
+        try:
+            made = self._graph.pull()
+        except (BlockingIOError, av.error.BlockingIOError):
+            return frame  # the filter's first frame comes with the second: that one is shown as it is
+        made.pts = frame.pts
+        return made
+
+
+def _upright(frame: Any) -> Any:
+    """Return a frame turned as its container says."""
+    turns = round((frame.rotation or 0) / 90) % 4
+    if not turns:
+        return frame
+    array = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    turned = av.VideoFrame.from_ndarray(array, format="rgb24")
+    turned.pts, turned.time_base = frame.pts, frame.time_base
+    return turned
+
+
+@contextlib.contextmanager
+def av_errors(where: str) -> Iterator[None]:
+    """Turn what FFmpeg raises into an InputError that names the input or output."""
+    try:
+        yield
+    except OvforgeError:
+        raise
+    except av.error.FileNotFoundError as error:
+        raise InputError("no such file", where=where, hint="Check the path.") from error
+    except (av.error.ExitError, av.error.TimeoutError) as error:
+        raise InputError(f"it is silent for {TIMEOUT:g} s", where=where, hint="Is its server up?") from error
+    except av.error.FFmpegError as error:
+        reason = (error.strerror or str(error)).rstrip(".")
+        raise InputError(
+            f"it cannot be read: {reason}", where=where, hint="Is it a whole video in a format that FFmpeg knows?"
+        ) from error
+    except (IndexError, ValueError, OSError) as error:
+        raise InputError(f"it cannot be read: {error}", where=where, hint="Is it a whole video?") from error
+
+
+def readers(inputs: Sequence[str], names: Sequence[str], options: ReadOptions, base: Path = Path()) -> list[Reader]:
+    """Return a reader for each input: a path, pattern, address, camera or "-". Raises InputError for a wrong one."""
+    if names and len(names) != len(inputs):
+        raise InputError(f"{len(names)} names for {len(inputs)} inputs", where="name", hint="Give one for each.")
+    made: list[Reader] = []
+    for place, text in enumerate(inputs):
+        source = _source(text, base)
+        name = names[place] if names else _name(text)
+        if any(reader.name == name for reader in made):
+            if names:
+                raise InputError(f"two streams are called {name!r}", where="name", hint="Choose another name.")
+            name = f"{name}-{place + 1}"
+        if not re.fullmatch(r"[\w. @+-]{1,100}", name) or name.startswith("."):
+            raise InputError(
+                f"{name!r} is not a valid name of a stream", where="name", hint="Use letters, digits, . - and _."
+            )
+        made.append(Reader(name, source, options))
+    if sum(reader.source == "-" for reader in made) > 1:
+        raise InputError("standard input is named twice", where="input", hint="Name it once.")
+    return made
+
+
+def _source(text: str, base: Path) -> str | list[Path]:
+    if text == "-" or "://" in text or text.startswith("/dev/video"):
+        if "://" in text and not text.startswith(_REMOTE):
+            raise InputError(
+                f"{text.partition('://')[0]}:// is not a supported kind of address", where="input",
+                hint=f"Supported: {', '.join(_REMOTE)}, or a path.",
+            )  # fmt: skip
+        return text
+    path = base / Path(text).expanduser()
+    if path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES and path.suffix.lower() != ".gif":
+        return [path]
+    if path.is_file():
+        return str(path)
+    found = (
+        sorted(path.iterdir()) if path.is_dir() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+    )
+    pictures = [each for each in found if each.suffix.lower() in PICTURE_SUFFIXES]
+    if not pictures:
+        what = "no picture is in the folder" if path.is_dir() else "no such file"
+        raise InputError(what, where=text, hint="Name a video, a folder or pattern of pictures, or an address.")
+    return pictures
+
+
+def _name(text: str) -> str:
+    if text == "-":
+        return "stdin"
+    if "://" in text:  # without a password, and without what follows the path
+        text = re.sub(r"[?#].*$", "", text.partition("://")[2].rpartition("@")[2]).rstrip("/")
+        return re.sub(r"[^\w.-]+", "-", text)[:100].strip("-.") or "stream"
+    return (
+        re.sub(r"[^\w. @+-]+", "-", Path(text.replace("*", "all").replace("?", "-")).stem)[:100].strip("-.") or "stream"
+    )

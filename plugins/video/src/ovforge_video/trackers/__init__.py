@@ -1,0 +1,1 @@
+"""Trackers: each follows the things of one stream. Importing this package costs nothing."""
