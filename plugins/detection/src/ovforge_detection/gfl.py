@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ovforge.errors import ModelError
 from ovforge.model import DetectorSpec
+from ovforge_detection.decode import sigmoid
 
 __all__ = ["decode_gfl"]
 
@@ -35,7 +36,7 @@ def decode_gfl(
     for scores, sides, shape in tables:
         centres, strides = _centres(len(scores), spec, shape)
         if logits:
-            scores = 1 / (1 + np.exp(-np.clip(scores, -50, 50)))
+            scores = sigmoid(scores)
         top = scores.max(1)
         kept = np.flatnonzero(top >= threshold)
         middle, stride = centres[kept], strides[kept]

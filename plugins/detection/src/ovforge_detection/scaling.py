@@ -55,7 +55,7 @@ class Scaler:
         return Prepared(pixels, mask, placed.kept, size, placed.scale, placed.place)
 
     def _request(self, size: Size, placed: Placement) -> ov.InferRequest:
-        requests: dict[Size, ov.InferRequest] = self._local.__dict__
+        requests: dict[Size, ov.InferRequest] = self._local.__dict__.setdefault("requests", {})
         if size not in requests:
             if len(requests) >= KEPT:
                 requests.pop(next(iter(requests)))

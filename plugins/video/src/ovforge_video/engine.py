@@ -116,7 +116,9 @@ class Engine:
             yield from self._results
         finally:
             self._stop.set()
-            for pipe in (self._results, self._work, *self._waiting):
+            self._results.close(tear=True)
+            self._work.close(tear=True)
+            for pipe in self._waiting:
                 pipe.close(tear=True)
             for thread in (*readers, *trackers, *writers, *workers):
                 thread.join()

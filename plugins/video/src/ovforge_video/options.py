@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 __all__ = ["EncodeOptions", "OverlayOptions", "VideoInputs", "VideoOptions"]
 
@@ -57,10 +58,21 @@ class VideoOptions(_Part):
     encode: EncodeOptions = Field(EncodeOptions(), description="How videos are written.")
 
 
+def _from_base(text: str, info: ValidationInfo) -> str:
+    """Return a path that begins at the config's folder; addresses, cameras and "-" as they are."""
+    base = (info.context or {}).get("base")
+    if base is None or text == "-" or "://" in text:
+        return text
+    return str(Path(base) / Path(text).expanduser())
+
+
+Input = Annotated[str, AfterValidator(_from_base)]
+
+
 class VideoInputs(_Part):
     """What one call of the task `video` takes."""
 
-    video: str | list[str] = Field(
+    video: Input | list[Input] = Field(
         description="Videos, folders or patterns of pictures, addresses (rtsp, http), /dev/video0, - for standard input"
     )
     name: list[str] = Field([], description="A name for each stream; by default from the file or address.")

@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -79,7 +79,7 @@ class Reader:
         """Whether it is read from the network."""
         return isinstance(self.source, str) and self.source.startswith(_REMOTE)
 
-    def shots(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Shot]:
+    def shots(self, stopped: Callable[[], bool] = lambda: False) -> Generator[Shot, None, None]:
         """Yield the frames. Raises InputError for what cannot be read; damaged parts are passed over, and counted."""
         number, last, due = 0, -1.0, self.options.start
         size: tuple[int, int] | None = self.options.size

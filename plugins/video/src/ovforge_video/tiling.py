@@ -43,7 +43,7 @@ class Tiled:
         step = max(1, self._detector.batch)
         found = [boxes for first in range(0, len(parts), step) for boxes in self._detector(parts[first : first + step])]
         boxes = np.concatenate(
-            [each.boxes + np.float32([x, y, x, y]) for each, (x, y) in zip(found, places, strict=True)]
+            [each.boxes + np.array([x, y, x, y], np.float32) for each, (x, y) in zip(found, places, strict=True)]
         )
         scores = np.concatenate([each.scores for each in found])
         classes = np.concatenate([each.classes for each in found])

@@ -60,12 +60,13 @@ class Motion:
         self.mean[:, 2:4] = np.maximum(self.mean[:, 2:4], 1e-3)
         self.spread = move @ self.spread @ move.T + _diagonal(noise * steps)
 
-    def correct(self, rows: NDArray[np.int64], boxes: NDArray[np.floating]) -> None:
-        """Bring what was seen in: boxes (m, 4), corners, of these rows."""
+    def correct(self, rows: NDArray[np.int64], boxes: NDArray[np.floating], doubt: Floats | None = None) -> None:
+        """Bring what was seen in: boxes (m, 4), corners, of these rows. `doubt` (m,) multiplies their variance."""
         if not len(rows):
             return
         mean, spread = self.mean[rows], self.spread[rows]
-        noise = _diagonal((PLACE * np.tile(np.maximum(mean[:, 2:4], 1e-3), (1, 2))) ** 2)
+        variance = (PLACE * np.tile(np.maximum(mean[:, 2:4], 1e-3), (1, 2))) ** 2
+        noise = _diagonal(variance if doubt is None else variance * doubt[:, None])
         gain = spread[:, :, :4] @ np.linalg.inv(spread[:, :4, :4] + noise)
         apart = _centred(boxes) - mean[:, :4]
         self.mean[rows] = mean + (gain @ apart[:, :, None])[:, :, 0]

@@ -3,7 +3,8 @@
 Sure boxes are matched first, then weak ones (ByteTrack, Zhang et al. 2022); then boxes that are made larger about their
 middles, so that small and quick things find each other ("Hard to Track Objects with Irregular Motions and Similar
 Appearances? Make It Easier by Buffering the Matching Space", Yang et al. 2023). Two boxes of one thing look alike. A
-thing counts only while its running mean of scores is that of a find: what the detector mostly doubts is none.
+thing counts only while its running mean of scores is that of a find: what the detector mostly doubts is none. The
+motion believes a box the more the higher its score is ("GIAOTracker", Du et al. 2021).
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class Steady:
         taught = of[clear[rows]]
         mixed = MEMORY * self._looks[taught] + (1 - MEMORY) * seen[rows[clear[rows]]]
         self._looks[taught] = mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), 1e-9)
-        self._things.see(of, found, rows)
+        # Places of weak boxes, such as those of half hidden things, count less; those that score 2/3 count as before.
+        self._things.see(of, found, rows, doubt=3 * (1 - np.minimum(found.scores[rows], 0.99).astype(np.float64)))
 
 
 def _alone(found: Boxes, high: Numbers) -> NDArray[np.bool_]:

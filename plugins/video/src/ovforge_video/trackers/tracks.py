@@ -13,6 +13,7 @@ from ovforge_video.trackers.kalman import Motion
 __all__ = ["Things", "same_class"]
 
 Numbers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 class Things:
@@ -46,9 +47,14 @@ class Things:
         self.unseen += 1
         self.rows[:] = -1
 
-    def see(self, things: Numbers, found: Boxes, rows: Numbers, where: Numbers | None = None) -> None:
-        """Give things their boxes: `rows` of `found`, which are the boxes `where` of all that the tracker was given."""
-        self.motion.correct(things, found.boxes[rows])
+    def see(
+        self, things: Numbers, found: Boxes, rows: Numbers, where: Numbers | None = None, doubt: Floats | None = None
+    ) -> None:
+        """Give things their boxes: `rows` of `found`, which are the boxes `where` of all that the tracker was given.
+
+        `doubt` (m,) multiplies the variance of the boxes' places.
+        """
+        self.motion.correct(things, found.boxes[rows], doubt)
         self.boxes[things], self.scores[things] = found.boxes[rows], found.scores[rows]
         self.classes[things] = found.classes[rows]
         self.run[things] = np.where(self.unseen[things] <= 1, self.run[things] + 1, 1)
