@@ -217,6 +217,8 @@ def test_timestamps_that_jump_back_go_on_evenly(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_odd_sides_are_encoded_as_they_are(pipe: Any, tmp_path: Path) -> None:
-    pipe(video="a.mp4", end=0.5, size=(35, 27)).save(tmp_path / "o.mp4")
+    pipe(video="a.mp4", end=0.5, size=(97, 65)).save(tmp_path / "o.mp4")
     with av.open(str(tmp_path / "o.mp4")) as container:
-        assert {(frame.width, frame.height) for frame in container.decode(video=0)} == {(35, 27)}
+        assert {(frame.width, frame.height) for frame in container.decode(video=0)} == {(97, 65)}
+    with pytest.raises(InputError, match="does not write frames of 35x27"):
+        pipe(video="a.mp4", size=(35, 27)).save(tmp_path / "small.mp4")

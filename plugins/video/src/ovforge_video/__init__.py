@@ -1,4 +1,4 @@
-"""Video analytics: decode, detect, track, describe, overlay, encode. Listing it imports nothing heavy."""
+"""Video analytics: decode, detect, track, overlay, encode. Listing it imports nothing heavy."""
 
 from __future__ import annotations
 

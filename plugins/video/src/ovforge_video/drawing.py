@@ -47,7 +47,6 @@ class Overlay:
                 *([str(number)] if options.ids and number else []),
                 *([label] if options.labels else []),
                 *([f"{frame.scores[n]:.2f}"] if options.scores else []),
-                *(_fact(value) for value in (frame.facts[n].values() if frame.facts and options.facts else ())),
             ]
             if words:
                 tile = _tile(" ".join(words)[:80], colour, letters)
@@ -85,7 +84,3 @@ def _tile(text: str, colour: Colour, letters: int) -> Image.Image:
     tile = Image.new("RGB", (max(1, int(edge[2]) + 4), max(1, int(edge[3]) + 3)), colour)
     ImageDraw.Draw(tile).text((2, 1), text, fill="white", font=font)
     return tile
-
-
-def _fact(value: object) -> str:
-    return str(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, int | float) else ""

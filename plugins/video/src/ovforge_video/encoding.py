@@ -31,6 +31,8 @@ _ENCODERS = {
 }
 _CRF = {"h265": 28, "h264": 23, "av1": 35}
 """The encoders' own defaults."""
+SMALLEST = 64
+"""Shortest side for libx265, which writes beyond its memory for some smaller ones (35x27 in FFmpeg 8.0)."""
 CLOCK = 90_000
 """Ticks of a second."""
 
@@ -100,6 +102,11 @@ class Encoder:
             stream = self._container.add_stream(name, rate=self._rate)
             stream.width, stream.height = width, height
             odd = width % 2 or height % 2
+            if name == "libx265" and min(width, height) < SMALLEST:
+                raise InputError(
+                    f"libx265 does not write frames of {width}x{height}", where=str(self._path),
+                    hint="Write H.264 (--codec h264), or scale them: --size.",
+                )  # fmt: skip
             if odd and not name.startswith("libx26"):
                 raise InputError(
                     f"{name} does not write frames of {width}x{height}", where=str(self._path),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from ovforge_video.frame import Frame
 from ovforge_video.pipes import Pipe
 from ovforge_video.reading import Reader, Shot
 
-__all__ = ["Describer", "Engine", "Lane", "Sink"]
+__all__ = ["Engine", "Lane", "Sink"]
 
 DEPTH = 8
 """Frames of a stream that wait for the detector, and so many again for each later stage."""
@@ -43,14 +43,6 @@ class Sink(Protocol):
         ...
 
 
-class Describer(Protocol):
-    """Says what a second model knows of tracked things; one for each stream."""
-
-    def __call__(self, picture: NDArray[np.uint8], tracks: Tracks) -> Sequence[dict[str, Any]]:
-        """Return facts of each thing."""
-        ...
-
-
 @dataclass
 class Lane:
     """All that belongs to one stream."""
@@ -58,7 +50,6 @@ class Lane:
     reader: Reader
     make_tracker: Callable[[], Tracker] | None
     sinks: Sequence[Sink] = ()
-    describe: Describer | None = None
     keeps_pictures: bool = False
     error: BaseException | None = None
     frames: int = 0
@@ -258,11 +249,10 @@ def _frame(
     limits = np.array([width, height] * 2, np.float32)
     boxes_inside = np.clip(tracks.boxes, 0, limits)
     order = np.argsort(tracks.ids, kind="stable") if tracker is not None else np.arange(len(tracks))
-    facts = lane.describe(shot.picture, tracks) if lane.describe is not None else ()
     ids = np.where(tracks.ids > 0, tracks.ids + first, 0)
     return Frame(
         lane.reader.name, shot.number, shot.seconds, (width, height), boxes_inside[order], tracks.scores[order],
-        tracks.classes[order], ids[order], tracks.rows[order] >= 0, names, [facts[n] for n in order] if facts else (),
+        tracks.classes[order], ids[order], tracks.rows[order] >= 0, names,
         shot.session, shot.picture,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Frame:
 
     `boxes` are float32 (n, 4): left, top, right, bottom in pixels; `scores` float32 (n,); `classes` int64 (n,),
     positions in `names`; `ids` int64 (n,), the numbers of tracks, 0 without a tracker; `found` bool (n,), whether the
-    detector saw the thing in this frame, and not the tracker alone. `facts` are what a second model says of each.
+    detector saw the thing in this frame, and not the tracker alone.
     """
 
     stream: str
@@ -34,7 +34,6 @@ class Frame:
     ids: NDArray[np.int64]
     found: NDArray[np.bool_]
     names: Sequence[str]
-    facts: Sequence[Mapping[str, Any]] = ()
     session: int = 0
     """How often the stream was opened again before: tracks are others then."""
     picture: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
@@ -67,8 +66,6 @@ class Frame:
                 "id": int(self.ids[n]), "label": label, "score": round(float(self.scores[n]), 4),
                 "box": [round(float(value), 2) for value in self.boxes[n]], "found": bool(self.found[n]),
             }  # fmt: skip
-            if self.facts and self.facts[n]:
-                thing["facts"] = dict(self.facts[n])
             objects.append(thing)
         again = {"session": self.session} if self.session else {}
         return {

@@ -72,7 +72,7 @@ def parse_line(text: str) -> Line:
     if line.encode:
         task["encode"] = line.encode
         if not line.drawn:
-            hidden = ("boxes", "ids", "labels", "facts", "time")
+            hidden = ("boxes", "ids", "labels", "time")
             task["overlay"] = {**dict.fromkeys(hidden, False), "trails": 0}
     if line.published:
         line.outputs.append(line.published)

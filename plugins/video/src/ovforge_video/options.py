@@ -21,7 +21,6 @@ class OverlayOptions(_Part):
     ids: bool = Field(True, description="The numbers of tracks.")
     labels: bool = Field(True, description="The names of classes.")
     scores: bool = Field(False, description="Scores.")
-    facts: bool = Field(True, description="What the second model says.")
     trails: int = Field(30, ge=0, le=1000, description="Frames that a thing's way is drawn for; 0 draws none.")
     time: bool = Field(True, description="The stream's name and time.")
 
