@@ -254,7 +254,7 @@ def check_tracker(module: types.ModuleType, name: str, options: Mapping[str, Any
     nothing = create(module, "tracker", name, options, 0.5)
     for number in range(3):
         empty = nothing.update(Boxes.none(), _squares(0)[0], float(number))
-        assert len(empty) == 0, f"{name} sees things where there are none"
+        assert len(empty) == 0, f"{name} sees things in an empty picture"
 
 
 def _squares(number: int) -> tuple[Any, Boxes]:

@@ -167,7 +167,7 @@ def _placed_in_streamer(size: Size, spec: DetectorSpec) -> Placement:
     """Return how DL Streamer places a picture, by its `CustomImageConvert`: scaled, cropped, then put in its place."""
     if spec.resize == "multiple":
         canvas = _by_multiple(size, spec)
-        return _Placement(canvas, None, canvas, (canvas[1] / size[1], canvas[0] / size[0]), (0, 0), canvas, (0, 0))
+        return Placement(canvas, None, canvas, (canvas[1] / size[1], canvas[0] / size[0]), (0, 0), canvas, (0, 0))
     assert spec.height is not None
     assert spec.width is not None
     canvas = (spec.height, spec.width)

@@ -60,9 +60,7 @@ class ShortTermOptions(_Options):
     rise: float = Field(0.1, ge=0, le=1, description="What a new thing's first box scores above the threshold.")
     overlap: float = Field(0.2, gt=0, le=1, description="Overlap (IoU) of a box and a prediction, at the least.")
     weak_overlap: float = Field(0.3, gt=0, le=1, description="Overlap (IoU) of a weak box and a prediction.")
-    part: float = Field(
-        0.6, gt=0, le=1, description="Share of a box inside a thing's, from which on it is no new thing."
-    )
+    part: float = Field(0.6, gt=0, le=1, description="A box that lies in a thing's by this share begins nothing.")
     hits: int = Field(3, ge=1, description="Times that a thing is found before it counts.")
     keep: float = Field(1.0, gt=0, description="Seconds that a thing may be unseen.")
 
