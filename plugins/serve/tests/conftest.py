@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -31,9 +32,11 @@ class Running:
     url: str
     log: Path
     scratch: Path
+    certificate: Path | None = None
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        verify = ssl.create_default_context(cafile=self.certificate) if self.certificate else False
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=verify, **options)
 
     def events(self) -> list[dict[str, Any]]:
         """Return the log; a line that is not JSON fails the test."""

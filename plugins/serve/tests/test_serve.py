@@ -13,6 +13,8 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -283,12 +288,41 @@ def test_a_run_ends_when_its_client_goes_away(client: httpx.Client, server: Any)
 KEY, OTHER = "k" * 20, "o" * 20
 
 
+PAGE = "https://page.example"
+
+
 @pytest.fixture(scope="module")
 def guarded(start: Callable[..., Any], configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a server with keys, one place to wait, and four seconds for each request."""
-    file = tmp_path_factory.mktemp("keys") / "keys"
-    file.write_text(f"# who\none {KEY} 3\n\ntwo {OTHER}\n")
-    return start(configs["lcm"], "--keys", file, "--queue", "1", "--timeout", "4", "--preload")
+    """Return a server with keys, TLS, one place to wait, and four seconds for each request."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "keys").write_text(f"# who\none {KEY} 3\n\ntwo {OTHER}\n")
+    secret = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, secret.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(secret, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(secret.private_bytes(serialization.Encoding.PEM, *form))
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    server = start(
+        configs["lcm"], "--keys", folder / "keys", "--queue", "1", "--timeout", "4", "--preload", "--cors", PAGE,
+        "--tls-cert", folder / "cert.pem", "--tls-key", folder / "key.pem",
+    )  # fmt: skip
+    server.certificate = folder / "cert.pem"
+    return server
+
+
+def test_tls_keys_and_pages_that_may(guarded: Any) -> None:
+    assert guarded.url.startswith("https://")
+    with guarded.client(headers={"authorization": f"Bearer {KEY}", "origin": PAGE}) as mine:
+        answer = mine.get("/v1/models")
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, PAGE)
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        assert mine.options("/v1/models", headers=asked).status_code == 200
+        assert mine.get("/v1/models", headers={"origin": "https://other.example"}).status_code == 403
 
 
 def test_queue_time_and_keys_have_bounds(guarded: Any) -> None:

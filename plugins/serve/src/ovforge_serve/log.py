@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-__all__ = ["REQUEST", "Log"]
+__all__ = ["REQUEST", "Log", "note"]
 
 REQUEST: ContextVar[dict[str, Any] | None] = ContextVar("request", default=None)
 """What the log says of the current request when it ends; handlers add to it."""

@@ -19,8 +19,8 @@ __all__ = ["Address", "listen"]
 _HEAD, _IDLE = 10.0, 5
 """Seconds for a request's head, and between requests of one connection."""
 
-_OTHER_FILES = 256
-"""Files that a server has open beside its connections."""
+_OTHER_FILES, _MOST_FILES = 256, 65_536
+"""Files that a server has open beside its connections, and as many as it may need in a crowd."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,22 @@ def listen(server: Server, address: Address, *, connections: int = 1000, preload
 
 
 def _allow_files(wanted: int) -> None:
-    """Raise the limit of open files to what the connections need, as far as this user may. Raises ConfigError."""
+    """Raise the limit of open files as far as this user may: a crowd has to be accepted before it can be refused.
+
+    Raises ConfigError if it stays below what the connections need.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, max(wanted, _MOST_FILES))
+    if soft != resource.RLIM_INFINITY and soft < most:
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-            )
-        if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
-            raise ConfigError(
-                f"this user may have {hard} files open, and {wanted} are needed", where="--connections",
-                hint="Name fewer, or raise the limit (ulimit -n).",
-            )  # fmt: skip
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        raise ConfigError(
+            f"this user may have {soft} files open, and {wanted} are needed", where="--connections",
+            hint="Name fewer, or raise the limit (ulimit -n).",
+        )  # fmt: skip

@@ -26,7 +26,7 @@ from ovforge.store import parse_object, scratch_folder
 from ovforge_serve.files import Sent
 from ovforge_serve.guard import Guard
 from ovforge_serve.keys import Keys
-from ovforge_serve.log import Log
+from ovforge_serve.log import Log, note
 from ovforge_serve.metrics import Metrics
 from ovforge_serve.pipelines import Pipelines, Served
 from ovforge_serve.queue import Queue
@@ -199,8 +199,6 @@ def _openapi(app: FastAPI, server: Server) -> dict[str, Any]:
 
 async def _explain(request: Request, error: Exception) -> Response:
     assert isinstance(error, OvforgeError)
-    from ovforge_serve.log import note
-
     status = status_of(error)
     if status == 500:
         note(error=str(error))
