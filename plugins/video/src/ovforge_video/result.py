@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ovforge.contracts import FrameDetector, Progress, Tracker, ignore_progress
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import Boxes, Result
-from ovforge_video.encoding import VIDEO_SUFFIXES, encoder_name
+from ovforge_video.encoding import SOUND_SUFFIXES, VIDEO_SUFFIXES, encoder_name
 from ovforge_video.engine import Engine, Lane, Sink
 from ovforge_video.frame import Frame
 from ovforge_video.options import VideoOptions
@@ -61,6 +61,8 @@ class VideoResult(Result):
             self.check_path(target)
             if target.suffix.lower() in VIDEO_SUFFIXES:
                 encoder_name(self._options.encode, target)
+        if audio and not any(target.suffix.lower() in SOUND_SUFFIXES for target in targets):
+            raise InputError("no file that is written can hold sound", where="--audio", hint="Write .mp4 or .mkv.")
         several = len(self._readers) > 1
         files = [path_of(target, reader.name, several) for target in targets for reader in self._readers]
         for frame in self.run(targets, pictures=each is not None, audio=audio):
@@ -147,14 +149,20 @@ class _Late:
 
     def write(self, frame: Frame) -> None:
         if self._sink is None:
-            source = self._reader.source
-            audio = source if self._audio and isinstance(source, str) and not self._reader.remote else None
+            audio = self._sound() if self._audio and self._path.suffix.lower() in SOUND_SUFFIXES else None
             self._sink = sink(self._path, self._options.encode, self._options.overlay, self._reader.rate, audio)
         self._sink.write(frame)
 
     def close(self, whole: bool) -> None:
         if self._sink is not None:
             self._sink.close(whole)
+
+    def _sound(self) -> str | None:
+        """Return the file that sound is copied from."""
+        if self._reader.is_file and self._reader.options.loop == 1:
+            return str(self._reader.source)
+        self._reader.notes.append("its sound is not copied: only that of a file that is read once is")
+        return None
 
 
 def _counts(engine: Engine, lanes: Sequence[Lane], frames: int, elapsed: float, things: Counter[str]) -> dict[str, Any]:
