@@ -167,7 +167,9 @@ class _Audio:
             self._output = target.add_stream_from_template(stream)
             zero = video.start_time * video.time_base if video.start_time is not None else 0
             self._zero = round(zero / stream.time_base)
-            whole = (packet for packet in self._input.demux(stream) if packet.dts is not None and packet.pts is not None)
+            whole = (
+                packet for packet in self._input.demux(stream) if packet.dts is not None and packet.pts is not None
+            )
             self._packets = (packet for packet in whole if self._seconds(packet) >= begin)
             self._next = next(self._packets, None)
 
