@@ -47,6 +47,13 @@ def video(
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="Score of sure boxes; by default the model's own.")
     ] = None,
+    describe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--describe", metavar="MODEL", help="A model that looks at each thing; its model-proc lies beside it."
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option("--every", help="Frames after which it looks at a thing again.")] = 10,
     tiles: Annotated[int, typer.Option("--tiles", help="Look at so many parts a side, too: for small things.")] = 1,
     region: Annotated[
         str | None, typer.Option("--region", metavar="X,Y X,Y X,Y", help="A polygon, in shares of width and height.")
@@ -101,9 +108,11 @@ def video(
             "text": text, "threshold": threshold, "start": start, "end": end, "fps": fps, "loop": loop,
             "size": _size(size) if size else None, "region": _region(region) if region else [],
         }  # fmt: skip
+        described = [{"model": _path(each), "every": every} for each in describe or []]
         config = {
             "task": {
-                **task, **({"encode": encode} if encode else {}),
+                **task, **({"describe": described} if described else {}),
+                **({"encode": encode} if encode else {}),
                 **({"detect": {"use": "detect", "batch": batch}} if batch > 1 else {}),
             },
             "load": _load(model, proc),

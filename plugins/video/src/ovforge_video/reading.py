@@ -70,6 +70,7 @@ class Reader:
     rate: Fraction = Fraction(25)
     total: int | None = None
     """About how many frames there will be."""
+    has_sound: bool = False
     damaged: int = 0
     session: int = 0
 
@@ -178,6 +179,7 @@ class Reader:
                     where=self.name, hint="Name the videos themselves.",
                 )  # fmt: skip
             stream = container.streams.video[0]
+            self.has_sound = bool(container.streams.audio)
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MOST_PIXELS:
                 raise InputError(f"its frames are {width}x{height}", where=self.name, hint="8192x8192 is the most.")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from ovforge.contracts import FrameDetector, Progress, Tracker, ignore_progress
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import Boxes, Result
+from ovforge_video.describing import Describer
 from ovforge_video.encoding import SOUND_SUFFIXES, VIDEO_SUFFIXES, encoder_name
 from ovforge_video.engine import Engine, Lane, Sink
 from ovforge_video.frame import Frame
@@ -38,6 +39,7 @@ class VideoResult(Result):
     _tracker: Callable[[], Tracker] | None = field(default=None, repr=False)
     _options: VideoOptions = field(default_factory=VideoOptions, repr=False)
     _inside: Callable[[Boxes, tuple[int, int]], Boxes] | None = field(default=None, repr=False)
+    _describers: Sequence[Describer] = field(default=(), repr=False)
     _progress: Callable[[Progress], None] = field(default=ignore_progress, repr=False)
     _used: bool = field(default=False, repr=False)
 
@@ -79,7 +81,9 @@ class VideoResult(Result):
         lanes = [Lane(reader, self._tracker, keeps_pictures=pictures) for reader in self._readers]
         for lane in lanes:
             lane.sinks = [_Late(lane.reader, target, len(lanes) > 1, self._options, audio) for target in targets]
-        engine = Engine(lanes, self._detector, interval=self._options.interval, inside=self._inside)
+        engine = Engine(
+            lanes, self._detector, interval=self._options.interval, inside=self._inside, describers=self._describers
+        )
         things: Counter[str] = Counter()
         seen: set[tuple[str, int]] = set()
         began, done = time.perf_counter(), 0
@@ -159,16 +163,16 @@ class _Late:
 
     def _sound(self) -> str | None:
         """Return the file that sound is copied from."""
-        if self._reader.is_file and self._reader.options.loop == 1:
+        if self._reader.has_sound and self._reader.is_file and self._reader.options.loop == 1:
             return str(self._reader.source)
-        self._reader.notes.append("its sound is not copied: only that of a file that is read once is")
+        self._reader.notes.append("its sound is not copied: it has none, or it is not a file that is read once")
         return None
 
 
 def _counts(engine: Engine, lanes: Sequence[Lane], frames: int, elapsed: float, things: Counter[str]) -> dict[str, Any]:
     seconds = {"infer": engine.infer_seconds}
     for lane in lanes:
-        for stage in ("decode", "track", "write"):
+        for stage in ("decode", "track", "describe", "write"):
             seconds[stage] = seconds.get(stage, 0.0) + lane.seconds.get(stage, 0.0)
     shares = {stage: spent / (engine.parallel if stage == "infer" else len(lanes)) for stage, spent in seconds.items()}
     streams = {
