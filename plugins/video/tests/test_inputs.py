@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import io
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -277,3 +279,55 @@ def test_a_file_of_a_server_that_is_lost_goes_on_where_it_broke_off(tmp_path: Pa
     reader = Reader("far", f"http://127.0.0.1:{port}/a.mkv", ReadOptions(again=0.1))
     with pytest.raises(InputError, match="cannot be read"):
         list(reader.shots())
+
+
+RTSP = """
+import sys, gi
+gi.require_version("Gst", "1.0"); gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer
+Gst.init(None)
+server, factory = GstRtspServer.RTSPServer(), GstRtspServer.RTSPMediaFactory()
+server.set_address("127.0.0.1"); server.set_service(sys.argv[1])
+factory.set_launch("( videotestsrc is-live=true pattern=ball ! video/x-raw,format=I420,width=96,height=64,framerate=15/1 "
+                   "! jpegenc ! rtpjpegpay name=pay0 pt=26 )")
+server.get_mount_points().add_factory("/ball", factory)
+assert server.attach(None)
+print("ready", flush=True)
+GLib.MainLoop().run()
+"""
+
+
+@contextmanager
+def rtsp_server(port: int) -> Iterator[subprocess.Popen[str]]:
+    """Run GStreamer's RTSP server on loopback, with a ball that moves; skip if it is not installed."""
+    python = "/usr/bin/python3"  # Debian's, whose gi is: gir1.2-gst-rtsp-server-1.0, gstreamer1.0-plugins-good
+    if not Path(python).exists():
+        pytest.skip("Debian's python3 is not there")
+    process = subprocess.Popen(
+        [python, "-c", RTSP, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            pytest.skip("gir1.2-gst-rtsp-server-1.0 is not installed")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_rtsp_stream_that_is_lost_goes_on_with_new_numbers(make: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    frames = iter(make()(video=f"rtsp://127.0.0.1:{port}/ball", again=30))
+    with rtsp_server(port):
+        before = [next(frames) for _ in range(15)]
+    with rtsp_server(port):
+        after = [frame for frame in itertools.islice(frames, 60) if frame.session == 1][:15]
+    frames.close()
+    assert {number for frame in before for number in frame.ids.tolist()} == {1}
+    assert {number for frame in after for number in frame.ids.tolist()} == {2}
+    times = [frame.seconds for frame in before + after]
+    assert times == sorted(times)
+    assert after[0].seconds - before[-1].seconds > 0.2
