@@ -5,6 +5,8 @@ Source: "Intel DL Streamer Optimize Media-AI pipeline on Intel Data Center Flex 
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +49,13 @@ def video(
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="Score of sure boxes; by default the model's own.")
     ] = None,
+    describe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--describe", metavar="MODEL", help="A model that looks at each thing; its model-proc lies beside it."
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option("--every", help="Frames after which it looks at a thing again.")] = 10,
     tiles: Annotated[int, typer.Option("--tiles", help="Look at so many parts a side, too: for small things.")] = 1,
     region: Annotated[
         str | None, typer.Option("--region", metavar="X,Y X,Y X,Y", help="A polygon, in shares of width and height.")
@@ -67,6 +76,9 @@ def video(
     device: Annotated[str, typer.Option("--device", "-d", help="CPU, GPU, NPU or AUTO.")] = "CPU",
     precision: Annotated[str, typer.Option("--precision", help="What the device computes in.")] = "auto",
     batch: Annotated[int, typer.Option("--batch", help="Frames of one size that run at once.")] = 1,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Find emoji that move over a photograph, by the detector that ships.")
+    ] = False,
     gst: Annotated[
         str | None, typer.Option("--gst", help="A line of DL Streamer's, instead of all other options.")
     ] = None,
@@ -79,6 +91,12 @@ def video(
     from ovforge.cli import print_json, print_note
 
     outputs = list(output or [])
+    if demo:
+        from ovforge_video.demo import MODEL, TEXT
+
+        if inputs or model or gst is not None:
+            raise InputError("--demo brings its clip and model", where="--demo", hint="Leave INPUT and --model out.")
+        inputs, model, text, outputs = ["demo.mp4"], MODEL, text or TEXT, outputs or ["demo.mp4"]
     if gst is not None:
         from ovforge_video.gst import parse_line
 
@@ -101,9 +119,11 @@ def video(
             "text": text, "threshold": threshold, "start": start, "end": end, "fps": fps, "loop": loop,
             "size": _size(size) if size else None, "region": _region(region) if region else [],
         }  # fmt: skip
+        described = [{"model": _path(each), "every": every} for each in describe or []]
         config = {
             "task": {
-                **task, **({"encode": encode} if encode else {}),
+                **task, **({"describe": described} if described else {}),
+                **({"encode": encode} if encode else {}),
                 **({"detect": {"use": "detect", "batch": batch}} if batch > 1 else {}),
             },
             "load": _load(model, proc),
@@ -116,7 +136,13 @@ def video(
     if print_config:
         print_json(config)
         return
-    _run(config, outputs, audio=audio, numbers=numbers, cache=cache, quiet=quiet)
+    with contextlib.ExitStack() as made:
+        if demo:
+            from ovforge_video.demo import write_clip
+
+            folder = Path(made.enter_context(tempfile.TemporaryDirectory()))
+            config["input"]["video"] = str(write_clip(folder / "demo.mp4"))
+        _run(config, outputs, audio=audio, numbers=numbers, cache=cache, quiet=quiet)
 
 
 def _run(

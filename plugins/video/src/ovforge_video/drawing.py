@@ -47,6 +47,7 @@ class Overlay:
                 *([str(number)] if options.ids and number else []),
                 *([label] if options.labels else []),
                 *([f"{frame.scores[n]:.2f}"] if options.scores else []),
+                *(frame.words[n].values() if options.details else []),
             ]
             if words:
                 tile = _tile(" ".join(words)[:80], colour, letters)

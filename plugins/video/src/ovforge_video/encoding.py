@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,13 +17,15 @@ from ovforge.errors import ConfigError, InputError, did_you_mean
 from ovforge_video.options import EncodeOptions
 from ovforge_video.reading import av_errors
 
-__all__ = ["VIDEO_SUFFIXES", "Encoder", "encoder_name"]
+__all__ = ["SOUND_SUFFIXES", "VIDEO_SUFFIXES", "Encoder", "encoder_name"]
 
 _FORMATS = {
     ".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".265": "hevc", ".hevc": "hevc", ".264": "h264", ".h264": "h264",
     ".obu": "obu",
 }  # fmt: skip
 VIDEO_SUFFIXES = tuple(_FORMATS)
+SOUND_SUFFIXES = (".mp4", ".mov", ".mkv")
+"""Endings of files that can hold sound."""
 _CODEC_OF_RAW = {"hevc": "h265", "h264": "h264", "obu": "av1"}
 _ENCODERS = {
     "h265": ("libx265", "hevc_qsv", "hevc_vaapi", "hevc_nvenc"),
@@ -62,12 +65,13 @@ class Encoder:
         self._container: Any = None
         self._stream: Any = None
         self._audio: _Audio | None = None
-        self._source, self._last, self._size = audio, -1, (0, 0)
+        self._source, self._last, self._begin = audio, -1, 0.0
 
     def write(self, picture: NDArray[np.uint8], seconds: float) -> None:
         """Encode a frame, RGB (height, width, 3), to be shown at `seconds`."""
-        with av_errors(str(self._path)):
+        with av_errors(str(self._path), "written"):
             if self._stream is None:
+                self._begin = seconds
                 self._open(picture.shape[1], picture.shape[0])
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             self._last = frame.pts = max(self._last + 1, round(seconds * CLOCK))
@@ -80,11 +84,11 @@ class Encoder:
         """Write what the encoder still holds."""
         if self._container is None:
             return
-        with av_errors(str(self._path)):
+        with av_errors(str(self._path), "written"):
             try:
                 self._mux(self._stream.encode(None))
                 if self._audio is not None:
-                    self._audio.copy(self._container, self._last / CLOCK)
+                    self._audio.copy(self._container, self._last / CLOCK + float(1 / self._rate))
                     self._audio.close()
             finally:
                 self._container.close()
@@ -96,7 +100,8 @@ class Encoder:
     def _open(self, width: int, height: int) -> None:
         kind = _FORMATS[self._path.suffix.lower().removesuffix(".part")]
         name, options = encoder_name(self._options, self._path), self._options
-        flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof"} if kind in ("mp4", "mov") else {}
+        os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 otherwise prints thirty lines about itself
+        flags = {"movflags": "frag_keyframe+delay_moov+default_base_moof"} if kind in ("mp4", "mov") else {}
         self._container = av.open(str(self._path), "w", format=kind, options=flags)
         try:
             stream = self._container.add_stream(name, rate=self._rate)
@@ -119,7 +124,7 @@ class Encoder:
             if name == "libx265" and kind in ("mp4", "mov"):
                 stream.codec_context.codec_tag = "hvc1"
             if self._source is not None:
-                self._audio = _Audio(self._source, self._container)
+                self._audio = _Audio(self._source, self._container, self._begin)
             self._stream = stream
             stream.codec_context.open()
         except BaseException:
@@ -151,20 +156,31 @@ class Encoder:
 
 
 class _Audio:
-    """Copies the sound of the input as it is, up to where the picture is."""
+    """Copies the sound of the input as it is, from where the picture begins up to where it is."""
 
-    def __init__(self, source: str, target: Any) -> None:
+    def __init__(self, source: str, target: Any, begin: float) -> None:
         self._input = av.open(f"file:{source}", options={"protocol_whitelist": "file,crypto,data"})
         self._packets: Iterator[Any] = iter(())
         self._next: Any = None
         if self._input.streams.audio:
-            stream = self._input.streams.audio[0]
+            stream, video = self._input.streams.audio[0], self._input.streams.video[0]
             self._output = target.add_stream_from_template(stream)
-            self._packets = (packet for packet in self._input.demux(stream) if packet.dts is not None)
+            zero = video.start_time * video.time_base if video.start_time is not None else 0
+            self._zero = round(zero / stream.time_base)
+            whole = (
+                packet for packet in self._input.demux(stream) if packet.dts is not None and packet.pts is not None
+            )
+            self._packets = (packet for packet in whole if self._seconds(packet) >= begin)
             self._next = next(self._packets, None)
 
+    def _seconds(self, packet: Any) -> float:
+        """Return when a packet is heard, from the picture's begin."""
+        return float((packet.pts - self._zero) * packet.time_base)
+
     def copy(self, target: Any, seconds: float) -> None:
-        while self._next is not None and float(self._next.dts * self._next.time_base) <= seconds:
+        while self._next is not None and self._seconds(self._next) <= seconds:
+            self._next.pts -= self._zero
+            self._next.dts -= self._zero
             self._next.stream = self._output
             target.mux(self._next)
             self._next = next(self._packets, None)

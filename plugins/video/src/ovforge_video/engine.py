@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ovforge.contracts import FrameDetector, Tracker
 from ovforge.errors import OvforgeError
 from ovforge.model import Boxes, Tracks
+from ovforge_video.describing import Describer, Memory
 from ovforge_video.frame import Frame
 from ovforge_video.pipes import Pipe
 from ovforge_video.reading import Reader, Shot
@@ -84,9 +85,11 @@ class Engine:
         *,
         interval: int = 1,
         inside: Callable[[Boxes, tuple[int, int]], Boxes] | None = None,
+        describers: Sequence[Describer] = (),
         depth: int = DEPTH,
     ) -> None:
         self.lanes, self._detector, self._interval, self._inside = lanes, detector, interval, inside
+        self._describers = describers
         self._work: Pipe[tuple[NDArray[np.uint8], Promise]] = Pipe(max(2, detector.parallel * detector.batch * 2))
         self._results: Pipe[Frame] = Pipe(max(2, depth))
         self._waiting: list[Pipe[_Waiting]] = [Pipe(depth) for _ in lanes]
@@ -173,6 +176,7 @@ class Engine:
     def _track(self, place: int) -> None:
         lane, pipe = self.lanes[place], self._waiting[place]
         tracker, session, first, last = None, -1, 0, 0
+        memory = None
         try:
             for waiting in pipe:
                 shot = waiting.shot
@@ -186,7 +190,11 @@ class Engine:
                     session, first = shot.session, last
                 frame = _frame(lane, shot, found, tracker, self._detector.names, first)
                 last = max(last, int(frame.ids.max(initial=0)))
-                lane.spend("track", clock)
+                clock = lane.spend("track", clock)
+                if self._describers:
+                    memory = memory or Memory(self._describers)
+                    frame = replace(frame, details=memory(frame))
+                    lane.spend("describe", clock)
                 lane.frames += 1
                 if not self._writing[place].put(frame) or not self._results.put(_kept(frame, lane)):
                     return
@@ -253,7 +261,7 @@ def _frame(
     return Frame(
         lane.reader.name, shot.number, shot.seconds, (width, height), boxes_inside[order], tracks.scores[order],
         tracks.classes[order], ids[order], tracks.rows[order] >= 0, names,
-        shot.session, shot.picture,
+        shot.session, picture=shot.picture,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Frame:
     names: Sequence[str]
     session: int = 0
     """How often the stream was opened again before: tracks are others then."""
+    details: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+    """What describing models say of each thing, by attribute: `label` and `score`, `value` or `data`."""
     picture: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     """RGB (height, width, 3)."""
 
@@ -47,15 +49,22 @@ class Frame:
         """The name of each thing's class."""
         return [self.names[n] if 0 <= n < len(self.names) else f"class {n}" for n in self.classes.tolist()]
 
+    @property
+    def words(self) -> list[dict[str, str]]:
+        """Return the details that are words or numbers, by attribute, of each thing."""
+        details: Sequence[Mapping[str, Mapping[str, Any]]] = self.details or [{}] * len(self)
+        return [{name: each["label"] for name, each in thing.items() if each.get("label")} for thing in details]
+
     def to_supervision(self) -> Any:
-        """Return the things as supervision's Detections, with `tracker_id`, and `class_name` among their data."""
+        """Return the things as supervision's Detections: `tracker_id`, and `class_name` and `details` in their data."""
         try:
             import supervision
         except ImportError as error:
             raise PluginError(f"needs supervision: {error}", hint="Run: pip install supervision") from error
+        details = {"details": np.array(self.details, dtype=object)} if self.details else {}
         return supervision.Detections(
             xyxy=self.boxes.copy(), confidence=self.scores.copy(), class_id=self.classes.copy(),
-            tracker_id=self.ids.copy(), data={"class_name": np.array(self.labels, dtype=str)},
+            tracker_id=self.ids.copy(), data={"class_name": np.array(self.labels, dtype=str), **details},
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
@@ -65,6 +74,7 @@ class Frame:
             thing: dict[str, Any] = {
                 "id": int(self.ids[n]), "label": label, "score": round(float(self.scores[n]), 4),
                 "box": [round(float(value), 2) for value in self.boxes[n]], "found": bool(self.found[n]),
+                **({"details": self.details[n]} if self.details else {}),
             }  # fmt: skip
             objects.append(thing)
         again = {"session": self.session} if self.session else {}

@@ -213,6 +213,19 @@ def _same_model(element: _Element, model: str) -> str:
     return given or model
 
 
+_MEANINGLESS = {
+    "pre-process-backend": "frames are scaled by OpenVINO", "model-instance-id": "streams share one model anyway",
+    "scheduling-policy": "each stream keeps its order", "ie-config": "use device.properties",
+    "no-block": "files never lose frames, live streams do if they must",
+    "pre-process-config": "frames are scaled by OpenVINO", "reshape": "the model says its size",
+    "share-va-display-ctx": "frames lie in memory", "labels": "labels are in the model-proc",
+    "labels-file": "labels are in the model-proc", "cpu-throughput-streams": "the device's hint decides",
+    "gpu-throughput-streams": "the device's hint decides", "batch-size": "things are looked at one by one",
+    "nireq": "each stream has a request", "inference-interval": "reclassify-interval counts",
+}  # fmt: skip
+"""Properties of gvadetect and gvaclassify, and why they mean nothing here."""
+
+
 def _detect(element: _Element, line: Line) -> None:
     reader, task = _Reader(element, line), line.config["task"]
     if (model := reader.take("model")) is not None:
@@ -220,9 +233,7 @@ def _detect(element: _Element, line: Line) -> None:
     if (proc := reader.take("model-proc")) is not None:
         line.config["load"]["proc"] = proc
     if (device := reader.take("device")) is not None:
-        name, dot, index = device.partition(".")
-        if name.upper() not in ("CPU", "GPU", "NPU", "AUTO") or (dot and not index.isdigit()):
-            raise _error(element.places["device"], f"{device!r} is not a device", "Use CPU, GPU, GPU.0, NPU or AUTO.")
+        name, dot, index = _device(device, element).partition(".")
         line.config["device"] = {"use": name.lower(), **({"index": int(index)} if dot else {})}
     if (interval := reader.number("inference-interval", least=1)) is not None:
         task["interval"] = int(interval)
@@ -232,17 +243,15 @@ def _detect(element: _Element, line: Line) -> None:
         line.config.setdefault("limits", {})["threshold"] = threshold
     if (streams := reader.number("nireq")) is not None and streams:
         line.notes.append(f"gvadetect nireq={streams:g} means nothing here: the device says how many requests it takes")
-    reader.ignore({
-        "pre-process-backend": "frames are scaled by OpenVINO", "model-instance-id": "streams share one model anyway",
-        "inference-region": "the whole frame is looked at; use --region",
-        "scheduling-policy": "each stream keeps its order",
-        "ie-config": "use device.properties", "no-block": "files never lose frames, live streams do if they must",
-        "pre-process-config": "frames are scaled by OpenVINO", "reshape": "the model says its size",
-        "share-va-display-ctx": "frames lie in memory", "labels": "labels are in the model-proc",
-        "labels-file": "labels are in the model-proc", "cpu-throughput-streams": "the device's hint decides",
-        "gpu-throughput-streams": "the device's hint decides",
-    })  # fmt: skip
+    reader.ignore({"inference-region": "the whole frame is looked at; use --region", **_MEANINGLESS})
     reader.done()
+
+
+def _device(text: str, element: _Element) -> str:
+    name, dot, index = text.upper().partition(".")
+    if name not in ("CPU", "GPU", "NPU", "AUTO") or (dot and not index.isdigit()):
+        raise _error(element.places["device"], f"{text!r} is not a device", "Use CPU, GPU, GPU.0, NPU or AUTO.")
+    return name + dot + index
 
 
 def _track(element: _Element, line: Line) -> None:
@@ -260,6 +269,29 @@ def _track(element: _Element, line: Line) -> None:
     })  # fmt: skip
     reader.done()
     line.config["task"]["track"] = kind
+
+
+def _classify(element: _Element, line: Line) -> None:
+    reader = _Reader(element, line)
+    region = reader.take("inference-region") or "roi-list"
+    if region not in ("roi-list", "1"):
+        place = element.places["inference-region"]
+        raise _error(
+            place, f"inference-region={region} is not known here", "Things that gvadetect finds are looked at."
+        )
+    made: dict[str, Any] = {"model": reader.take("model", needed=True)}
+    if (proc := reader.take("model-proc")) is not None:
+        made["proc"] = proc
+    if (labels := reader.take("object-class")) is not None:
+        made["labels"] = [label.strip() for label in labels.split(",")]
+    made["every"] = int(reader.number("reclassify-interval") or 1)
+    if (device := reader.take("device")) is not None:
+        made["device"] = _device(device, element)
+    reader.ignore(_MEANINGLESS)
+    reader.done()
+    described = line.config["task"].setdefault("describe", [])
+    if made not in described:
+        described.append(made)
 
 
 def _draw(element: _Element, line: Line) -> None:
@@ -356,6 +388,7 @@ _ELEMENTS: dict[str, Callable[[_Element, Line], None]] = {
     "filesrc": _source("location"), "multifilesrc": _source("location"), "urisourcebin": _source("uri"),
     "uridecodebin": _source("uri"), "rtspsrc": _source("location"), "souphttpsrc": _source("location"),
     "v4l2src": _source("device"), "capsfilter": _caps, "gvadetect": _detect, "gvatrack": _track,
+    "gvaclassify": _classify,
     "gvawatermark": _draw, "meta_overlay": _draw, "gvametapublish": _publish, "filesink": _filesink,
     "vaapih265enc": _encoder("h265"), "vah265enc": _encoder("h265"), "vah265lpenc": _encoder("h265"),
     "qsvh265enc": _encoder("h265"), "x265enc": _encoder("h265"), "vaapih264enc": _encoder("h264"),

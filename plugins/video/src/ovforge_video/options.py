@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-__all__ = ["EncodeOptions", "OverlayOptions", "VideoInputs", "VideoOptions"]
+from ovforge.config import InputFile
+
+__all__ = ["DescribeOptions", "EncodeOptions", "OverlayOptions", "VideoInputs", "VideoOptions"]
 
 
 class _Part(BaseModel):
@@ -21,6 +23,7 @@ class OverlayOptions(_Part):
     ids: bool = Field(True, description="The numbers of tracks.")
     labels: bool = Field(True, description="The names of classes.")
     scores: bool = Field(False, description="Scores.")
+    details: bool = Field(True, description="What describing models say of things.")
     trails: int = Field(30, ge=0, le=1000, description="Frames that a thing's way is drawn for; 0 draws none.")
     time: bool = Field(True, description="The stream's name and time.")
 
@@ -45,6 +48,16 @@ class EncodeOptions(_Part):
         return self
 
 
+class DescribeOptions(_Part):
+    """A model that looks at each thing: a class, a number or an embedding of it."""
+
+    model: InputFile = Field(description="The model's file (IR, ONNX, ...), which takes one picture.")
+    proc: InputFile | None = Field(None, description="Its model-proc .json; by default the one beside the model.")
+    labels: list[str] = Field([], description="The classes of things that it looks at; by default all.")
+    every: int = Field(10, ge=1, le=100_000, description="It looks at a thing again after so many frames.")
+    device: str = Field("CPU", pattern=r"^[A-Z]+(\.\d+)?$", description="CPU, GPU, GPU.1, NPU or AUTO.")
+
+
 class VideoOptions(_Part):
     """How the task runs."""
 
@@ -53,6 +66,7 @@ class VideoOptions(_Part):
     interval: int = Field(1, ge=1, le=1000, description="The detector looks at every so many frames.")
     lowest: float = Field(0.1, ge=0, le=1, description="Score of the weakest boxes that the tracker gets.")
     tiles: int = Field(1, ge=1, le=8, description="The detector looks at so many overlapping parts a side, too.")
+    describe: list[DescribeOptions] = Field([], description="Models that look at each thing that is followed.")
     overlay: OverlayOptions = Field(OverlayOptions(), description="What is drawn.")
     encode: EncodeOptions = Field(EncodeOptions(), description="How videos are written.")
 

@@ -29,6 +29,10 @@ TIMEOUT = 10.0
 """Seconds that a socket may be silent."""
 _LIVE = ("rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
 _REMOTE = (*_LIVE, "http://", "https://")
+_HINTS = {
+    "read": "Is it a whole video in a format that FFmpeg knows?",
+    "written": "Choose another ending or codec, and see whether the disk is full.",
+}
 _NESTED = frozenset({"hls", "concat", "dash", "sdp", "imf", "applehttp"})
 """Formats whose files name other files or hosts."""
 
@@ -66,6 +70,7 @@ class Reader:
     rate: Fraction = Fraction(25)
     total: int | None = None
     """About how many frames there will be."""
+    has_sound: bool = False
     damaged: int = 0
     session: int = 0
 
@@ -73,6 +78,11 @@ class Reader:
     def live(self) -> bool:
         """Whether frames come by themselves, and do not wait."""
         return isinstance(self.source, str) and (self.source.startswith(_LIVE) or self.source.startswith("/dev/video"))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file, of video."""
+        return isinstance(self.source, str) and self.source != "-" and not (self.live or self.remote)
 
     @property
     def remote(self) -> bool:
@@ -130,15 +140,22 @@ class Reader:
             yield number / float(self.rate), av.VideoFrame.from_image(image)
 
     def _sessions(self, source: str, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
-        """Yield frames; of a stream that is lost, from where it is found again."""
-        began, lost = time.monotonic(), 0.0
-        opened = False
+        """Yield frames; of a stream that is lost, from where it is found again, of a file, from where it broke off."""
+        began, lost, last, opened = time.monotonic(), 0.0, -1.0, False
         while not stopped():
+            offset: float | None = None if self.live and opened else 0.0
+            caught_up = self.live or not opened
             try:
                 for seconds, frame in self._opened(source, stopped):
-                    opened, lost = True, 0.0
-                    late = time.monotonic() - began if self.session else seconds
-                    yield max(seconds, late) if self.session else seconds, frame
+                    if offset is None:
+                        offset = time.monotonic() - began - seconds
+                    if not caught_up and seconds <= last + 1e-6:
+                        continue
+                    if lost:
+                        self.session += 1
+                        self._say("it was lost and found again: its tracks are new ones")
+                    opened, caught_up, lost, last = True, True, 0.0, seconds
+                    yield seconds + offset, frame
                 if not self.live:
                     return
             except InputError:
@@ -148,11 +165,7 @@ class Reader:
             lost = lost or now
             if now - lost > self.options.again:
                 raise InputError(f"it is lost for {self.options.again:g} s", where=self.name, hint="Is its server up?")
-            if self.session == 0 or now - lost < 0.1:
-                self.session += 1
-                self._say("it was lost and found again: its tracks are new ones")
-            wait = min(8.0, 0.25 * 2 ** min(5, int(now - lost)))
-            end = time.monotonic() + wait
+            end = now + min(8.0, 0.25 * 2 ** min(5, int(now - lost)))
             while time.monotonic() < end and not stopped():
                 time.sleep(0.05)
 
@@ -166,25 +179,40 @@ class Reader:
                     where=self.name, hint="Name the videos themselves.",
                 )  # fmt: skip
             stream = container.streams.video[0]
+            self.has_sound = bool(container.streams.audio)
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > MOST_PIXELS:
                 raise InputError(f"its frames are {width}x{height}", where=self.name, hint="8192x8192 is the most.")
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             self.rate = Fraction(rate) if 0 < rate <= 1000 else Fraction(25)
-            duration = container.duration / av.time_base if container.duration else None
-            if duration is not None and 0 < duration < 1e7:
+            duration = float(stream.duration * stream.time_base) if stream.duration else 0.0
+            duration = duration or (container.duration or 0) / av.time_base
+            until = 0.0
+            if 0 < duration < 1e7:
                 until = min(self.options.end or duration, duration)
                 rate = min(float(self.rate), self.options.fps or float(self.rate))
                 self.total = max(1, round((until - self.options.start) * rate)) * self.options.loop
             if self.options.start and not self.live:
                 with contextlib.suppress(av.error.FFmpegError):
                     container.seek(round(self.options.start * av.time_base), backward=True)
-            yield from self._decoded(container, stream, stopped)
+            at = self.options.start
+            for at, frame in self._decoded(container, stream, stopped):
+                yield at, frame
+            if until - at > 1 + duration / 20 and not stopped():
+                self._say(f"its pictures end at {at:.1f} s, and it says that it lasts {duration:.1f} s: is it whole?")
 
     def _decoded(self, container: Any, stream: Any, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
         first = float(stream.start_time * stream.time_base) if stream.start_time is not None else None
-        deinterlace, count = _Deinterlace(), 0
+        for count, whole in enumerate(_deinterlaced(self._packets(container, stream, stopped))):
+            frame = _upright(whole)
+            if first is None and frame.time is not None:
+                first = frame.time
+            at = frame.time - (first or 0.0) if frame.time is not None else count / float(self.rate)
+            if at + 1e-6 >= self.options.start:
+                yield at, frame
+
+    def _packets(self, container: Any, stream: Any, stopped: Callable[[], bool]) -> Iterator[Any]:
         for packet in container.demux(stream):
             if stopped():
                 return
@@ -193,14 +221,7 @@ class Reader:
             except av.error.InvalidDataError:
                 self.damaged += 1
                 continue
-            for decoded in frames:
-                frame = _upright(deinterlace(decoded))
-                if first is None and frame.time is not None:
-                    first = frame.time
-                at = frame.time - (first or 0.0) if frame.time is not None else count / float(self.rate)
-                count += 1
-                if at + 1e-6 >= self.options.start:
-                    yield at, frame
+            yield from frames
 
 
 def _container(source: str) -> Any:
@@ -227,35 +248,44 @@ class _Unseekable:
         return self._file.read(size)
 
 
-class _Deinterlace:
-    """Makes whole frames of interlaced ones; others pass as they are. Source: FFmpeg's filter yadif."""
+def _deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:
+    """Yield whole frames for interlaced ones, and others as they are. Source: FFmpeg's filter yadif."""
+    graph: Any = None
+    key: Any = None
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if key != (key := (frame.width, frame.height, frame.format.name)):
+            yield from _flushed(graph)
+            graph = _yadif(frame)
+        graph.push(frame)
+        yield from _pulled(graph)
+    yield from _flushed(graph)
 
-    def __init__(self) -> None:
-        self._graph: Any = None
-        self._key: Any = None
 
-    def __call__(self, frame: Any) -> Any:
-        if not frame.interlaced_frame:
-            return frame
-        key = (frame.width, frame.height, frame.format.name)
-        if key != self._key:
-            graph = av.filter.Graph()
-            source = graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format,
-                time_base=frame.time_base or Fraction(1, 1000)
-            )  # fmt: skip
-            filters = [source, graph.add("yadif", "mode=send_frame"), graph.add("buffersink")]
-            for one, other in itertools.pairwise(filters):
-                one.link_to(other)
-            graph.configure()
-            self._graph, self._key = graph, key
-        self._graph.push(frame)
-        try:
-            made = self._graph.pull()
-        except (BlockingIOError, av.error.BlockingIOError):
-            return frame  # the filter's first frame comes with the second: that one is shown as it is
-        made.pts = frame.pts
-        return made
+def _yadif(frame: Any) -> Any:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    filters = [source, graph.add("yadif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")]
+    for one, other in itertools.pairwise(filters):
+        one.link_to(other)
+    graph.configure()
+    return graph
+
+
+def _flushed(graph: Any) -> Iterator[Any]:
+    if graph is not None:
+        graph.push(None)
+        yield from _pulled(graph)
+
+
+def _pulled(graph: Any) -> Iterator[Any]:
+    with contextlib.suppress(BlockingIOError, EOFError):  # av.error's are of these kinds
+        while True:
+            yield graph.pull()
 
 
 def _upright(frame: Any) -> Any:
@@ -270,8 +300,8 @@ def _upright(frame: Any) -> Any:
 
 
 @contextlib.contextmanager
-def av_errors(where: str) -> Iterator[None]:
-    """Turn what FFmpeg raises into an InputError that names the input or output."""
+def av_errors(where: str, done: str = "read") -> Iterator[None]:
+    """Turn what FFmpeg raises into an InputError that names the input or output, which cannot be `done`."""
     try:
         yield
     except OvforgeError:
@@ -282,11 +312,9 @@ def av_errors(where: str) -> Iterator[None]:
         raise InputError(f"it is silent for {TIMEOUT:g} s", where=where, hint="Is its server up?") from error
     except av.error.FFmpegError as error:
         reason = (error.strerror or str(error)).rstrip(".")
-        raise InputError(
-            f"it cannot be read: {reason}", where=where, hint="Is it a whole video in a format that FFmpeg knows?"
-        ) from error
+        raise InputError(f"it cannot be {done}: {reason}", where=where, hint=_HINTS[done]) from error
     except (IndexError, ValueError, OSError) as error:
-        raise InputError(f"it cannot be read: {error}", where=where, hint="Is it a whole video?") from error
+        raise InputError(f"it cannot be {done}: {error}", where=where, hint=_HINTS[done]) from error
 
 
 def readers(inputs: Sequence[str], names: Sequence[str], options: ReadOptions, base: Path = Path()) -> list[Reader]:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from ovforge.contracts import FrameDetector, Progress, Tracker, ignore_progress
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import Boxes, Result
-from ovforge_video.encoding import VIDEO_SUFFIXES, encoder_name
+from ovforge_video.describing import Describer
+from ovforge_video.encoding import SOUND_SUFFIXES, VIDEO_SUFFIXES, encoder_name
 from ovforge_video.engine import Engine, Lane, Sink
 from ovforge_video.frame import Frame
 from ovforge_video.options import VideoOptions
@@ -38,6 +39,7 @@ class VideoResult(Result):
     _tracker: Callable[[], Tracker] | None = field(default=None, repr=False)
     _options: VideoOptions = field(default_factory=VideoOptions, repr=False)
     _inside: Callable[[Boxes, tuple[int, int]], Boxes] | None = field(default=None, repr=False)
+    _describers: Sequence[Describer] = field(default=(), repr=False)
     _progress: Callable[[Progress], None] = field(default=ignore_progress, repr=False)
     _used: bool = field(default=False, repr=False)
 
@@ -61,6 +63,8 @@ class VideoResult(Result):
             self.check_path(target)
             if target.suffix.lower() in VIDEO_SUFFIXES:
                 encoder_name(self._options.encode, target)
+        if audio and not any(target.suffix.lower() in SOUND_SUFFIXES for target in targets):
+            raise InputError("no file that is written can hold sound", where="--audio", hint="Write .mp4 or .mkv.")
         several = len(self._readers) > 1
         files = [path_of(target, reader.name, several) for target in targets for reader in self._readers]
         for frame in self.run(targets, pictures=each is not None, audio=audio):
@@ -77,7 +81,9 @@ class VideoResult(Result):
         lanes = [Lane(reader, self._tracker, keeps_pictures=pictures) for reader in self._readers]
         for lane in lanes:
             lane.sinks = [_Late(lane.reader, target, len(lanes) > 1, self._options, audio) for target in targets]
-        engine = Engine(lanes, self._detector, interval=self._options.interval, inside=self._inside)
+        engine = Engine(
+            lanes, self._detector, interval=self._options.interval, inside=self._inside, describers=self._describers
+        )
         things: Counter[str] = Counter()
         seen: set[tuple[str, int]] = set()
         began, done = time.perf_counter(), 0
@@ -147,8 +153,7 @@ class _Late:
 
     def write(self, frame: Frame) -> None:
         if self._sink is None:
-            source = self._reader.source
-            audio = source if self._audio and isinstance(source, str) and not self._reader.remote else None
+            audio = self._sound() if self._audio and self._path.suffix.lower() in SOUND_SUFFIXES else None
             self._sink = sink(self._path, self._options.encode, self._options.overlay, self._reader.rate, audio)
         self._sink.write(frame)
 
@@ -156,11 +161,18 @@ class _Late:
         if self._sink is not None:
             self._sink.close(whole)
 
+    def _sound(self) -> str | None:
+        """Return the file that sound is copied from."""
+        if self._reader.has_sound and self._reader.is_file and self._reader.options.loop == 1:
+            return str(self._reader.source)
+        self._reader.notes.append("its sound is not copied: it has none, or it is not a file that is read once")
+        return None
+
 
 def _counts(engine: Engine, lanes: Sequence[Lane], frames: int, elapsed: float, things: Counter[str]) -> dict[str, Any]:
     seconds = {"infer": engine.infer_seconds}
     for lane in lanes:
-        for stage in ("decode", "track", "write"):
+        for stage in ("decode", "track", "describe", "write"):
             seconds[stage] = seconds.get(stage, 0.0) + lane.seconds.get(stage, 0.0)
     shares = {stage: spent / (engine.parallel if stage == "infer" else len(lanes)) for stage, spent in seconds.items()}
     streams = {

@@ -10,6 +10,7 @@ import numpy as np
 from ovforge.contracts import FrameDetector, Progress, TaskContext, Tracker
 from ovforge.errors import ConfigError
 from ovforge.model import Boxes
+from ovforge_video.describing import Describer
 from ovforge_video.options import VideoInputs, VideoOptions
 from ovforge_video.reading import ReadOptions, readers
 from ovforge_video.result import VideoResult
@@ -36,6 +37,7 @@ class Video:
                 f"the task {detect.extension.name!r} does not find things in frames", where="task.detect",
                 hint='Leave it out: "detect" does.',
             )  # fmt: skip
+        self._describers = [Describer(each, f"task.describe.{n}") for n, each in enumerate(options.describe)]
         self._track: Choice | None = None
         if options.track != NO_TRACKER:
             self._track = context.choose("tracker", options.track, "task.track")
@@ -62,6 +64,7 @@ class Video:
             _tracker=self._maker(threshold),
             _options=self._options,
             _inside=_Region(inputs.region) if inputs.region else None,
+            _describers=self._describers,
             _progress=progress,
         )
 

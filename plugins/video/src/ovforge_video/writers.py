@@ -110,13 +110,25 @@ class Video:
             _part(self._path).replace(self._path)
 
 
-_COLUMNS = ["stream", "frame", "time", "id", "label", "score", "left", "top", "right", "bottom"]
+_COLUMNS = ["stream", "frame", "time", "id", "label", "score", "left", "top", "right", "bottom", "details"]
 
 
 def _rows(frame: Frame) -> list[list[str]]:
-    things = zip(frame.ids.tolist(), frame.labels, frame.scores.tolist(), frame.boxes.tolist(), strict=True)
+    things = zip(
+        frame.ids.tolist(), frame.labels, frame.scores.tolist(), frame.boxes.tolist(), frame.words, strict=True
+    )
     head = [frame.stream, str(frame.number), f"{frame.seconds:.4f}"]
-    return [[*head, str(n), label, f"{score:.4f}", *(f"{v:.2f}" for v in box)] for n, label, score, box in things]
+    return [
+        [
+            *head,
+            str(n),
+            label,
+            f"{score:.4f}",
+            *(f"{v:.2f}" for v in box),
+            "; ".join(f"{k}={v}" for k, v in words.items()),
+        ]
+        for n, label, score, box, words in things
+    ]
 
 
 def _without_head(table: str) -> str:
@@ -159,6 +171,7 @@ class _Coco:
                 "instance_id": number, "bbox": [round(v, 2) for v in (left, top, right - left, bottom - top)],
                 "area": round((right - left) * (bottom - top), 2), "iscrowd": 0,
                 "score": round(float(frame.scores[n]), 4),
+                **({"attributes": frame.details[n]} if frame.details else {}),
             }  # fmt: skip
             self._waiting.write((",\n" if self._count > 1 else "") + json.dumps(annotation))
         return {

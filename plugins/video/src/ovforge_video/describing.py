@@ -1,0 +1,263 @@
+"""A second model that looks at each thing, every so many frames: classes, numbers, embeddings.
+
+Source: the model-proc files of DL Streamer's gvaclassify, with its converters `label`, `text` and `raw_data_copy`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+import ovforge
+from ovforge.config import checked
+from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.model import OPENVINO_ERRORS, core, reason_of
+from ovforge_video.frame import Frame
+from ovforge_video.options import DescribeOptions
+
+__all__ = ["Describer", "Memory"]
+
+LIMIT = 2**20
+"""Largest description, in bytes."""
+FORGOTTEN = 60.0
+"""Seconds after which what is known of a thing that is not seen goes."""
+Detail = dict[str, Any]
+
+
+class _Params(BaseModel):
+    """How a picture becomes the model's input."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    resize: Literal["no", "no-aspect-ratio"] = "no-aspect-ratio"
+    color_space: Literal["RGB", "BGR"] = "BGR"
+    range: tuple[float, float] = (0.0, 255.0)
+    mean: list[float] = Field([0.0], min_length=1, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1, max_length=3)
+
+
+class _Preparation(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer_name: str | None = None
+    format: Literal["image"] = "image"
+    precision: Literal["U8", "FP32", "FP16"] = "U8"
+    params: _Params = _Params()
+
+
+class _Output(BaseModel):
+    """What one output means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    layer_name: str | None = None
+    attribute_name: str | None = Field(None, max_length=100)
+    converter: Literal["label", "tensor_to_label", "text", "tensor_to_text", "raw_data_copy"] = "raw_data_copy"
+    method: Literal["max", "softmax", "index", "compound"] = "max"
+    labels: list[str] = Field([], max_length=100_000)
+    threshold: float = Field(0.5, validation_alias=AliasChoices("threshold", "compound_threshold"))
+    scale: float = Field(1.0, validation_alias=AliasChoices("scale", "text_scale", "tensor_to_text_scale"))
+    precision: int = Field(
+        2, ge=0, le=9,
+        validation_alias=AliasChoices("precision", "text_precision", "tensor_to_text_precision"),
+    )  # fmt: skip
+
+
+class _Description(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    json_schema_version: str = "2.2.0"
+    input_preproc: list[_Preparation] = Field([], max_length=1)
+    output_postproc: list[_Output] = Field(min_length=1, max_length=100)
+
+
+class Describer:
+    """A compiled model and what its outputs mean; several threads may use it, each through a `Memory` of its own."""
+
+    def __init__(self, options: DescribeOptions, where: str) -> None:
+        self.options = options
+        path = options.model
+        proc = options.proc or path.with_suffix(".json")
+        self._outputs: list[tuple[int, str, _Output]] = []
+        description = _read(proc)
+        models = ovforge.open_model(path, use="openvino", cache=None).models
+        if len(models) != 1:
+            raise ConfigError(f"it holds {len(models)} models", where=f"{where}.model", hint="Name one model's file.")
+        (model,) = models.values()
+        try:
+            prepared = _prepared(model, description, path.name)
+            self._model: ov.CompiledModel = core().compile_model(
+                prepared, options.device, {"PERFORMANCE_HINT": "THROUGHPUT"}
+            )
+        except OPENVINO_ERRORS as error:
+            raise ModelError(f"it cannot be compiled: {reason_of(error)}", where=str(path)) from error
+        for place, output in enumerate(description.output_postproc):
+            self._outputs.append((self._port(output, place, path.name), self._name(output, path), output))
+
+    def request(self) -> ov.InferRequest:
+        """Return a request for one thread."""
+        return self._model.create_infer_request()
+
+    def describe(self, request: ov.InferRequest, picture: NDArray[np.uint8]) -> dict[str, Detail]:
+        """Return what a picture, RGB (height, width, 3), shows, by the names of attributes."""
+        request.infer([np.ascontiguousarray(picture)[None]])
+        return {
+            name: _read_output(np.asarray(request.get_output_tensor(port).data, np.float64).reshape(-1), output)
+            for port, name, output in self._outputs
+        }
+
+    def _port(self, output: _Output, place: int, where: str) -> int:
+        ports = self._model.outputs
+        if output.layer_name is None and place < len(ports):
+            found = [place]
+        else:
+            found = [n for n, port in enumerate(ports) if output.layer_name in port.get_names()]
+            found = found or [
+                n for n, port in enumerate(ports) if output.layer_name == port.get_node().get_friendly_name()
+            ]
+        if not found:
+            names = ", ".join(sorted(name for port in ports for name in port.get_names()))
+            raise ModelError(f"it has no output {output.layer_name!r}", where=where, hint=f"It has: {names}.")
+        if output.converter.endswith("label") and not output.labels:
+            raise ModelError(
+                "an output's labels are missing", where=where, hint='Write "labels": [...] in the model-proc.'
+            )
+        return found[0]
+
+    def _name(self, output: _Output, path: Path) -> str:
+        name = output.attribute_name or output.layer_name or path.stem
+        if any(name == other for _, other, _ in self._outputs):
+            raise ModelError(f"two outputs are called {name!r}", where=path.name, hint="Name them by attribute_name.")
+        return name
+
+
+@dataclass
+class _Known:
+    frame: int
+    seen: float
+    details: dict[str, Detail] = field(default_factory=dict)
+
+
+class Memory:
+    """What is known of the things of one stream, by several models; for one thread."""
+
+    def __init__(self, describers: Sequence[Describer]) -> None:
+        self._describers = [(describer, describer.request()) for describer in describers]
+        self._known: list[dict[int, _Known]] = [{} for _ in describers]
+
+    def __call__(self, frame: Frame) -> tuple[Mapping[str, Detail], ...]:
+        """Return what is known of each thing of a frame, with its picture; models look at those whose turn it is.
+
+        Things without a number are looked at in each frame.
+        """
+        details: list[dict[str, Detail]] = [{} for _ in range(len(frame))]
+        for (describer, request), known in zip(self._describers, self._known, strict=True):
+            for n, (number, label) in enumerate(zip(frame.ids.tolist(), frame.labels, strict=True)):
+                if describer.options.labels and label not in describer.options.labels:
+                    continue
+                old = known.get(number) if number else None
+                due = old is None or frame.number - old.frame >= describer.options.every
+                if due and frame.found[n] and (part := _part(frame, n)) is not None:
+                    old = _Known(frame.number, frame.seconds, describer.describe(request, part))
+                if old is not None:
+                    old.seen = frame.seconds
+                    details[n] |= old.details
+                    if number:
+                        known[number] = old
+            for number in [number for number, each in known.items() if frame.seconds - each.seen > FORGOTTEN]:
+                del known[number]
+        return tuple(details)
+
+
+def _part(frame: Frame, n: int) -> NDArray[np.uint8] | None:
+    """Return the part of a frame's picture that the n-th box holds; None if that is not a pixel."""
+    assert frame.picture is not None
+    left, top, right, bottom = np.round(frame.boxes[n]).astype(int).tolist()
+    part = frame.picture[top:bottom, left:right]
+    return part if part.size else None
+
+
+def _read(path: Path) -> _Description:
+    try:
+        with path.open("rb") as file:
+            data = file.read(LIMIT + 1)
+        if len(data) > LIMIT:
+            raise ModelError(f"it is larger than {LIMIT} bytes", where=str(path), hint="Is it a model-proc?")
+        return checked(_Description, json.loads(data), where=str(path))
+    except OvforgeError:
+        raise
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "nothing says what the model's outputs mean", where=str(path),
+            hint="Write a model-proc, as for DL Streamer's gvaclassify, beside the model, or name it by `proc`.",
+        ) from error  # fmt: skip
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"it is not a model-proc: {error}", where=str(path), hint="It is JSON.") from error
+
+
+def _prepared(model: ov.Model, description: _Description, where: str) -> ov.Model:
+    """Return the model with an input for pictures of any size, uint8 (1, height, width, 3), RGB."""
+    how = (description.input_preproc or [_Preparation()])[0]
+    if len(model.inputs) != 1 or len(model.input().get_partial_shape()) != 4:
+        raise ModelError(
+            "it does not take one picture", where=where, hint="Classifiers take one input of four dimensions."
+        )
+    shape = model.input().get_partial_shape()
+    last = shape[3].is_static and shape[3].get_length() == 3
+    sides = (shape[1], shape[2]) if last else (shape[2], shape[3])
+    if any(side.is_dynamic for side in sides):
+        raise ModelError("its input's height and width are open", where=where, hint="Convert it for one size.")
+    model.reshape(
+        {0: ov.PartialShape([1, *(int(side.get_length()) if side.is_static else 3 for side in list(shape)[1:])])}
+    )
+    low, high = how.params.range
+    processor = PrePostProcessor(model)
+    entry = processor.input()
+    entry.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_spatial_dynamic_shape()
+    entry.tensor().set_color_format(ColorFormat.RGB)
+    entry.model().set_layout(ov.Layout("NHWC" if last else "NCHW"))
+    steps = entry.preprocess().convert_element_type(ov.Type.f32)
+    if how.params.color_space == "BGR":
+        steps = steps.convert_color(ColorFormat.BGR)
+    steps = steps.resize(ResizeAlgorithm.RESIZE_LINEAR)
+    steps = steps.scale(255.0 / (high - low)).mean(-low) if high != low else steps
+    steps.mean(how.params.mean * (3 if len(how.params.mean) == 1 else 1)).scale(
+        how.params.std * (3 if len(how.params.std) == 1 else 1)
+    )
+    return processor.build()
+
+
+def _read_output(values: NDArray[np.float64], output: _Output) -> Detail:
+    """Return what an output says."""
+    if output.converter == "raw_data_copy":
+        return {"data": [round(value, 6) for value in values.tolist()]}
+    if output.converter.endswith("text"):
+        number = round(float(values[0]) * output.scale, output.precision)
+        return {"label": f"{number:.{output.precision}f}", "value": number}
+    labels = output.labels
+    if output.method == "index":
+        return {"label": _label(labels, round(float(values[0])))}
+    if output.method == "compound":
+        sure = [n for n, value in enumerate(values) if value >= output.threshold]
+        return {
+            "label": ", ".join(_label(labels, n) for n in sure),
+            "score": round(float(values[sure].min()), 4) if sure else 0.0,
+        }
+    if output.method == "softmax":
+        values = np.exp(values - values.max())
+        values /= values.sum()
+    best = int(values.argmax())
+    return {"label": _label(labels, best), "score": round(float(values[best]), 4)}
+
+
+def _label(labels: Sequence[str], n: int) -> str:
+    return labels[n] if 0 <= n < len(labels) else f"class {n}"
