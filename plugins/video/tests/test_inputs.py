@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +25,9 @@ from PIL import Image
 
 from clips import RATE, picture, write_clip
 from ovforge.errors import InputError
+from ovforge.model import Boxes
 from ovforge_video.reading import Reader, ReadOptions, readers
+from ovforge_video.tiling import Tiled
 
 ODD = Path(os.environ.get("OVFORGE_TEST_DATA", "../../shared/data")) / "video/odd"
 
@@ -279,6 +281,34 @@ def test_a_file_of_a_server_that_is_lost_goes_on_where_it_broke_off(tmp_path: Pa
     reader = Reader("far", f"http://127.0.0.1:{port}/a.mkv", ReadOptions(again=0.1))
     with pytest.raises(InputError, match="cannot be read"):
         list(reader.shots())
+
+
+class Near:
+    """Finds the one bright square of a picture if it takes a sixth of its width."""
+
+    names, threshold, notes, parallel, batch = ("square",), 0.5, (), 1, 2
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[Boxes]:
+        found = []
+        for each in pictures:
+            rows, columns = np.nonzero(each[..., 0] > 128)
+            if not len(rows) or np.ptp(columns) + 1 < each.shape[1] / 6:
+                found.append(Boxes.none())
+                continue
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            score = min(len(rows) / 256, 1.0)  # less if a part of it is cut off
+            found.append(Boxes(np.array([box], np.float32), np.array([score], np.float32), np.zeros(1, np.int64)))
+        return found
+
+
+@pytest.mark.parametrize("place", [(0, 0), (48, 30), (60, 50), (104, 80), (37, 30)])
+def test_tiles_find_small_things_once_in_the_frames_own_pixels(place: tuple[int, int]) -> None:
+    left, top = place
+    whole = np.zeros((96, 120, 3), np.uint8)
+    whole[top : top + 16, left : left + 16] = 255
+    assert not len(Near()([whole])[0])
+    (found,) = Tiled(Near(), 2)([whole])
+    np.testing.assert_array_equal(found.boxes, [[left, top, left + 16, top + 16]])
 
 
 RTSP = """

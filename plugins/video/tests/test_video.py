@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import wave
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from PIL import Image
 
 from clips import HEIGHT, RATE, SIDE, WIDTH, corner, picture, write_clip
 from ovforge.errors import ConfigError, InputError
+from ovforge_video.encoding import Encoder
+from ovforge_video.options import EncodeOptions
 from ovforge_video.reading import Reader
 
 
@@ -214,6 +217,18 @@ def test_timestamps_that_jump_back_go_on_evenly(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Reader, "_pictures", lambda self, stopped: iter(frames))
     seconds = [shot.seconds for shot in Reader("odd", "odd.mp4").shots()]
     np.testing.assert_allclose(seconds, [0, 0.04, 0.08, 0.12, 0.2])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_frame_or_two_are_a_video(count: int, tmp_path: Path) -> None:
+    for attempt in range(10):  # what libx265 leaves unset is often right by chance
+        path = tmp_path / f"{attempt}.mp4"
+        encoder = Encoder(path, EncodeOptions(), Fraction(RATE))
+        for number in range(count):
+            encoder.write(picture(number), number / RATE)
+        encoder.close()
+        with av.open(str(path)) as container:
+            assert [frame.time for frame in container.decode(video=0)] == pytest.approx([0, 0.1][:count])
 
 
 def test_odd_sides_are_encoded_as_they_are(pipe: Any, tmp_path: Path) -> None:

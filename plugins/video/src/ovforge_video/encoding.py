@@ -36,6 +36,8 @@ _CRF = {"h265": 28, "h264": 23, "av1": 35}
 """The encoders' own defaults."""
 SMALLEST = 64
 """Shortest side for libx265, which writes beyond its memory for some smaller ones (35x27 in FFmpeg 8.0)."""
+FEW = 2
+"""Frames up to which libx265 leaves decoding times unset; they are decoded in the order that they are shown in."""
 CLOCK = 90_000
 """Ticks of a second."""
 
@@ -65,7 +67,7 @@ class Encoder:
         self._container: Any = None
         self._stream: Any = None
         self._audio: _Audio | None = None
-        self._source, self._last, self._begin = audio, -1, 0.0
+        self._source, self._last, self._begin, self._count = audio, -1, 0.0, 0
 
     def write(self, picture: NDArray[np.uint8], seconds: float) -> None:
         """Encode a frame, RGB (height, width, 3), to be shown at `seconds`."""
@@ -76,6 +78,7 @@ class Encoder:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             self._last = frame.pts = max(self._last + 1, round(seconds * CLOCK))
             frame.time_base = Fraction(1, CLOCK)
+            self._count += 1
             self._mux(self._stream.encode(frame))
             if self._audio is not None:
                 self._audio.copy(self._container, seconds)
@@ -86,7 +89,11 @@ class Encoder:
             return
         with av_errors(str(self._path), "written"):
             try:
-                self._mux(self._stream.encode(None))
+                packets = self._stream.encode(None)
+                if self._count <= FEW:
+                    for packet in packets:
+                        packet.dts = packet.pts
+                self._mux(packets)
                 if self._audio is not None:
                     self._audio.copy(self._container, self._last / CLOCK + float(1 / self._rate))
                     self._audio.close()
