@@ -28,9 +28,9 @@ PROC: dict[str, Any] = {
 }  # fmt: skip
 
 
-def classifier(folder: Path, proc: dict[str, Any] = PROC) -> Path:
+def classifier(folder: Path, proc: dict[str, Any] = PROC, side: int = 8) -> Path:
     """Write a model that says the mean of each channel, and of all."""
-    pixels = ops.parameter([1, 3, 8, 8], np.float32, name="image")
+    pixels = ops.parameter([1, 3, side, side], np.float32, name="image")
     means = ops.reduce_mean(pixels, np.array([2, 3]), False)
     grey = ops.reduce_mean(means, np.array([1]), True)
     means.output(0).set_names({"means"})
@@ -39,6 +39,12 @@ def classifier(folder: Path, proc: dict[str, Any] = PROC) -> Path:
     ov.save_model(ov.Model([means, grey], [pixels], "colours"), path, compress_to_fp16=False)
     path.with_suffix(".json").write_text(json.dumps(proc))
     return path
+
+
+def proc_with(**params: Any) -> dict[str, Any]:
+    """Return PROC with more said of its input."""
+    (preparation,) = PROC["input_preproc"]
+    return {**PROC, "input_preproc": [{"params": {**preparation["params"], **params}}]}
 
 
 def test_the_input_is_prepared_as_described(tmp_path: Path) -> None:
@@ -51,6 +57,13 @@ def test_the_input_is_prepared_as_described(tmp_path: Path) -> None:
         np.testing.assert_allclose(found["all"]["data"], expected, atol=0.02)
         assert found["colour"]["label"] == "rgb"[int(expected.argmax())]
         assert found["grey"]["value"] == pytest.approx(100 * expected.mean(), abs=2)
+    first = proc_with(reshape_size=[8, 8])
+    unsized = Describer(DescribeOptions(model=classifier(tmp_path, first, side=-1)), "describe")
+    assert unsized.describe(unsized.request(), np.full((5, 7, 3), 40, np.uint8)) == describer.describe(
+        request, np.full((5, 7, 3), 40, np.uint8)
+    )
+    with pytest.raises(ModelError, match="height and width are open"):
+        Describer(DescribeOptions(model=classifier(tmp_path, side=-1)), "describe")
     swapped = classifier(tmp_path, {**PROC, "input_preproc": []})  # DL Streamer's default: BGR, 0 to 255
     describer = Describer(DescribeOptions(model=swapped), "describe")
     found = describer.describe(describer.request(), np.full((4, 4, 3), (200, 100, 50), np.uint8))

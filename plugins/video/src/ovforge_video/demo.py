@@ -26,7 +26,8 @@ def write_clip(path: Path) -> Path:
     things = {name: _picture(f"{name}.webp") for name in ("balloon", "car", "ball", "bee")}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "18", "preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = *photo.size, "yuv420p"
+        stream.width, stream.height = photo.size
+        stream.pix_fmt = "yuv420p"
         for number in range(COUNT):
             frame = photo.copy()
             for name, (x, y) in _places(number / COUNT).items():

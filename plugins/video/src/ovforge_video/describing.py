@@ -33,6 +33,9 @@ FORGOTTEN = 60.0
 Detail = dict[str, Any]
 
 
+Side = Annotated[int, Field(ge=1, le=8192)]
+
+
 class _Params(BaseModel):
     """How a picture becomes the model's input."""
 
@@ -40,6 +43,8 @@ class _Params(BaseModel):
 
     resize: Literal["no", "no-aspect-ratio"] = "no-aspect-ratio"
     color_space: Literal["RGB", "BGR"] = "BGR"
+    reshape_size: tuple[Side, Side] | None = None
+    """Height and width of an input that takes any."""
     range: tuple[float, float] = (0.0, 255.0)
     mean: list[float] = Field([0.0], min_length=1, max_length=3)
     std: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1, max_length=3)
@@ -211,14 +216,19 @@ def _prepared(model: ov.Model, description: _Description, where: str) -> ov.Mode
         raise ModelError(
             "it does not take one picture", where=where, hint="Classifiers take one input of four dimensions."
         )
-    shape = model.input().get_partial_shape()
+    shape = list(model.input().get_partial_shape())
     last = shape[3].is_static and shape[3].get_length() == 3
-    sides = (shape[1], shape[2]) if last else (shape[2], shape[3])
-    if any(side.is_dynamic for side in sides):
-        raise ModelError("its input's height and width are open", where=where, hint="Convert it for one size.")
-    model.reshape(
-        {0: ov.PartialShape([1, *(int(side.get_length()) if side.is_static else 3 for side in list(shape)[1:])])}
-    )
+    height, width = (1, 2) if last else (2, 3)
+    for side, asked in zip((height, width), how.params.reshape_size or (None, None), strict=True):
+        if shape[side].is_dynamic and asked is None:
+            raise ModelError(
+                "its input's height and width are open",
+                where=where,
+                hint="Add reshape_size to the params of its model-proc.",
+            )
+        if asked is not None:
+            shape[side] = ov.Dimension(asked)
+    model.reshape({0: ov.PartialShape([1, *(3 if side.is_dynamic else side for side in shape[1:])])})
     low, high = how.params.range
     processor = PrePostProcessor(model)
     entry = processor.input()
