@@ -177,17 +177,17 @@ def with_sound(path: Path) -> Path:
     return path
 
 
-def test_sound_is_copied_in_time_with_the_picture(make: Any, tmp_path: Path) -> None:
+def test_sound_is_copied_in_time_with_the_picture(pipe: Any, tmp_path: Path) -> None:
     path = with_sound(tmp_path / "sound.mkv")
-    make()(video=str(path), start=0.5).write([tmp_path / "o.mp4"], audio=True)
+    pipe(video=str(path), start=0.5).write([tmp_path / "o.mp4"], audio=True)
     with av.open(str(tmp_path / "o.mp4")) as container:
         pictures = [frame.time for frame in container.decode(video=0)]
         container.seek(0)
         heard = [frame.time for frame in container.decode(audio=0) if frame.to_ndarray().any()]
     np.testing.assert_allclose([pictures[0], pictures[-1], heard[0]], [0.5, 2.3, 1.2], atol=0.02)
     with pytest.raises(InputError, match="can hold sound"):
-        make()(video=str(path)).write([tmp_path / "o.265"], audio=True)
-    result = make()(video=str(path), loop=2)
+        pipe(video=str(path)).write([tmp_path / "o.265"], audio=True)
+    result = pipe(video=str(path), loop=2)
     result.write([tmp_path / "o.mp4"], audio=True)
     assert any("sound is not copied" in warning for warning in result.warnings)
 
