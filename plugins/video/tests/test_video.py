@@ -219,6 +219,17 @@ def test_timestamps_that_jump_back_go_on_evenly(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(seconds, [0, 0.04, 0.08, 0.12, 0.2])
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "265"])
+def test_what_is_encoded_is_on_the_disk_soon_however_little_it_is(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"o.{ending}"
+    encoder = Encoder(path, EncodeOptions(), Fraction(RATE))
+    for number in range(100):
+        encoder.write(picture(number % 24), number / RATE)
+    assert path.stat().st_size < 50_000
+    assert sum(1 for _ in Reader("o", str(path)).shots()) >= 55  # without two seconds, and what the encoder looks ahead
+    encoder.close()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_frame_or_two_are_a_video(count: int, tmp_path: Path) -> None:
     for attempt in range(10):  # what libx265 leaves unset is often right by chance

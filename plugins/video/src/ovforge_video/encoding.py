@@ -108,7 +108,11 @@ class Encoder:
         kind = _FORMATS[self._path.suffix.lower().removesuffix(".part")]
         name, options = encoder_name(self._options, self._path), self._options
         os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 otherwise prints thirty lines about itself
-        flags = {"movflags": "frag_keyframe+delay_moov+default_base_moof"} if kind in ("mp4", "mov") else {}
+        flags = {"flush_packets": "1"}  # FFmpeg otherwise keeps 256 KiB, which may be minutes
+        if kind in ("mp4", "mov"):
+            flags["movflags"] = "frag_keyframe+delay_moov+default_base_moof"
+        elif kind == "matroska":
+            flags["cluster_time_limit"] = str(round(options.key_seconds * 1000))
         self._container = av.open(str(self._path), "w", format=kind, options=flags)
         try:
             stream = self._container.add_stream(name, rate=self._rate)
