@@ -101,24 +101,25 @@ class Reader:
                     continue
                 due = max(due + 1 / self.options.fps, seconds + 1e-6)
             if seconds <= last:
-                self._say("its timestamps jump back: frames go on evenly from there")
+                self.say("its timestamps jump back: frames go on evenly from there")
                 seconds = last + float(1 / self.rate)
             size = size or (picture.width, picture.height)
             if (picture.width, picture.height) != size:
                 if self.options.size is None:
-                    self._say(f"its frames change their size: all are scaled to {size[0]}x{size[1]}")
+                    self.say(f"its frames change their size: all are scaled to {size[0]}x{size[1]}")
                 picture = picture.reformat(width=size[0], height=size[1])
             array = picture.to_ndarray(format="rgb24")
             last = seconds
             yield Shot(number, seconds, array, self.session)
             number += 1
         if self.damaged:
-            self._say(f"{self.damaged} damaged parts were passed over")
+            self.say(f"{self.damaged} damaged parts were passed over")
         if number == 0 and not stopped():
             raise InputError("not a frame of it can be read", where=self.name, hint="Is it a whole video, and is "
                              "--start before its end?")  # fmt: skip
 
-    def _say(self, note: str) -> None:
+    def say(self, note: str) -> None:
+        """Note what is odd, once."""
         if note not in self.notes:
             self.notes.append(note)
 
@@ -153,7 +154,7 @@ class Reader:
                         continue
                     if lost:
                         self.session += 1
-                        self._say("it was lost and found again: its tracks are new ones")
+                        self.say("it was lost and found again: its tracks are new ones")
                     opened, caught_up, lost, last = True, True, 0.0, seconds
                     yield seconds + offset, frame
                 if not self.live:
@@ -200,7 +201,7 @@ class Reader:
             for at, frame in self._decoded(container, stream, stopped):
                 yield at, frame
             if until - at > 1 + duration / 20 and not stopped():
-                self._say(f"its pictures end at {at:.1f} s, and it says that it lasts {duration:.1f} s: is it whole?")
+                self.say(f"its pictures end at {at:.1f} s, and it says that it lasts {duration:.1f} s: is it whole?")
 
     def _decoded(self, container: Any, stream: Any, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
         first = float(stream.start_time * stream.time_base) if stream.start_time is not None else None

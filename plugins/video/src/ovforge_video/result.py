@@ -165,7 +165,7 @@ class _Late:
         """Return the file that sound is copied from."""
         if self._reader.has_sound and self._reader.is_file and self._reader.options.loop == 1:
             return str(self._reader.source)
-        self._reader.notes.append("its sound is not copied: it has none, or it is not a file that is read once")
+        self._reader.say("its sound is not copied: it has none, or it is not a file that is read once")
         return None
 
 
