@@ -29,7 +29,7 @@ from ovforge.model import Boxes
 from ovforge_video.reading import Reader, ReadOptions, readers
 from ovforge_video.tiling import Tiled
 
-ODD = Path(os.environ.get("OVFORGE_TEST_DATA", "../../shared/data")) / "video/odd"
+ODD = Path(os.environ.get("OVFORGE_TEST_DATA", "../shared/data")) / "video/odd"
 
 
 def encode(
