@@ -54,7 +54,8 @@ def _run(pipeline: Pipeline, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(answers: TextIO, value: dict[str, Any]) -> None:
-    print(json.dumps(value), file=answers, flush=True)
+    answers.write(json.dumps(value) + "\n")
+    answers.flush()
 
 
 if __name__ == "__main__":

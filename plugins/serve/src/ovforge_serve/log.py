@@ -23,7 +23,8 @@ class Log:
     def __call__(self, event: str, **facts: Any) -> None:
         """Write one event. JSON in ASCII: what a client sends cannot make a second line, or steer a terminal."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        print(json.dumps({"time": now, "event": event, **facts}, default=repr), file=self._stream, flush=True)
+        self._stream.write(json.dumps({"time": now, "event": event, **facts}, default=repr) + "\n")
+        self._stream.flush()
 
 
 def note(**facts: Any) -> None:
