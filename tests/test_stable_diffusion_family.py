@@ -278,13 +278,13 @@ def test_a_picture_from_a_picture_is_made_again(torch_family: Folder, session_ca
     pipe = pipeline("image-to-image", torch_family("sd1"), session_cache)
     result = pipe("a cat", image=tmp_path / "in.png", strength=0.5, steps=4, seed=2)
     [file] = result.save(tmp_path / "out.png")
-    again = ovforge.load(file, cache=session_cache)()
+    again = ovforge.load(file, cache=session_cache, trust=True)()
     np.testing.assert_array_equal(pixels(again), pixels(result))
     in_memory = pipe("a cat", image=picture(32, 24), strength=0.5, steps=4, seed=2)
     np.testing.assert_array_equal(pixels(in_memory), pixels(result))
     [file] = in_memory.save(tmp_path / "out2.png")
     with pytest.raises(OvforgeError, match="only its digest is known"):
-        ovforge.load(file, cache=session_cache)()
+        ovforge.load(file, cache=session_cache, trust=True)()
 
 
 @pytest.mark.parametrize(

@@ -615,7 +615,7 @@ def test_what_the_runtime_cannot_do_is_said_before_any_work(monkeypatch: pytest.
         ("flags : fpu avx2 avx512f", False, "not faster"),
         ("flags : fpu avx2 avx512_vnni", True, "faster than floats"),
         ("flags : amx_tile amx_int8", True, "faster than floats"),
-        ("model name : something", None, "only where the CPU has VNNI or AMX"),
+        ("model name : something", None, "only if the CPU has VNNI or AMX"),
     ],
 )
 def test_what_int8_brings_here_is_said(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -94,6 +94,7 @@ def test_several_streams_and_results_in_one_line() -> None:
     assert line.outputs == ["r.jsonl"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(
