@@ -87,7 +87,10 @@ def video(
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
-    """Find and follow things in videos and streams; draw, count and encode them."""
+    """Find and follow things in videos and streams; draw, count and encode them.
+
+    Example: ovforge video street.mp4 -m models/rt-detr -t person -o out.mp4 -o out.jsonl
+    """
     from ovforge.cli import print_json, print_note
 
     outputs = list(output or [])
