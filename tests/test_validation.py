@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from openvino import opset6 as ops
 
 from ovforge.errors import ModelError
-from ovforge.model import FileSource, probing, read_model, validation
+from ovforge.model import FileSource, probing, read_model
 from ovforge.model.reasons import reason_of
 from ovforge.model.validation import check_ir
 from ovforge.store.digests import DigestMemo
@@ -101,7 +101,7 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def test_openvinos_reason_and_the_right_hint(tmp_path: Path, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "probe", lambda source, path: None)  # it says nothing of reasons, and takes time
+    monkeypatch.setattr(probing, "probe", lambda source, path: None)  # it says nothing of reasons, and takes time
     short = write(tmp_path / "w.data", b"1234")
     unknown = ir.with_name("unknown.xml")
     unknown.write_text(ir.read_text().replace('type="Add"', 'type="Nonsense"'))

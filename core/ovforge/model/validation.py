@@ -13,7 +13,6 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from ovforge.errors import ModelError
-from ovforge.model.probing import probe
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -46,6 +45,8 @@ def check_model_file(source: Source, path: str) -> None:
     if getattr(source, "trusted", False):
         return
     if PurePosixPath(path).suffix != ".xml":
+        from ovforge.model.probing import probe
+
         probe(source, path)
         return
     if source.files().get(path, 0) > SIZE:

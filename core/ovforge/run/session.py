@@ -129,14 +129,12 @@ class Session:
             except ConfigError as error:  # the key, or its absence, is not for this opener
                 refused.append(error)
         if self._key is not None and not made:
-            for fault in (*refused, *self.broken.values()):
-                raise fault
-        if self._key is not None and not made:
-            raise ConfigError(
+            none = ConfigError(
                 "no plugin here opens encrypted sources",
                 where="load.key",
                 hint="".join(f"Run: {record.install}" for record in self.plugins.missing("source")),
             )
+            raise [*refused, *self.broken.values(), none][0]
         return made
 
     def _opened(self, source: FileSource) -> Source:

@@ -166,7 +166,7 @@ class LoadStage:
         with loader.calling(), loader.session.recording() as read:
             bundle = expect(ModelBundle, loader.create().load(source), loader.offer)
             bundle.small_files()  # raises if they cannot be written
-        if loader.offer.plugin != "builtin":
+        if bundle.identity and loader.offer.plugin != "builtin":
             bundle.identity = loaded_identity(bundle.identity, self.resolved, read)
         bundle.protection, bundle.loader = source.protection, loader.name
         bundle.models.wrap(lambda role, make: _called(loader, make))
@@ -257,13 +257,14 @@ class StepStage:
         """Apply the step, to a copy if its changes are recomputed; write changed models and all that is small."""
         changed = self.bundle.copy() if self.step.recomputes else self.bundle
         with self.step.chosen.session.recording() as read:
-            report = self._apply(changed)
+            content = self._apply(changed)
+        report = self.report
         if self.step.recomputes:
             self._made = {role: changed.models[role] for role in report.roles if role in changed.models}
         for role in () if self.step.recomputes else report.roles:
             if role in changed.models:
                 write_role(changed, role, folder, key)
-        write_file(changed.protection, folder, STAGE_FILE, json.dumps(_delta(changed, report)).encode(), key)
+        write_file(changed.protection, folder, STAGE_FILE, content, key)
         return read - _foreseen(None, self.step.chosen.options)
 
     def take(self, entry: Entry) -> ModelBundle:
@@ -296,8 +297,8 @@ class StepStage:
         check_strict(self.step, report, self.strict)
         return bundle
 
-    def _apply(self, bundle: ModelBundle) -> Report:
-        """Apply the step, see for ourselves which models it changed, and measure."""
+    def _apply(self, bundle: ModelBundle) -> bytes:
+        """Apply the step, see for ourselves which models it changed, and measure; return the content of STAGE_FILE."""
         chosen, quantizes = self.step.chosen, self.step.is_quantizer
         before, touched = _snapshot(bundle), bundle.models.watch()
         start = time.perf_counter()
@@ -305,7 +306,7 @@ class StepStage:
             stage = chosen.create()
             result = self._quantize(stage, bundle) if quantizes else stage.apply(bundle)
             report = expect(Report, result, chosen.offer)
-            bundle.small_files(), json.dumps(_delta(bundle, report))  # raise if they cannot be written
+            bundle.small_files()  # raises if they cannot be written
             _complete(report, before, bundle, touched, chosen.offer)
         if quantizes:
             report.seconds = time.perf_counter() - start
@@ -320,7 +321,8 @@ class StepStage:
             else:
                 bundle.forget(role)
         self.report = report
-        return report
+        with chosen.calling():
+            return json.dumps(_delta(bundle, report)).encode()
 
     def _quantize(self, stage: Any, bundle: ModelBundle) -> Any:
         extension = self.step.chosen.extension
