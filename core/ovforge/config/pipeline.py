@@ -6,13 +6,14 @@ checks them with its own pydantic model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ovforge.config.files import apply_overrides, read_config
 from ovforge.config.options import checked
 from ovforge.errors import ConfigError, did_you_mean, require_type
 
@@ -126,6 +127,11 @@ class PipelineConfig(BaseModel):
                     hint=f"Known keys: {', '.join(cls.model_fields)}.",
                 )
         return config
+
+    @classmethod
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+        """Return the checked config of a .toml or .json file, with overrides "key.path=value". Raises ConfigError."""
+        return cls.of(apply_overrides(read_config(path), overrides), where=str(path))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the config as it would be written: no defaults, names instead of tables without options."""

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ovforge._version import __version__
-from ovforge.config.files import apply_overrides, read_config
+from ovforge.config.files import apply_overrides
 from ovforge.config.options import check_present, checked, input_files, validate_options
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.extensions import (
@@ -172,8 +172,7 @@ def read_pipeline(
                 raise
             hint = f"ovforge {version} made the picture, and this is {__version__}: update ovforge."
             raise ConfigError(error.what, where=error.where, hint=hint) from error
-    value = read_config(path)
-    return PipelineConfig.of(apply_overrides(value, overrides), where=str(path)), path.resolve().parent
+    return PipelineConfig.read(path, overrides), path.resolve().parent
 
 
 def is_newer(version: Any, than: str) -> bool:

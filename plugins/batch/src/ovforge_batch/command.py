@@ -54,7 +54,7 @@ def batch(
     """
     from ovforge import Plugins
     from ovforge.cli import check_folder, check_trust, progress_bar
-    from ovforge.config import PipelineConfig, apply_overrides, read_config
+    from ovforge.config import PipelineConfig
     from ovforge.store import fingerprint
     from ovforge_batch.engine import Engine, Order
     from ovforge_batch.items import count_items
@@ -62,7 +62,7 @@ def batch(
 
     overrides = set_ or []
     check_trust(config, overrides, trust)
-    pipeline = PipelineConfig.of(apply_overrides(read_config(config), overrides), where=str(config))
+    pipeline = PipelineConfig.read(config, overrides)
     if pipeline.task is None:
         raise InputError("`task` is missing", where=str(config), hint="Say what the pipeline is for: task = ...")
     suffix = _suffix(Plugins().find("task", pipeline.task.use).extension, kind)

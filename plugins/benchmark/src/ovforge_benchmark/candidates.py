@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ovforge.config import PipelineConfig, apply_overrides, read_config
+from ovforge.config import PipelineConfig, apply_overrides
 from ovforge.errors import ConfigError, InputError
 from ovforge.model import PACKAGE, PICTURE_SUFFIXES
 from ovforge.store import parse_toml
@@ -57,7 +57,7 @@ def parse(text: str, task: str, overrides: Sequence[str]) -> Asked:
     if path.suffix.lower() in PICTURE_SUFFIXES:
         return Asked(label or path.stem, what, "picture", what)
     if path.is_file() and path.suffix in _CONFIGS:
-        PipelineConfig.of(apply_overrides(read_config(path), overrides), where=what)
+        PipelineConfig.read(path, overrides)
         return Asked(label or path.stem, what, "pipeline", what, tuple(overrides))
     config = apply_overrides({"task": task, "load": what}, overrides)
     return Asked(label or path.name, what, "pipeline", config)
@@ -89,7 +89,7 @@ def _with(one: Asked, settings: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(one.config, dict):
         return {"config": apply_overrides(one.config, settings)}
     overrides = (*one.overrides, *settings)
-    PipelineConfig.of(apply_overrides(read_config(Path(one.config)), overrides), where=one.config)
+    PipelineConfig.read(Path(one.config), overrides)
     return {"overrides": overrides}
 
 

@@ -67,7 +67,6 @@ def ovms(
     """
     from ovforge import PipelineConfig, prepare
     from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar
-    from ovforge.config import apply_overrides, read_config
     from ovforge.model import named_path
     from ovforge.store import atomic_folder, check_apart
     from ovforge_serve.pipelines import split_name
@@ -77,7 +76,7 @@ def ovms(
     check_trust(config, overrides, trust)
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
-    checked = PipelineConfig.of(apply_overrides(read_config(config), overrides), where=str(config))
+    checked = PipelineConfig.read(config, overrides)
     # What the task changes to run faster is for the task: the server gives the UNet integer timesteps, for example.
     checked = checked.model_copy(update={"optimize": False})
     check_apart(output, named_path(checked.load.source, config.parent))

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 
 from ovforge import Pipeline, PipelineConfig, Plugins, find_loader, open_model
-from ovforge.config import apply_overrides, read_config
 from ovforge.errors import ConfigError, InputError, OvforgeError
 from ovforge.model import core
 from ovforge_serve.settings import HttpError
@@ -137,7 +136,7 @@ class Pipelines(Mapping[str, Served]):
         """Read a config, and check all that it says without loading a model."""
         from ovforge import plan
 
-        config = PipelineConfig.of(apply_overrides(read_config(path), overrides), where=str(path))
+        config = PipelineConfig.read(path, overrides)
         if config.task is None:
             raise ConfigError("`task` is missing", where=str(path), hint="Say what the pipeline is for: task = ...")
         task: Any = self._plugins.find("task", config.task.use).extension
