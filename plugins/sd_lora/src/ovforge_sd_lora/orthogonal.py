@@ -70,8 +70,9 @@ def delta_boft(weight: Array, tensors: Tensors, settings: Settings) -> Array:
     _, count, size, _ = blocks.shape
     rows = weight.reshape(len(weight), -1).T
     for stage, turn in enumerate(turned):
-        order = np.arange(count * size).reshape(count >> stage, -1, 2, size // 2) if stage else np.arange(count * size)
-        order = (order.swapaxes(1, 2) if stage else order).reshape(-1)
+        order = np.arange(count * size)
+        if stage:
+            order = order.reshape(count >> stage, -1, 2, size // 2).swapaxes(1, 2).reshape(-1)
         mixed = np.empty_like(rows)
         mixed[order] = rows
         rows = (turn @ mixed.reshape(count, size, -1)).reshape(rows.shape)[order]

@@ -5,7 +5,6 @@ Source: the model-proc files of DL Streamer's gvaclassify, with its converters `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 import ovforge
 from ovforge.config import checked
-from ovforge.errors import ConfigError, ModelError, OvforgeError
+from ovforge.errors import ConfigError, ModelError
 from ovforge.model import OPENVINO_ERRORS, core, reason_of
+from ovforge.store import parse_object
 from ovforge_video.frame import Frame
 from ovforge_video.options import DescribeOptions
 
@@ -195,18 +195,14 @@ def _read(path: Path) -> _Description:
     try:
         with path.open("rb") as file:
             data = file.read(LIMIT + 1)
-        if len(data) > LIMIT:
-            raise ModelError(f"it is larger than {LIMIT} bytes", where=str(path), hint="Is it a model-proc?")
-        return checked(_Description, json.loads(data), where=str(path))
-    except OvforgeError:
-        raise
     except FileNotFoundError as error:
         raise ConfigError(
             "nothing says what the model's outputs mean", where=str(path),
             hint="Write a model-proc, as for DL Streamer's gvaclassify, beside the model, or name it by `proc`.",
         ) from error  # fmt: skip
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"it is not a model-proc: {error}", where=str(path), hint="It is JSON.") from error
+    except OSError as error:
+        raise ModelError(f"it cannot be read: {error.strerror}", where=str(path), hint="It is a JSON file.") from error
+    return checked(_Description, parse_object(data, str(path), size=LIMIT), where=str(path))
 
 
 def _prepared(model: ov.Model, description: _Description, where: str) -> ov.Model:

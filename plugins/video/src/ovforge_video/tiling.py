@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ovforge.contracts import FrameDetector
 from ovforge.model import Boxes
+from ovforge_video.trackers.matching import inside
 
 __all__ = ["Tiled"]
 
@@ -58,13 +59,10 @@ class Tiled:
 def _merged(found: Boxes) -> Boxes:
     """Return what is left if, of two boxes of a class that lie in each other, the lower score goes."""
     found = found.take(np.argsort(-found.scores, kind="stable"))
-    areas = np.clip(found.boxes[:, 2:] - found.boxes[:, :2], 0, None).prod(1)
     kept: list[int] = []
     for n in range(len(found)):
-        box, others = found.boxes[n], np.array(kept, np.int64)
-        low, high = np.maximum(box[:2], found.boxes[others, :2]), np.minimum(box[2:], found.boxes[others, 2:])
-        both = np.clip(high - low, 0, None).prod(1)
-        same = (both > SAME * np.minimum(areas[n], areas[others])) & (found.classes[others] == found.classes[n])
-        if not same.any():
+        box, others = found.boxes[n : n + 1], found.boxes[kept]
+        share = np.maximum(inside(box, others)[0], inside(others, box)[:, 0])
+        if not ((share > SAME) & (found.classes[kept] == found.classes[n])).any():
             kept.append(n)
     return found.take(np.array(kept, np.int64))

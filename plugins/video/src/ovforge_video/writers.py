@@ -55,7 +55,7 @@ class Lines:
         elif self._kind == ".jsonl":
             self._put(json.dumps(frame.as_json(), ensure_ascii=False) + "\n")
         elif self._kind == ".csv":
-            self._put(_without_head(csv_table([_COLUMNS, *_rows(frame)])))
+            self._put(csv_table(_rows(frame)))
         else:
             self._put("".join(_mot(frame)))
         self._number += 1
@@ -129,10 +129,6 @@ def _rows(frame: Frame) -> list[list[str]]:
         ]
         for n, label, score, box, words in things
     ]
-
-
-def _without_head(table: str) -> str:
-    return table.partition("\n")[2]
 
 
 def _mot(frame: Frame) -> list[str]:
