@@ -17,7 +17,7 @@ from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
 from ovforge.store.processes import run_python
 
-__all__ = ["check_command", "check_plugin", "create", "extension"]
+__all__ = ["check_command", "check_plugin", "create", "extension", "plugins_of"]
 
 HEAVY = ("torch", "diffusers", "transformers", "nncf", "tensorflow", "openvino")
 """Modules that a plugin must not import just to be listed."""
@@ -27,7 +27,7 @@ _UNDER_TEST = "under-test"
 
 def extension(module: types.ModuleType, kind: str, name: str) -> Extension:
     """Return what `module` offers; it need not be installed."""
-    return _plugins(module).find(kind, name).extension
+    return plugins_of(module).find(kind, name).extension
 
 
 def create(module: types.ModuleType, kind: str, name: str, options: Mapping[str, Any], *more: Any) -> Any:
@@ -45,7 +45,7 @@ def check_plugin(module: types.ModuleType, check_imports: bool = True) -> list[E
 
     Returns its extensions. `check_imports=False` leaves the last out, for a plugin whose own module must be heavy.
     """
-    plugins = _plugins(module)
+    plugins = plugins_of(module)
     offers = [offer.extension for kind in HOOK_OF_KIND for offer in plugins.all(kind) if offer.plugin == _UNDER_TEST]
     assert offers, f"{module.__name__} offers nothing: is each function marked with @hookimpl?"
     for offered in offers:
@@ -73,7 +73,7 @@ def check_command(module: types.ModuleType, name: str, arguments: Sequence[str] 
     With `arguments`, also run it, and return what it printed on standard output. Errors of the command that the
     program would explain are raised; any other exception, or an exit code that is not 0, fails the check.
     """
-    offer = _plugins(module).find("command", name)
+    offer = plugins_of(module).find("command", name)
     _check_help(make_command(offer), [name])
     if arguments is None:
         return ""
@@ -124,7 +124,8 @@ def _check_defaults(offered: Extension, why: str) -> None:
         raise AssertionError(f"{error}: the options of this {offered.kind} must have defaults, since {why}") from error
 
 
-def _plugins(module: types.ModuleType) -> Plugins:
+def plugins_of(module: types.ModuleType) -> Plugins:
+    """Return plugins of which `module` is the only one, beside what is built in."""
     plugins = Plugins(Registry({}), found=())
     plugins.register(module, _UNDER_TEST)
     return plugins

@@ -19,9 +19,10 @@ from ovforge.model.bundle import ModelBundle
 from ovforge.model.results import Result
 from ovforge.model.sources import FileSource, Source
 from ovforge.model.video import Boxes
+from ovforge.run.opening import open_model
 from ovforge.store import digest_file
 from ovforge.testing.models import small_model
-from ovforge.testing.plugin import create, extension
+from ovforge.testing.plugin import create, extension, plugins_of
 
 __all__ = [
     "check_device",
@@ -50,7 +51,7 @@ def check_loader(
         looking = loader
     assert looking.can_load(FileSource(ours)) > Match.NO, f"{name} does not know {ours}"
     assert looking.can_load(FileSource(foreign)) is Match.NO, f"{name} claims {foreign}, which is not its own"
-    bundle: ModelBundle = loader.load(FileSource(ours))
+    bundle = open_model(ours, use=name, options=options, plugins=plugins_of(module), cache=None)
     assert bundle.models, f"{name} found no model in {ours}"
     with TemporaryDirectory() as folder:
         saved = Path(folder) / "bundle"
