@@ -235,7 +235,7 @@ class Adapters(Mapping[str, float]):
 
 
 class _UnknownError(InputError, KeyError):
-    """A name that a mapping does not hold: for `get` and `in` a KeyError, for everybody else what there is."""
+    """The mapping does not hold this name. It is a KeyError too, because `get` and `in` need one."""
 
 
 def _known(name: str, names: Mapping[str, Any], what: str, more: str = "") -> None:

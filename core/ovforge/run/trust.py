@@ -1,7 +1,7 @@
 """The rule for configs and pictures of somebody else: what they use outside their folder is shown before it is used.
 
-Commands ask (`ovforge.cli.check_trust`). In Python, whoever names a config file trusts it; a picture is trusted with
-`trust=True` alone, because nobody reads what is written in a picture before it is run.
+Commands ask (`ovforge.cli.check_trust`). In Python, whoever names a config file trusts it; a picture is trusted only
+with `trust=True`, because nobody reads what is written in a picture before it is run.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _exchange(temporary: Path, path: Path, own: set[str] | None) -> None:
-    """Put `temporary` instead of `path`; what was there is removed only afterwards."""
+    """Rename `temporary` to `path`; what was there before is removed only afterwards."""
     if not path.exists():
         temporary.rename(path)
     elif _swap(temporary, path):

@@ -73,7 +73,7 @@ def decode_text(
 def decode_classes(
     logits: Floats, boxes: Floats, picture: Prepared, threshold: float, wanted: NDArray[np.bool_] | None
 ) -> Found:
-    """Return the classes above `threshold` of each query, as many at the most as there are queries; not those unwanted.
+    """Return the classes above `threshold` of each query, at most as many as there are queries, without unwanted ones.
 
     `logits` (queries, classes), `boxes` (queries, 4). Source: transformers' post-processing of RT-DETR.
     """

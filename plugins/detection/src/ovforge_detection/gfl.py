@@ -21,7 +21,7 @@ __all__ = ["decode_gfl"]
 
 Floats = NDArray[np.float32]
 MOST_BINS = 33
-"""Bins of a side's distribution, at the most."""
+"""The most bins that a side's distribution may have."""
 
 
 def decode_gfl(

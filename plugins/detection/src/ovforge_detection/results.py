@@ -45,7 +45,7 @@ class DetectInputs(BaseModel):
         le=1,
         description="Overlap (IoU) above which the lower score of a label goes; by default the model's. 1 keeps all.",
     )
-    limit: int = Field(300, ge=1, description="Boxes of a picture, at the most: those of the highest scores.")
+    limit: int = Field(300, ge=1, description="The most boxes to return for a picture: those with the highest scores.")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def serve(
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="Calls at a time of tasks that may be called from several threads.")
     ] = 4,
-    connections: Annotated[int, typer.Option("--connections", min=1, help="Open connections, at the most.")] = 1000,
+    connections: Annotated[int, typer.Option("--connections", min=1, help="Most connections that may be open.")] = 1000,
     max_body: Annotated[float, typer.Option("--max-body", metavar="MB", help="Size of a request.")] = 16,
     max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="Pixels of a picture that is sent.")] = 2**24,
     bound: Annotated[

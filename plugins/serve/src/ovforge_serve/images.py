@@ -133,7 +133,7 @@ class EditRequest(GenerationRequest):
     image: str = Field(description="The picture to change.", json_schema_extra={"contentEncoding": "base64"})
     mask: str | None = Field(
         None,
-        description="Where it is transparent, the picture is painted anew; without transparency, where it is white.",
+        description="The picture is painted anew wherever the mask is transparent, or white if it has no transparency.",
         json_schema_extra={"contentEncoding": "base64"},
     )
 

@@ -39,7 +39,7 @@ _SHARED_MEMORY, _ROOM = Path("/dev/shm"), 2**30
 """A file system in memory, and the bytes that must be free there."""
 
 _FIELDS = 256
-"""Parts of a form, at the most."""
+"""The most parts that a form may have."""
 
 
 class Server:

@@ -61,9 +61,9 @@ def video(
         str | None, typer.Option("--region", metavar="X,Y X,Y X,Y", help="A polygon, in shares of width and height.")
     ] = None,
     name: Annotated[list[str] | None, typer.Option("--name", help="A name for each stream.")] = None,
-    start: Annotated[float, typer.Option("--start", help="Seconds to leave out at the begin.")] = 0.0,
+    start: Annotated[float, typer.Option("--start", help="Seconds to skip at the beginning.")] = 0.0,
     end: Annotated[float | None, typer.Option("--end", help="Second to end at.")] = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames of a second to look at, at the most.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Most frames to look at in a second.")] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Size that frames are scaled to.")
     ] = None,

@@ -167,7 +167,7 @@ class Encoder:
 
 
 class _Audio:
-    """Copies the sound of the input as it is, from where the picture begins up to where it is."""
+    """Copies the input's sound unchanged, from the first picture up to the current one."""
 
     def __init__(self, source: str, target: Any, begin: float) -> None:
         self._input = av.open(f"file:{source}", options={"protocol_whitelist": "file,crypto,data"})

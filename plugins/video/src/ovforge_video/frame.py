@@ -16,7 +16,7 @@ __all__ = ["Frame"]
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame of `stream`, the `number`-th from 0 on, shown at `seconds` from the stream's begin.
+    """A frame of `stream`, the `number`-th from 0 on, shown `seconds` after the stream began.
 
     `boxes` are float32 (n, 4): left, top, right, bottom in pixels; `scores` float32 (n,); `classes` int64 (n,),
     positions in `names`; `ids` int64 (n,), the numbers of tracks, 0 without a tracker; `found` bool (n,), whether the

@@ -95,9 +95,9 @@ class VideoInputs(_Part):
     region: list[tuple[float, float]] = Field(
         [], description="Corners of a polygon, as shares of width and height: only things whose middle is inside count."
     )
-    start: float = Field(0.0, ge=0, description="Seconds of each video to leave out at the begin.")
+    start: float = Field(0.0, ge=0, description="Seconds to skip at the beginning of each video.")
     end: float | None = Field(None, gt=0, description="Second to end at.")
-    fps: float | None = Field(None, gt=0, le=1000, description="Frames of a second to look at, at the most.")
+    fps: float | None = Field(None, gt=0, le=1000, description="Most frames to look at in a second.")
     size: tuple[int, int] | None = Field(None, description="Width and height that frames are scaled to.")
     loop: int = Field(1, ge=1, description="How often each file is read.")
     again: float = Field(60.0, ge=0, description="Seconds to wait for a lost stream to come back.")

@@ -46,7 +46,7 @@ class Pipe(Generic[Item]):
             self._changed.notify_all()
 
     def take(self, most: int = 1) -> list[Item]:
-        """Return the next items, one at the least, waiting for it; none if the pipe has ended."""
+        """Wait for items, and return the next ones, at least one; none if the pipe has ended."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._items) or self._closed)
             taken = [self._items.popleft() for _ in range(min(most, len(self._items)))]

@@ -51,7 +51,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Shot:
-    """A frame as it was read: RGB (height, width, 3), `seconds` from the stream's begin, which rise."""
+    """A frame as it was read: RGB (height, width, 3), and the `seconds` since the stream began, which rise."""
 
     number: int
     seconds: float

@@ -38,7 +38,7 @@ def ancestors(node: ov.Node, places: Mapping[str, int], down_to: int = 0) -> Ite
 
 
 def kept_operand(add: ov.Node, places: Mapping[str, int]) -> ov.Node | None:
-    """Return what a residual addition x + f(x) keeps: x. None if a node is no such addition."""
+    """Return what a residual addition x + f(x) keeps: x. None if the node is not such an addition."""
     if add.get_type_name() != "Add":
         return None
     earlier, later = sorted(operands(add), key=lambda node: places[node.get_name()])

@@ -23,7 +23,7 @@ class _Options(BaseModel):
 class SortOptions(_Options):
     """Options of `sort`, with the paper's defaults."""
 
-    overlap: float = Field(0.3, gt=0, le=1, description="Overlap (IoU) that a box and a prediction have, at the least.")
+    overlap: float = Field(0.3, gt=0, le=1, description="Least overlap (IoU) between a box and a prediction.")
     keep: int = Field(1, ge=1, description="Pictures that a thing may be unseen.")
     hits: int = Field(3, ge=1, description="Pictures in a row in which a thing is seen before it counts.")
 
@@ -43,7 +43,7 @@ class ByteTrackOptions(_Options):
 class ZeroTermOptions(_Options):
     """Options of `zero-term-imageless`."""
 
-    overlap: float = Field(0.2, gt=0, le=1, description="Overlap (IoU) of a thing's boxes, at the least.")
+    overlap: float = Field(0.2, gt=0, le=1, description="Least overlap (IoU) between two boxes of one thing.")
     keep: int = Field(10, ge=1, description="Pictures that a thing may be unseen.")
 
 
@@ -58,7 +58,7 @@ class ShortTermOptions(_Options):
 
     low: float = Field(0.1, ge=0, le=1, description="Score of boxes that may only prolong a track.")
     rise: float = Field(0.1, ge=0, le=1, description="What a new thing's first box scores above the threshold.")
-    overlap: float = Field(0.2, gt=0, le=1, description="Overlap (IoU) of a box and a prediction, at the least.")
+    overlap: float = Field(0.2, gt=0, le=1, description="Least overlap (IoU) between a box and a prediction.")
     weak_overlap: float = Field(0.3, gt=0, le=1, description="Overlap (IoU) of a weak box and a prediction.")
     part: float = Field(0.6, gt=0, le=1, description="A box that lies in a thing's by this share begins nothing.")
     hits: int = Field(3, ge=1, description="Times that a thing is found before it counts.")

@@ -13,7 +13,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    overlap: float = Field(0.3, gt=0, le=1, description="Overlap (IoU) that boxes of a thing have, at the least.")
+    overlap: float = Field(0.3, gt=0, le=1, description="Least overlap (IoU) between two boxes of one thing.")
 
 
 class Tracker:
