@@ -26,7 +26,7 @@ import numpy as np
 import ovforge
 from ovforge import Use
 from ovforge.model import FileSource, ModelBundle, core, psnr, ssim
-from ovforge_stable_diffusion.examples import prompts
+from ovforge_diffusion.examples import prompts
 
 EMBEDDED = Path(__file__).parents[1] / "plugins/lcm/src/ovforge_lcm/model"
 

@@ -129,7 +129,7 @@ def test_a_picture_without_provenance_is_explained(tmp_path: Path) -> None:
 
 
 def test_plugins_are_listed_shown_and_switched(tmp_path: Path) -> None:
-    assert re.search(r"stable-diffusion\s+0\.1\.0\s+installed", ovforge("plugins", "list").stdout)
+    assert re.search(r"diffusion\s+0\.1\.0\s+installed", ovforge("plugins", "list").stdout)
     assert "prediction_type" in ovforge("plugins", "show", "schedulers").stdout
     assert "ok      schedulers" in ovforge("plugins", "doctor").stdout
     ovforge("plugins", "disable", "lcm")

@@ -299,7 +299,7 @@ def test_bad_conditions_are_said(torch_sd: Path, session_cache: Cache, control: 
 
 
 def test_the_contract_of_the_transform_is_kept(torch_sd: Path, session_cache: Cache) -> None:
-    import ovforge_stable_diffusion
+    import ovforge_diffusion
 
     plain = pipeline("text-to-image", torch_sd, session_cache).bundle.models["unet"]
 
@@ -308,12 +308,12 @@ def test_the_contract_of_the_transform_is_kept(torch_sd: Path, session_cache: Ca
         made.models["unet"], made.models["controlnet"] = plain.clone(), testing.small_model()
         return made
 
-    report = testing.check_transform(ovforge_stable_diffusion, "controlnet-inputs", {}, bundle)
+    report = testing.check_transform(ovforge_diffusion, "controlnet-inputs", {}, bundle)
     assert report.applied == ["unet: 5 inputs for a ControlNet's residuals"]
 
 
 def test_another_structure_is_refused() -> None:
-    from ovforge_stable_diffusion.graph.controlnet_inputs import ControlNetInputs
+    from ovforge_diffusion.graph.controlnet_inputs import ControlNetInputs
 
     bundle = ModelBundle()
     bundle.models["unet"], bundle.models["controlnet"] = testing.small_model(), testing.small_model()

@@ -209,8 +209,8 @@ def test_chunks_and_weights(torch_family: Folder, session_cache: Cache, sd: Any)
 def test_weighted_states_are_the_web_uis(torch_family: Folder, session_cache: Cache, sd: Any) -> None:
     """States times weights, with the mean of before."""
     from ovforge.model.results import Timings
-    from ovforge_stable_diffusion.text import TextEncoder, TextEncoders
-    from ovforge_stable_diffusion.tokenizer import FileTokenizer
+    from ovforge_diffusion.text import TextEncoder, TextEncoders
+    from ovforge_diffusion.tokenizer import FileTokenizer
 
     tokenizer = FileTokenizer(sd.compiled.assets, "tokenizer")
     encoder = TextEncoder(tokenizer, sd.compiled["text_encoder"], penultimate=False)

@@ -16,11 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 import ovforge
-import ovforge_stable_diffusion
+import ovforge_diffusion
 from ovforge import testing
 from ovforge.cli import app
 from ovforge.errors import QualityError
-from ovforge_stable_diffusion.examples import drawing, hole, prompts
+from ovforge_diffusion.examples import drawing, hole, prompts
 
 MODEL = "package:ovforge_lcm/model"
 
@@ -135,7 +135,7 @@ def test_an_interruption_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["text-to-image", "image-to-image", "inpainting"])
 def test_the_tasks_give_examples(name: str) -> None:
     pipe = ovforge.Pipeline(name, source=MODEL, cache=None)
-    testing.check_task(ovforge_stable_diffusion, name, pipe.task)
+    testing.check_task(ovforge_diffusion, name, pipe.task)
     [example] = pipe.task.examples(1)
     assert pipe.task(example, lambda moment: None).images  # type: ignore[attr-defined]
 

@@ -12,7 +12,7 @@ from ovforge.config import checked
 from ovforge.contracts import CompiledModels
 from ovforge.errors import ModelError
 from ovforge.store import parse_object
-from ovforge_stable_diffusion.damage import explained
+from ovforge_diffusion.damage import explained
 
 __all__ = ["CONTROLNETS", "PREVIEW", "Family", "Scale"]
 

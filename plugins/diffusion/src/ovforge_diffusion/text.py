@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge.store import parse_object
-from ovforge_stable_diffusion.prompts import Span, parse
-from ovforge_stable_diffusion.tokenizer import END, Learned, Piece, Tokenizer
+from ovforge_diffusion.prompts import Span, parse
+from ovforge_diffusion.tokenizer import END, Learned, Piece, Tokenizer
 
 __all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders", "learned_tokens"]
 

@@ -20,17 +20,17 @@ from PIL import Image
 from ovforge.contracts import Embedder, Progress, Sampling, Scheduler, TaskContext, ignore_progress
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, ImagesResult, Timings
-from ovforge_stable_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
-from ovforge_stable_diffusion.controls import condition
-from ovforge_stable_diffusion.examples import edges
-from ovforge_stable_diffusion.family import PREVIEW, Family
-from ovforge_stable_diffusion.inputs import DiffusionInputs, DiffusionOptions
-from ovforge_stable_diffusion.overrides import overridden
-from ovforge_stable_diffusion.request import Request, make_request
-from ovforge_stable_diffusion.text import DEFAULT_LENGTH, TextEncoder, TextEncoders, learned_tokens
-from ovforge_stable_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Tokenizer, has_files
-from ovforge_stable_diffusion.unet import GUIDANCE, RESIDUALS, Denoiser, residual_shapes
-from ovforge_stable_diffusion.vae import Autoencoder
+from ovforge_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
+from ovforge_diffusion.controls import condition
+from ovforge_diffusion.examples import edges
+from ovforge_diffusion.family import PREVIEW, Family
+from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
+from ovforge_diffusion.overrides import overridden
+from ovforge_diffusion.request import Request, make_request
+from ovforge_diffusion.text import DEFAULT_LENGTH, TextEncoder, TextEncoders, learned_tokens
+from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Tokenizer, has_files
+from ovforge_diffusion.unet import GUIDANCE, RESIDUALS, Denoiser, residual_shapes
+from ovforge_diffusion.vae import Autoencoder
 
 __all__ = ["Diffusion", "Start"]
 
@@ -38,7 +38,7 @@ Array = NDArray[np.float32]
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
-_log = logging.getLogger("ovforge.stable_diffusion")
+_log = logging.getLogger("ovforge.diffusion")
 
 
 @dataclass

@@ -16,7 +16,7 @@ from openvino import opset13 as ops
 
 from ovforge.contracts import Report
 from ovforge.model import ModelBundle
-from ovforge_stable_diffusion.graph.nodes import operands, weights_of
+from ovforge_diffusion.graph.nodes import operands, weights_of
 
 __all__ = ["FoldUpsample", "folded"]
 

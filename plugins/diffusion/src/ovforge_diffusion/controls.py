@@ -8,7 +8,7 @@ from PIL import Image
 
 from ovforge.errors import PluginError
 from ovforge.model import open_picture
-from ovforge_stable_diffusion.inputs import Control
+from ovforge_diffusion.inputs import Control
 
 __all__ = ["canny", "condition"]
 
@@ -32,7 +32,7 @@ def canny(image: Image.Image, low: int, high: int) -> Image.Image:
         raise PluginError(
             "edges need OpenCV, which is not installed",
             where='control.preprocess = "canny"',
-            hint="Run: pip install 'ovforge-stable-diffusion[canny]'",
+            hint="Run: pip install 'ovforge-diffusion[canny]'",
         ) from error
     edges = cv2.Canny(np.asarray(image), low, high)
     return Image.fromarray(np.repeat(edges[:, :, None], 3, axis=2))

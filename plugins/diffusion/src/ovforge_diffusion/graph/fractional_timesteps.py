@@ -11,7 +11,7 @@ import openvino as ov
 
 from ovforge.contracts import Report
 from ovforge.model import ModelBundle
-from ovforge_stable_diffusion.family import CONTROLNETS
+from ovforge_diffusion.family import CONTROLNETS
 
 __all__ = ["FractionalTimesteps"]
 

@@ -12,12 +12,12 @@ from PIL import Image
 from ovforge.contracts import Sampling
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, Timings, open_picture
-from ovforge_stable_diffusion.diffusion import Diffusion, Start
-from ovforge_stable_diffusion.examples import drawing, hole, prompts
-from ovforge_stable_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
-from ovforge_stable_diffusion.latents import read_latents
-from ovforge_stable_diffusion.request import Request, resized, resized_mask
-from ovforge_stable_diffusion.vae import pixels_of
+from ovforge_diffusion.diffusion import Diffusion, Start
+from ovforge_diffusion.examples import drawing, hole, prompts
+from ovforge_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
+from ovforge_diffusion.latents import read_latents
+from ovforge_diffusion.request import Request, resized, resized_mask
+from ovforge_diffusion.vae import pixels_of
 
 __all__ = ["ImageToImage", "Inpainting", "TextToImage"]
 

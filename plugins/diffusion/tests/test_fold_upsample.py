@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from openvino import opset13
 from openvino.utils.node_factory import NodeFactory
 
-import ovforge_stable_diffusion
+import ovforge_diffusion
 from ovforge import testing
 from ovforge.contracts.stages import Report
 from ovforge.model.bundle import ModelBundle
-from ovforge_stable_diffusion.graph.fold_upsample import FoldUpsample
+from ovforge_diffusion.graph.fold_upsample import FoldUpsample
 
 AXES = np.array([2, 3])
 
@@ -134,5 +134,5 @@ def test_the_contract_is_kept() -> None:
         made.models["vae_decoder"], made.models["unet"] = decoder(), decoder(mode="sizes")
         return made
 
-    report = testing.check_transform(ovforge_stable_diffusion, "fold-upsample", {}, bundle)
+    report = testing.check_transform(ovforge_diffusion, "fold-upsample", {}, bundle)
     assert report.roles == ("vae_decoder",)

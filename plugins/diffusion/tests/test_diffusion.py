@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-import ovforge_stable_diffusion
+import ovforge_diffusion
 from ovforge import testing
 from ovforge.config.options import checked
 from ovforge.errors import ConfigError
-from ovforge_stable_diffusion.inputs import TextToImageInputs
+from ovforge_diffusion.inputs import TextToImageInputs
 
 
 def test_the_plugin_keeps_the_contract() -> None:
-    testing.check_plugin(ovforge_stable_diffusion)
-    testing.check_task(ovforge_stable_diffusion, "text-to-image")
+    testing.check_plugin(ovforge_diffusion)
+    testing.check_task(ovforge_diffusion, "text-to-image")
 
 
 def test_inputs_are_checked() -> None:

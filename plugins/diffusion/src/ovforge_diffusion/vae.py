@@ -11,7 +11,7 @@ from PIL import Image
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
-from ovforge_stable_diffusion.family import Family, Scale
+from ovforge_diffusion.family import Family, Scale
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
 

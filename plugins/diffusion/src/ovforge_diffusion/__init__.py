@@ -20,10 +20,10 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
     yield TaskExtension(
         name="text-to-image",
         summary="Make pictures from a prompt",
-        config="ovforge_stable_diffusion.inputs:DiffusionOptions",
-        inputs="ovforge_stable_diffusion.inputs:TextToImageInputs",
+        config="ovforge_diffusion.inputs:DiffusionOptions",
+        inputs="ovforge_diffusion.inputs:TextToImageInputs",
         result="ovforge.model:ImagesResult",
-        factory="ovforge_stable_diffusion.tasks:TextToImage",
+        factory="ovforge_diffusion.tasks:TextToImage",
         roles=("unet", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
@@ -32,10 +32,10 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
     yield TaskExtension(
         name="image-to-image",
         summary="Change a picture by a prompt",
-        config="ovforge_stable_diffusion.inputs:DiffusionOptions",
-        inputs="ovforge_stable_diffusion.inputs:ImageToImageInputs",
+        config="ovforge_diffusion.inputs:DiffusionOptions",
+        inputs="ovforge_diffusion.inputs:ImageToImageInputs",
         result="ovforge.model:ImagesResult",
-        factory="ovforge_stable_diffusion.tasks:ImageToImage",
+        factory="ovforge_diffusion.tasks:ImageToImage",
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
@@ -44,10 +44,10 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
     yield TaskExtension(
         name="inpainting",
         summary="Paint a masked part of a picture anew",
-        config="ovforge_stable_diffusion.inputs:DiffusionOptions",
-        inputs="ovforge_stable_diffusion.inputs:InpaintingInputs",
+        config="ovforge_diffusion.inputs:DiffusionOptions",
+        inputs="ovforge_diffusion.inputs:InpaintingInputs",
         result="ovforge.model:ImagesResult",
-        factory="ovforge_stable_diffusion.tasks:Inpainting",
+        factory="ovforge_diffusion.tasks:Inpainting",
         roles=("unet", "vae_encoder", "vae_decoder"),
         optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
@@ -61,29 +61,29 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
     yield GraphTransformExtension(
         name="clip-skip",
         summary="Leave the last layers of the text encoders out",
-        config="ovforge_stable_diffusion.graph.clip_skip:ClipSkipOptions",
-        factory="ovforge_stable_diffusion.graph.clip_skip:ClipSkip",
+        config="ovforge_diffusion.graph.clip_skip:ClipSkipOptions",
+        factory="ovforge_diffusion.graph.clip_skip:ClipSkip",
         phase=Phase.STRUCTURE,
         recompute=True,
     )
     yield GraphTransformExtension(
         name="controlnet-inputs",
         summary="Give the UNet the inputs that ControlNets add to",
-        factory="ovforge_stable_diffusion.graph.controlnet_inputs:ControlNetInputs",
+        factory="ovforge_diffusion.graph.controlnet_inputs:ControlNetInputs",
         phase=Phase.STRUCTURE,
         recompute=True,
     )
     yield GraphTransformExtension(
         name="fractional-timesteps",
         summary="Let denoisers take timesteps with fractions",
-        factory="ovforge_stable_diffusion.graph.fractional_timesteps:FractionalTimesteps",
+        factory="ovforge_diffusion.graph.fractional_timesteps:FractionalTimesteps",
         phase=Phase.STRUCTURE,
         recompute=True,
     )
     yield GraphTransformExtension(
         name="fold-upsample",
         summary="Fold up-sampling into the convolution after it",
-        factory="ovforge_stable_diffusion.graph.fold_upsample:FoldUpsample",
+        factory="ovforge_diffusion.graph.fold_upsample:FoldUpsample",
         phase=Phase.LAYOUT,
         recompute=True,
     )
@@ -95,5 +95,5 @@ def ovforge_commands() -> Iterator[CommandExtension]:
     yield CommandExtension(
         name="generate",
         summary="Make pictures with the Stable Diffusion family in one command",
-        factory="ovforge_stable_diffusion.generate:generate",
+        factory="ovforge_diffusion.generate:generate",
     )

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError
-from ovforge_stable_diffusion.editing import EditedPrompt, split_parts
-from ovforge_stable_diffusion.request import Request
-from ovforge_stable_diffusion.text import Conditions
+from ovforge_diffusion.editing import EditedPrompt, split_parts
+from ovforge_diffusion.request import Request
+from ovforge_diffusion.text import Conditions
 
 __all__ = ["ConditionPlan", "Schedule", "plan_conditions"]
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ovforge.contracts import Report
 from ovforge.errors import ModelError
 from ovforge.model import ModelBundle
-from ovforge_stable_diffusion.graph.nodes import ancestors, kept_operand, port_named, positions
-from ovforge_stable_diffusion.text import LAYER, SKIPPED
+from ovforge_diffusion.graph.nodes import ancestors, kept_operand, port_named, positions
+from ovforge_diffusion.text import LAYER, SKIPPED
 
 __all__ = ["ClipSkip", "ClipSkipOptions"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from ovforge.errors import InputError, ModelError
-from ovforge_stable_diffusion.editing import EditedPrompt, adapters_in, split_parts, without_comments
-from ovforge_stable_diffusion.prompts import parse
-from ovforge_stable_diffusion.text import TextEncoder
-from ovforge_stable_diffusion.tokenizer import FileTokenizer, Piece
+from ovforge_diffusion.editing import EditedPrompt, adapters_in, split_parts, without_comments
+from ovforge_diffusion.prompts import parse
+from ovforge_diffusion.text import TextEncoder
+from ovforge_diffusion.tokenizer import FileTokenizer, Piece
 
 TYPED = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "single_word": False, "normalized": True}
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -10,9 +10,9 @@ from PIL import Image
 
 from ovforge.errors import InputError
 from ovforge.model import fresh_seed, open_picture, picture_name
-from ovforge_stable_diffusion.editing import adapters_in, without_comments
-from ovforge_stable_diffusion.family import Family
-from ovforge_stable_diffusion.inputs import Control, DiffusionInputs
+from ovforge_diffusion.editing import adapters_in, without_comments
+from ovforge_diffusion.family import Family
+from ovforge_diffusion.inputs import Control, DiffusionInputs
 
 __all__ = ["Request", "make_request", "resized", "resized_mask"]
 

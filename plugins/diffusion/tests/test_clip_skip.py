@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ovforge_stable_diffusion
+import ovforge_diffusion
 from families import make_family
 from ovforge import testing
 from ovforge.config.options import checked
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.sources import FileSource
-from ovforge_stable_diffusion.graph.clip_skip import ClipSkip, ClipSkipOptions
+from ovforge_diffusion.graph.clip_skip import ClipSkip, ClipSkipOptions
 
 LAYERS = 4
 PIPELINES = {"sd1": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
@@ -191,8 +191,8 @@ def _last_norm(states: np.ndarray, norm: str) -> np.ndarray:
 
 
 def test_the_contract_is_kept() -> None:
-    testing.check_transform(ovforge_stable_diffusion, "clip-skip", {"layers": 1}, bundle)
-    testing.check_transform(ovforge_stable_diffusion, "clip-skip", {"layers": 1, "negative": True}, bundle)
+    testing.check_transform(ovforge_diffusion, "clip-skip", {"layers": 1}, bundle)
+    testing.check_transform(ovforge_diffusion, "clip-skip", {"layers": 1, "negative": True}, bundle)
 
 
 def test_what_cannot_be_left_out_is_said() -> None:

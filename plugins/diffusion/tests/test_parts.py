@@ -14,12 +14,12 @@ from PIL import Image
 
 from ovforge.config.options import checked
 from ovforge.errors import ConfigError, InputError
-from ovforge_stable_diffusion.controls import condition
-from ovforge_stable_diffusion.inputs import Control, ImageToImageInputs, InpaintingInputs
-from ovforge_stable_diffusion.latents import read_latents
-from ovforge_stable_diffusion.prompts import parse
-from ovforge_stable_diffusion.request import resized_mask
-from ovforge_stable_diffusion.vae import _fade, _starts, _tiled
+from ovforge_diffusion.controls import condition
+from ovforge_diffusion.inputs import Control, ImageToImageInputs, InpaintingInputs
+from ovforge_diffusion.latents import read_latents
+from ovforge_diffusion.prompts import parse
+from ovforge_diffusion.request import resized_mask
+from ovforge_diffusion.vae import _fade, _starts, _tiled
 
 TEXT = st.text(st.characters(blacklist_characters="\\()[]:"), max_size=12).filter(lambda text: "BREAK" not in text)
 
