@@ -31,6 +31,8 @@ __all__ = [
     "Device",
     "DevicePlan",
     "Embedder",
+    "FlowRun",
+    "FlowScheduler",
     "FrameDetector",
     "GraphTransform",
     "Inference",
@@ -250,12 +252,49 @@ class Scheduler(Protocol):
     """A sampling method with its noise schedule: immutable, shared between threads.
 
     The factory takes (options, model_config): the options of the config and the model's scheduler_config.json.
+    One for flow models is a `FlowScheduler`, too.
     """
 
     def start(self, steps: int, strength: float = 1.0) -> Sampling:
         """Begin a run of `steps` steps. Raises InputError if the schedule cannot have that many.
 
         With `strength` below 1 the run starts from a noised picture and goes only that part of the way.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRun:
+    """What the pipeline of a flow model says of a run, and its scheduler cannot know."""
+
+    image_seq_len: int | None = None
+    """Tokens of the picture in the transformer: dynamic shifting computes its shift from this number."""
+
+    mu: float | None = None
+    """That shift itself, for families with a formula of their own; counts before `image_seq_len`."""
+
+    sigmas: Sequence[float] | None = None
+    """Shares of noise before the shift, one a step, above 0 and at most 1; None: those of the scheduler."""
+
+    timesteps: Sequence[float] | None = None
+    """What the network is told, one a step, and for consistency in angles (SCM) the end; None: from the sigmas."""
+
+
+@runtime_checkable
+class FlowScheduler(Scheduler, Protocol):
+    """A sampling method for flow models: latents are (1 - sigma) * picture + sigma * noise, sigma from 1 to 0.
+
+    Tasks begin with `start_flow` if a scheduler has it, else with `start`.
+    """
+
+    own_sigmas: bool
+    """Whether it spreads a flow's sigmas by options of its own, for pipelines that then give none (FLUX)."""
+
+    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> Sampling:
+        """Begin a run of `steps` steps.
+
+        With `strength` below 1 the first int(steps - steps * strength) of them are left out. Raises InputError for what
+        the schedule cannot have, ConfigError if the scheduler, or its options, are not for flow models.
         """
         ...
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ovforge.contracts import FlowRun, FlowScheduler
 from ovforge.errors import InputError, OvforgeError
 
 torch = pytest.importorskip("torch")
@@ -115,6 +116,49 @@ def test_a_run_from_a_picture_equals_a_native_one(name: str, config: dict[str, A
         pytest.skip("LCM spreads its steps (tested with its plugin); PRK steps cannot begin later")
     theirs, ours = native(name, config, 11, 7, 0.6), adapted(name, config, 11, 7, 0.6)
     assert np.abs(ours - theirs).max() <= 1e-6 * max(1.0, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "shift": 3.0}),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+        ("FlowMatchLCMScheduler", {"use_karras_sigmas": True}),
+    ],
+)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_flow_equals_a_native_one(name: str, config: dict[str, Any], strength: float) -> None:
+    """As FLUX's pipelines begin it, with the shift of 1024 tokens; Heun as those of SD 3."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    native, steps = getattr(diffusers, name)(**config), 7
+    sigmas = None if "Heun" in name else np.linspace(1, 1 / steps, steps)
+    said: dict[str, Any] = {"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}
+    native.set_timesteps(**said | ({"mu": calculate_shift(1024)} if "use_dynamic_shifting" in config else {}))
+    first, generator, stream = int(steps - steps * strength) * native.order, Stream(7).generator, Stream(7)
+    sampling = DiffusersScheduler(SchedulerOptions(class_name=name), config).start_flow(
+        steps, FlowRun(image_seq_len=1024, sigmas=sigmas), strength
+    )
+    assert isinstance(DiffusersScheduler(SchedulerOptions(class_name=name), config), FlowScheduler)
+    assert sampling.first == first
+    native.set_begin_index(first)
+    wanted, mine = torch.randn(SHAPE, generator=generator), stream.randn(SHAPE)
+    if first:
+        wanted = native.scale_noise(torch.from_numpy(CLEAN), native.timesteps[first][None], wanted)
+        mine = sampling.add_noise(CLEAN, mine, first)
+    for index in range(first, len(native.timesteps)):
+        time = native.timesteps[index]
+        answer = torch.from_numpy(network(wanted.numpy(), float(time)))
+        mine = sampling.step(network(sampling.scale_input(mine, index), float(time)), index, mine, stream)
+        wanted = native.step(answer, time, wanted, generator=generator, return_dict=False)[0]
+    np.testing.assert_allclose(mine, wanted.numpy(), atol=1e-6)
+
+
+def test_a_flow_says_what_its_class_cannot_take() -> None:
+    scheduler = DiffusersScheduler(SchedulerOptions(class_name="FlowMatchHeunDiscreteScheduler"), {})
+    with pytest.raises(InputError, match="takes none"):
+        scheduler.start_flow(2, FlowRun(sigmas=[1.0, 0.5]))
 
 
 def test_noise_is_of_the_step_asked_for() -> None:

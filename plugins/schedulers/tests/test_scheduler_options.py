@@ -19,6 +19,7 @@ from ovforge_schedulers.dpm_multistep import DPMMultistepOptions, dpm_multistep_
 from samplers import check_rows_alone, options_beside_diffusers
 
 EXTENSIONS = {extension.name: extension for extension in ovforge_schedulers.ovforge_schedulers()}
+FLOWS = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "SCMScheduler"}
 CLASSES = {extension.implements[0]: extension for extension in EXTENSIONS.values() if extension.implements}
 
 
@@ -58,19 +59,22 @@ def test_keys_are_known_of_every_sampler_of_latent_diffusion() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of numpy's functions on torch's tensors, in diffusers
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - {"SCMScheduler"}))
 def test_configs_of_other_samplers_are_taken_as_diffusers_takes_them(both: Any, name: str) -> None:
     """A model that came with another sampler runs with this one, and both make the same of it; or both refuse."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     for package in ("scipy", "torchsde"):
         pytest.importorskip(package)
-    for other in CLASSES:
+    for other in sorted(set(CLASSES) - {"SCMScheduler"}):  # whose models alone predict in angles
         config = dict(getattr(diffusers, other)(num_train_timesteps=100).config)
         config["_use_default_values"] = config["_use_default_values"][::2]
         try:
             scheduler = make(CLASSES[name], config)
             ours = scheduler.start(6)
-        except ConfigError:
+        except ConfigError as error:
+            if "samples" in str(error):  # a flow's sampler for a model of diffusion; diffusers makes noise of it
+                assert (name in FLOWS) and other not in FLOWS, (name, other)
+                continue
             with pytest.raises((ValueError, TypeError, NotImplementedError)):
                 getattr(diffusers, name).from_config(config).step(*[torch.zeros(1)] * 3)
             continue
@@ -127,6 +131,8 @@ def test_sde_by_name_is_sde_whatever_the_model_says() -> None:
         ("dpmpp-2m", {"use_flow_sigmas": True, "use_karras_sigmas": True}, 4, "use_flow_sigmas"),
         ("dpm-singlestep", {"solver_order": 4}, 4, "solver_order"),
         ("unipc", {"use_dynamic_shifting": True, "use_flow_sigmas": True}, 4, "use_dynamic_shifting"),
+        ("unipc", {"use_dynamic_shifting": True}, 4, "use_dynamic_shifting is for flows"),
+        ("flow-euler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, 4, "exclude each other"),
         ("unipc", {"solver_p": {"a": 1}}, 4, "solver_p"),
         ("unipc", {"shift_terminal": 0.1}, 4, "shift_terminal"),
         ("unipc", {"lower_order_final": False}, 4, "lower_order_final"),
@@ -158,6 +164,7 @@ LOOKING_BACK = [
     "dpm-singlestep",
     "unipc",
     "deis",
+    "flow-heun",
 ]
 
 

@@ -11,6 +11,7 @@ from ovforge_sampling.base import (
     NoiseScheduler,
     Run,
     Scheduling,
+    begun,
     bounded,
     predicted_noise,
     predicted_picture,
@@ -19,6 +20,7 @@ from ovforge_sampling.base import (
 from ovforge_sampling.float32 import Array, Value, exp, expm1, linspace, log, running_product
 from ovforge_sampling.noise import alphas_cumprod
 from ovforge_sampling.options import (
+    CONFIG_FILE,
     BetaSchedule,
     BoundOptions,
     ClipOptions,
@@ -33,6 +35,7 @@ from ovforge_sampling.options import (
 )
 
 __all__ = [
+    "CONFIG_FILE",
     "ONE",
     "AlphaSampling",
     "Array",
@@ -50,6 +53,7 @@ __all__ = [
     "ThresholdOptions",
     "Value",
     "alphas_cumprod",
+    "begun",
     "bounded",
     "exp",
     "expm1",

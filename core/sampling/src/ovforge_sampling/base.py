@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.contracts import RandomStream
-from ovforge.errors import InputError
+from ovforge.contracts import FlowRun, RandomStream
+from ovforge.errors import ConfigError, InputError
 from ovforge_sampling import noise
 from ovforge_sampling.float32 import Array
 from ovforge_sampling.options import BoundOptions, NoiseOptions, Options, ThresholdOptions, merged, refuse
@@ -24,6 +24,7 @@ __all__ = [
     "NoiseScheduler",
     "Run",
     "Scheduling",
+    "begun",
     "bounded",
     "predicted_noise",
     "predicted_picture",
@@ -53,6 +54,9 @@ class Scheduling(Generic[Config]):
     order: ClassVar[int] = 1
     """How often the network is called for one step; image-to-image counts its start in steps."""
 
+    own_sigmas: bool = False
+    """Whether the options spread a flow's sigmas: see `ovforge.contracts.FlowScheduler`."""
+
     def __init__(self, options: Config, model_config: Mapping[str, Any]) -> None:
         self.config: Config = merged(options, model_config)
 
@@ -61,20 +65,34 @@ class Scheduling(Generic[Config]):
 
         With `strength` a run begins later, as in diffusers' image-to-image pipelines.
         """
+        self.check_steps(steps)
+        return begun(self.run(steps), (steps - min(int(steps * strength), steps)) * self.order, steps, strength)
+
+    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> Run:
+        """Refuse: methods for diffusion do not sample flows. Those that do have a method of their own."""
+        raise ConfigError(
+            f"the model is a flow, and {self.config.original} samples diffusion",
+            where="scheduler.use",
+            hint="Leave it out for the model's own, or choose one for flows, such as 'flow-euler'.",
+        )
+
+    def check_steps(self, steps: int) -> None:
+        """Raise InputError for a number of steps that no schedule has."""
         train = self.config.num_train_timesteps
         if not 1 <= steps <= train:
             raise InputError(f"{steps} is out of range", where="steps", hint=f"Give 1 to {train}.")
-        run = self.run(steps)
-        run.first = (steps - min(int(steps * strength), steps)) * self.order
-        if run.first >= len(run.timesteps):
-            raise InputError(
-                f"{strength} of {steps} steps is less than one", where="strength", hint="Give more of either."
-            )
-        return run
 
     def run(self, steps: int) -> Run:
         """Return a run from the first step on."""
         raise NotImplementedError
+
+
+def begun(run: Run, first: int, steps: int, strength: float) -> Run:
+    """Return the run, to begin with step `first`. Raises InputError if that is behind its last."""
+    run.first = first
+    if first >= len(run.timesteps):
+        raise InputError(f"{strength} of {steps} steps is less than one", where="strength", hint="Give more of either.")
+    return run
 
 
 class NoiseScheduler(Scheduling[Noisy]):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ovforge.contracts import RandomStream
+    from ovforge.contracts import FlowRun, RandomStream
 
 __all__ = ["DiffusersSampling", "DiffusersScheduler", "scheduler_class"]
 
@@ -69,6 +69,11 @@ class DiffusersScheduler:
                 f"{self._class.__name__} refuses its config: {error}", where="scheduler.options"
             ) from error
 
+    @property
+    def own_sigmas(self) -> bool:
+        """Whether the options spread a flow's sigmas: see `ovforge.contracts.FlowScheduler`."""
+        return bool(self._make().config.get("use_flow_sigmas", False))
+
     def start(self, steps: int, strength: float = 1.0) -> DiffusersSampling:
         """Begin a run; the number of timesteps may be larger than `steps` (Heun, PNDM).
 
@@ -76,16 +81,50 @@ class DiffusersScheduler:
         """
         scheduler = self._make()
         spread = {"strength": strength} if self.spreads_steps and strength < 1 else {}
-        try:
-            scheduler.set_timesteps(steps, **spread)
-        except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-            raise InputError(f"{self._class.__name__} cannot take {steps} steps: {error}", where="steps") from error
         first = 0 if spread else (steps - min(int(steps * strength), steps)) * scheduler.order
+        return self._begun(scheduler, steps, {"num_inference_steps": steps, **spread}, first, strength)
+
+    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> DiffusersSampling:
+        """Begin a run as diffusers' pipelines of flow models do, with what they give to `set_timesteps`."""
+        scheduler = self._make()
+        said = {name: getattr(flow, name) for name in ("sigmas", "timesteps") if getattr(flow, name) is not None}
+        taken = inspect.signature(scheduler.set_timesteps).parameters
+        if unknown := [name for name in said if name not in taken]:
+            raise InputError(
+                f"the model's pipeline gives {unknown[0]} of its own, and {self._class.__name__} takes none",
+                where=WHERE,
+                hint="Choose another, such as 'FlowMatchEulerDiscreteScheduler'.",
+            )
+        given: dict[str, Any] = dict(said) or {"num_inference_steps": steps}
+        mu = _shift(scheduler, flow) if flow.mu is None else flow.mu
+        if scheduler.config.get("use_dynamic_shifting") and mu is not None:
+            given["mu"] = mu
+        first = int(max(steps - min(steps * strength, steps), 0)) * scheduler.order
+        return self._begun(scheduler, steps, given, first, strength)
+
+    def _begun(
+        self, scheduler: Any, steps: int, given: Mapping[str, Any], first: int, strength: float
+    ) -> DiffusersSampling:
+        try:
+            scheduler.set_timesteps(**given)
+        except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError, AssertionError) as error:
+            raise InputError(f"{self._class.__name__} cannot take {steps} steps: {error}", where="steps") from error
         if first >= len(scheduler.timesteps):
             raise InputError(
                 f"{strength} of {steps} steps is less than one", where="strength", hint="Give more of either."
             )
         return DiffusersSampling(scheduler, first)
+
+
+def _shift(scheduler: Any, flow: FlowRun) -> float | None:
+    """Return the shift that diffusers' pipelines compute from the picture's size."""
+    if flow.image_seq_len is None:
+        return None
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    line = [scheduler.config.get(name, default) for name, default in defaults.items()]
+    return float(calculate_shift(flow.image_seq_len, *line))
 
 
 class DiffusersSampling:
@@ -98,7 +137,7 @@ class DiffusersSampling:
         self._times = scheduler.timesteps
         times = self._times if self._times.dtype == torch.int64 else self._times.to(torch.float32)
         self.timesteps: NDArray[Any] = times.numpy()
-        self.init_noise_sigma = float(scheduler.init_noise_sigma)
+        self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1))
         self._next: int | None = None
         takes = inspect.signature(scheduler.step).parameters
         self._extra: dict[str, Any] = {"generator": torch.Generator("cpu")} if "generator" in takes else {}
@@ -110,6 +149,8 @@ class DiffusersSampling:
         import torch
 
         self._begin(index)
+        if not hasattr(self._scheduler, "scale_model_input"):
+            return latents
         sample = torch.from_numpy(latents)
         scaled = self._scheduler.scale_model_input(sample, self._times[index])
         return latents if scaled is sample else _array(scaled)
@@ -123,7 +164,10 @@ class DiffusersSampling:
         if hasattr(there, "set_begin_index"):
             there._step_index = None
             there.set_begin_index(index)
-        return _array(there.add_noise(torch.from_numpy(original), torch.from_numpy(noise), self._times[index][None]))
+        picture, fresh, time = torch.from_numpy(original), torch.from_numpy(noise), self._times[index][None]
+        if hasattr(there, "scale_noise"):
+            return _array(there.scale_noise(picture, time, fresh))
+        return _array(there.add_noise(picture, fresh, time))
 
     def step(
         self, output: NDArray[np.float32], index: int, latents: NDArray[np.float32], rng: RandomStream
@@ -206,7 +250,7 @@ def scheduler_class(name: str) -> Any:
     parameters = list(inspect.signature(cls.step).parameters.values())[1:]
     needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     fitting = [p.name for p in parameters[:3]] == ["model_output", "timestep", "sample"]
-    if not fitting or needed or not hasattr(cls, "scale_model_input"):
+    if not fitting or needed or not (hasattr(cls, "scale_model_input") or hasattr(cls, "scale_noise")):
         raise ConfigError(
             f"{name} samples in another way than from the network's output, the timestep and the latents",
             where=WHERE,

@@ -26,9 +26,13 @@ _METHODS = (
     ("edm-euler", "Euler's method for EDM models", "euler", "EDMEuler", "EDMEulerScheduler"),
     ("euler", "Euler's method", "euler", "Euler", "EulerDiscreteScheduler"),
     ("euler-ancestral", "Euler's method with noise", "euler", "EulerAncestral", "EulerAncestralDiscreteScheduler"),
+    ("flow-euler", "Euler's method for flows", "flow_match", "FlowEuler", "FlowMatchEulerDiscreteScheduler"),
+    ("flow-heun", "Heun's for flows, two calls a step", "flow_match", "FlowHeun", "FlowMatchHeunDiscreteScheduler"),
+    ("flow-lcm", "Few steps on flows, with noise", "flow_match", "FlowLCM", "FlowMatchLCMScheduler"),
     ("heun", "Heun's method, two calls a step", "heun", "Heun", "HeunDiscreteScheduler"),
     ("lms", "Linear multistep", "lms", "LMS", "LMSDiscreteScheduler"),
     ("pndm", "PNDM, with or without Runge-Kutta steps", "pndm", "PNDM", "PNDMScheduler"),
+    ("scm", "Consistency along angles: Sana-Sprint", "scm", "SCM", "SCMScheduler"),
     ("unipc", "UniPC, predictor and corrector", "unipc", "UniPC", "UniPCMultistepScheduler"),
 )
 

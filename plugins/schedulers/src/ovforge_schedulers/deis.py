@@ -10,10 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from ovforge.contracts import RandomStream
-from ovforge_sampling import ONE, Array, NoiseScheduler, exp
+from ovforge.contracts import FlowRun, RandomStream
+from ovforge_sampling import ONE, Array, exp
 from ovforge_schedulers.runs import SolverSampling
-from ovforge_schedulers.solvers import SpacedSolverOptions, check_spreads, instead_of, noise_levels, scheduled
+from ovforge_schedulers.solvers import (
+    SolverScheduler,
+    SpacedSolverOptions,
+    check_spreads,
+    instead_of,
+    noise_levels,
+    scheduled,
+)
 from ovforge_schedulers.spacing import sigma_table, spaced_before_end
 
 __all__ = ["DEISOptions", "DEISSampling", "DEISScheduler"]
@@ -33,18 +40,19 @@ class DEISOptions(SpacedSolverOptions):
     ] = "logrho"
 
 
-class DEISScheduler(NoiseScheduler[DEISOptions]):
+class DEISScheduler(SolverScheduler[DEISOptions]):
     """A polynomial in log rho through the last predictions of noise, one call of the network a step."""
 
     def check(self) -> None:
         """Raise ConfigError for options that exclude each other."""
         check_spreads(self.config)
 
-    def run(self, steps: int) -> DEISSampling:
-        """Return a run from the first step on."""
+    def run(self, steps: int, flow: FlowRun | None = None) -> DEISSampling:
+        """Return a run from the first step on. Raises InputError for levels of a pipeline's own."""
+        self.without_levels(flow)
         config, train = self.config, self.config.num_train_timesteps
         times = spaced_before_end(config.timestep_spacing, train, train, steps, config.steps_offset)
-        spaced, levels = noise_levels(config, self.alphas_cumprod, times, steps)
+        spaced, levels = noise_levels(config, self.alphas_cumprod, times, steps, mu=self.mu(flow))
         # Of spread levels, the lowest is the end; else, that of the first timestep of training.
         end = sigma_table(self.alphas_cumprod)[0] if spaced is times else levels[-1]
         return DEISSampling(*scheduled(config, spaced, levels, end), config)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ovforge.contracts import RandomStream
-from ovforge_sampling import Array, NoiseScheduler, log, refuse
+from ovforge.contracts import FlowRun, RandomStream
+from ovforge_sampling import Array, log, refuse
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
-from ovforge_schedulers.solvers import SpacedSolverOptions, noise_levels, scheduled
+from ovforge_schedulers.solvers import SolverScheduler, SpacedSolverOptions, noise_levels, scheduled
 from ovforge_schedulers.spacing import sigma_table, spaced_before_end
 
 __all__ = ["DPMMultistepOptions", "DPMMultistepSampling", "DPMMultistepScheduler", "dpm_multistep_sde"]
@@ -33,7 +33,7 @@ class DPMMultistepOptions(SpacedSolverOptions, DPMOptions):
     rescale_betas_zero_snr: bool = False
 
 
-class DPMMultistepScheduler(NoiseScheduler[DPMMultistepOptions]):
+class DPMMultistepScheduler(SolverScheduler[DPMMultistepOptions]):
     """A polynomial through the last predictions, one call of the network a step."""
 
     def check(self) -> None:
@@ -47,12 +47,15 @@ class DPMMultistepScheduler(NoiseScheduler[DPMMultistepOptions]):
                 "Set solver_order = 2, or algorithm_type = 'sde-dpmsolver++'.",
             )
 
-    def run(self, steps: int) -> DPMMultistepSampling:
-        """Return a run from the first step on."""
+    def run(self, steps: int, flow: FlowRun | None = None) -> DPMMultistepSampling:
+        """Return a run from the first step on. Raises InputError for levels of a pipeline's own."""
+        self.without_levels(flow)
         config, alphas = self.config, self.alphas_cumprod
         last = usable_timesteps(config, alphas, lambdas(alphas))
         times = spaced_before_end(config.timestep_spacing, last, config.num_train_timesteps, steps, config.steps_offset)
-        spaced, levels = noise_levels(config, alphas, times, steps, whole=config.beta_schedule != "squaredcos_cap_v2")
+        spaced, levels = noise_levels(
+            config, alphas, times, steps, whole=config.beta_schedule != "squaredcos_cap_v2", mu=self.mu(flow)
+        )
         end = sigma_table(alphas)[0] if config.final_sigmas_type == "sigma_min" else 0
         run = DPMMultistepSampling(*scheduled(config, spaced, levels, end), config)
         if run.lambdas[-1] == run.lambdas[-2] and (run.order(steps - 1) > 2 or config.solver_type == "heun"):

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ovforge.contracts import RandomStream
-from ovforge_sampling import Array, NoiseScheduler, refuse
+from ovforge.contracts import FlowRun, RandomStream
+from ovforge_sampling import Array, refuse
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
 from ovforge_schedulers.dpm_multistep import lambdas
-from ovforge_schedulers.solvers import instead_of, noise_levels, scheduled
+from ovforge_schedulers.solvers import SolverScheduler, instead_of, noise_levels, scheduled
 from ovforge_schedulers.spacing import sigma_table, spaced_before_end
 
 __all__ = ["DPMSinglestepOptions", "DPMSinglestepSampling", "DPMSinglestepScheduler"]
@@ -33,7 +33,7 @@ class DPMSinglestepOptions(DPMOptions):
     lower_order_final: bool = False
 
 
-class DPMSinglestepScheduler(NoiseScheduler[DPMSinglestepOptions]):
+class DPMSinglestepScheduler(SolverScheduler[DPMSinglestepOptions]):
     """Each group of up to three calls of the network makes one step from the group's beginning."""
 
     def check(self) -> None:
@@ -43,12 +43,13 @@ class DPMSinglestepScheduler(NoiseScheduler[DPMSinglestepOptions]):
             what = "algorithm_type 'dpmsolver' predicts noise, which has no range to threshold"
             raise refuse(self.config, "thresholding", what, "Set algorithm_type = 'dpmsolver++'.")
 
-    def run(self, steps: int) -> DPMSinglestepSampling:
-        """Return a run from the first step on."""
+    def run(self, steps: int, flow: FlowRun | None = None) -> DPMSinglestepSampling:
+        """Return a run from the first step on. Raises InputError for levels of a pipeline's own."""
+        self.without_levels(flow)
         config, alphas = self.config, self.alphas_cumprod
         last = usable_timesteps(config, alphas, lambdas(alphas))
         times = spaced_before_end("linspace", last, config.num_train_timesteps, steps)
-        spaced, levels = noise_levels(config, alphas, times, steps)
+        spaced, levels = noise_levels(config, alphas, times, steps, mu=self.mu(flow))
         end = sigma_table(alphas)[0] if config.final_sigmas_type == "sigma_min" else 0
         return DPMSinglestepSampling(orders(config, steps), *scheduled(config, spaced, levels, end), config)
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
+from ovforge.config import checked
+from ovforge.contracts import FlowRun
 from ovforge.errors import InputError
-from ovforge_sampling import Array, BetaSchedule, NoiseOptions, Spacing, SpacingOptions, ThresholdOptions, refuse
+from ovforge_sampling import (
+    CONFIG_FILE,
+    Array,
+    BetaSchedule,
+    NoiseOptions,
+    NoiseScheduler,
+    Run,
+    Spacing,
+    SpacingOptions,
+    ThresholdOptions,
+    refuse,
+)
+from ovforge_schedulers.flow import DynamicOptions, dynamic_mu, partly, static_shift
 from ovforge_schedulers.spacing import (
     Doubles,
     SigmaOptions,
@@ -23,7 +37,15 @@ from ovforge_schedulers.spacing import (
     times_of,
 )
 
-__all__ = ["SolverOptions", "SpacedSolverOptions", "check_spreads", "instead_of", "noise_levels", "scheduled"]
+__all__ = [
+    "SolverOptions",
+    "SolverScheduler",
+    "SpacedSolverOptions",
+    "check_spreads",
+    "instead_of",
+    "noise_levels",
+    "scheduled",
+]
 
 Times = NDArray[np.int64]
 Wide = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
@@ -45,13 +67,71 @@ class SolverOptions(NoiseOptions, ThresholdOptions, SigmaOptions):
     use_flow_sigmas: bool = False
     flow_shift: float = Field(1.0, gt=0)
     use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
 
 
 class SpacedSolverOptions(SolverOptions, SpacingOptions):
     """Options of the solvers whose timesteps can be spaced in more than one way."""
 
     timestep_spacing: Spacing = "linspace"
+
+
+Solving = TypeVar("Solving", bound=SolverOptions)
+
+
+class SolverScheduler(NoiseScheduler[Solving]):
+    """A method for networks of diffusion, and of flows if the options say so."""
+
+    needs_mu: ClassVar[bool] = False
+    """Whether diffusers' class refuses use_dynamic_shifting if a run brings no shift; others take flow_shift."""
+
+    shifts_in_lines: ClassVar[bool] = False
+    """Whether diffusers' class knows the linear time shift."""
+
+    def __init__(self, options: Solving, model_config: Mapping[str, Any]) -> None:
+        super().__init__(options, model_config)
+        self.own_sigmas = self.config.use_flow_sigmas
+        known = {key: model_config[key] for key in DynamicOptions.model_fields if key in model_config}
+        # diffusers' pipelines read the shift's line from the model's config, whatever options the class has.
+        self._line = checked(DynamicOptions, known, where=CONFIG_FILE)
+
+    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> Run:
+        """Begin a run on a flow. Raises ConfigError if the options are for diffusion."""
+        if not self.config.use_flow_sigmas or self.config.prediction_type != "flow_prediction":
+            raise refuse(
+                self.config,
+                "use_flow_sigmas",
+                "the model is a flow, and the options are for diffusion",
+                "Set use_flow_sigmas = true, prediction_type = 'flow_prediction', and flow_shift to the model's shift.",
+            )
+        self.check_steps(steps)
+        return partly(self.run(steps, flow), steps, strength, self.order)
+
+    def run(self, steps: int, flow: FlowRun | None = None) -> Run:
+        """Return a run from the first step on."""
+        raise NotImplementedError
+
+    def mu(self, flow: FlowRun | None) -> float | None:
+        """Return the shift of this run, if it has one of its own. Raises ConfigError if it should and cannot."""
+        config = self.config
+        if not config.use_dynamic_shifting or not config.use_flow_sigmas:
+            return None
+        known = flow is not None and (flow.mu is not None or flow.image_seq_len is not None)
+        if not known and not self.needs_mu:
+            return None
+        if config.time_shift_type == "linear" and not self.shifts_in_lines:
+            what = f"{config.original} shifts by 'exponential' only"
+            raise refuse(config, "time_shift_type", what, "Set time_shift_type = 'exponential'.")
+        return dynamic_mu(config, self._line, flow or FlowRun())
+
+    def without_levels(self, flow: FlowRun | None) -> None:
+        """Raise InputError if a pipeline gives levels of its own: this method takes none."""
+        if flow is not None and (flow.sigmas is not None or flow.timesteps is not None):
+            raise InputError(
+                f"the model's pipeline gives levels of its own, and {self.config.original} takes none",
+                where="scheduler.use",
+                hint="Choose 'flow-euler' or 'unipc'.",
+            )
 
 
 def check_spreads(config: SolverOptions, *, with_flow: tuple[str, ...] = ()) -> None:
@@ -65,9 +145,12 @@ def check_spreads(config: SolverOptions, *, with_flow: tuple[str, ...] = ()) -> 
 
 
 def noise_levels(
-    config: SolverOptions, alphas: Array, times: Doubles, steps: int, *, whole: bool = True
+    config: SolverOptions, alphas: Array, times: Doubles, steps: int, *, whole: bool = True, mu: float | None = None
 ) -> tuple[NDArray[Any], Doubles]:
-    """Return timesteps and noise levels without the last, spread as the config says; `whole` rounds Karras's times."""
+    """Return timesteps and noise levels without the last, spread as the config says.
+
+    `whole` rounds Karras's times; `mu` is the shift of a flow's run, in place of `flow_shift`.
+    """
     table = sigma_table(alphas)
     if getattr(config, "use_lu_lambdas", False) and not config.use_karras_sigmas:
         levels: Doubles | None = spread_evenly(np.log(table), steps)
@@ -80,7 +163,7 @@ def noise_levels(
     if config.use_flow_sigmas:
         # Of equal steps in the share of noise (Liu et al. 2023), shifted to more noise (Esser et al. 2024).
         shares = 1 - np.linspace(1, 1 / config.num_train_timesteps, steps + 1)
-        shifted = config.flow_shift * shares / (1 + (config.flow_shift - 1) * shares)
+        shifted = static_shift(shares, config.flow_shift if mu is None else np.exp(mu))
         return shifted[:0:-1] * config.num_train_timesteps, shifted[:0:-1].copy()
     return times, interpolated(alphas, times)
 

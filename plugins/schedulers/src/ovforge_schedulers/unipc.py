@@ -12,10 +12,18 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ovforge.contracts import RandomStream
-from ovforge_sampling import ONE, Array, NoiseScheduler, expm1, refuse
+from ovforge.contracts import FlowRun, RandomStream
+from ovforge_sampling import ONE, Array, expm1, refuse
+from ovforge_schedulers.flow import given, shifted, static_shift, stretched
 from ovforge_schedulers.runs import SolverSampling
-from ovforge_schedulers.solvers import SpacedSolverOptions, check_spreads, instead_of, noise_levels, scheduled
+from ovforge_schedulers.solvers import (
+    SolverScheduler,
+    SpacedSolverOptions,
+    check_spreads,
+    instead_of,
+    noise_levels,
+    scheduled,
+)
 from ovforge_schedulers.spacing import Doubles, sigma_table, spaced_before_end
 
 __all__ = ["UniPCOptions", "UniPCSampling", "UniPCScheduler"]
@@ -39,7 +47,7 @@ class UniPCOptions(SpacedSolverOptions):
     shift_terminal: float | None = Field(None, ge=0, lt=1)
 
 
-class UniPCScheduler(NoiseScheduler[UniPCOptions]):
+class UniPCScheduler(SolverScheduler[UniPCOptions]):
     """UniPC: one call of the network a step."""
 
     def check(self) -> None:
@@ -47,8 +55,6 @@ class UniPCScheduler(NoiseScheduler[UniPCOptions]):
         check_spreads(self.config, with_flow=("use_karras_sigmas",))
         if self.config.solver_p is not None:
             raise refuse(self.config, "solver_p", "another scheduler as the predictor is not known here")
-        if self.config.use_dynamic_shifting:
-            raise refuse(self.config, "use_dynamic_shifting", "a shift that each call gives is not known here")
         if self.config.shift_terminal is not None and not self.config.use_flow_sigmas:
             what = "shift_terminal is for flows"
             raise refuse(self.config, "shift_terminal", what, "Set use_flow_sigmas = true, or leave it out.")
@@ -64,29 +70,39 @@ class UniPCScheduler(NoiseScheduler[UniPCOptions]):
             what = "predict_x0 = false has no way to predict noise from a flow"
             raise refuse(self.config, "predict_x0", what, "Set predict_x0 = true.")
 
-    def run(self, steps: int) -> UniPCSampling:
+    needs_mu = True
+    shifts_in_lines = True
+
+    def run(self, steps: int, flow: FlowRun | None = None) -> UniPCSampling:
         """Return a run from the first step on."""
         config, train = self.config, self.config.num_train_timesteps
+        if flow is not None and (flow.timesteps is not None or (flow.sigmas is not None and config.use_karras_sigmas)):
+            self.without_levels(flow)
+        if config.use_dynamic_shifting and not config.use_flow_sigmas:
+            what = "use_dynamic_shifting is for flows"
+            raise refuse(config, "use_dynamic_shifting", what, "Set use_flow_sigmas = true, or leave it out.")
+        mu = self.mu(flow)
         times = spaced_before_end(config.timestep_spacing, train, train, steps, config.steps_offset)
         spaced, levels = noise_levels(config, self.alphas_cumprod, times, steps)
         if config.use_flow_sigmas:
-            levels = levels / (levels + 1) if config.use_karras_sigmas else self._flow(steps)
+            levels = levels / (levels + 1) if config.use_karras_sigmas else self._flow(steps, flow, mu)
             spaced = levels * train
         end: Any = 0
         if config.final_sigmas_type == "sigma_min":
             end = sigma_table(self.alphas_cumprod)[0] if spaced is times else levels[-1]
         return UniPCSampling(*scheduled(config, spaced, levels, end), config)
 
-    def _flow(self, steps: int) -> Doubles:
+    def _flow(self, steps: int, flow: FlowRun | None, mu: float | None) -> Doubles:
         """Return the shares of noise of a flow, shifted to more noise, and stretched to end at `shift_terminal`."""
         config = self.config
-        shares = np.linspace(1, 1 / config.num_train_timesteps, steps + 1)[:-1]
-        shares = config.flow_shift * shares / (1 + (config.flow_shift - 1) * shares)
+        own = np.linspace(1, 1 / config.num_train_timesteps, steps + 1)[:-1]
+        shares = own if flow is None or flow.sigmas is None else given(flow.sigmas, steps, "sigmas")
+        shares = static_shift(shares, config.flow_shift) if mu is None else shifted(shares, mu, config.time_shift_type)
         if config.shift_terminal:
-            shares = 1 - (1 - shares) / ((1 - shares[-1]) / (1 - config.shift_terminal))
+            shares = stretched(shares, config.shift_terminal)
         if abs(shares[0] - 1) < TINY:
             shares[0] -= TINY  # a first share of 1 has no logarithm
-        return shares
+        return np.asarray(shares)
 
 
 class UniPCSampling(SolverSampling):
