@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ovforge_convert as conversion
+from ovforge_diffusers.ports import Submodel
 from ovforge_diffusers.requirements import need
-from ovforge_diffusers.submodels import Submodel
 
 if TYPE_CHECKING:
     import openvino as ov

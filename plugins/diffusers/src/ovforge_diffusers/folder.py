@@ -20,6 +20,8 @@ INCOMPLETE = "The folder may be an incomplete download: fetch it again."
 LONE = {
     "ControlNetModel": "controlnet",
     "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "transformer",
+    "FluxTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
     "AutoencoderTiny": "vae",
 }

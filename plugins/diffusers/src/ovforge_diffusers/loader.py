@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import warnings
@@ -12,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
-from ovforge.model import ModelBundle, Source, temporary_files
-from ovforge.store import scratch_folder
-from ovforge_convert import settle_names
-from ovforge_diffusers.added_tokens import end_added_tokens
+from ovforge.model import ModelBundle, Source
 from ovforge_diffusers.checkpoint import Checkpoint
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
-from ovforge_diffusers.folder import INCOMPLETE, INDEX, Folder, lone_component
+from ovforge_diffusers.folder import INDEX, Folder, lone_component
 from ovforge_diffusers.header import checkpoint_file, find_parts, read_header
 from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import describe
+from ovforge_diffusers.tokenization import TOKENIZERS, TokenizerFolder
 from ovforge_diffusers.weights import fill_weights
 
 if TYPE_CHECKING:
@@ -37,13 +34,15 @@ PURPOSE = "converting a diffusers folder"
 HOMES = {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
+    "T5EncoderModel": "transformers",
+    "SD3Transformer2DModel": "diffusers",
+    "FluxTransformer2DModel": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "AutoencoderTiny": "diffusers",
 }
 AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderTiny"})
-TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
 PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
 
 
@@ -118,7 +117,7 @@ class Conversion:
             elif kind in HOMES:
                 self._add_models(bundle, component, kind)
             elif kind in TOKENIZERS:
-                self._add_tokenizer(bundle, component)
+                self._add_tokenizer(bundle, component, kind)
             elif kind.endswith("Scheduler") or kind in PROCESSORS:
                 bundle.assets.update(self.parts.assets(component))
             else:
@@ -153,19 +152,17 @@ class Conversion:
         for role in ("vae_encoder", "vae_decoder") if component == "vae" else (component,):
             lazy(role)
 
-    def _add_tokenizer(self, bundle: ModelBundle, component: str) -> None:
-        files = self.parts.assets(component)
-        names = {PurePosixPath(path).name for path in files}
-        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-            raise ModelError(
-                f"{component} needs tokenizer.json, or vocab.json and merges.txt",
-                where=self.parts.name,
-                hint=INCOMPLETE,
-            )
-        bundle.assets.update(files)
-        bundle.models.lazy(component, lambda: self._tokenizer(component, files)[0])
-        reverse = component.replace("tokenizer", "detokenizer")
-        bundle.models.lazy(reverse, lambda: self._tokenizer(component, files)[1])
+    def _add_tokenizer(self, bundle: ModelBundle, component: str, kind: str) -> None:
+        folder = TokenizerFolder(
+            component,
+            kind,
+            self.parts.assets(component),
+            where=f"{self.parts.name}: {component}",
+            protected=self.parts.protected,
+        )
+        bundle.assets.update(folder.assets())
+        bundle.models.lazy(component, lambda: folder.models()[0])
+        bundle.models.lazy(component.replace("tokenizer", "detokenizer"), lambda: folder.models()[1])
 
     def _convert(self, role: str, component: str, kind: str, read: Callable[[], dict[str, torch.Tensor]]) -> ov.Model:
         module = self.module(component, kind)
@@ -208,6 +205,7 @@ class Conversion:
         scheduler = self.parts.optional("scheduler", "scheduler_config.json")
         return {
             "vae_factor": 2 ** (levels - 1),
+            "patch": 2 if "transformer" in components else 1,
             "tokens": self._tokens(),
             "prediction_type": scheduler.get("prediction_type"),
         }
@@ -217,33 +215,3 @@ class Conversion:
         last = max((name for name, kind in self.parts.components.items() if kind in TOKENIZERS), default=None)
         length = self.parts.optional(last, "tokenizer_config.json").get("model_max_length") if last else None
         return length if isinstance(length, int) and 0 < length < 2**17 else None
-
-    def _tokenizer(self, component: str, files: dict[str, bytes]) -> tuple[ov.Model, ov.Model]:
-        """Convert a tokenizer: it pads and cuts to its model_max_length, as diffusers' pipelines ask of it.
-
-        transformers reads tokenizers from files alone, so that these few are laid out in a private folder, and
-        openvino_tokenizers writes them once more; in memory where the source is encrypted.
-        """
-        transformers = need("transformers", PURPOSE)
-        tokenizers = need("openvino_tokenizers", PURPOSE)
-        place = temporary_files("converting a tokenizer") if self.parts.protected else contextlib.nullcontext()
-        with place, scratch_folder() as folder:
-            for path, data in files.items():
-                (folder / PurePosixPath(path).name).write_bytes(data)
-            try:
-                with quiet():
-                    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-                    limited = tokenizer.model_max_length < 2**17
-                    models = tokenizers.convert_tokenizer(
-                        tokenizer, with_detokenizer=True, use_max_padding=limited, truncation=limited
-                    )
-            except Exception as error:  # the parsers of vocabularies raise bare Exception
-                raise ModelError(
-                    f"the tokenizer cannot be converted: {error}",
-                    where=f"{self.parts.name}: {component}",
-                    hint="Its files may be damaged: fetch them again.",
-                ) from error
-        end_added_tokens(models[0])
-        for role, model in zip((component, f"de{component}"), models, strict=True):
-            settle_names(role, model)
-        return models[0], models[1]

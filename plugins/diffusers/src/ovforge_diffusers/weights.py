@@ -180,6 +180,11 @@ def _differences(expected: dict[str, torch.Tensor], weights: dict[str, torch.Ten
 def _today(model: Any, expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights under the names that the installed versions use."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    # Tied weights are stored once: T5's words, under one name or the other.
+    for name, other in (getattr(model, "_tied_weights_keys", None) or {}).items():
+        for one, two in ((name, other), (other, name)):
+            if one in expected and one not in weights and two in weights:
+                weights[one] = weights[two]
     # transformers 5.6 took the level `text_model.` out of CLIPTextModel; every older checkpoint has it.
     if "embeddings.token_embedding.weight" in expected:
         weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}

@@ -1,0 +1,141 @@
+"""Diffusion transformers: what they take and give, by their classes.
+
+Rotary position embeddings are computed inside, in the form that the runtime fuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ovforge_convert import Port
+from ovforge_diffusers.ports import Sizes, Submodel
+
+__all__ = ["TRANSFORMERS", "transformer"]
+
+SCALE = (("ACTIVATIONS_SCALE_FACTOR", "8.0"),)
+"""The hint by which devices computing in float16 keep FLUX from overflowing, as in optimum-intel's export."""
+
+CLIP_TOKENS, SD3_TOKENS, FLUX_TOKENS = 77, 256, 512
+"""Tokens of a prompt that diffusers' pipelines read by default."""
+
+
+def transformer(module: Any, latent: Sizes) -> Submodel:
+    """Describe a diffusion transformer. `latent` has the sizes of the autoencoder's latents."""
+    return TRANSFORMERS[type(module).__name__](module, latent)
+
+
+def _sd3(module: Any, latent: Sizes) -> Submodel:
+    """Describe SD3Transformer2DModel of Stable Diffusion 3 and 3.5 (Esser et al. 2024)."""
+    config = module.config
+    rows = latent.batch and 2 * latent.batch
+    channels, width, pooled = config.in_channels, config.joint_attention_dim, config.pooled_projection_dim
+    patch = config.patch_size
+    tokens = CLIP_TOKENS + SD3_TOKENS if latent.batch and latent.height else None
+    run = type(module).forward
+
+    def forward(
+        hidden_states: Any, timestep: Any, encoder_hidden_states: Any, pooled_projections: Any
+    ) -> tuple[Any, ...]:
+        result: tuple[Any, ...] = run(
+            module, hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False
+        )
+        return result
+
+    example = (2, channels, latent.height or 4 * patch, latent.width or 3 * patch)
+    return Submodel(
+        forward,
+        (
+            Port("hidden_states", (rows, channels, latent.height, latent.width), example),
+            Port("timestep", (rows,), (2,)),
+            Port("encoder_hidden_states", (rows, tokens, width), (2, 7, width)),
+            Port("pooled_projections", (rows, pooled), (2, pooled)),
+        ),
+        ("out_sample",),
+    )
+
+
+def _flux(module: Any, latent: Sizes) -> Submodel:
+    """Describe FluxTransformer2DModel: latents of 2 x 2 pixels packed to rows, their places as ids (row, column).
+
+    Rows are those of a batch: guidance is an input, or true guidance calls twice.
+    """
+    config = module.config
+    rows, width, pooled = latent.batch, config.joint_attention_dim, config.pooled_projection_dim
+    channels, axes = config.in_channels, len(config.axes_dims_rope)
+    packed = latent.height and latent.width and (latent.height // 2) * (latent.width // 2)
+    tokens = FLUX_TOKENS if rows and packed else None
+    run = type(module).forward
+
+    def forward(
+        hidden_states: Any,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        pooled_projections: Any,
+        txt_ids: Any,
+        img_ids: Any,
+        guidance: Any = None,
+    ) -> tuple[Any, ...]:
+        with rotating_halves("diffusers.models.transformers.transformer_flux"):
+            result: tuple[Any, ...] = run(
+                module,
+                hidden_states,
+                encoder_hidden_states,
+                pooled_projections,
+                timestep,
+                img_ids,
+                txt_ids,
+                guidance,
+                return_dict=False,
+            )
+        return result
+
+    inputs = [
+        Port("hidden_states", (rows, packed, channels), (2, 12, channels)),
+        Port("timestep", (rows,), (2,)),
+        Port("encoder_hidden_states", (rows, tokens, width), (2, 7, width)),
+        Port("pooled_projections", (rows, pooled), (2, pooled)),
+        Port("txt_ids", (tokens, axes), (7, axes)),
+        Port("img_ids", (packed, axes), (12, axes)),
+    ]
+    if config.guidance_embeds:
+        inputs.append(Port("guidance", (rows,), (2,)))
+    return Submodel(forward, tuple(inputs), ("out_sample",), SCALE)
+
+
+TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
+}
+"""Class -> what describes it."""
+
+
+@contextlib.contextmanager
+def rotating_halves(module: str) -> Iterator[None]:
+    """Let a module of diffusers rotate queries and keys in the form that the runtime has an operation for.
+
+    diffusers turns neighbouring channels (2j, 2j + 1) together, the runtime channels j and j + half (as GPT-NeoX does).
+    Here all even channels are put before all odd ones, in queries and keys alike, which changes no product of the two.
+    """
+    code: Any = importlib.import_module(module)
+    own = code.apply_rotary_emb
+    code.apply_rotary_emb = _rotate
+    try:
+        yield
+    finally:
+        code.apply_rotary_emb = own
+
+
+def _rotate(x: Any, angles: tuple[Any, Any], sequence_dim: int = 1) -> Any:
+    """Rotate x [batch, tokens, heads, channels] by cosines and sines [tokens, channels]; even channels come first."""
+    import torch
+
+    if sequence_dim != 1:
+        raise ValueError(f"rotation of the axis {sequence_dim}")
+    half = x.shape[-1] // 2
+    x = x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(3)
+    cosines, sines = (torch.cat([a[:, 0::2], a[:, 1::2]], dim=-1)[None, :, None, :] for a in angles)
+    turned = torch.cat([x[..., half:] * -1.0, x[..., :half]], dim=-1)
+    return x * cosines + turned * sines

@@ -1,0 +1,32 @@
+"""What describes a submodel to the converter: what is traced, its inputs and its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ovforge_convert import Port
+
+__all__ = ["Sizes", "Submodel"]
+
+RuntimeOptions = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Submodel:
+    """How a torch module becomes a role: what is traced, its inputs in order, its outputs' names."""
+
+    forward: Callable[..., tuple[Any, ...]]
+    inputs: tuple[Port, ...]
+    outputs: tuple[str, ...]
+    runtime_options: RuntimeOptions = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of pictures or latents shared by the submodels; None is any."""
+
+    batch: int | None
+    height: int | None
+    width: int | None
