@@ -33,6 +33,7 @@ def ovforge_devices() -> Iterator[DeviceExtension]:
             summary=summary,
             factory=f"ovforge.builtin.device:{name.upper()}",
             config="ovforge.builtin.device:DeviceOptions",
+            tunings="ovforge.builtin.device:processor_tunings" if name == "cpu" else ({"hint": "throughput"},),
         )
 
 

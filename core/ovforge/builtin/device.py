@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +12,7 @@ from ovforge.contracts.stages import DevicePlan
 from ovforge.errors import DeviceError, did_you_mean
 from ovforge.model.runtime import core
 
-__all__ = ["AUTO", "CPU", "GPU", "NPU", "DeviceOptions"]
+__all__ = ["AUTO", "CPU", "GPU", "NPU", "DeviceOptions", "processor_tunings"]
 
 Precision = Literal["auto", "f32", "bf16", "f16"]
 _CAPABILITY = {"bf16": "BF16", "f16": "FP16"}
@@ -30,6 +32,16 @@ class DeviceOptions(BaseModel):
     properties: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="Further OpenVINO properties, by their names."
     )
+
+
+def processor_tunings() -> Iterator[dict[str, Any]]:
+    """Yield options for the processor: floats that it computes with in hardware, and other numbers of threads."""
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    yield from ({"precision": name} for name, needed in _CAPABILITY.items() if needed in capabilities)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # By default the runtime takes a thread for each physical core.
+    yield from ({"threads": threads} for threads in dict.fromkeys((count, count // 2)) if threads > 0)
+    yield {"hint": "throughput"}
 
 
 class _OpenVinoDevice:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         SourceExtension,
         TaskExtension,
         TrackerExtension,
+        TunableExtension,
     )
     from ovforge.contracts.hookspecs import hookimpl
     from ovforge.contracts.quantization import (
@@ -116,6 +117,7 @@ __all__ = [
     "TaskExtension",
     "Tracker",
     "TrackerExtension",
+    "TunableExtension",
     "hookimpl",
     "ignore_progress",
 ]
@@ -137,6 +139,7 @@ __getattr__, __dir__ = lazy(
             "SourceExtension",
             "TaskExtension",
             "TrackerExtension",
+            "TunableExtension",
         ],
         "hookspecs": ["hookimpl"],
         "quantization": [

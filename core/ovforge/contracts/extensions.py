@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -36,6 +36,7 @@ __all__ = [
     "SourceExtension",
     "TaskExtension",
     "TrackerExtension",
+    "TunableExtension",
     "is_extension_name",
     "resolve",
 ]
@@ -119,7 +120,7 @@ class Extension:
                 continue
             if value is None:
                 continue
-            if field in ("factory", "adapter", "embedders"):
+            if field in ("factory", "adapter", "embedders", "tunings"):
                 if not callable(value):
                     yield PluginError("it cannot be called", where=field)
             elif not _is_options_model(value):
@@ -135,6 +136,30 @@ def _is_options_model(value: Any) -> bool:
     from pydantic import BaseModel
 
     return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunableExtension(Extension):
+    """What may make a pipeline faster or smaller, and is tried by `ovforge tune`.
+
+    `tunings` are tables of options that are worth a try, as a config says them; `({},)` is the extension without
+    options. For what depends on the machine, it is a function that returns them, or its import string.
+    """
+
+    tunings: Sequence[Mapping[str, Any]] | str | Callable[[], Iterable[Mapping[str, Any]]] = ()
+
+    def tables(self) -> list[Mapping[str, Any]]:
+        """Return the tables of options. Raises PluginError for what holds none."""
+        found = resolve(self.tunings)
+        tables = list(found() if callable(found) else found)
+        if not all(isinstance(table, Mapping) for table in tables):
+            raise PluginError("tunings are tables of options", where=self.name)
+        return tables
+
+    def _references(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._references()
+        if isinstance(self.tunings, str):
+            yield "tunings", self.tunings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +190,7 @@ class SourceExtension(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphTransformExtension(Extension):
+class GraphTransformExtension(TunableExtension):
     """Changes models. `factory(options) -> GraphTransform`. `phase` may be a function of the options.
 
     `adapter` is for what is switched while a pipeline runs: `adapter(options, bundle) -> stages.Adapter`, or None if
@@ -173,6 +198,8 @@ class GraphTransformExtension(Extension):
     later; `bundle.adapters` tells the places that transforms made.
     `recompute` says that it is quicker to make the change again than to store whole models: the cache then keeps the
     report alone, and the change is made whenever a changed model is read.
+    With `approximates`, it changes results by design, to save work, and runs after the quantizers (Phase.ATTACH or
+    LAYOUT): the driver's gate compares the pipeline with the one without it.
     `embedders(options, bundle)` returns stages.Embedder by the name of a model's input, for inputs that take an
     embedding of a number which a call gives; {} if these models have none. The task computes those inputs with them.
     """
@@ -180,6 +207,7 @@ class GraphTransformExtension(Extension):
     kind: ClassVar[str] = "transform"
     phase: Phase | Callable[[Any], Phase]
     recompute: bool = False
+    approximates: bool = False
     adapter: str | Callable[..., Any] | None = None
     embedders: str | Callable[..., Any] | None = None
 
@@ -190,7 +218,7 @@ class GraphTransformExtension(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizerExtension(Extension):
+class QuantizerExtension(TunableExtension):
     """Lowers precision. `factory(options) -> Quantizer`; runs in Phase.PRECISION.
 
     `needs` says what it asks its calibration for: "nothing", "inputs", or "score" (and inputs); it may be a function
@@ -228,7 +256,7 @@ class DriverExtension(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeExtension(Extension):
+class RecipeExtension(TunableExtension):
     """A quantizer of any plugin with options of its own, under a name of its own; yielded by `ovforge_quantizers`.
 
     `quantizer` is the name of that quantizer, and `options` are the ones that differ from its defaults, as a config
@@ -253,7 +281,8 @@ class RecipeExtension(Extension):
     def of(self, quantizer: QuantizerExtension) -> QuantizerExtension:
         """Return `quantizer` with this name, this summary, and these options for defaults."""
         parts = {part.name: getattr(quantizer, part.name) for part in fields(quantizer)}
-        return _WithDefaults(**{**parts, "name": self.name, "summary": self.summary}, defaults=self.options)
+        own = {"name": self.name, "summary": self.summary, "tunings": self.tunings}
+        return _WithDefaults(**{**parts, **own}, defaults=self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,14 +323,14 @@ class SchedulerExtension(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceExtension(Extension):
+class DeviceExtension(TunableExtension):
     """A place to run. `factory(options) -> Device`."""
 
     kind: ClassVar[str] = "device"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskExtension(Extension):
+class TaskExtension(TunableExtension):
     """What a pipeline is for. `factory(options, context) -> Task`.
 
     `inputs` is the pydantic model (extra="forbid") of what one call takes; `roles` names the models that the
@@ -314,7 +343,7 @@ class TaskExtension(Extension):
     those that are here, whatever `optimize` says.
     `advice` is what an error says if a model lacks one of the roles: how such a model is opened instead.
     With `threads`, one running task may be called from several threads at a time; without, a pipeline serves such calls
-    one after the other.
+    one after the other. Its `tunings` are tables of inputs.
     """
 
     kind: ClassVar[str] = "task"

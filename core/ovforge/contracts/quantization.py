@@ -140,11 +140,18 @@ class QuantizationRun(Protocol):
         ...
 
     def start(
-        self, bundle: ModelBundle, inputs: Mapping[str, Any], *, finish: bool = True, observe: Observer | None = None
+        self,
+        bundle: ModelBundle,
+        inputs: Mapping[str, Any],
+        *,
+        finish: bool = True,
+        approximate: bool = True,
+        observe: Observer | None = None,
     ) -> Task:
         """Return the task on a bundle's models; `inputs` hints at the calls to come.
 
-        With `finish`, the steps after the quantizers are applied first, and adapters act at their weights. `observe` is
+        With `finish`, the steps after the quantizers are applied first, and adapters act at their weights; without
+        `approximate`, those that change results by design are left out, as the gate's reference needs it. `observe` is
         told of each inference of a model, when it is done.
         """
         ...

@@ -86,7 +86,13 @@ class Run:
         return bundle, reports
 
     def start(
-        self, bundle: ModelBundle, inputs: Mapping[str, Any], *, finish: bool = True, observe: Observer | None = None
+        self,
+        bundle: ModelBundle,
+        inputs: Mapping[str, Any],
+        *,
+        finish: bool = True,
+        approximate: bool = True,
+        observe: Observer | None = None,
     ) -> Task:
         """Return the task on a bundle's models, which stay as they are."""
         pipeline = self.pipeline
@@ -95,6 +101,8 @@ class Run:
         if finish:
             bundle = bundle.copy()
             for step in pipeline.after:
+                if step.approximates and not approximate:
+                    continue
                 bundle = perform(StepStage(step, bundle, pipeline, NO_CALIBRATION), self.cache)
         compiled = CompiledBundle(bundle, self.device_plan, roles_of(pipeline, bundle), self.cache, observe=observe)
         if finish:

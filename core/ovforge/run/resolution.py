@@ -96,6 +96,12 @@ class Step:
         return isinstance(self.chosen.extension, QuantizerExtension)
 
     @property
+    def approximates(self) -> bool:
+        """Whether it changes results by design."""
+        extension = self.chosen.extension
+        return isinstance(extension, GraphTransformExtension) and extension.approximates
+
+    @property
     def recomputes(self) -> bool:
         """Whether its changes are made again rather than stored."""
         extension = self.chosen.extension
@@ -130,18 +136,28 @@ class ResolvedPipeline:
     device: Chosen
 
     @property
+    def approximations(self) -> tuple[Step, ...]:
+        """The steps that change results by design, to save work; they come after the quantizers."""
+        return tuple(step for step in self.steps if step.approximates)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a driver holds approximations to the config's quality."""
+        return bool(self.approximations) and self.driver is not None and self.driver.judges
+
+    @property
     def quantizers(self) -> tuple[Step, ...]:
         """The quantizers' steps; no other step lies between them."""
         return tuple(step for step in self.steps if step.is_quantizer)
 
     @property
     def before(self) -> tuple[Step, ...]:
-        """The steps before the first quantizer; all if there is none."""
-        return tuple(itertools.takewhile(lambda step: not step.is_quantizer, self.steps))
+        """The steps before the first quantizer or approximation; all if there is none."""
+        return tuple(itertools.takewhile(lambda step: not (step.is_quantizer or step.approximates), self.steps))
 
     @property
     def after(self) -> tuple[Step, ...]:
-        """The steps after the last quantizer; none if there is no quantizer."""
+        """The steps after those and the quantizers; none if there is no quantizer and no approximation."""
         return self.steps[len(self.before) + len(self.quantizers) :]
 
 
@@ -211,7 +227,6 @@ def resolve(config: PipelineConfig, base: Path, session: Session) -> ResolvedPip
     task = choose(session, "task", config.task, "task", base) if config.task else None
     if task is not None:
         _check_inputs(config, task, base)
-    driven_by, driver = _driver(config, task, base, session)
     device = choose(session, "device", config.device, "device", base)
     scheduler = choose(session, "scheduler", config.scheduler, "scheduler", base) if config.scheduler else None
     steps = [
@@ -219,6 +234,7 @@ def resolve(config: PipelineConfig, base: Path, session: Session) -> ResolvedPip
         *(make_step(session, "quantizer", use, f"quantize.{n}", base) for n, use in enumerate(config.quantize)),
         *(_implicit(session, config, task, base) if task else ()),
     ]
+    driven_by, driver = _driver(config, steps, task, base, session)
     source = resolve_source(session, config.load.source, base, config.load.use, config.load.options)
     parts = {
         role: resolve_source(session, text, base, key=f"load.parts.{role}") for role, text in config.load.parts.items()
@@ -297,7 +313,10 @@ def make_step(session: Session, kind: str, use: Use, key: str, base: Path) -> St
     if callable(phase):
         with chosen.calling():
             phase = expect(Phase, phase(chosen.options), chosen.offer)
-    return Step(chosen, phase)
+    if (step := Step(chosen, phase)).approximates and phase < Phase.ATTACH:
+        with chosen.calling():
+            raise PluginError("approximations run in the phases ATTACH or LAYOUT, so that a gate can leave them out")
+    return step
 
 
 def _implicit(session: Session, config: PipelineConfig, task: Chosen, base: Path) -> Iterator[Step]:
@@ -343,9 +362,9 @@ def _protection(session: Session, sources: list[ResolvedSource], steps: list[Ste
 
 
 def _driver(
-    config: PipelineConfig, task: Chosen | None, base: Path, session: Session
+    config: PipelineConfig, steps: Sequence[Step], task: Chosen | None, base: Path, session: Session
 ) -> tuple[Offer, Driver] | tuple[None, None]:
-    """Return what drives the quantizers, its sections read and checked; nothing if there are no quantizers."""
+    """Return what drives the quantizers, its sections read and checked; nothing if there is nothing to drive."""
     offers = session.plugins.all("driver") if config.sections or config.quantize else []
     owners: dict[str, Offer] = {}
     for offer in offers:
@@ -354,8 +373,12 @@ def _driver(
     for name in config.sections:
         if name not in owners:
             raise _unknown_section(name, owners, session)
-        if not config.quantize:
-            raise ConfigError("it is for quantizers, and there is none", where=name, hint="Add [[quantize]].")
+        if not config.quantize and not any(step.approximates for step in steps):
+            raise ConfigError(
+                "it is for quantizers and approximations, and there is none",
+                where=name,
+                hint="Add [[quantize]], or a transform that approximates.",
+            )
     chosen = {owners[name].extension.name: owners[name] for name in config.sections} or {
         offer.extension.name: offer for offer in offers
     }

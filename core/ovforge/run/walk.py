@@ -31,7 +31,7 @@ class Visitor(Protocol):
 
 
 def walk(pipeline: ResolvedPipeline, visitor: Visitor, progress: Callable[[Progress], None]) -> ModelBundle | None:
-    """Visit every stage in order: load, parts, the steps before quantizers, the quantizers, the steps after them."""
+    """Visit every stage in order: load, parts, the steps before quantizers, the quantizers and the gate, the rest."""
     bundle = visitor.load("load", LoadStage(pipeline.source, progress))
     for role, part in pipeline.parts.items():
         loaded = visitor.load(f"load {role}", LoadStage(part, progress))
@@ -43,7 +43,7 @@ def walk(pipeline: ResolvedPipeline, visitor: Visitor, progress: Callable[[Progr
         bundle.protection = pipeline.protection
     for step in pipeline.before:
         bundle = visitor.step(step, bundle)
-    if pipeline.quantizers:
+    if pipeline.quantizers or pipeline.gated:
         bundle = visitor.quantize(bundle)
     for step in pipeline.after:
         bundle = visitor.step(step, bundle)

@@ -12,7 +12,7 @@ __all__ = ["ovforge_commands"]
 
 @hookimpl
 def ovforge_commands() -> Iterator[CommandExtension]:
-    """Yield benchmark, bench-diff and compare."""
+    """Yield benchmark, bench-diff, compare and tune."""
     yield CommandExtension(
         name="benchmark",
         summary="Measure a model or a whole pipeline, with benchmark_app's flags and more",
@@ -27,4 +27,9 @@ def ovforge_commands() -> Iterator[CommandExtension]:
         name="compare",
         summary="Run pipelines side by side: pictures, latency, memory, size, likeness",
         factory="ovforge_benchmark.commands:compare",
+    )
+    yield CommandExtension(
+        name="tune",
+        summary="Find the fastest pipeline that still gives the same results",
+        factory="ovforge_benchmark.tuning.command:tune",
     )

@@ -17,10 +17,10 @@ from ovforge.store import run_python, scratch_folder
 __all__ = ["answer", "hand_over", "in_process", "take_over"]
 
 
-def in_process(job: Mapping[str, Any], name: str) -> dict[str, Any]:
+def in_process(job: Mapping[str, Any], name: str, *, timeout: float | None = None) -> dict[str, Any]:
     """Have `ovforge_benchmark.worker` do a job; return its answer. Raises the OvforgeError that ended it.
 
-    `name` says in errors whose job it is.
+    `name` says in errors whose job it is. After `timeout` seconds it is ended, and subprocess.TimeoutExpired is raised.
     """
     with scratch_folder() as scratch:
         # An answer in a file: libraries write what they like to standard output.
@@ -31,6 +31,7 @@ def in_process(job: Mapping[str, Any], name: str) -> dict[str, Any]:
             text=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            timeout=timeout,
         )
         answered: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     if "error" in answered:

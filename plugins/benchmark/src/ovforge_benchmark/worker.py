@@ -117,6 +117,10 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
         from ovforge_benchmark.peer import measure_diffusers
 
         return measure_diffusers(job)
+    if job["kind"] == "trial":
+        from ovforge_benchmark.tuning.worker import measure_trial
+
+        return measure_trial(job)
     return measure_pipeline(job)
 
 

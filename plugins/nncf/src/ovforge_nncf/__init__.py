@@ -58,9 +58,14 @@ _RECIPES = (
         summary="Recipe: Stable Diffusion, UNet by nncf-hybrid",
         quantizer="nncf-hybrid",
         options={"roles": ["unet"], "bias_correction": "off"},
+        tunings=({},),
     ),
     RecipeExtension(
-        name="weights-int8", summary="Recipe: all weights in INT8, no data", quantizer="nncf-weights", options={}
+        name="weights-int8",
+        summary="Recipe: all weights in INT8, no data",
+        quantizer="nncf-weights",
+        options={},
+        tunings=({},),
     ),
     # Embeddings and convolutions keep 8 bits; where 64 does not divide a row, groups are smaller, as low as 32.
     RecipeExtension(
@@ -68,6 +73,7 @@ _RECIPES = (
         summary="Recipe: weights of matrices in INT4, the rest in INT8, no data",
         quantizer="nncf-weights",
         options={"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"},
+        tunings=({},),
     ),
     # Without model_type NNCF quantizes sums between layers, which this runtime cannot compile in some detectors; fast
     # bias correction fails where pictures, and with them inputs of matrix products, differ in shape.
@@ -76,5 +82,6 @@ _RECIPES = (
         summary="Recipe: detectors in INT8",
         quantizer="nncf-ptq",
         options={"roles": ["detector"], "preset": "mixed", "model_type": "transformer", "bias_correction": "off"},
+        tunings=({},),
     ),
 )

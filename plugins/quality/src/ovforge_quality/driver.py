@@ -123,7 +123,7 @@ class _Quantization:
         self._driver, self._run, self._table = driver, run, driver.quality
         self._judge = Judge(
             self._table,
-            lambda: run.bundle,
+            lambda: run.start(run.bundle, driver.held_out.options, approximate=False),
             lambda bundle: run.start(bundle, driver.held_out.options),
             lambda task, count: driver.held_out.take(task, count, driver.examples),
             run.progress,
@@ -147,7 +147,8 @@ class _Quantization:
                 bundle, reports = run.quantize(self._calibration, known.kept)
             self._store(known)
         if not known.passed:
-            warnings.warn(f"the quantized pipeline scores {known}", stacklevel=5)
+            what = "quantized" if run.quantizers else "changed"
+            warnings.warn(f"the {what} pipeline scores {known}", stacklevel=5)
         return Quantized(bundle, reports, known)
 
     # -- what is stored ----------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ class _Quantization:
         """Return the outcome with the fewest layers kept, the most sensitive first, or raise QualityError."""
         ranked = self._ranked(lowered, reports)
         if not ranked:
-            names = ", ".join(self._run.quantizers)
+            names = ", ".join(self._run.quantizers) or "an approximation"
             hint = f"{names} names no layers, so that none can be kept: take other options, or a lower limit."
             raise failed(outcome, verdict, self._pictures, hint=hint)
         tried: dict[int, JudgedQuality] = {}

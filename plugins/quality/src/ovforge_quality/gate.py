@@ -84,13 +84,13 @@ class Verdict:
 class Judge:
     """Compares pipelines with one that is the reference, whose results are computed once.
 
-    `start` makes a task on a bundle; `inputs` says what to call it with.
+    `reference` makes the reference's task, and `start` one on a bundle; `inputs` says what to call them with.
     """
 
     def __init__(
         self,
         table: QualitySection | None,
-        reference: Callable[[], ModelBundle],
+        reference: Callable[[], Task],
         start: Callable[[ModelBundle], Task],
         inputs: Callable[[Task, int], Sequence[Any]],
         progress: Callable[[Progress], None],
@@ -135,7 +135,7 @@ class Judge:
 
     def _expect(self) -> tuple[Result, ...]:
         if self._expected is None:
-            task = self._start(self._reference())
+            task = self._reference()
             self._compare = getattr(task, "compare", None)
             self._calls = tuple(self._inputs(task, self._table.samples if self._table else 8))
             results: list[Result] = []
@@ -217,7 +217,8 @@ def failed(outcome: JudgedQuality, verdict: Verdict, folder: Path, more: str = "
     if verdict.said:
         said.append(f"What the quantized pipeline said: {verdict.said}")
     said.append(hint or 'Take other options, a lower limit, or on_fail = "search" to keep the layers that matter.')
-    return QualityError(f"the quantized pipeline scores {outcome}{more}", where="quality", hint=" ".join(said))
+    what = "quantized" if outcome.lowered or outcome.kept else "changed"
+    return QualityError(f"the {what} pipeline scores {outcome}{more}", where="quality", hint=" ".join(said))
 
 
 def outcome_of(value: Mapping[str, Any]) -> JudgedQuality:

@@ -1,0 +1,1 @@
+"""`ovforge tune`: the fastest pipeline that still gives the original's results, found by trying."""
