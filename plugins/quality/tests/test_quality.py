@@ -25,7 +25,7 @@ import ovforge_quality
 from ovforge import hookimpl
 from ovforge.contracts.extensions import GraphTransformExtension, QuantizerExtension, TaskExtension
 from ovforge.contracts.stages import Phase, Progress, Report
-from ovforge.errors import ConfigError, ModelError, QualityError
+from ovforge.errors import ConfigError, ModelError, PluginError, QualityError
 from ovforge.model.bundle import ModelBundle
 from ovforge.model.metrics import gmsd, psnr, ssim
 from ovforge.model.results import ImagesResult, Result
@@ -201,6 +201,27 @@ class Brighten:
         return Report(applied=["looked"])
 
 
+class FadeOptions(Strict):
+    by: float = 0.9
+
+
+class Fade:
+    """An approximation: what the model gives, less."""
+
+    def __init__(self, options: FadeOptions) -> None:
+        self.options = options
+
+    def apply(self, bundle: ModelBundle) -> Report:
+        result = bundle.models["model"].get_results()[0]
+        source = result.input_value(0)
+        names = source.get_names()
+        source.get_tensor().set_names(set())
+        faded = ops.multiply(source, ops.constant(np.float32(self.options.by)))
+        faded.output(0).get_tensor().set_names(names)
+        result.input(0).replace_source_output(faded.output(0))
+        return Report(roles=("model",), applied=["faded"])
+
+
 class Inputs(Strict):
     number: int = 0
     seed: int = 0
@@ -252,6 +273,10 @@ def plugins() -> Plugins:
     @hookimpl
     def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         yield GraphTransformExtension(name="brighten", summary="After", factory=Brighten, phase=Phase.ATTACH)
+        for name, phase in (("fade", Phase.ATTACH), ("fade-early", Phase.STRUCTURE)):
+            yield GraphTransformExtension(
+                name=name, summary="Less", factory=Fade, config=FadeOptions, phase=phase, approximates=True
+            )
 
     @hookimpl
     def ovforge_tasks() -> Iterator[TaskExtension]:
@@ -286,6 +311,35 @@ def load(config: Mapping[str, Any], cache: Cache | None = None, **changes: Any) 
 
 
 GOOD = [{"use": "noise", "bad": []}]
+
+
+@pytest.mark.parametrize("quantize", [[], GOOD])
+def test_approximations_are_held_to_the_pipeline_without_them(
+    config: dict[str, Any], cache: Cache, quantize: list[dict[str, Any]]
+) -> None:
+    """With quantizers or alone: the reference leaves them out, the result has them, and the outcome is stored."""
+    pipe = load(config, cache, quantize=quantize, transform=[{"use": "fade", "by": 0.99}, "brighten"])
+    assert pipe.outcome is not None
+    assert pipe.outcome.passed
+    assert pipe.outcome.score < 1, "what is left out of the reference is seen"
+    SEEN.clear()
+    assert load(config, cache, quantize=quantize, transform=[{"use": "fade", "by": 0.99}, "brighten"]).outcome == (
+        pipe.outcome
+    )
+    assert SEEN == [], "and found again"
+    with pytest.raises(QualityError, match="pipeline scores"):
+        load(config, cache, quantize=quantize, transform=[{"use": "fade", "by": 0.2}])
+    with pytest.raises(QualityError):
+        load(config, cache, transform=[{"use": "fade", "by": 0.2}], quality={**config["quality"], "on_fail": "search"})
+    ungated = {name: value for name, value in config.items() if name not in ("quality", "quantize")}
+    assert load(ungated, cache, transform=["fade"]).outcome is None, "without [quality] nothing is judged"
+
+
+def test_approximations_come_after_the_quantizers(config: dict[str, Any]) -> None:
+    with pytest.raises(PluginError, match="ATTACH or LAYOUT"):
+        load(config, transform=["fade-early"])
+    with pytest.raises(ConfigError, match="quantizers and approximations"):
+        load(config, quantize=[], transform=["brighten"])
 
 
 def test_what_is_close_passes_and_is_remembered(config: dict[str, Any], cache: Cache) -> None:
@@ -339,7 +393,7 @@ def test_pictures_in_which_nothing_is_found_say_nothing() -> None:
             def compare(self, result: Any, reference: Any) -> float:
                 return 1.0
 
-        return Judge(None, ModelBundle, lambda _: Finder(), lambda _, number: [None] * number, lambda _: None)  # type: ignore[arg-type,return-value]
+        return Judge(None, Finder, lambda _: Finder(), lambda _, number: [None] * number, lambda _: None)  # type: ignore[arg-type,return-value]
 
     with pytest.raises(ConfigError, match="finds nothing with any of 8 inputs"):
         judge(0).judge(ModelBundle())

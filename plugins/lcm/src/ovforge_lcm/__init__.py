@@ -74,6 +74,7 @@ def ovforge_quantizers() -> Iterator[RecipeExtension]:
             "smooth_quant": {"matmul": -1},
             "ignored_scope": {"patterns": [".*time_emb"], "check": False},
         },
+        tunings=({},),
     )
 
 
