@@ -13,22 +13,107 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import io
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
 
 import ovforge
+from ovforge import testing
+from ovforge.contracts import TaskExtension
+from ovforge.store import scratch_folder
 
 ROUNDS, RUNS = 5, 10
+INSTANT = 400
+"""Requests to the task that computes nothing."""
+
+
+class Nothing(BaseModel):
+    """What the task that computes nothing takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    seed: int = 0
+
+
+class Instant:
+    """Gives the same picture each time."""
+
+    def __init__(self, options: object, context: object) -> None:
+        with Image.open(Path(__file__).parents[1] / "docs" / "images" / "unicorn.png") as picture:
+            self._picture = picture.convert("RGB")
+
+    def __call__(self, inputs: Nothing, progress: object) -> ovforge.ImagesResult:
+        """Return it."""
+        return ovforge.ImagesResult(images=[self._picture], seeds=[inputs.seed])
+
+
+@ovforge.hookimpl
+def ovforge_tasks() -> Iterator[TaskExtension]:
+    """Yield the task that computes nothing."""
+    yield TaskExtension(
+        name="instant", summary="Nothing", inputs=Nothing, roles=(), factory=Instant, result=ovforge.ImagesResult
+    )
+
+
+def with_instant() -> ovforge.Plugins:
+    """Return plugins with that task among them."""
+    plugins = ovforge.Plugins()
+    plugins.register(sys.modules[__name__], "instant")
+    return plugins
+
+
+def serve_instant(config: Path) -> None:
+    """Serve a config of that task."""
+    from ovforge_serve.keys import Keys
+    from ovforge_serve.log import Log
+    from ovforge_serve.pipelines import Pipelines
+    from ovforge_serve.run import Address, listen
+    from ovforge_serve.server import Server
+    from ovforge_serve.settings import Settings
+
+    pipelines = Pipelines([str(config)], cache=None, plugins=with_instant())
+    listen(Server(pipelines, Settings(), Keys(), Log()), Address("127.0.0.1", 0), preload=True)
+
+
+def instant(folder: Path) -> dict[str, float]:
+    """Return what requests of the task that computes nothing cost, in milliseconds."""
+    testing.small_bundle().save(folder / "model")
+    config = folder / "instant.toml"
+    config.write_text('task = "instant"\nload = "model"\n', encoding="utf-8")
+    pipeline = ovforge.load(config, plugins=with_instant(), cache=None)
+    command = [sys.executable, __file__, "--serve-instant", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            client = Client(process.stdout.readline().strip(), "/v1/pipelines/instant/run")
+            server = psutil.Process(process.pid)
+            for seed in range(20):
+                client(seed), direct(pipeline, seed)
+            before, pairs = sum(server.cpu_times()[:2]), []
+            for seed in range(INSTANT):
+                pairs.append((client(seed)[1], direct(pipeline, seed)))
+            worked = (sum(server.cpu_times()[:2]) - before) / INSTANT
+        finally:
+            process.terminate()
+    requests, calls = zip(*pairs, strict=True)
+    return {
+        "request_ms": 1e3 * statistics.median(requests), "call_ms": 1e3 * statistics.median(calls),
+        "overhead_ms": 1e3 * statistics.median(request - call for request, call in pairs),
+        "overhead_undisturbed_ms": 1e3 * (min(requests) - min(calls)), "server_processor_ms": 1e3 * worked,
+    }  # fmt: skip
 
 
 class Client:
@@ -50,9 +135,9 @@ class Client:
 
 
 def direct(pipeline: Any, seed: int) -> float:
-    """Return the seconds of one run without a server, its picture encoded."""
+    """Return the seconds of one run without a server, its picture encoded as the server does."""
     began = time.perf_counter()
-    pipeline("a pink unicorn", seed=seed).images[0].save(io.BytesIO(), "PNG")
+    list(pipeline("a pink unicorn", seed=seed).files(Path("result.png"), quick=True))
     return time.perf_counter() - began
 
 
@@ -92,12 +177,12 @@ def measure(config: Path, requests: int, clients: int) -> dict[str, Any]:
 
 def alone(pipeline: Any, client: Client) -> dict[str, float]:
     """Return medians of one request at a time, of the run in it, of encoding a PNG, and of the rest, in seconds."""
-    picture, encodings = pipeline("a pink unicorn", seed=0).images[0], []
+    made, encodings = pipeline("a pink unicorn", seed=0), []
     pairs = []
     for seed in range(ROUNDS * RUNS):
         pairs.append(client(seed)[1:])
         began = time.perf_counter()
-        picture.save(io.BytesIO(), "PNG")
+        list(made.files(Path("result.png"), quick=True))
         encodings.append(time.perf_counter() - began)
     request, run = (statistics.median(column) for column in zip(*pairs, strict=True))
     encoding = statistics.median(encodings)
@@ -131,8 +216,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "examples" / "unicorn.toml")
+    parser.add_argument("--serve-instant", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    print(json.dumps(measure(asked.config, asked.requests, asked.clients), indent=2))
+    if asked.serve_instant:
+        serve_instant(asked.serve_instant)
+        return
+    with scratch_folder() as folder:
+        report: dict[str, Any] = {"load": os.getloadavg()[0], "instant": instant(folder)}
+    print(json.dumps(report | measure(asked.config, asked.requests, asked.clients), indent=2))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ovforge.contracts.stages import (
         Adapter,
         Adapters,
+        Batching,
         Calibration,
         Choice,
         CompiledModels,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Adapters",
+    "Batching",
     "Calibration",
     "Choice",
     "CommandExtension",
@@ -154,6 +156,7 @@ __getattr__, __dir__ = lazy(
         ],
         "stages": [
             "Adapter",
+            "Batching",
             "Adapters",
             "Calibration",
             "Choice",

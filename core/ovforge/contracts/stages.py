@@ -6,7 +6,7 @@ Nothing here imports openvino: the names of its types are for readers and type c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Adapters",
+    "Batching",
     "Calibration",
     "Choice",
     "CompiledModels",
@@ -487,6 +488,29 @@ class Notes(Protocol):
 
     def notes(self) -> Sequence[str]:
         """Return one line for each."""
+        ...
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """What a Task may also be able to do: run several calls as one, which a device may do in less time.
+
+    What a call gives must not depend on the others, but for rounding.
+    """
+
+    def batch_key(self, inputs: Any) -> Hashable | None:
+        """Return what calls that can run as one have in common; None for a call that runs alone."""
+        ...
+
+    def join(self, calls: Sequence[Any]) -> Any:
+        """Return the inputs of one call for calls of the same key."""
+        ...
+
+    def split(self, result: Any, calls: Sequence[Any]) -> Sequence[Result] | None:
+        """Return the result of each call; None if it cannot be told what of it is whose: each then runs alone.
+
+        Each has `provenance["inputs"]` of its own, and its warnings say nothing of what others asked for.
+        """
         ...
 
 

@@ -185,13 +185,23 @@ class Result:
     def save(self, path: Path | str) -> list[Path]:
         """Write the result to `path`, atomically; return the files written.
 
-        Here: JSON with `result` and `provenance`. Raises InputError for an ending that is not among `suffixes`.
+        Raises InputError for an ending that is not among `suffixes`.
         """
         self.check_path(path)
-        target = Path(path)
+        written = []
+        for file, content in self.files(Path(path)):
+            atomic_write(file, content)
+            written.append(file)
+        return written
+
+    def files(self, path: Path, *, quick: bool = False) -> Iterator[tuple[Path, bytes]]:
+        """Yield (path, content) of each file that `save` writes, for those who send them instead.
+
+        Here: JSON with `result` and `provenance`. With `quick`, somebody waits: files may be larger and made sooner. A
+        result whose files do not fit into memory overrides `save` instead.
+        """
         value = {"result": self.as_json(), "provenance": values_as_json(self.provenance)}
-        atomic_write(target, (json.dumps(value, indent=1) + "\n").encode())
-        return [target]
+        yield path, (json.dumps(value, indent=1) + "\n").encode()
 
     def lines(self) -> list[str]:
         """Return what the terminal shows of it, plain text; here: each field, or the text itself of the only one."""
@@ -297,30 +307,25 @@ class ImagesResult(Result):
     seeds: Sequence[int] = ()
     latents: NDArray[np.float32] | None = None
 
-    def save(self, path: Path | str) -> list[Path]:
-        """Write pictures; `x.png` becomes `x-1.png`, `x-2.png`... if there are several. `x.npy` gets the latents.
+    def files(self, path: Path, *, quick: bool = False) -> Iterator[tuple[Path, bytes]]:
+        """Yield pictures; `x.png` becomes `x-1.png`, `x-2.png`... if there are several. `x.npy` gets the latents.
 
         A picture carries its own provenance (one seed) in its metadata, but for .bmp and .gif, which have no room for
-        it: `warnings` says so.
+        it: `warnings` says so. `quick` compresses PNG less.
         """
-        self.check_path(path)
-        target = Path(path)
-        if target.suffix.lower() == ".npy":
+        if path.suffix.lower() == ".npy":
             if self.latents is None:
-                raise InputError("there are no latents", where=str(target), hint="Name a picture: .png, .jpg, .webp.")
-            atomic_write(target, _npy(self.latents))
-            return [target]
+                raise InputError("there are no latents", where=str(path), hint="Name a picture: .png, .jpg, .webp.")
+            yield path, _npy(self.latents)
+            return
         if not self.images:
-            raise InputError("there are latents and no picture", where=str(target), hint="Name a .npy file instead.")
+            raise InputError("there are latents and no picture", where=str(path), hint="Name a .npy file instead.")
         several = len(self.images) > 1
-        written = []
         for number, image in enumerate(self.images, start=1):
-            file = target.with_stem(f"{target.stem}-{number}") if several else target
-            atomic_write(file, self._encode(number - 1, image, file))
-            written.append(file)
-        return written
+            file = path.with_stem(f"{path.stem}-{number}") if several else path
+            yield file, self._encode(number - 1, image, file, quick)
 
-    def _encode(self, position: int, image: Image.Image, file: Path) -> bytes:
+    def _encode(self, position: int, image: Image.Image, file: Path, quick: bool) -> bytes:
         from PIL import Image as Pillow
         from PIL.PngImagePlugin import PngInfo
 
@@ -329,7 +334,7 @@ class ImagesResult(Result):
         text = json.dumps(values_as_json(self.provenance_of(position), "provenance"), sort_keys=True)
         options: dict[str, Any] = {}
         if kind == "PNG":
-            options["pnginfo"] = PngInfo()
+            options = {"pnginfo": PngInfo(), **({"compress_level": 1} if quick else {})}
             options["pnginfo"].add_itxt(PNG_KEY, text)
         elif kind in _EXIF_FORMATS and (kind != "JPEG" or len(text) < _EXIF_LIMIT):
             named, options["exif"] = f'{{"{PNG_KEY}": {text}}}', Pillow.Exif()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from ovforge._version import __version__
 from ovforge.config.options import checked, input_files
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.quantization import Observer
-from ovforge.contracts.stages import Adapter, DevicePlan, Progress, Report, ignore_progress
+from ovforge.contracts.stages import Adapter, Batching, DevicePlan, Progress, Report, ignore_progress
 from ovforge.errors import ConfigError, PluginError, as_path, require_type
 from ovforge.model.bundle import is_tokenizer
 from ovforge.model.results import PICTURE_SUFFIXES, Result, Timings, read_provenance, values_as_json
@@ -180,14 +180,60 @@ class Pipeline:
                 f"{len(arguments)} positional inputs", where="call", hint="Give all but the first by name."
             )
         first = dict(zip(model.model_fields, arguments, strict=False))
-        values = checked(model, {**self.config.input, **first, **inputs}, where="input", base=self.base)
+        values = self._checked({**first, **inputs})
         start = time.perf_counter()
         tell = from_caller(progress)
         with self._turns, self.compiled.telling(tell), task.calling():
             result = expect(Result, self.task(values, tell), task.offer)
-            expect(dict, result.provenance, task.offer)
         self._ended = time.perf_counter()
-        result.timings.elapsed = self._ended - start
+        return self._concluded(result, values, self._ended - start)
+
+    def batch_key(self, inputs: Mapping[str, Any]) -> Hashable | None:
+        """Return what a call has in common with those that `together` can run it with; None if it runs alone.
+
+        Raises ConfigError for an unknown or wrong input.
+        """
+        task = self.resolved.task
+        assert task is not None
+        if not isinstance(self.task, Batching):
+            return None
+        values = self._checked(inputs)
+        with task.calling():
+            return self.task.batch_key(values)
+
+    def together(
+        self, calls: Sequence[Mapping[str, Any]], progress: Callable[[Progress], None] = ignore_progress
+    ) -> list[Result]:
+        """Return the result of each call, which have the same `batch_key`; they run as one if their task can do that.
+
+        Results are those of the calls alone, but for rounding; their timings are those of the whole. Raises as a call.
+        """
+        task = self.resolved.task
+        assert task is not None
+        if len(calls) > 1 and isinstance(self.task, Batching):
+            values, tell = [self._checked(call) for call in calls], from_caller(progress)
+            start = time.perf_counter()
+            with self._turns, self.compiled.telling(tell), task.calling():
+                whole = expect(Result, self.task(self.task.join(values), tell), task.offer)
+                parts = self.task.split(whole, values)
+            if parts is not None:
+                self._ended = time.perf_counter()
+                return [
+                    self._concluded(expect(Result, part, task.offer), each, self._ended - start)
+                    for part, each in zip(parts, values, strict=True)
+                ]
+        return [self(progress=progress, **call) for call in calls]
+
+    def _checked(self, inputs: Mapping[str, Any]) -> BaseModel:
+        return checked(self.inputs_model, {**self.config.input, **inputs}, where="input", base=self.base)
+
+    def _concluded(self, result: Result, values: BaseModel, seconds: float) -> Result:
+        """Return a result with what the core adds to it."""
+        task = self.resolved.task
+        assert task is not None
+        with task.calling():
+            expect(dict, result.provenance, task.offer)
+        result.timings.elapsed = seconds
         result.warnings = [*result.warnings, *self.warnings()]
         result.provenance = {**self.provenance(), **result.provenance}
         if "inputs" not in result.provenance:

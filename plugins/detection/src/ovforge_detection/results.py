@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge.errors import InputError, PluginError
 from ovforge.model import OWN_METRIC, PICTURE_SUFFIXES, Picture, Result, open_picture
-from ovforge.store import atomic_write, csv_table
+from ovforge.store import csv_table
 from ovforge_detection.decode import overlap
 
 if TYPE_CHECKING:
@@ -107,21 +107,21 @@ class DetectionsResult(Result):
     detections: Sequence[Detections] = ()
     pictures: Sequence[Path | Image.Image] = field(default=(), repr=False)
 
-    def save(self, path: Path | str) -> list[Path]:
-        """Write .json (COCO), .csv, or the annotated pictures: `x.png` becomes `x-1.png`, ... if there are several.
+    def files(self, path: Path, *, quick: bool = False) -> Iterator[tuple[Path, bytes]]:
+        """Yield .json (COCO), .csv, or the annotated pictures: `x.png` becomes `x-1.png`, ... if there are several.
 
         A path without an ending is a folder, which gets a picture for each, by its name, and detections.json.
         """
-        self.check_path(path)
-        target = Path(path)
-        suffix = target.suffix.lower()
+        suffix = path.suffix.lower()
         if suffix in PICTURE_SUFFIXES:
-            return self._draw_all(target)
-        if not suffix:
-            return self._save_folder(target)
-        text = f"{json.dumps(self.coco(), indent=1)}\n" if suffix == ".json" else self.csv()
-        atomic_write(target, text.encode())
-        return [target]
+            several = len(self.detections) > 1
+            for n in range(len(self.detections)):
+                file = path.with_stem(f"{path.stem}-{n + 1}") if several else path
+                yield file, self._drawn(n, file, quick)
+        elif not suffix:
+            yield from self._folder(path, quick)
+        else:
+            yield path, (f"{json.dumps(self.coco(), indent=1)}\n" if suffix == ".json" else self.csv()).encode()
 
     def lines(self) -> list[str]:
         """Return how many of each label there are in each picture."""
@@ -204,30 +204,24 @@ class DetectionsResult(Result):
         """Return a picture with its boxes drawn."""
         return draw(open_picture(self.pictures[position], "image"), self.detections[position])
 
-    def _draw_all(self, target: Path) -> list[Path]:
-        written = []
-        for n in range(len(self.detections)):
-            file = target.with_stem(f"{target.stem}-{n + 1}") if len(self.detections) > 1 else target
-            written.append(self._draw(n, file))
-        return written
-
-    def _save_folder(self, folder: Path) -> list[Path]:
-        written: list[Path] = []
+    def _folder(self, folder: Path, quick: bool) -> Iterator[tuple[Path, bytes]]:
+        used: set[Path] = set()
         for n, each in enumerate(self.detections):
             name = Path(each.picture).name if isinstance(self.pictures[n], Path) else f"picture-{n + 1}.png"
             file = folder / name
-            if file.suffix.lower() not in PICTURE_SUFFIXES or file in written:
+            if file.suffix.lower() not in PICTURE_SUFFIXES or file in used:
                 file = folder / f"{file.stem}-{n + 1}.png"
-            written.append(self._draw(n, file))
-        return [*written, *self.save(folder / "detections.json")]
+            used.add(file)
+            yield file, self._drawn(n, file, quick)
+        yield from self.files(folder / "detections.json")
 
-    def _draw(self, position: int, file: Path) -> Path:
+    def _drawn(self, position: int, file: Path, quick: bool) -> bytes:
         from PIL import Image as Pillow
 
-        buffer = io.BytesIO()
-        self.annotated(position).save(buffer, Pillow.registered_extensions()[file.suffix.lower()])
-        atomic_write(file, buffer.getvalue())
-        return file
+        buffer, kind = io.BytesIO(), Pillow.registered_extensions()[file.suffix.lower()]
+        options = {"compress_level": 1} if quick and kind == "PNG" else {}
+        self.annotated(position).save(buffer, kind, **options)
+        return buffer.getvalue()
 
 
 def draw(picture: Image.Image, found: Detections) -> Image.Image:

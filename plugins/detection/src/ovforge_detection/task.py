@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,36 @@ class Detect:
             detections=[found[place] for place in sorted(found)],
             pictures=[paths[place] for place in sorted(found)],
         )
+
+    # -- several calls as one: ovforge.contracts.Batching -----------------------------------------------------------
+
+    def batch_key(self, inputs: DetectInputs) -> Hashable | None:
+        """Return all but the pictures; None if one runs at a time, and for a folder, which may hold bad ones."""
+        given = inputs.image if isinstance(inputs.image, list) else [inputs.image]
+        if self.batch == 1 or not given or any(isinstance(each, Path) and each.is_dir() for each in given):
+            return None
+        return repr(inputs.model_dump(exclude={"image"}))
+
+    def join(self, calls: Sequence[DetectInputs]) -> DetectInputs:
+        """Return a call with all pictures."""
+        return calls[0].model_copy(update={"image": [each for call in calls for each in _pictures(call.image)[0]]})
+
+    def split(self, result: DetectionsResult, calls: Sequence[DetectInputs]) -> list[DetectionsResult]:
+        """Return what was found in each call's pictures; what the text warns of holds for all."""
+        parts, place = [], 0
+        for call in calls:
+            own = slice(place, place + len(_pictures(call.image)[0]))
+            place = own.stop
+            parts.append(
+                DetectionsResult(
+                    timings=Timings().merged(result.timings),
+                    warnings=list(result.warnings),
+                    provenance={"inputs": _as_inputs(call)},
+                    detections=result.detections[own],
+                    pictures=result.pictures[own],
+                )
+            )
+        return parts
 
     # -- frames of video ------------------------------------------------------------------------------------------
 

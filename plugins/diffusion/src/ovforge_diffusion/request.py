@@ -14,7 +14,7 @@ from ovforge_diffusion.editing import adapters_in, without_comments
 from ovforge_diffusion.family import Family
 from ovforge_diffusion.inputs import Control, DiffusionInputs
 
-__all__ = ["Request", "make_request", "resized", "resized_mask"]
+__all__ = ["Request", "make_request", "resized", "resized_mask", "seeds_of"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def make_request(inputs: DiffusionInputs, family: Family, size: tuple[int, int] 
         guidance_scale=guidance,
         width=_side("width", inputs.width or default_width, family.factor),
         height=_side("height", inputs.height or default_height, family.factor),
-        seeds=_seeds(inputs.seed, len(prompts) * inputs.count),
+        seeds=seeds_of(inputs.seed, len(prompts) * inputs.count),
         controls=_controls(inputs, family),
         decode=inputs.denoising_end is None if inputs.decode is None else inputs.decode,
         given=inputs,
@@ -171,7 +171,7 @@ def _side(name: str, pixels: int, factor: int) -> int:
     return pixels
 
 
-def _seeds(seed: int | list[int] | None, pictures: int) -> tuple[int, ...]:
+def seeds_of(seed: int | list[int] | None, pictures: int) -> tuple[int, ...]:
     """Return a seed for each picture: those given, or the one given and the numbers after it."""
     if isinstance(seed, list):
         if len(seed) != pictures:

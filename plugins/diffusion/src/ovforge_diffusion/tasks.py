@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from PIL import Image
 
 from ovforge.contracts import Sampling
 from ovforge.errors import InputError, ModelError
-from ovforge.model import BatchGenerator, Timings, open_picture
+from ovforge.model import BatchGenerator, ImagesResult, Timings, open_picture
+from ovforge_diffusion.batching import joined, key_of, parts_of
 from ovforge_diffusion.diffusion import Diffusion, Start
 from ovforge_diffusion.examples import drawing, hole, prompts
 from ovforge_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
@@ -30,6 +31,18 @@ class TextToImage(Diffusion):
     def examples(self, count: int) -> Sequence[TextToImageInputs]:
         """Return the shipped prompts, with the conditions that the pipeline's ControlNets need."""
         return [TextToImageInputs(prompt=text, seed=n, **self._conditions(n)) for n, text in prompts(count)]
+
+    def batch_key(self, inputs: TextToImageInputs) -> Hashable | None:
+        """Return what pictures of one batch share; None for calls that start from a picture, or may name adapters."""
+        return None if self.encodes or self._options.prompts == "weighted" else key_of(inputs)
+
+    def join(self, calls: Sequence[TextToImageInputs]) -> TextToImageInputs:
+        """Return one call for the pictures of all."""
+        return joined(calls)
+
+    def split(self, result: ImagesResult, calls: Sequence[TextToImageInputs]) -> Sequence[ImagesResult] | None:
+        """Return each call's pictures; None if the result says something of prompts."""
+        return parts_of(result, calls)
 
     def _begin(
         self, inputs: TextToImageInputs, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings

@@ -43,6 +43,9 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait.")] = 64,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds of one request, with waiting.")] = 300,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Waiting requests that run as one, if their task can do that.")
+    ] = 1,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="Calls at a time of tasks that may be called from several threads.")
     ] = 4,
@@ -75,11 +78,10 @@ def serve(
     """
     from ovforge.cli import check_trust
     from ovforge_serve.keys import Keys
-    from ovforge_serve.log import Log
-    from ovforge_serve.pipelines import Pipelines, is_config, split_name
+    from ovforge_serve.pipelines import is_config, split_name
     from ovforge_serve.remote import origin_of
     from ovforge_serve.run import Address, listen
-    from ovforge_serve.server import Server
+    from ovforge_serve.server import Serving
     from ovforge_serve.settings import DEFAULT_BOUNDS, Settings
 
     known = Keys.read(keys)
@@ -101,19 +103,17 @@ def serve(
         pixels=max_pixels,
         bounds={**DEFAULT_BOUNDS, **dict(map(_bound, bound or []))},
         memory=None if memory is None else int(memory * 1e9),
+        batch=batch,
         threads=threads,
         urls=tuple(origin_of(url) for url in allow_url or []),
         origins=tuple(cors or []),
         hosts=_LOOPBACK if _is_loopback(host) else (),
         log_inputs=log_inputs,
     )
-    log = Log()
-    pipelines = Pipelines(
-        configs, overrides=set_ or [], memory=settings.memory, threads=threads,
-        cache=None if no_cache else "default", say=log,
-    )  # fmt: skip
-    server = Server(pipelines, settings, known, log)
-    listen(server, Address(host, port, certificate, private_key), connections=connections, preload=preload)
+    serving = Serving(
+        places=configs, overrides=set_ or [], settings=settings, keys=known, cache=None if no_cache else "default"
+    )
+    listen(serving.server(), Address(host, port, certificate, private_key), connections=connections, preload=preload)
 
 
 def _is_loopback(host: str) -> bool:

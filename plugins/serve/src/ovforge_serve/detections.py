@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ovforge import Pipeline
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Served
-from ovforge_serve.queue import Stop
-from ovforge_serve.server import Server, answers, json_or_form, pipelines_for, received
+from ovforge_serve.server import Server, answers, inputs_of, json_or_form, pipelines_for, received
 
 __all__ = ["add_routes"]
 
@@ -41,15 +39,14 @@ def add_routes(app: FastAPI, server: Server) -> None:
         served = pipelines_for(able, value.pop("model", None), "find boxes")
         note(pipeline=served.name)
         with server.sent() as sent:
-            given = await asyncio.to_thread(sent.inputs, served, value)
+            given = await inputs_of(request, sent, served, value)
 
-            def call(pipeline: Pipeline, stop: Stop) -> bytes:
-                result = pipeline(progress=stop, **given)
+            def answer(result: Any) -> bytes:
                 server.metrics.count(served.name, result.timings)
                 seconds, warnings = result.timings.whole(), result.warnings
                 return json.dumps(sent.shown({**result.as_json(), "seconds": seconds, "warnings": warnings})).encode()
 
-            body = await server.queue.run(request, served, call)
+            body = await server.queue.join(request, served, given, answer)
         return Response(body, media_type="application/json")
 
 

@@ -85,6 +85,8 @@ class Sent:
 
     def shown(self, value: Any) -> Any:
         """Return a JSON value or a text with files called by their digests, not by their places."""
+        if not self._names:
+            return value
         if isinstance(value, str):
             for path, name in self._names.items():
                 value = value.replace(path, name)

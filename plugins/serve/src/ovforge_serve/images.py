@@ -7,7 +7,6 @@ OpenVINO Model Server takes. What a pipeline has no means for (quality, style...
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 import re
@@ -16,21 +15,22 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ovforge import ImagesResult, Pipeline, Progress
+from ovforge import ImagesResult, Pipeline, Progress, Result
 from ovforge.config import checked
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import open_picture, values_as_json
+from ovforge_serve.encoding import as_json
 from ovforge_serve.files import Sent
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Served
-from ovforge_serve.queue import Stop
 from ovforge_serve.runs import adjusted, saved
-from ovforge_serve.server import Server, answers, json_or_form, pipelines_for, received
+from ovforge_serve.server import Server, answers, at_once_or_aside, json_or_form, pipelines_for, received
 from ovforge_serve.settings import HttpError, error_body
+from ovforge_serve.stop import Stop
 
 __all__ = ["EditRequest", "GenerationRequest", "add_routes"]
 
@@ -212,7 +212,7 @@ class _Work:
         """Run, and answer at once or as a stream. What is refused before anything was made is answered as an error."""
         if not self._asked.stream:
             pictures, warnings = await self._run(inputs, Stop())
-            return JSONResponse(
+            body = as_json(
                 {
                     "created": int(time.time()),
                     "data": [self._picture(kind, data) for kind, data, _ in pictures],
@@ -221,6 +221,7 @@ class _Work:
                     "warnings": warnings,
                 }
             )
+            return Response(body, media_type="application/json")
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         work = asyncio.create_task(self._stream(inputs, events))
         work.add_done_callback(lambda _: events.put_nowait(None))
@@ -265,13 +266,11 @@ class _Work:
                     given |= {"width": size[0], "height": size[1]}
                 return sent.inputs(served, given)
 
-            given = await asyncio.to_thread(prepare)
+            given = await at_once_or_aside(self._request, prepare)
             if server.settings.log_inputs:
                 note(inputs=sent.shown(values_as_json(given, "input")))
 
-            def call(pipeline: Pipeline, stop: Stop) -> tuple[list[tuple[str, bytes, str]], list[str]]:
-                with adjusted(served, pipeline, asked.lora_weights, {}):
-                    result = pipeline(progress=stop, **given)
+            def answer(result: Result) -> tuple[list[tuple[str, bytes, str]], list[str]]:
                 assert isinstance(result, ImagesResult)
                 server.metrics.count(served.name, result.timings)
                 result.provenance["inputs"] = sent.shown(values_as_json(result.provenance.get("inputs", {}), "input"))
@@ -280,13 +279,19 @@ class _Work:
                 pictures = [(kind, data, size) for (_, kind, data), size in zip(files, sizes, strict=True)]
                 return pictures, sent.shown([*asked.warnings(), *result.warnings])
 
-            return await server.queue.run(self._request, served, call, stop)
+            def call(pipeline: Pipeline, stop: Stop) -> tuple[list[tuple[str, bytes, str]], list[str]]:
+                with adjusted(served, pipeline, asked.lora_weights, {}):
+                    return answer(pipeline(progress=stop, **given))
 
-    def _picture(self, kind: str, data: bytes) -> dict[str, str]:
+            if asked.lora_weights or asked.partial_images:
+                return await server.queue.run(self._request, served, call, stop)
+            return await server.queue.join(self._request, served, given, answer)
+
+    def _picture(self, kind: str, data: bytes) -> dict[str, Any]:
         if self._asked.response_format == "url":
             name = self._server.pictures.add(kind, data)
             return {"url": f"{str(self._request.base_url).rstrip('/')}/v1/files/{name}"}
-        return {"b64_json": base64.b64encode(data).decode()}
+        return {"b64_json": data}
 
     def _encoded(self, picture: Image.Image) -> tuple[bytes, str]:
         buffer = io.BytesIO()
@@ -296,7 +301,7 @@ class _Work:
     def _event(self, name: str, data: bytes, size: str, **more: Any) -> dict[str, Any]:
         return {
             "type": f"{self._kind}.{name}",
-            "b64_json": base64.b64encode(data).decode(),
+            "b64_json": data,
             "created_at": int(time.time()),
             "size": size,
             "quality": "auto",
@@ -308,18 +313,22 @@ class _Work:
 
 async def _events(
     first: dict[str, Any] | None, events: asyncio.Queue[dict[str, Any] | None], work: asyncio.Task[None]
-) -> AsyncIterator[str]:
+) -> AsyncIterator[bytes]:
     """Yield server-sent events until the work is done; if nobody reads them any more, the work ends."""
     try:
         event = first
         while event is not None:
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+            yield _sent_event(event["type"], event)
             event = await events.get()
         if (error := work.exception()) is not None:
             known = error if isinstance(error, OvforgeError) else OvforgeError("the run failed")
-            yield f"event: error\ndata: {json.dumps({'type': 'error', **error_body(known)})}\n\n"
+            yield _sent_event("error", {"type": "error", **error_body(known)})
     finally:
         work.cancel()
+
+
+def _sent_event(name: str, value: dict[str, Any]) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + as_json(value) + b"\n\n"
 
 
 def _can(served: Served, *fields: str) -> bool:

@@ -37,6 +37,7 @@ class Metrics:
         self.waiting = Gauge("ovforge_waiting", "Requests that wait for their turn.", registry=registry)
         self.running = Gauge("ovforge_running", "Runs that go on.", ["pipeline"], registry=registry)
         self.refused = Counter("ovforge_refused", "Requests that found the queue full.", registry=registry)
+        self.joined = Counter("ovforge_joined", "Requests that ran as one with others.", registry=registry)
         memory = Gauge("ovforge_resident_bytes", "Memory that the process holds.", registry=registry)
         memory.set_function(lambda: float(resident_memory()))
         loaded = Gauge("ovforge_loaded", "Whether a pipeline or model is loaded.", ["pipeline"], registry=registry)

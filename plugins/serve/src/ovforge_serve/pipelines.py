@@ -112,8 +112,9 @@ class Pipelines(Mapping[str, Served]):
         threads: int = 1,
         cache: str | None = "default",
         say: Callable[..., None] = lambda *_, **__: None,
+        plugins: Plugins | None = None,
     ) -> None:
-        self._plugins = Plugins()
+        self._plugins = plugins or Plugins()
         self._memory, self._cache, self._say = memory, cache, say
         self._lock = threading.Lock()
         self._served: dict[str, Served] = {}

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ovforge import Cancelled, Progress
-from ovforge_serve.pipelines import Loadable, Pipelines
+from ovforge_serve.joining import Joinable, Waiting
+from ovforge_serve.pipelines import Loadable, Pipelines, Served
 from ovforge_serve.settings import CLIENT_GONE, HttpError, Settings
+from ovforge_serve.stop import Stop
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from ovforge import Pipeline, Result
     from ovforge_serve.metrics import Metrics
 
-__all__ = ["Queue", "Stop"]
+__all__ = ["Queue"]
 
 T = TypeVar("T")
-
-
-class Stop:
-    """Ends a run at its next step; give it to a pipeline as its progress callback. `watch` sees each moment first."""
-
-    def __init__(self, watch: Callable[[Progress], None] = lambda _: None) -> None:
-        self._asked = threading.Event()
-        self._watch = watch
-
-    def ask(self) -> None:
-        """Let the run end."""
-        self._asked.set()
-
-    def __call__(self, moment: Progress) -> None:
-        if self._asked.is_set():
-            raise Cancelled
-        self._watch(moment)
 
 
 class Queue:
@@ -46,6 +30,7 @@ class Queue:
     def __init__(self, pipelines: Pipelines, settings: Settings, metrics: Metrics) -> None:
         self._pipelines, self._settings, self._metrics = pipelines, settings, metrics
         self._turns = {served.name: asyncio.Semaphore(served.width) for served in pipelines.all()}
+        self._joinable = {served.name: Waiting(settings.batch, metrics.joined.inc) for served in pipelines.all()}
         self._running: set[Stop] = set()
         self._waiting = 0
         self._seconds = 1.0
@@ -60,7 +45,39 @@ class Queue:
         next step.
         """
         stop = stop or Stop()
-        work = asyncio.create_task(self._turn(served, call, stop))
+        return await self._awaited(request, stop, self._turn(served, stop, lambda content: call(content, stop)))
+
+    async def join(
+        self, request: Request, served: Served, given: Mapping[str, Any], answer: Callable[[Result], T]
+    ) -> T:
+        """Return what `answer` makes of a call's result, as `run` does; it may run as one with others that wait."""
+        stop, waiting = Stop(), self._joinable[served.name]
+        call = Joinable(given, stop, answer)
+        waiting.add(call)
+
+        def run(pipeline: Pipeline) -> T:
+            waiting.run(pipeline, call)
+            result: T = call.done.result()
+            return result
+
+        async def first() -> T:
+            """Take a turn, unless another call's turn brings the answer."""
+            done = asyncio.wrap_future(call.done)
+            turn = asyncio.create_task(self._turn(served, stop, run, lambda: waiting.remove(call)))
+            try:
+                await asyncio.wait({turn, done}, return_when=asyncio.FIRST_COMPLETED)
+                result: T = await (turn if turn.done() and not isinstance(turn.exception(), _Taken) else done)
+                return result
+            finally:
+                turn.cancel()
+
+        try:
+            return await self._awaited(request, stop, first())
+        finally:
+            waiting.remove(call)
+
+    async def _awaited(self, request: Request, stop: Stop, turn: Coroutine[Any, Any, T]) -> T:
+        work = asyncio.create_task(turn)
         gone = asyncio.create_task(_disconnected(request))
         try:
             await asyncio.wait({work, gone}, timeout=self._settings.timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -83,15 +100,21 @@ class Queue:
         for stop in tuple(self._running):
             stop.ask()
 
-    async def _turn(self, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop) -> T:
+    async def _turn(
+        self, served: Loadable, stop: Stop, call: Callable[[Any], T], begin: Callable[[], bool] = lambda: True
+    ) -> T:
+        """Call when it is its turn. Raises _Taken if `begin` says then that there is nothing to do any more."""
         turns = self._turns[served.name]
         with self._place(turns):
             began = time.perf_counter()
             await turns.acquire()
+        if not begin():
+            turns.release()
+            raise _Taken
         self._metrics.waited.labels(served.name).observe(time.perf_counter() - began)
         self._running.add(stop)
         self._metrics.running.labels(served.name).inc()
-        run = asyncio.get_running_loop().run_in_executor(served.threads, self._call, served, call, stop)
+        run = asyncio.get_running_loop().run_in_executor(served.threads, self._call, served, call)
 
         def end(done: asyncio.Future[T]) -> None:
             turns.release()
@@ -104,11 +127,11 @@ class Queue:
         run.add_done_callback(end)
         return await asyncio.shield(run)
 
-    def _call(self, served: Loadable, call: Callable[[Any, Stop], T], stop: Stop) -> T:
-        with self._pipelines.use(served) as pipeline:
+    def _call(self, served: Loadable, call: Callable[[Any], T]) -> T:
+        with self._pipelines.use(served) as content:
             began = time.perf_counter()
             try:
-                return call(pipeline, stop)
+                return call(content)
             finally:
                 self._seconds += 0.1 * (time.perf_counter() - began - self._seconds)
 
@@ -130,6 +153,10 @@ class Queue:
         finally:
             self._waiting -= 1
             self._metrics.waiting.set(self._waiting)
+
+
+class _Taken(Exception):
+    """Another call's thread runs this one, too."""
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import json
 import math
 import mimetypes
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +14,13 @@ from fastapi import FastAPI, Request, Response
 from ovforge import Pipeline, Result
 from ovforge.errors import InputError
 from ovforge.model import values_as_json
+from ovforge.store import scratch_folder
+from ovforge_serve.encoding import as_json
 from ovforge_serve.files import Sent, files_as_text
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Served
-from ovforge_serve.queue import Stop
-from ovforge_serve.server import Server, answers, json_or_form, received
+from ovforge_serve.server import Server, answers, inputs_of, json_or_form, received
+from ovforge_serve.stop import Stop
 
 __all__ = ["add_routes", "adjusted", "saved"]
 
@@ -52,17 +50,22 @@ def _add_route(app: FastAPI, server: Server, served: Served) -> None:
         adapters = _numbers(request.query_params.getlist("adapter"), "adapter")
         controls = _numbers(request.query_params.getlist("control"), "control")
         with server.sent() as sent:
-            given = await asyncio.to_thread(sent.inputs, served, await received(request))
+            given = await inputs_of(request, sent, served, await received(request))
             if server.settings.log_inputs:
                 note(inputs=sent.shown(values_as_json(given, "input")))
 
+            def answer(result: Result) -> bytes:
+                server.metrics.count(served.name, result.timings)
+                return as_json(_answer(result, sent, server.scratch, suffix))
+
             def call(pipeline: Pipeline, stop: Stop) -> bytes:
                 with adjusted(served, pipeline, adapters, controls):
-                    result = pipeline(progress=stop, **given)
-                server.metrics.count(served.name, result.timings)
-                return json.dumps(_answer(result, sent, server.scratch, suffix)).encode()
+                    return answer(pipeline(progress=stop, **given))
 
-            body = await server.queue.run(request, served, call)
+            if adapters or controls:
+                body = await server.queue.run(request, served, call)
+            else:
+                body = await server.queue.join(request, served, given, answer)
         return Response(body, media_type="application/json")
 
     schema = served.inputs.model_json_schema(ref_template=f"#/components/schemas/{served.name}.{{model}}")
@@ -102,16 +105,20 @@ def adjusted(
 
 
 def saved(result: Result, folder: Path, suffix: str) -> list[tuple[str, str, bytes]]:
-    """Return the files that a result is written to: name, media type, content. They carry no path of this machine."""
+    """Return the files that a result is written to: name, media type, content. They carry no path of this machine.
+
+    `folder` is for results that write their files themselves.
+    """
     result.provenance.pop("base", None)
-    token = os.urandom(8).hex()
-    files = result.save(folder / f"{token}{suffix}")
-    found = []
-    for file in files:
-        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-        found.append((file.name.replace(token, "result"), kind, file.read_bytes()))
-        file.unlink()
-    return found
+    if type(result).save is Result.save:
+        files = list(result.files(Path(f"result{suffix}"), quick=True))
+    else:
+        with scratch_folder(folder) as own:
+            files = [(file.relative_to(own), file.read_bytes()) for file in result.save(own / f"result{suffix}")]
+    return [
+        (file.as_posix(), mimetypes.guess_type(file.name)[0] or "application/octet-stream", data)
+        for file, data in files
+    ]
 
 
 def _answer(result: Result, sent: Sent, folder: Path, suffix: str | None) -> Any:
@@ -126,9 +133,7 @@ def _answer(result: Result, sent: Sent, folder: Path, suffix: str | None) -> Any
             "warnings": result.warnings,
             "provenance": values_as_json(result.provenance, "provenance"),
         }
-    ) | {
-        "files": [{"name": name, "type": kind, "base64": base64.b64encode(data).decode()} for name, kind, data in files]
-    }
+    ) | {"files": [{"name": name, "type": kind, "base64": data} for name, kind, data in files]}
 
 
 def _suffix(served: Served, asked: str | None) -> str | None:
@@ -138,9 +143,11 @@ def _suffix(served: Served, asked: str | None) -> str | None:
         first = next((suffix for suffix in kind.suffixes if suffix), None)
         return None if first == ".json" else first
     suffix = f".{asked.lower().removeprefix('.')}"
-    if suffix not in kind.suffixes:
-        known = ", ".join(known for known in kind.suffixes if known)
-        raise InputError(f"{asked!r} is not an ending of this result", where="as", hint=f"It has: {known}.")
+    try:
+        kind.check_path(f"result{suffix}")
+    except InputError as error:
+        error.where = "as"
+        raise
     return suffix
 
 

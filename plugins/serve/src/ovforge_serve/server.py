@@ -8,10 +8,11 @@ import secrets
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -33,13 +34,56 @@ from ovforge_serve.queue import Queue
 from ovforge_serve.remote import fetch
 from ovforge_serve.settings import HttpError, Settings, error_body, status_of
 
-__all__ = ["Pictures", "Server", "answers", "json_or_form", "make_app", "pipelines_for", "received"]
+__all__ = [
+    "Pictures",
+    "Server",
+    "Serving",
+    "answers",
+    "at_once_or_aside",
+    "inputs_of",
+    "json_or_form",
+    "make_app",
+    "pipelines_for",
+    "received",
+]
+
+T = TypeVar("T")
 
 _SHARED_MEMORY, _ROOM = Path("/dev/shm"), 2**30
 """A file system in memory, and the bytes that must be free there."""
 
+_SHORT = 2**14
+"""Bytes of a body that are read without a thread."""
+
 _FIELDS = 256
 """The most parts that a form may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """All that a server is made of, by value: it can be sent to another process, which makes the same server of it.
+
+    `places` are configs and models as the command takes them, absolute ones if the other process is elsewhere.
+    """
+
+    places: Sequence[str]
+    overrides: Sequence[str] = ()
+    settings: Settings = field(default_factory=Settings)
+    keys: Keys = field(default_factory=Keys)
+    cache: str | None = "default"
+
+    def server(self, log: Log | None = None) -> Server:
+        """Read the configs, and return a server that has loaded nothing. Raises what planning them raises."""
+        log = log or Log()
+        pipelines = Pipelines(
+            self.places, overrides=self.overrides, memory=self.settings.memory, threads=self.settings.threads,
+            cache=self.cache, say=log,
+        )  # fmt: skip
+        return Server(pipelines, self.settings, self.keys, log)
+
+    def app(self) -> Any:
+        """Return the ASGI application of a server of its own."""
+        return make_app(self.server())
 
 
 class Server:
@@ -117,6 +161,7 @@ def make_app(server: Server) -> Any:
         title="ovforge", version=__version__, lifespan=server.running, docs_url=None, redoc_url=None,
         exception_handlers={OvforgeError: _explain, HTTPException: _explain_http},
     )  # fmt: skip
+    app.state.server = server
     for part in (status, runs, images, detections, tensors):
         part.add_routes(app, server)
     app.openapi = lambda: _openapi(app, server)  # type: ignore[method-assign]
@@ -135,7 +180,8 @@ async def received(request: Request) -> dict[str, Any]:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return parse_object(await request.body(), "body", size=2**31, error=InputError)
+        body = await request.body()
+        return await at_once_or_aside(request, lambda: parse_object(body, "body", size=2**31, error=InputError))
     if kind != "multipart/form-data":
         raise HttpError(415, f"{kind or 'nothing'} is not taken", hint="Send application/json or multipart/form-data.")
     found: dict[str, Any] = {}
@@ -149,6 +195,22 @@ async def received(request: Request) -> dict[str, Any]:
     if isinstance(more := found.pop("inputs", None), str | bytes):
         found = {**parse_object(more, "inputs", size=2**31, error=InputError), **found}
     return found
+
+
+async def inputs_of(request: Request, sent: Sent, served: Served, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a pipeline is called with, as `Sent.inputs` does."""
+    return await at_once_or_aside(request, lambda: sent.inputs(served, value))
+
+
+async def at_once_or_aside(request: Request, work: Callable[[], T]) -> T:
+    """Return what `work` makes of a request's body: in a thread if it may take long enough for others to notice.
+
+    A thread for what is done in a fraction of a millisecond would make a request wait twice for a busy processor. A
+    short body may still name a URL.
+    """
+    server: Server = request.app.state.server
+    short = int(request.headers.get("content-length", _SHORT + 1)) <= _SHORT
+    return work() if short and not server.settings.urls else await asyncio.to_thread(work)
 
 
 def json_or_form(schema: Mapping[str, Any]) -> dict[str, Any]:

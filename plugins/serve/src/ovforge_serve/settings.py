@@ -33,6 +33,8 @@ class Settings:
     bounds: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_BOUNDS))
     memory: int | None = None
     """Resident memory above which pipelines that rest are released, the one that rested longest first."""
+    batch: int = 1
+    """Waiting requests that run as one call, if their task can do that."""
     threads: int = 4
     """Calls at a time of a task that may be called from several threads."""
     urls: tuple[str, ...] = ()

@@ -23,9 +23,9 @@ from ovforge.model import OPENVINO_ERRORS, reason_of
 from ovforge.store import parse_object
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Model
-from ovforge_serve.queue import Stop
 from ovforge_serve.server import Server, answers
 from ovforge_serve.settings import HttpError
+from ovforge_serve.stop import Stop
 
 if TYPE_CHECKING:
     import openvino as ov
