@@ -6,16 +6,14 @@ OpenVINO Model Server takes. What a pipeline has no means for (quality, style...
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -31,6 +29,7 @@ from ovforge_serve.runs import adjusted, saved
 from ovforge_serve.server import Server, answers, at_once_or_aside, json_or_form, pipelines_for, received
 from ovforge_serve.settings import HttpError, error_body
 from ovforge_serve.stop import Stop
+from ovforge_serve.streaming import Pieces, streamed
 
 __all__ = ["EditRequest", "GenerationRequest", "add_routes"]
 
@@ -222,17 +221,10 @@ class _Work:
                 }
             )
             return Response(body, media_type="application/json")
-        events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        work = asyncio.create_task(self._stream(inputs, events))
-        work.add_done_callback(lambda _: events.put_nowait(None))
-        first = await events.get()
-        if first is None:
-            work.result()  # raises what refused it
-        return StreamingResponse(_events(first, events, work), media_type="text/event-stream")
+        return await streamed(lambda pieces: self._stream(inputs, pieces), "text/event-stream", _failed)
 
-    async def _stream(self, inputs: Callable[[Sent], dict[str, Any]], events: asyncio.Queue[Any]) -> None:
-        loop, count = asyncio.get_running_loop(), 0
-        wanted = self._asked.partial_images or 0
+    async def _stream(self, inputs: Callable[[Sent], dict[str, Any]], pieces: Pieces) -> None:
+        wanted, count = self._asked.partial_images or 0, 0
 
         def watch(moment: Progress) -> None:
             """Send what is to be seen of the work, at even distances over its steps."""
@@ -244,13 +236,15 @@ class _Work:
             picture = moment.preview()[0]
             event = self._event("partial_image", *self._encoded(picture), partial_image_index=count)
             count += 1
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            pieces.send_from_thread(_sent_event(event), stop)
 
-        pictures, warnings = await self._run(inputs, Stop(watch))
+        stop = Stop(watch)
+        pictures, warnings = await self._run(inputs, stop)
         zero = {"image_tokens": 0, "text_tokens": 0}
         usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": zero}
         for _, data, size in pictures:
-            events.put_nowait(self._event("completed", data, size, usage=usage, warnings=warnings))
+            event = self._event("completed", data, size, usage=usage, warnings=warnings)
+            await pieces.send(_sent_event(event))
 
     async def _run(
         self, inputs: Callable[[Sent], dict[str, Any]], stop: Stop
@@ -311,24 +305,12 @@ class _Work:
         }
 
 
-async def _events(
-    first: dict[str, Any] | None, events: asyncio.Queue[dict[str, Any] | None], work: asyncio.Task[None]
-) -> AsyncIterator[bytes]:
-    """Yield server-sent events until the work is done; if nobody reads them any more, the work ends."""
-    try:
-        event = first
-        while event is not None:
-            yield _sent_event(event["type"], event)
-            event = await events.get()
-        if (error := work.exception()) is not None:
-            known = error if isinstance(error, OvforgeError) else OvforgeError("the run failed")
-            yield _sent_event("error", {"type": "error", **error_body(known)})
-    finally:
-        work.cancel()
+def _sent_event(event: dict[str, Any]) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), as_json(event))
 
 
-def _sent_event(name: str, value: dict[str, Any]) -> bytes:
-    return b"event: " + name.encode() + b"\ndata: " + as_json(value) + b"\n\n"
+def _failed(error: OvforgeError) -> bytes:
+    return _sent_event({"type": "error", **error_body(error)})
 
 
 def _can(served: Served, *fields: str) -> bool:

@@ -22,7 +22,7 @@ from ovforge_serve.pipelines import Served
 from ovforge_serve.server import Server, answers, inputs_of, json_or_form, received
 from ovforge_serve.stop import Stop
 
-__all__ = ["add_routes", "adjusted", "saved"]
+__all__ = ["add_routes", "adjusted", "saved", "suffix_of"]
 
 _PARAMETERS = [
     {
@@ -46,7 +46,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
 def _add_route(app: FastAPI, server: Server, served: Served) -> None:
     async def run(request: Request) -> Response:
         note(pipeline=served.name)
-        suffix = _suffix(served, request.query_params.get("as"))
+        suffix = suffix_of(served, request.query_params.get("as"))
         adapters = _numbers(request.query_params.getlist("adapter"), "adapter")
         controls = _numbers(request.query_params.getlist("control"), "control")
         with server.sent() as sent:
@@ -136,7 +136,7 @@ def _answer(result: Result, sent: Sent, folder: Path, suffix: str | None) -> Any
     ) | {"files": [{"name": name, "type": kind, "base64": data} for name, kind, data in files]}
 
 
-def _suffix(served: Served, asked: str | None) -> str | None:
+def suffix_of(served: Served, asked: str | None) -> str | None:
     """Return the ending of the files to give, None for a result that is JSON alone. Raises InputError."""
     kind = served.task.result_type() or Result
     if asked is None:

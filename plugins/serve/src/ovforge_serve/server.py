@@ -155,14 +155,14 @@ def _scratch_parent() -> Path | None:
 
 def make_app(server: Server) -> Any:
     """Return the ASGI application."""
-    from ovforge_serve import detections, images, runs, status, tensors
+    from ovforge_serve import detections, images, runs, status, tensors, videos
 
     app = FastAPI(
         title="ovforge", version=__version__, lifespan=server.running, docs_url=None, redoc_url=None,
         exception_handlers={OvforgeError: _explain, HTTPException: _explain_http},
     )  # fmt: skip
     app.state.server = server
-    for part in (status, runs, images, detections, tensors):
+    for part in (status, runs, images, detections, videos, tensors):
         part.add_routes(app, server)
     app.openapi = lambda: _openapi(app, server)  # type: ignore[method-assign]
     guarded: Any = Guard(app, server.settings, server.keys, server.metrics, server.log)

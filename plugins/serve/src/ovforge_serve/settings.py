@@ -10,7 +10,7 @@ from ovforge.errors import Cancelled, ConfigError, InputError, OvforgeError
 
 __all__ = ["CLIENT_GONE", "DEFAULT_BOUNDS", "HttpError", "Settings", "error_body", "status_of"]
 
-DEFAULT_BOUNDS: Mapping[str, int] = {"width": 2048, "height": 2048, "steps": 200, "count": 8, "items": 64}
+DEFAULT_BOUNDS: Mapping[str, int] = {"width": 2048, "height": 2048, "steps": 200, "count": 8, "items": 64, "loop": 8}
 """Largest values of inputs with these names; `items` bounds the length of every list."""
 
 CLIENT_GONE = 499

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ovforge.config import InputFile
 
@@ -79,7 +88,12 @@ def _from_base(text: str, info: ValidationInfo) -> str:
     return str(Path(base) / Path(text).expanduser())
 
 
-Input = Annotated[str, AfterValidator(_from_base)]
+Input = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    AfterValidator(_from_base),
+    WithJsonSchema({"type": "string", "format": "path"}),  # by which a server knows that it names a file
+]
 
 
 class VideoInputs(_Part):
