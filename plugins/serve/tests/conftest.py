@@ -113,7 +113,18 @@ def server(
     for port, name in zip([*model.inputs, *model.outputs], "abcxyz", strict=True):
         port.get_tensor().set_names({name})
     ov.save_model(model, folder / "typed.xml")
-    models = ["small=" + str(folder / "small"), folder / "typed.xml", "folder=package:ovforge_lcm/model"]
+    text = ops.parameter([-1, -1], ov.Type.string, name="text")
+    half = ops.parameter([-1], ov.Type.bf16, name="half")
+    echo = ov.Model([ops.result(text, name="text"), ops.result(ops.add(half, half), name="twice")], [text, half])
+    for port, name in zip([*echo.inputs, echo.outputs[1]], ("text", "half", "twice"), strict=True):
+        port.get_tensor().set_names({name})
+    ov.save_model(echo, folder / "echo.xml", compress_to_fp16=False)
+    models = [
+        "small=" + str(folder / "small"),
+        folder / "typed.xml",
+        folder / "echo.xml",
+        "folder=package:ovforge_lcm/model",
+    ]
     return start(*configs.values(), *models)
 
 

@@ -29,8 +29,9 @@ def pool() -> descriptor_pool.DescriptorPool:
     text, number, many = _FIELD.TYPE_STRING, _FIELD.TYPE_UINT64, _FIELD.LABEL_REPEATED
     fields = {
         "ImageGenCalculatorOptions": [
-            ("models_path", 1, text), ("device", 2, text), ("plugin_config", 3, text), ("default_resolution", 5, text),
-            ("default_num_inference_steps", 7, number),
+            ("models_path", 1, text), ("device", 2, text), ("plugin_config", 3, text), ("max_resolution", 4, text),
+            ("default_resolution", 5, text), ("default_num_inference_steps", 7, number),
+            ("max_num_inference_steps", 8, number), ("resolution", 9, text),
         ],
         "Node": [
             ("name", 1, text), ("calculator", 2, text), ("input_stream", 3, text, many), ("output_stream", 4, text, many),
@@ -87,6 +88,34 @@ def test_a_diffusion_pipeline_becomes_one_servable(
     with pytest.raises(InputError, match="is there already"):
         ovms(config, tmp_path / "out")
     ovms(config, tmp_path / "out", force=True)
+
+
+def test_a_graph_says_no_default_that_the_server_refuses(pool: descriptor_pool.DescriptorPool) -> None:
+    """The server has largest sizes and steps of its own, and compiles for an NPU for one size alone."""
+    options = options_of(graph({"width": 8192, "height": 64, "steps": 150}, "CPU", {}), pool)
+    assert (options.default_resolution, options.max_resolution) == ("8192x64", "8192x4096")
+    assert (options.default_num_inference_steps, options.max_num_inference_steps) == (150, 150)
+    npu = options_of(graph({"width": 512, "height": 512}, "NPU", {}), pool)
+    assert (npu.resolution, npu.default_resolution, npu.max_resolution) == ("512x512", "", "")
+    with pytest.raises(InputError, match="size of pictures for an NPU"):
+        graph({"width": 512}, "NPU", {})
+
+
+def test_options_of_the_device_are_written_or_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    testing.small_bundle().save(tmp_path / "model")
+    config = tmp_path / "small.toml"
+    config.write_text(
+        'task = "text-to-image"\nload = "model"\n[device]\nhint = "throughput"\nthreads = 1\nstreams = 2\n'
+        'properties = { ENABLE_CPU_PINNING = false }\n[input]\nwidth = 64\n'
+    )  # fmt: skip
+    ovms(config, tmp_path / "out")
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["model_config_list"][0]["config"]
+    assert entry["plugin_config"] == {
+        "ENABLE_CPU_PINNING": False, "PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 2,
+    }  # fmt: skip
+    model = ov.Core().read_model(tmp_path / "out" / "small" / "1" / "model.xml")
+    ov.Core().compile_model(model, entry["target_device"], entry["plugin_config"])
+    assert "clients give these inputs themselves: width" in capsys.readouterr().err
 
 
 def test_other_models_become_one_servable_each(tmp_path: Path) -> None:

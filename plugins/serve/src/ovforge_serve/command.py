@@ -29,6 +29,9 @@ def serve(
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of every pipeline.")
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where models that are not configs run: CPU, GPU.1, NPU, AUTO:GPU,CPU.")
+    ] = "CPU",
     keys: Annotated[
         Path | None, typer.Option("--keys", help="A file of API keys, one a line: NAME KEY [REQUESTS AT A TIME].")
     ] = None,
@@ -111,7 +114,12 @@ def serve(
         log_inputs=log_inputs,
     )
     serving = Serving(
-        places=configs, overrides=set_ or [], settings=settings, keys=known, cache=None if no_cache else "default"
+        places=configs,
+        overrides=set_ or [],
+        settings=settings,
+        keys=known,
+        cache=None if no_cache else "default",
+        device=device,
     )
     listen(serving.server(), Address(host, port, certificate, private_key), connections=connections, preload=preload)
 

@@ -1,8 +1,8 @@
 """`ovforge export ovms`: a pipeline's models as OpenVINO Model Server serves them.
 
-Source: the server's own export_model.py and its ImageGenCalculatorOptions (github.com/openvinotoolkit/model_server,
-2025). A bundle of the diffusers layout becomes one servable of image generation; of any other, each role becomes a
-model for the Open Inference Protocol.
+Source: the server's own export_model.py, its ImageGenCalculatorOptions and how it reads them (imagegen_init.cpp),
+github.com/openvinotoolkit/model_server, 2026. A bundle of the diffusers layout becomes one servable of image
+generation; of any other, each role becomes a model for the Open Inference Protocol.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ node {{
   }}
 }}
 """
+
+
+_SIZE = {"width", "height"}
+_MOST_SIDE, _MOST_STEPS = 4096, 100
+"""What the server refuses more than, unless the graph says another number."""
+
+_PROPERTIES = {
+    "precision": "INFERENCE_PRECISION_HINT", "hint": "PERFORMANCE_HINT", "threads": "INFERENCE_NUM_THREADS",
+    "streams": "NUM_STREAMS",
+}  # fmt: skip
+"""OpenVINO's properties by the options of its devices."""
 
 
 @export.callback()
@@ -99,11 +110,11 @@ def write_servables(bundle: ModelBundle, config: PipelineConfig, name: str, fold
     """Write models and config.json into a folder; return the servables' names. Raises ModelError for encrypted ones."""
     import openvino as ov
 
-    device = config.device.use.upper()
+    device, properties = _device(config)
     servers: dict[str, list[dict[str, Any]]] = {"model_config_list": [], "mediapipe_config_list": []}
     if _draws(bundle):
         bundle.save(folder / name)
-        (folder / name / "graph.pbtxt").write_text(graph(config.input, device, _properties(config)), encoding="utf-8")
+        (folder / name / "graph.pbtxt").write_text(graph(config.input, device, properties), encoding="utf-8")
         names = [name]
         servers["mediapipe_config_list"] = [{"name": name, "base_path": name}]
     else:
@@ -114,7 +125,7 @@ def write_servables(bundle: ModelBundle, config: PipelineConfig, name: str, fold
             (folder / model / "1").mkdir(parents=True)
             ov.save_model(bundle.models[role], folder / model / "1" / "model.xml", compress_to_fp16=False)
             bundle.models.release(role)
-            entry = {"name": model, "base_path": model, "target_device": device, "plugin_config": _properties(config)}
+            entry = {"name": model, "base_path": model, "target_device": device, "plugin_config": properties}
             servers["model_config_list"].append({"config": entry})
         names = list(roles.values())
     (folder / "config.json").write_text(json.dumps(servers, indent=2) + "\n", encoding="utf-8")
@@ -122,14 +133,29 @@ def write_servables(bundle: ModelBundle, config: PipelineConfig, name: str, fold
 
 
 def graph(inputs: Mapping[str, Any], device: str, properties: Mapping[str, Any]) -> str:
-    """Return the server's graph of image generation, with what a config's [input] says as its defaults."""
+    """Return the server's graph of image generation, with what a config's [input] says as its defaults.
+
+    Raises InputError for an NPU without a size, since the server then compiles for that one alone.
+    """
     options = ['models_path: "./"', f'device: "{device}"']
     if properties:
         options.append(f"plugin_config: {json.dumps(json.dumps(properties))}")
-    if "width" in inputs and "height" in inputs:
-        options.append(f'default_resolution: "{int(inputs["width"])}x{int(inputs["height"])}"')
+    size = (int(inputs["width"]), int(inputs["height"])) if inputs.keys() >= _SIZE else None
+    if device.startswith("NPU"):
+        if size is None:
+            raise InputError(
+                "the server needs to know the size of pictures for an NPU", where="input",
+                hint="Say width and height under [input].",
+            )  # fmt: skip
+        options.append(f'resolution: "{size[0]}x{size[1]}"')
+    elif size is not None:
+        options.append(f'default_resolution: "{size[0]}x{size[1]}"')
+        if max(size) > _MOST_SIDE:
+            options.append(f'max_resolution: "{max(_MOST_SIDE, size[0])}x{max(_MOST_SIDE, size[1])}"')
     if "steps" in inputs:
         options.append(f"default_num_inference_steps: {int(inputs['steps'])}")
+        if int(inputs["steps"]) > _MOST_STEPS:
+            options.append(f"max_num_inference_steps: {int(inputs['steps'])}")
     return _GRAPH.format(options="\n".join(f"      {option}" for option in options))
 
 
@@ -138,9 +164,17 @@ def _draws(bundle: ModelBundle) -> bool:
     return "_class_name" in bundle.index and "vae_decoder" in bundle.models
 
 
-def _properties(config: PipelineConfig) -> dict[str, str]:
-    precision = config.device.options.get("precision", "auto")
-    return {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": str(precision)}
+def _device(config: PipelineConfig) -> tuple[str, dict[str, Any]]:
+    """Return OpenVINO's name of the device, and the properties that the config says."""
+    options = dict(config.device.options)
+    name, index = config.device.use.upper(), options.pop("index", None)
+    properties: dict[str, Any] = dict(options.pop("properties", {}))
+    if options.get("precision") == "auto":
+        del options["precision"]
+    if "hint" in options:
+        options["hint"] = str(options["hint"]).upper()
+    properties |= {_PROPERTIES[key]: value for key, value in options.items() if key in _PROPERTIES}
+    return name if index is None else f"{name}.{index}", properties
 
 
 def _lost(bundle: ModelBundle, config: PipelineConfig) -> Iterator[str]:
@@ -149,6 +183,10 @@ def _lost(bundle: ModelBundle, config: PipelineConfig) -> Iterator[str]:
         yield f"the server takes the model's own scheduler, not the config's ({config.scheduler.use})"
     if bundle.controls:
         yield f"controls keep their first values: {', '.join(bundle.controls)}"
-    known = {"steps", "width", "height"} if _draws(bundle) else set()
+    if other := sorted(config.device.options.keys() - _PROPERTIES.keys() - {"index", "properties"}):
+        yield f"the server does not know these options of the device: {', '.join(other)}"
+    if _draws(bundle) and "steps" not in config.input:
+        yield "requests that name no steps take 50: say steps under [input]"
+    known = {"steps", *(_SIZE if config.input.keys() >= _SIZE else ())} if _draws(bundle) else set()
     if other := sorted(config.input.keys() - known):
         yield f"clients give these inputs themselves: {', '.join(other)}"

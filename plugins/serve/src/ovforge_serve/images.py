@@ -35,8 +35,11 @@ __all__ = ["EditRequest", "GenerationRequest", "add_routes"]
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 _SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+_WITHOUT_EFFECT = (
+    "quality", "style", "background", "complexity", "moderation", "input_fidelity", "output_compression",
+)  # fmt: skip
 _PLAIN = (None, "auto", "standard", "opaque")
-"""Values of fields that a pipeline has no means for, which ask for nothing."""
+"""Fields that a pipeline has no means for, and values of them which ask for nothing."""
 
 
 class GenerationRequest(BaseModel):
@@ -71,6 +74,7 @@ class GenerationRequest(BaseModel):
     quality: str | None = Field(None, description="Has no effect.")
     style: str | None = Field(None, description="Has no effect.")
     background: str | None = Field(None, description="Has no effect.")
+    complexity: str | None = Field(None, description="Has no effect.")
     moderation: str | None = Field(None, description="Has no effect.")
     input_fidelity: str | None = Field(None, description="Has no effect.")
     output_compression: int | None = Field(None, description="Has no effect.")
@@ -90,7 +94,9 @@ class GenerationRequest(BaseModel):
 
     def warnings(self) -> list[str]:
         """Return what was asked for and has no effect."""
-        values = {name: getattr(self, name) for name in ("quality", "style", "background", "output_compression")}
+        values = {
+            name: getattr(self, name) for name in ("quality", "style", "background", "complexity", "output_compression")
+        }
         return [f"{name} has no effect" for name, value in values.items() if value not in _PLAIN]
 
     def inputs(self, served: Served) -> dict[str, Any]:

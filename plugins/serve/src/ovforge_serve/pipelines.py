@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 
 from ovforge import Pipeline, PipelineConfig, Plugins, find_loader, open_model
-from ovforge.errors import ConfigError, InputError, OvforgeError
-from ovforge.model import core
+from ovforge.errors import ConfigError, DeviceError, InputError, OvforgeError
+from ovforge.model import OPENVINO_ERRORS, core, reason_of
 from ovforge_serve.settings import HttpError
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ovforge.contracts import TaskExtension
 
 __all__ = ["Loadable", "Model", "Pipelines", "Served", "is_config", "resident_memory", "split_name"]
+
+_VIRTUAL = ("AUTO", "HETERO", "MULTI")
+"""OpenVINO's devices that stand for others."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -90,14 +93,15 @@ class Served(Loadable):
 
 @dataclass(eq=False, kw_only=True)
 class Model(Loadable):
-    """The models of a file or folder, by role, each compiled for the CPU, with one request each."""
+    """The models of a file or folder, by role, each compiled for a device, with one request each."""
 
     source: str
+    device: str = "CPU"
 
     def load(self, plugins: Plugins, cache: str | None) -> dict[str, ov.InferRequest]:
         """Return role -> a request."""
         bundle = open_model(self.source, cache=cache, plugins=plugins)
-        return {role: core().compile_model(bundle.models[role], "CPU").create_infer_request() for role in bundle.models}
+        return {role: _compiled(bundle.models[role], self.device, f"{self.source}: {role}") for role in bundle.models}
 
 
 class Pipelines(Mapping[str, Served]):
@@ -111,9 +115,11 @@ class Pipelines(Mapping[str, Served]):
         memory: int | None = None,
         threads: int = 1,
         cache: str | None = "default",
+        device: str = "CPU",
         say: Callable[..., None] = lambda *_, **__: None,
         plugins: Plugins | None = None,
     ) -> None:
+        _check_device(device)
         self._plugins = plugins or Plugins()
         self._memory, self._cache, self._say = memory, cache, say
         self._lock = threading.Lock()
@@ -127,7 +133,7 @@ class Pipelines(Mapping[str, Served]):
                 self._served[name] = self._read(name, Path(source), overrides, threads)
             else:
                 find_loader(source, plugins=self._plugins)
-                self.models[name] = Model(name=name, source=source)
+                self.models[name] = Model(name=name, source=source, device=device)
 
     def all(self) -> list[Loadable]:
         """Return pipelines and models."""
@@ -186,6 +192,16 @@ class Pipelines(Mapping[str, Served]):
             _return_memory()
             self._say("released", name=oldest.name, bytes=resident_memory())
 
+    def release(self, served: Loadable) -> bool:
+        """Release what is loaded; say whether it could be, since what is in use cannot."""
+        with self._lock:
+            if served.uses:
+                return False
+            served.content = None
+        _return_memory()
+        self._say("released", name=served.name, bytes=resident_memory())
+        return True
+
     def close(self) -> None:
         """Wait for what still runs, and release all."""
         for served in self.all():
@@ -200,6 +216,26 @@ class Pipelines(Mapping[str, Served]):
 
     def __len__(self) -> int:
         return len(self._served)
+
+
+def _compiled(model: ov.Model, device: str, where: str) -> ov.InferRequest:
+    try:
+        return core().compile_model(model, device).create_infer_request()
+    except OPENVINO_ERRORS as error:
+        raise DeviceError(f"it does not compile: {reason_of(error)}", where=f"{where} on {device}") from error
+
+
+def _check_device(device: str) -> None:
+    """Raise DeviceError if a device, or one of AUTO:GPU,CPU, is not here."""
+    here = core().available_devices
+    for name in re.split(r"[:,]", device):
+        if name not in ("AUTO", "HETERO", "MULTI") and not any(
+            one == name or one.startswith(f"{name}.") for one in here
+        ):
+            raise DeviceError(
+                f"{name!r} is not on this machine, or its driver is missing", where="--device",
+                hint=f"Here are: {', '.join(here) or 'none'}.",
+            )  # fmt: skip
 
 
 def split_name(place: str) -> tuple[str, str]:

@@ -71,13 +71,15 @@ class Serving:
     settings: Settings = field(default_factory=Settings)
     keys: Keys = field(default_factory=Keys)
     cache: str | None = "default"
+    device: str = "CPU"
+    """OpenVINO's name of the device that single models run on."""
 
     def server(self, log: Log | None = None) -> Server:
         """Read the configs, and return a server that has loaded nothing. Raises what planning them raises."""
         log = log or Log()
         pipelines = Pipelines(
             self.places, overrides=self.overrides, memory=self.settings.memory, threads=self.settings.threads,
-            cache=self.cache, say=log,
+            cache=self.cache, device=self.device, say=log,
         )  # fmt: skip
         return Server(pipelines, self.settings, self.keys, log)
 

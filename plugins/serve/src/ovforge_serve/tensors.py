@@ -1,19 +1,17 @@
-"""The Open Inference Protocol (KServe v2) over REST, for single models: metadata, readiness, inference.
+"""The Open Inference Protocol (KServe v2) over REST, for single models: metadata, readiness, inference, what is loaded.
 
 Source: the protocol's text at github.com/kserve/open-inference-protocol, and its extension for binary tensors. A source
-with one role is the model NAME; of one with several, each is NAME.ROLE. Text (BYTES) is not taken.
+with one role is the model NAME; of one with several, each is NAME.ROLE.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge import __version__
@@ -21,6 +19,15 @@ from ovforge.config import checked
 from ovforge.errors import InputError
 from ovforge.model import OPENVINO_ERRORS, reason_of
 from ovforge.store import parse_object
+from ovforge_serve.arrays import (
+    InputTensor,
+    OutputTensor,
+    Parameters,
+    datatype_of,
+    given_tensor,
+    port_name,
+    told_tensor,
+)
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Model
 from ovforge_serve.server import Server, answers
@@ -32,42 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InferenceRequest", "add_routes"]
 
-_TYPES = {
-    "BOOL": "?", "UINT8": "u1", "UINT16": "u2", "UINT32": "u4", "UINT64": "u8",
-    "INT8": "i1", "INT16": "i2", "INT32": "i4", "INT64": "i8", "FP16": "f2", "FP32": "f4", "FP64": "f8",
-}  # fmt: skip
-"""Numpy's little-endian types by the protocol's names."""
-
-_NAMES = {
-    "boolean": "BOOL", "u8": "UINT8", "u16": "UINT16", "u32": "UINT32", "u64": "UINT64", "i8": "INT8", "i16": "INT16",
-    "i32": "INT32", "i64": "INT64", "f16": "FP16", "f32": "FP32", "f64": "FP64", "string": "BYTES",
-}  # fmt: skip
-"""The protocol's names by OpenVINO's."""
-
 _HEADER = "inference-header-content-length"
-
-
-class _Parameters(BaseModel):
-    binary_data_size: int | None = Field(None, ge=0)
-    binary_data: bool = False
-    binary_data_output: bool = False
-
-
-class _Input(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    shape: list[int]
-    datatype: str
-    data: list[Any] | None = None
-    parameters: _Parameters = Field(default_factory=_Parameters)
-
-
-class _Output(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    parameters: _Parameters = Field(default_factory=_Parameters)
 
 
 class InferenceRequest(BaseModel):
@@ -76,9 +48,9 @@ class InferenceRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str = ""
-    inputs: list[_Input]
-    outputs: list[_Output] | None = None
-    parameters: _Parameters = Field(default_factory=_Parameters)
+    inputs: list[InputTensor]
+    outputs: list[OutputTensor] | None = None
+    parameters: Parameters = Field(default_factory=Parameters)
 
 
 def add_routes(app: FastAPI, server: Server) -> None:
@@ -96,7 +68,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v2", summary="The server", tags=["Open Inference Protocol"])
     async def about() -> dict[str, Any]:
-        return {"name": "ovforge", "version": __version__, "extensions": ["binary_tensor_data"]}
+        return {"name": "ovforge", "version": __version__, "extensions": ["binary_tensor_data", "model_repository"]}
 
     @app.get("/v2/health/live", summary="Whether the process answers", tags=["Open Inference Protocol"])
     async def live() -> dict[str, bool]:
@@ -134,6 +106,34 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
         return await server.queue.run(request, model, call)
 
+    @app.post("/v2/repository/index", summary="Models, and whether they are loaded", tags=["Open Inference Protocol"])
+    async def index(request: Request) -> list[dict[str, str]]:
+        content = await request.body()
+        asked = checked(
+            _IndexRequest, parse_object(content or b"{}", "body", size=2**31, error=InputError), where="body"
+        )
+        each = [entry for model in server.pipelines.models.values() for entry in _states(model)]
+        return [entry for entry in each if entry["state"] == "READY" or not asked.ready]
+
+    async def load(request: Request, name: str) -> Response:
+        model, _ = _find(server, name, "1")
+        note(model=model.name)
+        await server.queue.run(request, model, lambda requests, stop: None)
+        return Response()
+
+    async def unload(request: Request, name: str) -> Response:
+        model, _ = _find(server, name, "1")
+        note(model=model.name)
+        if not await asyncio.to_thread(server.pipelines.release, model):
+            raise HttpError(409, f"the model {model.name} is in use", hint="Unload it when its requests have ended.")
+        return Response()
+
+    for action, handler, summary in (("load", load, "Load a model now"), ("unload", unload, "Release a model")):
+        app.add_api_route(
+            f"/v2/repository/models/{{name}}/{action}", handler, methods=["POST"], summary=summary,
+            tags=["Open Inference Protocol"], responses=answers(400, 404), operation_id=f"{action}_model",
+        )  # fmt: skip
+
     for prefix, operation in (("/v2/models/{name}", ""), ("/v2/models/{name}/versions/{version}", "_of_version")):
         tags: list[Any] = ["Open Inference Protocol"]
         common: dict[str, Any] = {"tags": tags, "responses": answers(400, 404)}
@@ -149,6 +149,22 @@ def add_routes(app: FastAPI, server: Server) -> None:
             f"{prefix}/infer", infer, methods=["POST"], summary="Run a model on tensors",
             operation_id=f"infer{operation}", openapi_extra=body, **common,
         )  # fmt: skip
+
+
+class _IndexRequest(BaseModel):
+    """What the extension for repositories takes."""
+
+    ready: bool = False
+
+
+def _states(model: Model) -> list[dict[str, str]]:
+    """Return whether a model is loaded; of one that is, each role by its name."""
+    requests = model.content
+    if requests is None:
+        reason = "it is loaded when it is first used"
+        return [{"name": model.name, "version": "1", "state": "UNAVAILABLE", "reason": reason}]
+    names = [model.name] if len(requests) == 1 else [f"{model.name}.{role}" for role in requests]
+    return [{"name": name, "version": "1", "state": "READY", "reason": ""} for name in names]
 
 
 def _find(server: Server, name: str, version: str) -> tuple[Model, str]:
@@ -173,15 +189,7 @@ def _of_role(requests: Mapping[str, ov.InferRequest], name: str, role: str) -> o
 
 def _port(port: Any) -> dict[str, Any]:
     shape = [-1 if side.is_dynamic else side.get_length() for side in port.get_partial_shape()]
-    return {
-        "name": _port_name(port),
-        "datatype": _NAMES.get(port.get_element_type().get_type_name(), ""),
-        "shape": shape,
-    }
-
-
-def _port_name(port: Any) -> str:
-    return min(port.names) if port.names else str(port.get_node().get_friendly_name())
+    return {"name": port_name(port), "datatype": datatype_of(port), "shape": shape}
 
 
 def _parsed(content: bytes, length: str | None) -> tuple[InferenceRequest, memoryview]:
@@ -197,15 +205,15 @@ def _parsed(content: bytes, length: str | None) -> tuple[InferenceRequest, memor
 
 def _infer(request: ov.InferRequest, name: str, asked: InferenceRequest, binary: memoryview) -> Response:
     compiled = request.get_compiled_model()
-    names = [_port_name(port) for port in compiled.inputs]
+    names = [port_name(port) for port in compiled.inputs]
     numbers = {alias: n for n, port in enumerate(compiled.inputs) for alias in (names[n], *port.names)}
-    given: dict[int, NDArray[Any]] = {}
+    given: dict[int, ov.Tensor] = {}
     for tensor in asked.inputs:
         if tensor.name not in numbers:
             known = ", ".join(names)
             raise InputError(f"there is no input {tensor.name!r}", where="inputs", hint=f"There are: {known}.")
         number = numbers[tensor.name]
-        given[number], binary = _array(tensor, _port(compiled.inputs[number]), binary)
+        given[number], binary = given_tensor(tensor, compiled.inputs[number], binary)
     if len(binary):
         raise InputError(f"{len(binary)} bytes follow the last tensor", where="body")
     missing = [name for n, name in enumerate(names) if n not in given]
@@ -213,53 +221,17 @@ def _infer(request: ov.InferRequest, name: str, asked: InferenceRequest, binary:
         raise InputError(f"each input is given once; missing: {', '.join(missing) or 'none'}", where="inputs")
     wanted = _wanted(asked, compiled.outputs)
     try:
-        request.infer({number: np.ascontiguousarray(array) for number, array in given.items()})
+        request.infer(given)
     except OPENVINO_ERRORS as error:
         raise InputError(f"the model does not take these: {reason_of(error)}", where="inputs") from error
-    return _answer(name, asked.id, [(port, request.get_tensor(port).data, raw) for port, raw in wanted])
-
-
-def _array(tensor: _Input, port: Mapping[str, Any], binary: memoryview) -> tuple[NDArray[Any], memoryview]:
-    """Return a tensor as an array, and the binary data behind it. Raises InputError if it does not fit the input."""
-    where = f"inputs: {tensor.name}"
-    if tensor.datatype != port["datatype"] or tensor.datatype not in _TYPES:
-        raise InputError(f"{tensor.datatype} is not {port['datatype']}, the input's type", where=where)
-    if len(tensor.shape) != len(port["shape"]) or any(
-        side < 0 or fixed not in (-1, side) for side, fixed in zip(tensor.shape, port["shape"], strict=True)
-    ):
-        raise InputError(f"the shape {tensor.shape} does not fit {port['shape']}", where=where)
-    dtype, size = np.dtype(f"<{_TYPES[tensor.datatype]}".replace("<?", "?")), tensor.parameters.binary_data_size
-    elements = math.prod(tensor.shape)
-    if size is not None:
-        if size != elements * dtype.itemsize or size > len(binary) or tensor.data is not None:
-            raise InputError(f"{elements} elements are not {size} bytes, or not all are there", where=where)
-        array = np.frombuffer(binary[:size], np.uint8 if dtype.kind == "b" else dtype)
-        return (array != 0 if dtype.kind == "b" else array).reshape(tensor.shape), binary[size:]
-    return _from_json(tensor.data, dtype, elements, where).reshape(tensor.shape), binary
-
-
-def _from_json(data: Sequence[Any] | None, dtype: np.dtype[Any], elements: int, where: str) -> NDArray[Any]:
-    """Return numbers of JSON, flat or nested, as an array; only what the type holds exactly, but for rounding."""
-    try:
-        array = np.asarray(data)
-        if array.dtype.kind not in "biuf" and array.size:
-            raise ValueError("they are not numbers")
-        if array.size != elements:
-            raise ValueError(f"there are {array.size} of them, and the shape has {elements}")
-        with np.errstate(over="raise", invalid="raise"):
-            cast = array.astype(dtype)
-        if dtype.kind != "f" and not np.array_equal(cast, array):
-            raise ValueError(f"{dtype.name} does not hold them")
-    except (ValueError, OverflowError, FloatingPointError, TypeError) as error:
-        raise InputError(f"the data are wrong: {error}", where=where) from error
-    return cast
+    return _answer(name, asked.id, [(port, request.get_tensor(port), raw) for port, raw in wanted])
 
 
 def _wanted(asked: InferenceRequest, outputs: Sequence[Any]) -> list[tuple[Any, bool]]:
     """Return (output, whether it is given as bytes) in the order that was asked for. Raises InputError."""
     if asked.outputs is None:
         return [(port, asked.parameters.binary_data_output) for port in outputs]
-    known = {alias: port for port in outputs for alias in (_port_name(port), *port.names)}
+    known = {alias: port for port in outputs for alias in (port_name(port), *port.names)}
     for one in asked.outputs:
         if one.name not in known:
             raise InputError(
@@ -270,20 +242,9 @@ def _wanted(asked: InferenceRequest, outputs: Sequence[Any]) -> list[tuple[Any, 
     ]
 
 
-def _answer(name: str, number: str, results: Sequence[tuple[Any, NDArray[Any], bool]]) -> Response:
-    told, pieces = [], []
-    for port, array, raw in results:
-        kind = _NAMES.get(port.get_element_type().get_type_name(), "")
-        if kind not in _TYPES:
-            raise InputError(f"the output {_port_name(port)} is of a type that is not given", where="outputs")
-        entry: dict[str, Any] = {"name": _port_name(port), "datatype": kind, "shape": list(array.shape)}
-        # JSON has no number for what is not finite.
-        if raw or kind == "FP16" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
-            pieces.append(np.ascontiguousarray(array).tobytes())
-            entry["parameters"] = {"binary_data_size": len(pieces[-1])}
-        else:
-            entry["data"] = array.ravel().tolist()
-        told.append(entry)
+def _answer(name: str, number: str, results: Sequence[tuple[Any, ov.Tensor, bool]]) -> Response:
+    parts = [told_tensor(port, tensor, raw) for port, tensor, raw in results]
+    told, pieces = [entry for entry, _ in parts], [content for _, content in parts if content is not None]
     head = json.dumps({"model_name": name, "model_version": "1", "id": number, "outputs": told}).encode()
     if not pieces:
         return Response(head, media_type="application/json")
