@@ -63,7 +63,7 @@ def test_lines_are_those_of_the_pipeline(client: httpx.Client, configs: dict[str
 
 
 def test_a_video_is_a_file_that_was_sent_and_nothing_else(client: httpx.Client, short: Path, server: Any) -> None:
-    """Neither a file of the server, nor a stream or a list that leads to others, nor what is no video."""
+    """Neither a file of the server, nor a stream or a list that leads to others, nor what is not a video."""
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
     for name in (str(short), short.as_uri(), "rtsp://127.0.0.1/x", "/dev/video0", "-", "concat:/etc/hostname"):
         for path, field in (("/v1/videos", "video"), ("/v1/pipelines/video/run", "video")):
