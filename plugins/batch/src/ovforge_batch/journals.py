@@ -77,7 +77,7 @@ class PartsJournal:
     """Numbered files, of which each call of `add` writes one; many small ones become a large one as they come.
 
     A part is written only if its name is free, so that a second batch is found out when it writes. A process that is
-    killed while parts become one leaves both: what stands in a later part counts, and they say the same.
+    killed while parts become one leaves the first of the small ones beside the large one, and lines stand there twice.
     """
 
     gathered = 500
@@ -111,7 +111,7 @@ class PartsJournal:
         parts = [f"{self._folder}/{name}" for name in self._small]
         self._write(b"".join(map(self._place.read, parts)))
         self._small = []
-        for part in parts:
+        for part in reversed(parts):  # so that what is left begins as it did
             self._place.remove(part)
 
     def _write(self, data: bytes) -> str:
