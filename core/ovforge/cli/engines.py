@@ -2,7 +2,7 @@
 
 A distribution adds one by an entry point in the group "ovforge.engines": a callable that takes the options, KEY ->
 VALUE as text, and returns an object with a method for each command that it can work for. The command says what that
-method takes. This is no hook: an engine is no part of a pipeline, nobody names one in a config, and commands need no
+method takes. This is not a hook: an engine is not a part of a pipeline, no config names one, and commands need no
 more of it than its name.
 """
 

@@ -1,4 +1,4 @@
-"""Where a batch's processes are: on this machine, or in the place of an engine that a plugin brings."""
+"""The processes of a batch: on this machine, or wherever an engine of a plugin has them."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Remote:
             raise self._error(f"{name} cannot be removed", error) from error
 
     def _make(self, folder: str) -> None:
-        """Make a folder, where there are folders; if that is refused, writing may still work."""
+        """Make a folder; object stores have none, and if it is refused, writing may still work."""
         if folder not in self._made:
             self._made.add(folder)
             with contextlib.suppress(Exception):

@@ -116,7 +116,7 @@ class SharedCache(Cache):
             "parents": list(entry.parents),
         }  # fmt: skip
         try:
-            with contextlib.suppress(Exception):  # where there are folders
+            with contextlib.suppress(Exception):  # object stores have no folders
                 for name in entry.files:
                     self._files.makedirs(str(PurePosixPath(self._root, folder, name).parent), exist_ok=True)
             for name in entry.files:
