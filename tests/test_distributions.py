@@ -71,7 +71,9 @@ def test_an_empty_or_untrue_readme_is_found(readme: str, problem: str) -> None:
 
 def test_every_plugin_of_the_catalogue_is_in_the_table_of_the_readme_and_is_installed_for_tests() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    # What is heavy, and needed by few, is installed for tests alone.
+    files = ("requirements.txt", "requirements-test.txt")
+    requirements = "".join((ROOT / name).read_text(encoding="utf-8") for name in files)
     for name, record in CATALOGUE.items():
         assert re.search(rf"^\| \[{name}\]\(docs/", readme, re.MULTILINE), name
         folder = PROJECTS[record["distribution"]].relative_to(ROOT).as_posix()

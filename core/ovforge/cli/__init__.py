@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ovforge._exports import lazy
 
 if TYPE_CHECKING:
+    from ovforge.cli.engines import EMBEDDED, Engine, EngineOptions, find_engine
     from ovforge.cli.output import (
         collected_warnings,
         plain,
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
     from ovforge.cli.trust import Trust, check_trust
 
 __all__ = [
+    "EMBEDDED",
+    "Engine",
+    "EngineOptions",
     "Trust",
     "app",
     "check_folder",
     "check_trust",
     "check_writable",
     "collected_warnings",
+    "find_engine",
     "main",
     "plain",
     "print_block",
@@ -53,6 +58,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "engines": ["EMBEDDED", "Engine", "EngineOptions", "find_engine"],
         "output": [
             "collected_warnings",
             "plain",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovforge.cli import Trust
+from ovforge.cli import EMBEDDED, Engine, EngineOptions, Trust
 from ovforge.errors import InputError
 
 if TYPE_CHECKING:
     from ovforge import Progress
-    from ovforge_batch.engine import Engine, Outcome
+    from ovforge_batch.crew import Crew, Outcome
     from ovforge_batch.items import Item
     from ovforge_batch.manifest import Manifest
+    from ovforge_batch.outputs import Remote
 
 __all__ = ["FAILED", "batch"]
 
@@ -29,11 +31,18 @@ _SHOWN = 20
 def batch(
     config: Annotated[Path, typer.Argument(help="The pipeline's config, .toml or .json.")],
     inputs: Annotated[Path, typer.Argument(help="JSON lines: each the task's inputs, and an `id` if you like.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for results and manifest.jsonl.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The folder for results and manifest.jsonl, or a URL of fsspec.")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the config.")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes that work side by side.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-w", min=1, help="Processes that work side by side; by default 1, or the engine's."),
+    ] = None,
+    engine: Engine = EMBEDDED,
+    engine_option: EngineOptions = None,
     retries: Annotated[
         int, typer.Option("--retries", min=0, help="Further tries of an item, if its inputs are not at fault.")
     ] = 2,
@@ -53,12 +62,14 @@ def batch(
     Example: ovforge batch examples/unicorn.toml cats.jsonl -o cats --workers 2
     """
     from ovforge import Plugins
-    from ovforge.cli import check_folder, check_trust, progress_bar
+    from ovforge.cli import check_folder, check_trust, find_engine, progress_bar
     from ovforge.config import PipelineConfig
     from ovforge.store import fingerprint
-    from ovforge_batch.engine import Engine, Order
-    from ovforge_batch.items import count_items
+    from ovforge_batch.crew import Crew
+    from ovforge_batch.engine import Embedded, Order
+    from ovforge_batch.items import count_items, seed_of
     from ovforge_batch.manifest import Manifest
+    from ovforge_batch.outputs import open_output
 
     overrides = set_ or []
     check_trust(config, overrides, trust)
@@ -67,20 +78,28 @@ def batch(
         raise InputError("`task` is missing", where=str(config), hint="Say what the pipeline is for: task = ...")
     suffix = _suffix(Plugins().find("task", pipeline.task.use).extension, kind)
     total = count_items(inputs)
-    check_folder(output)
+    place = open_output(str(output))
+    if isinstance(place, Path):
+        check_folder(place)
+    chosen = find_engine(engine, engine_option, "batch")
     head = {"batch": 1, "config": fingerprint(pipeline.as_dict()), "seed": seed, "ending": suffix}
-    order = Order(config, tuple(overrides), output.resolve(), suffix, seed, retries, None if no_cache else "default")
+    order = Order(pipeline, str(config), config.parent, place, None if no_cache else "default")
+
+    def told(item: Item) -> dict[str, Any]:
+        return {"inputs": item.inputs, "seed": seed_of(seed, item.id), "file": f"{item.id}{suffix}"}
+
     with (
-        Manifest(output, head) as manifest,
+        Manifest(place, head) as manifest,
         progress_bar(quiet or as_json) as progress,
-        Engine(order, workers) as engine,
+        chosen.batch() if chosen else nullcontext(Embedded()) as places,
+        Crew(places, order, min(workers or places.workers, total), retries, told) as crew,
     ):
-        counts = _work(engine, manifest, inputs, total, progress)
-    _report(counts, output, quiet=quiet, as_json=as_json)
+        counts = _work(crew, manifest, inputs, total, progress)
+    _report(counts, place, quiet=quiet, as_json=as_json)
 
 
 def _work(
-    engine: Engine, manifest: Manifest, inputs: Path, total: int, progress: Callable[[Progress], None]
+    crew: Crew, manifest: Manifest, inputs: Path, total: int, progress: Callable[[Progress], None]
 ) -> dict[str, Any]:
     """Run what is not done; return counts, and what failed."""
     from ovforge import Progress
@@ -105,12 +124,11 @@ def _work(
 
     began, done = time.monotonic(), 0
     progress(Progress("batch", 0, total))
-    for outcome in engine.run(left()):
-        record = _record(outcome)
-        manifest.add(record)
-        done += 1
-        if record["status"] == "failed":
-            failed.append(record)
+    for outcomes in crew.run(left()):
+        records = [_record(outcome) for outcome in outcomes]
+        manifest.add(*records)
+        done += len(records)
+        failed += [record for record in records if record["status"] == "failed"]
         seconds = (time.monotonic() - began) / done * (total - before - done)
         progress(Progress("batch", before + done, total, f"{max(0, seconds):.0f} s left"))
     return {"total": total, "before": before, "done": done - len(failed), "failed": failed}
@@ -136,7 +154,7 @@ def _suffix(task: Any, kind: str | None) -> str:
     return suffix
 
 
-def _report(counts: dict[str, Any], output: Path, *, quiet: bool, as_json: bool) -> None:
+def _report(counts: dict[str, Any], output: Path | Remote, *, quiet: bool, as_json: bool) -> None:
     from ovforge.cli import print_json, print_line, print_warning
 
     failed = counts["failed"]

@@ -1,124 +1,112 @@
-"""Processes of this machine that work on a batch, each with the pipeline loaded once."""
+"""The processes of a batch: on this machine, or wherever an engine of a plugin has them."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ovforge.config import PipelineConfig
 from ovforge.errors import OvforgeError, PluginError
 from ovforge.store import run_python
-from ovforge_batch.items import Item, seed_of
+from ovforge_batch.outputs import Remote
 
-__all__ = ["Engine", "Order", "Outcome"]
+__all__ = ["BatchEngine", "Embedded", "Order", "Worker"]
+
+
+class Worker(Protocol):
+    """A process with the pipeline loaded. It is asked one thing at a time."""
+
+    dead: bool
+    """Whether it is lost, so that another one has to be started."""
+
+    def ask(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the runner made of an item; if the process is lost over it, {"error": ..., "again": True}."""
+
+    def end(self) -> None:
+        """Let the process end."""
+
+
+class BatchEngine(Protocol):
+    """What `ovforge batch` asks of an engine: its method `batch` returns one of these.
+
+    `start` makes a process in which `order["runner"]`, an import string, is called with the order, and the object that
+    this returns with each item. It may wait for a free place for as long as `stopped` says no; then, and if the process
+    dies meanwhile, it raises OSError. What the runner raises as an OvforgeError, it raises.
+    """
+
+    workers: int
+    """How many processes have a place now."""
+    here: bool
+    """Whether its processes are this machine's, and write to its folders."""
+
+    def start(self, order: Mapping[str, Any], stopped: Callable[[], bool]) -> Worker:
+        """Return a process that is ready."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What all items have in common."""
+    """What all items of a batch have in common. Paths start at `base`."""
 
-    config: Path
-    overrides: tuple[str, ...]
-    folder: Path
-    suffix: str
-    seed: int
-    retries: int
+    config: PipelineConfig
+    where: str
+    base: Path
+    output: Path | Remote
     cache: str | None = "default"
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an item: `answer` is the worker's, of the last of `attempts` tries."""
-
-    item: Item
-    answer: Mapping[str, Any]
-    attempts: int
-
-
-class Engine:
-    """Runs items in `count` processes, in a `with` block; a process that dies is started again."""
-
-    def __init__(self, order: Order, count: int) -> None:
-        self._order, self._count = order, count
-        self._local = threading.local()
-        self._workers: list[_Worker] = []
-
-    def __enter__(self) -> Engine:
-        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="batch")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.end()
-
-    def run(self, items: Iterator[Item]) -> Iterator[Outcome]:
-        """Yield outcomes as they come; only as many items are read as there are processes, and one more each.
-
-        Raises PluginError if the pipeline cannot be loaded.
-        """
-        waiting: set[Future[Outcome]] = set()
-        for item in items:
-            waiting.add(self._threads.submit(self._try, item))
-            if len(waiting) >= 2 * self._count:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (each.result() for each in done)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (each.result() for each in done)
-
-    def _try(self, item: Item) -> Outcome:
-        if item.problem is not None:
-            return Outcome(item, {"error": item.problem}, 0)
-        attempts = 1
-        while (answer := self._worker().ask(item)).get("again") and attempts <= self._order.retries:
-            attempts += 1
-        return Outcome(item, answer, attempts)
-
-    def _worker(self) -> _Worker:
-        """Return this thread's process, a new one if it has died."""
-        worker: _Worker | None = getattr(self._local, "worker", None)
-        if worker is None or worker.dead:
-            worker = self._local.worker = _Worker(self._order)
-            self._workers.append(worker)
-        return worker
+    def as_json(self, *, here: bool) -> dict[str, Any]:
+        """Return it for a process, which is this machine's or not. Without folder and URL, it returns the files."""
+        output = self.output
+        return {
+            "runner": "ovforge_batch.runner:Runner",
+            "config": self.config.as_dict(),
+            "where": self.where,
+            "base": str(self.base.absolute()),
+            "cache": self.cache,
+            "folder": str(output.resolve()) if isinstance(output, Path) and here else None,
+            "url": output.url if isinstance(output, Remote) and output.is_shared else None,
+        }
 
 
-class _Worker:
+class Embedded:
+    """Processes of this machine."""
+
+    workers, here = 1, True
+
+    def start(self, order: Mapping[str, Any], stopped: Callable[[], bool]) -> Worker:
+        """Return a process that is ready."""
+        return _Process(order)
+
+
+class _Process:
     """One process. A thread waits for its end; its standard input and output are pipes of ours."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    def __init__(self, order: Mapping[str, Any]) -> None:
         self.dead = False
         theirs, ours = os.pipe()
         mine, writes = os.pipe()
         self._to, self._from = os.fdopen(ours, "w", encoding="utf-8"), os.fdopen(mine, encoding="utf-8")
         self._thread = threading.Thread(target=self._live, args=(theirs, writes), daemon=True)
         self._thread.start()
-        told = {"config": str(order.config.absolute()), "overrides": list(order.overrides), "cache": order.cache}
-        first = self._asked(told)
+        first = self._asked(order)
         if not first.get("ready"):
             self.end()
-            why = first.get("refused") or "a process of the batch died while it loaded the pipeline"
-            raise PluginError(str(why), where=str(order.config))
+            if "refused" in first:
+                raise PluginError(str(first["refused"]), where=str(order["where"]))
+            raise ChildProcessError("a process of the batch died while it loaded the pipeline")
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
+    def ask(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what came of an item; a process that dies over it says that another try may help."""
-        order = self._order
-        target = order.folder / f"{item.id}{order.suffix}"
-        told = {
-            "inputs": item.inputs,
-            "seed": seed_of(order.seed, item.id),
-            "file": str(target),
-            "folder": str(order.folder),
-        }
-        return self._asked(told)
+        answer = self._asked(item)
+        if "content" in answer:
+            answer["content"] = {name: base64.b64decode(text) for name, text in answer["content"].items()}
+        return answer
 
     def end(self) -> None:
         """Let the process end when it has done what it does."""
@@ -128,7 +116,7 @@ class _Worker:
         self._thread.join()
         self._from.close()
 
-    def _asked(self, told: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _asked(self, told: Mapping[str, Any]) -> dict[str, Any]:
         try:
             self._to.write(json.dumps(told) + "\n")
             self._to.flush()
