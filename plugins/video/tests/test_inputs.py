@@ -187,7 +187,16 @@ def test_sound_is_copied_in_time_with_the_picture(pipe: Any, tmp_path: Path) -> 
     np.testing.assert_allclose([pictures[0], pictures[-1], heard[0]], [0.5, 2.3, 1.2], atol=0.02)
     with pytest.raises(InputError, match="can hold sound"):
         pipe(video=str(path)).write([tmp_path / "o.265"], audio=True)
-    result = pipe(video=str(path), loop=2)
+    pipe(video=str(path), loop=3, start=0.5, end=2.0).write([tmp_path / "o.mkv"], audio=True)
+    with av.open(str(tmp_path / "o.mkv")) as container:
+        pictures = [frame.time for frame in container.decode(video=0)]
+        container.seek(0)
+        heard = [frame.time for frame in container.decode(audio=0) if frame.to_ndarray().any()]
+    assert len(pictures) == 45
+    np.testing.assert_allclose(np.diff(pictures), 0.1, atol=0.01)
+    beeps = [heard[0], *(late for early, late in itertools.pairwise(heard) if late - early > 0.5)]
+    np.testing.assert_allclose(beeps, [1.2, 2.7, 4.2], atol=0.03)
+    result = pipe(video="a.mp4")
     result.write([tmp_path / "o.mp4"], audio=True)
     assert any("sound is not copied" in warning for warning in result.warnings)
 

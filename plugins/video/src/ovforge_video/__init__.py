@@ -21,6 +21,7 @@ _TRACKERS = (
         False,
     ),
     ("sort", "SORT: place and motion", "sort:Sort", "Sort", True),
+    ("oc-sort", "OC-SORT: last boxes and directions, after SORT", "oc_sort:OcSort", "OcSort", True),
     ("byte-track", "ByteTrack: sure boxes, then weak ones", "byte_track:ByteTrack", "ByteTrack", False),
 )
 """Name, summary, class, options, and whether it needs what is found in each picture."""

@@ -56,6 +56,10 @@ def video(
         ),
     ] = None,
     every: Annotated[int, typer.Option("--every", help="Frames after which it looks at a thing again.")] = 10,
+    reidentify: Annotated[
+        str | None,
+        typer.Option("--reidentify", metavar="MODEL", help="An embedding model that knows things that come back."),
+    ] = None,
     tiles: Annotated[int, typer.Option("--tiles", help="Look at so many parts a side, too: for small things.")] = 1,
     region: Annotated[
         str | None, typer.Option("--region", metavar="X,Y X,Y X,Y", help="A polygon, in shares of width and height.")
@@ -83,6 +87,8 @@ def video(
         str | None, typer.Option("--gst", help="A line of DL Streamer's, instead of all other options.")
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the config, and run nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show the live picture as a page on this machine.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The page's port; 0 is a free one.")] = 0,
     numbers: Annotated[bool, typer.Option("--numbers", help="Print the counts as JSON at the end.")] = False,
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Folder of the cache.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
@@ -126,6 +132,7 @@ def video(
         config = {
             "task": {
                 **task, **({"describe": described} if described else {}),
+                **({"reidentify": {"model": _path(reidentify)}} if reidentify else {}),
                 **({"encode": encode} if encode else {}),
                 **({"detect": {"use": "detect", "batch": batch}} if batch > 1 else {}),
             },
@@ -145,16 +152,24 @@ def video(
 
             folder = Path(made.enter_context(tempfile.TemporaryDirectory()))
             config["input"]["video"] = str(write_clip(folder / "demo.mp4"))
-        _run(config, outputs, audio=audio, numbers=numbers, cache=cache, quiet=quiet)
+        _run(config, outputs, audio=audio, port=port if show else None, numbers=numbers, cache=cache, quiet=quiet)
 
 
 def _run(
-    config: dict[str, Any], outputs: Sequence[str], *, audio: bool, numbers: bool, cache: Path | None, quiet: bool
+    config: dict[str, Any],
+    outputs: Sequence[str],
+    *,
+    audio: bool,
+    port: int | None,
+    numbers: bool,
+    cache: Path | None,
+    quiet: bool,
 ) -> None:
     import ovforge
     from ovforge import Cache
-    from ovforge.cli import check_writable, print_json, print_line, print_warning, progress_bar
+    from ovforge.cli import check_writable, print_json, print_line, print_note, print_warning, progress_bar
     from ovforge_video.result import VideoResult
+    from ovforge_video.show import LivePage
 
     files = [Path(each) for each in outputs if each != "-"]
     for file in files:
@@ -164,7 +179,12 @@ def _run(
     with progress_bar(quiet or lines) as show:
         pipe = ovforge.load(config, cache=store, progress=show)
         result: VideoResult = pipe(progress=show)  # type: ignore[assignment]
-        written = result.write(files, _print_frame if lines else None, audio=audio)
+        with contextlib.ExitStack() as opened:
+            page = None
+            if port is not None:
+                page = opened.enter_context(LivePage(result.streams, port))
+                print_note(f"the live picture: {page.address}")
+            written = result.write(files, _print_frame if lines else None, audio=audio, page=page)
     for warning in result.warnings:
         print_warning(warning)
     if numbers:

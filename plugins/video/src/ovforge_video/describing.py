@@ -22,9 +22,9 @@ from ovforge.errors import ConfigError, ModelError
 from ovforge.model import OPENVINO_ERRORS, core, reason_of
 from ovforge.store import parse_object
 from ovforge_video.frame import Frame
-from ovforge_video.options import DescribeOptions
+from ovforge_video.options import SecondModelOptions
 
-__all__ = ["Describer", "Memory"]
+__all__ = ["Describer", "Memory", "part_of"]
 
 LIMIT = 2**20
 """Largest description, in bytes."""
@@ -88,7 +88,7 @@ class _Description(BaseModel):
 class Describer:
     """A compiled model and what its outputs mean; several threads may use it, each through a `Memory` of its own."""
 
-    def __init__(self, options: DescribeOptions, where: str) -> None:
+    def __init__(self, options: SecondModelOptions, where: str) -> None:
         self.options = options
         path = options.model
         proc = options.proc or path.with_suffix(".json")
@@ -107,6 +107,11 @@ class Describer:
             raise ModelError(f"it cannot be compiled: {reason_of(error)}", where=str(path)) from error
         for place, output in enumerate(description.output_postproc):
             self._outputs.append((self._port(output, place, path.name), self._name(output, path), output))
+
+    @property
+    def embeddings(self) -> list[str]:
+        """The names of the outputs that are given as they are."""
+        return [name for _, name, output in self._outputs if output.converter == "raw_data_copy"]
 
     def request(self) -> ov.InferRequest:
         """Return a request for one thread."""
@@ -171,7 +176,8 @@ class Memory:
                     continue
                 old = known.get(number) if number else None
                 due = old is None or frame.number - old.frame >= describer.options.every
-                if due and frame.found[n] and (part := _part(frame, n)) is not None:
+                part = _part(frame, n) if due and frame.found[n] else None
+                if part is not None:
                     old = _Known(frame.number, frame.seconds, describer.describe(request, part))
                 if old is not None:
                     old.seen = frame.seconds
@@ -184,10 +190,14 @@ class Memory:
 
 
 def _part(frame: Frame, n: int) -> NDArray[np.uint8] | None:
-    """Return the part of a frame's picture that the n-th box holds; None if that is not a pixel."""
     assert frame.picture is not None
-    left, top, right, bottom = np.round(frame.boxes[n]).astype(int).tolist()
-    part = frame.picture[top:bottom, left:right]
+    return part_of(frame.picture, frame.boxes[n])
+
+
+def part_of(picture: NDArray[np.uint8], box: NDArray[np.floating]) -> NDArray[np.uint8] | None:
+    """Return the part of a picture, RGB (height, width, 3), that a box (4,) holds; None if that is not a pixel."""
+    left, top, right, bottom = np.maximum(np.round(box), 0).astype(int).tolist()
+    part = picture[top:bottom, left:right]
     return part if part.size else None
 
 

@@ -26,9 +26,18 @@ class Overlay:
     def __init__(self, options: OverlayOptions) -> None:
         self._options = options
         self._trails: dict[int, tuple[float, deque[tuple[float, float]]]] = {}
+        self._last: tuple[Frame, NDArray[np.uint8]] | None = None
 
     def __call__(self, frame: Frame) -> NDArray[np.uint8]:
-        """Return a copy of the frame's picture, RGB (height, width, 3), with what the options name drawn in."""
+        """Return a copy of the frame's picture, RGB (height, width, 3), with what the options name drawn in.
+
+        Several sinks of a stream share it: what is asked for twice is drawn once, and must not be changed.
+        """
+        if self._last is None or self._last[0] is not frame:
+            self._last = frame, self._drawn(frame)
+        return self._last[1]
+
+    def _drawn(self, frame: Frame) -> NDArray[np.uint8]:
         assert frame.picture is not None
         options = self._options
         canvas = Image.fromarray(frame.picture)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ovforge.errors import ConfigError, InputError, did_you_mean
 from ovforge_video.options import EncodeOptions
 from ovforge_video.reading import av_errors
 
-__all__ = ["SOUND_SUFFIXES", "VIDEO_SUFFIXES", "Encoder", "encoder_name"]
+__all__ = ["SOUND_SUFFIXES", "VIDEO_SUFFIXES", "Encoder", "Sound", "encoder_name"]
 
 _FORMATS = {
     ".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".265": "hevc", ".hevc": "hevc", ".264": "h264", ".h264": "h264",
@@ -59,10 +61,19 @@ def encoder_name(options: EncodeOptions, path: Path) -> str:
     return options.encoder
 
 
+@dataclass(frozen=True)
+class Sound:
+    """Sound that is copied from a file: `passes` are the seconds by which each reading of it is late, as they come."""
+
+    path: str
+    start: float
+    passes: Sequence[float]
+
+
 class Encoder:
     """Writes one video. MP4 is written in fragments, so that what is there of a broken run can be played."""
 
-    def __init__(self, path: Path, options: EncodeOptions, rate: Fraction, audio: str | None = None) -> None:
+    def __init__(self, path: Path, options: EncodeOptions, rate: Fraction, audio: Sound | None = None) -> None:
         self._path, self._options, self._rate = path, options, rate
         self._container: Any = None
         self._stream: Any = None
@@ -167,34 +178,56 @@ class Encoder:
 
 
 class _Audio:
-    """Copies the input's sound unchanged, from the first picture up to the current one."""
+    """Copies the input's sound unchanged, from the first picture up to the current one, once for each reading."""
 
-    def __init__(self, source: str, target: Any, begin: float) -> None:
-        self._input = av.open(f"file:{source}", options={"protocol_whitelist": "file,crypto,data"})
-        self._packets: Iterator[Any] = iter(())
+    def __init__(self, source: Sound, target: Any, begin: float) -> None:
+        self._source, self._pass, self._last = source, 0, -math.inf
+        self._input = av.open(f"file:{source.path}", options={"protocol_whitelist": "file,crypto,data"})
         self._next: Any = None
+        self._packets: Iterator[Any] = iter(())
         if self._input.streams.audio:
-            stream, video = self._input.streams.audio[0], self._input.streams.video[0]
-            self._output = target.add_stream_from_template(stream)
-            zero = video.start_time * video.time_base if video.start_time is not None else 0
-            self._zero = round(zero / stream.time_base)
-            whole = (
-                packet for packet in self._input.demux(stream) if packet.dts is not None and packet.pts is not None
-            )
-            self._packets = (packet for packet in whole if self._seconds(packet) >= begin)
-            self._next = next(self._packets, None)
+            self._stream = self._input.streams.audio[0]
+            self._output = target.add_stream_from_template(self._stream)
+            video = self._input.streams.video[0]
+            zero = video.start_time * video.time_base if video.start_time is not None else Fraction(0)
+            self._zero = round(zero / self._stream.time_base)
+            self._begin(begin)
+
+    def copy(self, target: Any, seconds: float) -> None:
+        """Copy what is heard up to `seconds`, as frames count them."""
+        passes = self._source.passes
+        while self._next is not None:
+            ends = passes[self._pass + 1] + self._source.start if self._pass + 1 < len(passes) else math.inf
+            shift = passes[self._pass]
+            while self._next is not None and shift + self._seconds(self._next) < min(seconds + 1e-6, ends):
+                self._put(target, self._next, round(shift / self._stream.time_base) - self._zero)
+                self._next = next(self._packets, None)
+            if seconds < ends:
+                return
+            self._pass += 1
+            self._begin(self._source.start)
+
+    def close(self) -> None:
+        self._input.close()
+
+    def _begin(self, seconds: float) -> None:
+        """Go to the first packet from `seconds` of the file on."""
+        if self._pass:
+            self._input.seek(self._zero, stream=self._stream, backward=True)
+        whole = (
+            packet for packet in self._input.demux(self._stream) if packet.dts is not None and packet.pts is not None
+        )
+        self._packets = (packet for packet in whole if self._seconds(packet) >= seconds)
+        self._next = next(self._packets, None)
 
     def _seconds(self, packet: Any) -> float:
         """Return when a packet is heard, from the picture's begin."""
         return float((packet.pts - self._zero) * packet.time_base)
 
-    def copy(self, target: Any, seconds: float) -> None:
-        while self._next is not None and self._seconds(self._next) <= seconds:
-            self._next.pts -= self._zero
-            self._next.dts -= self._zero
-            self._next.stream = self._output
-            target.mux(self._next)
-            self._next = next(self._packets, None)
-
-    def close(self) -> None:
-        self._input.close()
+    def _put(self, target: Any, packet: Any, shift: int) -> None:
+        packet.pts += shift
+        packet.dts += shift
+        if packet.dts > self._last:  # the end of one reading may reach into the next
+            self._last = packet.dts
+            packet.stream = self._output
+            target.mux(packet)

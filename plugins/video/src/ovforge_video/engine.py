@@ -25,6 +25,7 @@ from ovforge_video.describing import Describer, Memory
 from ovforge_video.frame import Frame
 from ovforge_video.pipes import Pipe
 from ovforge_video.reading import Reader, Shot
+from ovforge_video.reidentify import Identities, Reidentifier
 
 __all__ = ["Engine", "Lane", "Sink"]
 
@@ -86,10 +87,11 @@ class Engine:
         interval: int = 1,
         inside: Callable[[Boxes, tuple[int, int]], Boxes] | None = None,
         describers: Sequence[Describer] = (),
+        reidentifier: Reidentifier | None = None,
         depth: int = DEPTH,
     ) -> None:
         self.lanes, self._detector, self._interval, self._inside = lanes, detector, interval, inside
-        self._describers = describers
+        self._describers, self._reidentifier = describers, reidentifier
         self._work: Pipe[tuple[NDArray[np.uint8], Promise]] = Pipe(max(2, detector.parallel * detector.batch * 2))
         self._results: Pipe[Frame] = Pipe(max(2, depth))
         self._waiting: list[Pipe[_Waiting]] = [Pipe(depth) for _ in lanes]
@@ -177,6 +179,7 @@ class Engine:
         lane, pipe = self.lanes[place], self._waiting[place]
         tracker, session, first, last = None, -1, 0, 0
         memory = None
+        identities = Identities(self._reidentifier) if self._reidentifier is not None else None
         try:
             for waiting in pipe:
                 shot = waiting.shot
@@ -189,8 +192,11 @@ class Engine:
                     tracker = lane.make_tracker() if lane.make_tracker else None
                     session, first = shot.session, last
                 frame = _frame(lane, shot, found, tracker, self._detector.names, first)
-                last = max(last, int(frame.ids.max(initial=0)))
                 clock = lane.spend("track", clock)
+                last = max(last, int(frame.ids.max(initial=0)))
+                if identities is not None and tracker is not None:
+                    frame = identities(frame)
+                    clock = lane.spend("reidentify", clock)
                 if self._describers:
                     memory = memory or Memory(self._describers)
                     frame = replace(frame, details=memory(frame))

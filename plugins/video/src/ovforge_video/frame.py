@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from ovforge.errors import PluginError
 
-__all__ = ["Frame"]
+__all__ = ["Frame", "labels_of"]
+
+
+def labels_of(classes: NDArray[np.int64], names: Sequence[str]) -> list[str]:
+    """Return the names of classes (n,), positions in `names`."""
+    return [names[n] if 0 <= n < len(names) else f"class {n}" for n in classes.tolist()]
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Frame:
     @property
     def labels(self) -> list[str]:
         """The name of each thing's class."""
-        return [self.names[n] if 0 <= n < len(self.names) else f"class {n}" for n in self.classes.tolist()]
+        return labels_of(self.classes, self.names)
 
     @property
     def words(self) -> list[dict[str, str]]:

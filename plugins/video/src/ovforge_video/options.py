@@ -18,7 +18,15 @@ from pydantic import (
 
 from ovforge.config import InputFile
 
-__all__ = ["DescribeOptions", "EncodeOptions", "OverlayOptions", "VideoInputs", "VideoOptions"]
+__all__ = [
+    "DescribeOptions",
+    "EncodeOptions",
+    "OverlayOptions",
+    "ReidentifyOptions",
+    "SecondModelOptions",
+    "VideoInputs",
+    "VideoOptions",
+]
 
 
 class _Part(BaseModel):
@@ -57,14 +65,25 @@ class EncodeOptions(_Part):
         return self
 
 
-class DescribeOptions(_Part):
-    """A model that looks at each thing: a class, a number or an embedding of it."""
+class SecondModelOptions(_Part):
+    """A model that looks at the part of a frame that a thing takes."""
 
     model: InputFile = Field(description="The model's file (IR, ONNX, ...), which takes one picture.")
     proc: InputFile | None = Field(None, description="Its model-proc .json; by default the one beside the model.")
     labels: list[str] = Field([], description="The classes of things that it looks at; by default all.")
     every: int = Field(10, ge=1, le=100_000, description="It looks at a thing again after so many frames.")
     device: str = Field("CPU", pattern=r"^[A-Z]+(\.\d+)?$", description="CPU, GPU, GPU.1, NPU or AUTO.")
+
+
+class DescribeOptions(SecondModelOptions):
+    """A model that looks at each thing: a class, a number or an embedding of it."""
+
+
+class ReidentifyOptions(SecondModelOptions):
+    """A model whose embedding tells things apart: those that come back get the numbers that they had."""
+
+    likeness: float = Field(0.7, ge=-1, le=1, description="Least cosine of the embeddings of one thing.")
+    memory: float = Field(30.0, gt=0, le=86_400, description="Seconds for which a thing that is gone is remembered.")
 
 
 class VideoOptions(_Part):
@@ -76,6 +95,7 @@ class VideoOptions(_Part):
     lowest: float = Field(0.1, ge=0, le=1, description="Score of the weakest boxes that the tracker gets.")
     tiles: int = Field(1, ge=1, le=8, description="The detector looks at so many overlapping parts a side, too.")
     describe: list[DescribeOptions] = Field([], description="Models that look at each thing that is followed.")
+    reidentify: ReidentifyOptions | None = Field(None, description="A model that knows things that come back.")
     overlay: OverlayOptions = Field(OverlayOptions(), description="What is drawn.")
     encode: EncodeOptions = Field(EncodeOptions(), description="How videos are written.")
 

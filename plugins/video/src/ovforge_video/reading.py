@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 import sys
 import time
@@ -73,6 +74,8 @@ class Reader:
     has_sound: bool = False
     damaged: int = 0
     session: int = 0
+    passes: list[float] = field(default_factory=lambda: [0.0])
+    """Seconds by which each reading of a file comes after the first, as they begin."""
 
     @property
     def live(self) -> bool:
@@ -94,8 +97,6 @@ class Reader:
         number, last, due = 0, -1.0, self.options.start
         size: tuple[int, int] | None = self.options.size
         for seconds, picture in self._pictures(stopped):
-            if self.options.end is not None and seconds >= self.options.end:
-                break
             if self.options.fps:
                 if seconds + 1e-6 < due:
                     continue
@@ -124,23 +125,25 @@ class Reader:
             self.notes.append(note)
 
     def _pictures(self, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
-        if not isinstance(self.source, str):
-            yield from self._files(self.source)
-            return
-        offset = 0.0
         for _ in range(self.options.loop):
-            seconds = 0.0
-            for seconds, frame in self._sessions(self.source, stopped):
-                yield offset + seconds, frame
-            offset += seconds + float(1 / self.rate)
+            late, seconds = self.passes[-1], self.options.start
+            read = self._sessions(self.source, stopped) if isinstance(self.source, str) else self._files(self.source)
+            with contextlib.closing(read):
+                for at, frame in read:
+                    if self.options.end is not None and at >= self.options.end:
+                        break
+                    seconds = at
+                    yield late + seconds, frame
+            self.passes.append(late + seconds + float(1 / self.rate) - self.options.start)
 
-    def _files(self, paths: Sequence[Path]) -> Iterator[tuple[float, Any]]:
-        self.total = len(paths)
-        for number, path in enumerate(paths):
+    def _files(self, paths: Sequence[Path]) -> Generator[tuple[float, Any], None, None]:
+        first = math.ceil(self.options.start * self.rate - 1e-6)
+        self.total = max(1, len(paths) - first) * self.options.loop
+        for number, path in enumerate(paths[first:], start=first):
             image = open_picture(path, self.name, "RGB")
             yield number / float(self.rate), av.VideoFrame.from_image(image)
 
-    def _sessions(self, source: str, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
+    def _sessions(self, source: str, stopped: Callable[[], bool]) -> Generator[tuple[float, Any], None, None]:
         """Yield frames; of a stream that is lost, from where it is found again, of a file, from where it broke off."""
         began, lost, last, opened = time.monotonic(), 0.0, -1.0, False
         while not stopped():

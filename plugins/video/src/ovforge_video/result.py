@@ -13,11 +13,14 @@ from ovforge.contracts import FrameDetector, Progress, Tracker, ignore_progress
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import Boxes, Result
 from ovforge_video.describing import Describer
-from ovforge_video.encoding import SOUND_SUFFIXES, VIDEO_SUFFIXES, encoder_name
+from ovforge_video.drawing import Overlay
+from ovforge_video.encoding import SOUND_SUFFIXES, VIDEO_SUFFIXES, Sound, encoder_name
 from ovforge_video.engine import Engine, Lane, Sink
 from ovforge_video.frame import Frame
-from ovforge_video.options import VideoOptions
+from ovforge_video.options import EncodeOptions, VideoOptions
 from ovforge_video.reading import Reader
+from ovforge_video.reidentify import Reidentifier
+from ovforge_video.show import LivePage
 from ovforge_video.writers import SUFFIXES, path_of, sink
 
 __all__ = ["VideoResult"]
@@ -40,8 +43,14 @@ class VideoResult(Result):
     _options: VideoOptions = field(default_factory=VideoOptions, repr=False)
     _inside: Callable[[Boxes, tuple[int, int]], Boxes] | None = field(default=None, repr=False)
     _describers: Sequence[Describer] = field(default=(), repr=False)
+    _reidentifier: Reidentifier | None = field(default=None, repr=False)
     _progress: Callable[[Progress], None] = field(default=ignore_progress, repr=False)
     _used: bool = field(default=False, repr=False)
+
+    @property
+    def streams(self) -> list[str]:
+        """The names of the streams."""
+        return [reader.name for reader in self._readers]
 
     def __iter__(self) -> Iterator[Frame]:
         """Yield the frames of all streams as they are ready, those of each in order, with their pictures."""
@@ -55,9 +64,17 @@ class VideoResult(Result):
         return self.write([path])
 
     def write(
-        self, paths: Sequence[Path | str], each: Callable[[Frame], None] | None = None, *, audio: bool = False
+        self,
+        paths: Sequence[Path | str],
+        each: Callable[[Frame], None] | None = None,
+        *,
+        audio: bool = False,
+        page: LivePage | None = None,
     ) -> list[Path]:
-        """Read all, and write several files of each stream at once; `each` is called with every frame."""
+        """Read all, and write several files of each stream at once; `each` is called with every frame.
+
+        `audio` copies the sound; a `page` shows the streams as they come.
+        """
         targets = [Path(path) for path in paths]
         for target in targets:
             self.check_path(target)
@@ -67,12 +84,19 @@ class VideoResult(Result):
             raise InputError("no file that is written can hold sound", where="--audio", hint="Write .mp4 or .mkv.")
         several = len(self._readers) > 1
         files = [path_of(target, reader.name, several) for target in targets for reader in self._readers]
-        for frame in self.run(targets, pictures=each is not None, audio=audio):
+        for frame in self.run(targets, pictures=each is not None, audio=audio, page=page):
             if each is not None:
                 each(frame)
         return [file for file in files if file.exists()]
 
-    def run(self, targets: Sequence[Path] = (), *, pictures: bool = False, audio: bool = False) -> Iterator[Frame]:
+    def run(
+        self,
+        targets: Sequence[Path] = (),
+        *,
+        pictures: bool = False,
+        audio: bool = False,
+        page: LivePage | None = None,
+    ) -> Iterator[Frame]:
         """Yield the frames while `targets` are written. Raises InputError if no stream can be read."""
         if self._used:
             raise InputError("the result was read before", where="video", hint="Call the pipeline again.")
@@ -80,10 +104,14 @@ class VideoResult(Result):
         assert self._detector is not None
         lanes = [Lane(reader, self._tracker, keeps_pictures=pictures) for reader in self._readers]
         for lane in lanes:
-            lane.sinks = [_Late(lane.reader, target, len(lanes) > 1, self._options, audio) for target in targets]
+            overlay = Overlay(self._options.overlay)
+            files = [path_of(target, lane.reader.name, len(lanes) > 1) for target in targets]
+            lane.sinks = [_Late(lane.reader, file, self._options.encode, overlay, audio) for file in files]
+            lane.sinks += [page.sink(lane.reader.name, overlay)] if page else []
         engine = Engine(
-            lanes, self._detector, interval=self._options.interval, inside=self._inside, describers=self._describers
-        )
+            lanes, self._detector, interval=self._options.interval, inside=self._inside,
+            describers=self._describers, reidentifier=self._reidentifier,
+        )  # fmt: skip
         things: Counter[str] = Counter()
         seen: set[tuple[str, int]] = set()
         began, done = time.perf_counter(), 0
@@ -101,6 +129,8 @@ class VideoResult(Result):
             self.timings.elapsed = time.perf_counter() - began
             for stage, seconds in self.counts["seconds"].items():
                 self.timings.add(stage, seconds)
+            if page is not None:
+                self.counts["page"] = page.counts
         self._conclude(engine, lanes)
 
     def lines(self) -> list[str]:
@@ -124,7 +154,10 @@ class VideoResult(Result):
         return max(done, sum(total or 0 for total in totals)) if all(totals) else 0
 
     def _note(self, done: int, began: float) -> str:
-        return f"{done / max(1e-6, time.perf_counter() - began):.1f} fps"
+        """Return frames per second and, for files, the time left."""
+        rate = done / max(1e-6, time.perf_counter() - began)
+        left = self._total(done) - done
+        return f"{rate:.1f} fps" + (f", {left / rate:.0f} s left" if left > 0 else "")
 
     def _conclude(self, engine: Engine, lanes: Sequence[Lane]) -> None:
         """Say what was odd about streams. Raises the first error if no stream came to its end."""
@@ -146,33 +179,33 @@ class VideoResult(Result):
 class _Late:
     """A sink that is made with the first frame, when the stream's rate is known."""
 
-    def __init__(self, reader: Reader, target: Path, several: bool, options: VideoOptions, audio: bool) -> None:
-        self._reader, self._options, self._audio = reader, options, audio
-        self._path = path_of(target, reader.name, several)
+    def __init__(self, reader: Reader, path: Path, encode: EncodeOptions, overlay: Overlay, audio: bool) -> None:
+        self._reader, self._path, self._encode, self._overlay, self._audio = reader, path, encode, overlay, audio
         self._sink: Sink | None = None
 
     def write(self, frame: Frame) -> None:
         if self._sink is None:
             audio = self._sound() if self._audio and self._path.suffix.lower() in SOUND_SUFFIXES else None
-            self._sink = sink(self._path, self._options.encode, self._options.overlay, self._reader.rate, audio)
+            self._sink = sink(self._path, self._encode, self._overlay, self._reader.rate, audio)
         self._sink.write(frame)
 
     def close(self, whole: bool) -> None:
         if self._sink is not None:
             self._sink.close(whole)
 
-    def _sound(self) -> str | None:
-        """Return the file that sound is copied from."""
-        if self._reader.has_sound and self._reader.is_file and self._reader.options.loop == 1:
-            return str(self._reader.source)
-        self._reader.say("its sound is not copied: it has none, or it is not a file that is read once")
+    def _sound(self) -> Sound | None:
+        """Return the sound that is copied."""
+        reader = self._reader
+        if reader.has_sound and reader.is_file:
+            return Sound(str(reader.source), reader.options.start, reader.passes)
+        reader.say("its sound is not copied: it has none, or it is not a file")
         return None
 
 
 def _counts(engine: Engine, lanes: Sequence[Lane], frames: int, elapsed: float, things: Counter[str]) -> dict[str, Any]:
     seconds = {"infer": engine.infer_seconds}
     for lane in lanes:
-        for stage in ("decode", "track", "describe", "write"):
+        for stage in ("decode", "track", "reidentify", "describe", "write"):
             seconds[stage] = seconds.get(stage, 0.0) + lane.seconds.get(stage, 0.0)
     shares = {stage: spent / (engine.parallel if stage == "infer" else len(lanes)) for stage, spent in seconds.items()}
     streams = {

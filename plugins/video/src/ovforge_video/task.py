@@ -13,6 +13,7 @@ from ovforge.model import Boxes
 from ovforge_video.describing import Describer
 from ovforge_video.options import VideoInputs, VideoOptions
 from ovforge_video.reading import ReadOptions, readers
+from ovforge_video.reidentify import Reidentifier
 from ovforge_video.result import VideoResult
 from ovforge_video.tiling import Tiled
 
@@ -37,7 +38,13 @@ class Video:
                 f"the task {detect.extension.name!r} does not find things in frames", where="task.detect",
                 hint='Leave it out: "detect" does.',
             )  # fmt: skip
+        if options.reidentify and options.track == NO_TRACKER:
+            raise ConfigError(
+                "without a tracker nothing is followed that could come back", where="task.reidentify",
+                hint="Leave out reidentify, or choose a tracker.",
+            )  # fmt: skip
         self._describers = [Describer(each, f"task.describe.{n}") for n, each in enumerate(options.describe)]
+        self._reidentifier = Reidentifier(options.reidentify) if options.reidentify else None
         self._track: Choice | None = None
         if options.track != NO_TRACKER:
             self._track = context.choose("tracker", options.track, "task.track")
@@ -65,6 +72,7 @@ class Video:
             _options=self._options,
             _inside=_Region(inputs.region) if inputs.region else None,
             _describers=self._describers,
+            _reidentifier=self._reidentifier,
             _progress=progress,
         )
 

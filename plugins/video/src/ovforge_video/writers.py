@@ -13,9 +13,9 @@ from typing import Any
 from ovforge.errors import InputError
 from ovforge.store import csv_table
 from ovforge_video.drawing import Overlay
-from ovforge_video.encoding import VIDEO_SUFFIXES, Encoder
+from ovforge_video.encoding import VIDEO_SUFFIXES, Encoder, Sound
 from ovforge_video.frame import Frame
-from ovforge_video.options import EncodeOptions, OverlayOptions
+from ovforge_video.options import EncodeOptions
 
 __all__ = ["SUFFIXES", "Lines", "Video", "path_of", "sink"]
 
@@ -92,9 +92,9 @@ class Video:
     """Writes annotated frames. Until the end the file is `NAME.part.ENDING`, and can be played."""
 
     def __init__(
-        self, path: Path, encode: EncodeOptions, overlay: OverlayOptions, rate: Fraction, audio: str | None = None
+        self, path: Path, encode: EncodeOptions, overlay: Overlay, rate: Fraction, audio: Sound | None = None
     ) -> None:
-        self._path, self._overlay, self._frames = path, Overlay(overlay), 0
+        self._path, self._overlay, self._frames = path, overlay, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._encoder = Encoder(_part(path), encode, rate, audio)
 
@@ -192,7 +192,7 @@ class _Coco:
 
 
 def sink(
-    path: Path, encode: EncodeOptions, overlay: OverlayOptions, rate: Fraction, audio: str | None = None
+    path: Path, encode: EncodeOptions, overlay: Overlay, rate: Fraction, audio: Sound | None = None
 ) -> Lines | Video:
     """Return what writes a stream to `path`, by its ending."""
     return Lines(path) if path.suffix.lower() in _LINES else Video(path, encode, overlay, rate, audio)

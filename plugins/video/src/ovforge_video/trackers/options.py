@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "ByteTrackOptions",
+    "OcSortOptions",
     "ShortTermOptions",
     "SortOptions",
     "SteadyOptions",
@@ -26,6 +27,14 @@ class SortOptions(_Options):
     overlap: float = Field(0.3, gt=0, le=1, description="Least overlap (IoU) between a box and a prediction.")
     keep: int = Field(1, ge=1, description="Pictures that a thing may be unseen.")
     hits: int = Field(3, ge=1, description="Pictures in a row in which a thing is seen before it counts.")
+
+
+class OcSortOptions(SortOptions):
+    """Options of `oc-sort`, with the paper's defaults."""
+
+    keep: int = Field(30, ge=1, description="Pictures that a thing may be unseen.")
+    momentum: float = Field(0.2, ge=0, le=10, description="What the direction of motion counts beside the overlap.")
+    span: int = Field(3, ge=1, le=100, description="Boxes back to the one that the direction is taken from.")
 
 
 class ByteTrackOptions(_Options):
