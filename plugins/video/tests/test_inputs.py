@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clips import RATE, picture, write_clip
+from clips import RATE, SIDE, picture, write_clip
 from ovforge.errors import InputError
 from ovforge.model import Boxes
 from ovforge_video.reading import Reader, ReadOptions, readers
@@ -159,6 +159,57 @@ def test_odd_files_give_all_their_frames(name: str, frames: int, note: str) -> N
     assert len(seconds) == frames
     assert seconds == sorted(set(seconds))
     assert note in " ".join(reader.notes)
+
+
+def test_files_are_read_by_what_they_hold_and_not_by_what_they_are_called(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", 12).read_bytes()
+    for name in ("video.png", "video.txt", "video"):
+        (tmp_path / name).write_bytes(clip)
+        (reader,) = readers([str(tmp_path / name)], [], ReadOptions())
+        assert sum(1 for _ in reader.shots()) == 12
+    frames = [Image.fromarray(picture(number)) for number in range(5)]
+    for ending in ("gif", "png", "webp"):
+        frames[0].save(tmp_path / f"moves.{ending}", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(tmp_path / "still.gif")
+    for name, count in (("moves.gif", 5), ("moves.png", 5), ("still.gif", 1)):
+        (reader,) = readers([str(tmp_path / name)], [], ReadOptions())
+        assert sum(1 for _ in reader.shots()) == count
+    with pytest.raises(InputError, match="WebP that moves"):
+        readers([str(tmp_path / "moves.webp")], [], ReadOptions())
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        readers(["/dev/null"], [], ReadOptions())
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match="not a frame of it can be read"):
+        list(readers([str(tmp_path / "text.png")], [], ReadOptions())[0].shots())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [("ten.mkv", "ffv1", "yuv420p10le"), ("gray.mkv", "ffv1", "gray"), ("deep.mkv", "ffv1", "gray16le"),
+     ("alpha.mov", "qtrle", "argb"), ("palette.gif", "gif", "rgb8"), ("odd.mkv", "ffv1", "yuv444p12le")],
+)  # fmt: skip
+def test_other_formats_of_pixels_give_the_same_pictures(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
+    path = encode(tmp_path / name, [picture(number) for number in range(5)], codec, pix_fmt)
+    shots = list(Reader("odd", str(path)).shots())
+    for number, shot in enumerate(shots):
+        assert abs(shot.picture.astype(int) - picture(number)).mean() < 20  # a palette of 256 is coarse
+        assert (shot.picture[:, :, 1] > 128).sum() == SIDE * SIDE
+    assert len(shots) == 5
+
+
+def test_frames_keep_uneven_times(tmp_path: Path) -> None:
+    times = [0, 20, 320, 360, 3_600_000, 3_600_010]
+    with av.open(str(tmp_path / "uneven.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, milliseconds in enumerate(times):
+            made = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            made.pts, made.time_base = milliseconds + 7_000_000, Fraction(1, 1000)
+            container.mux(stream.encode(made))
+        container.mux(stream.encode(None))
+    seconds = [shot.seconds for shot in Reader("uneven", str(tmp_path / "uneven.mkv")).shots()]
+    np.testing.assert_allclose(seconds, np.array(times) / 1000, atol=2e-3)
 
 
 def with_sound(path: Path) -> Path:

@@ -18,6 +18,7 @@ import av
 import av.error
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import PICTURE_SUFFIXES, open_picture
@@ -176,7 +177,7 @@ class Reader:
     def _opened(self, source: str, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
         with av_errors(self.name), contextlib.closing(_container(source)) as container:
             if not container.streams.video:
-                raise InputError("it has no video", where=self.name, hint="It holds sound alone: name a video.")
+                raise InputError("it has no video", where=self.name, hint="It holds sound alone, or is damaged.")
             if not self.remote and container.format.name.split(",")[0] in _NESTED:
                 raise InputError(
                     f"it is a list of other files ({container.format.name}), which is not read",
@@ -352,9 +353,9 @@ def _source(text: str, base: Path) -> str | list[Path]:
             )  # fmt: skip
         return text
     path = base / Path(text).expanduser()
-    if path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES and path.suffix.lower() != ".gif":
+    if path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES and _is_still(path):
         return [path]
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return str(path)
     found = (
         sorted(path.iterdir()) if path.is_dir() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
@@ -362,8 +363,23 @@ def _source(text: str, base: Path) -> str | list[Path]:
     pictures = [each for each in found if each.suffix.lower() in PICTURE_SUFFIXES]
     if not pictures:
         what = "no picture is in the folder" if path.is_dir() else "no such file"
+        what = "it is neither a file nor a folder" if path.exists() and not path.is_dir() else what
         raise InputError(what, where=text, hint="Name a video, a folder or pattern of pictures, or an address.")
     return pictures
+
+
+def _is_still(path: Path) -> bool:
+    """Say whether a file that is called a picture is one; FFmpeg reads what is not, or moves."""
+    try:
+        with Image.open(path) as picture:
+            moves = getattr(picture, "is_animated", False) and picture.format in ("GIF", "PNG", "WEBP")
+            if moves and picture.format == "WEBP":
+                raise InputError(
+                    "FFmpeg does not read a WebP that moves", where=str(path), hint="Save it as a GIF or a video."
+                )
+            return not moves
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+        return False
 
 
 def _name(text: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-__all__ = ["Pairs", "assign", "inside", "overlaps"]
+__all__ = ["Pairs", "agreement", "assign", "inside", "middles", "overlaps"]
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -26,6 +26,31 @@ def inside(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> Floats:
     both = _shared(ours, theirs)
     areas = np.broadcast_to(_areas(ours)[:, None], both.shape)
     return np.divide(both, areas, out=np.zeros_like(both), where=areas > 0)
+
+
+def middles(boxes: NDArray[np.floating]) -> Floats:
+    """Return the middles (n, 2) of boxes (n, 4)."""
+    boxes = np.asarray(boxes, np.float64)
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+STILL = 0.1
+"""Share of a thing's sides that it moves by before it has a direction."""
+
+
+def agreement(past: Floats, last: NDArray[np.floating], theirs: NDArray[np.floating]) -> Floats:
+    """Return how well boxes (m, 4) lie in the direction that things moved in, -1/2..1/2, as (n, m).
+
+    `past` (n, k, 2) are the middles of the things' earlier boxes, the oldest first, `last` (n, 4) their last ones. What
+    has hardly moved has no direction: it counts in proportion. Source: the momentum of OC-SORT (Cao et al. 2023).
+    """
+    now, side = middles(last), np.maximum((np.asarray(last)[:, 2:] - np.asarray(last)[:, :2]).mean(1), 1e-9)
+    moved, ahead = now - past[:, 0], middles(theirs)[None] - now[:, None]
+    long, far = np.linalg.norm(moved, axis=1)[:, None], np.linalg.norm(ahead, axis=2)
+    cosine = np.divide((ahead * moved[:, None]).sum(2), long * far, out=np.zeros_like(far), where=long * far > 0)
+    counts = np.clip(long / (STILL * side[:, None]), 0, 1) * np.clip(far / (STILL * side[:, None]), 0, 1)
+    agreed: Floats = counts * (0.5 - np.arccos(np.clip(cosine, -1, 1)) / np.pi)
+    return agreed
 
 
 def _shared(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> Floats:

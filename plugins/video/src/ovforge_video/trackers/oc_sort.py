@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ovforge.model import Boxes, Tracks
 from ovforge_video.trackers.kalman import Motion
-from ovforge_video.trackers.matching import assign, overlaps
+from ovforge_video.trackers.matching import assign, middles, overlaps
 from ovforge_video.trackers.options import OcSortOptions
 from ovforge_video.trackers.tracks import Things, same_class
 
@@ -62,10 +62,10 @@ class OcSort:
 
     def _agreement(self, found: Boxes) -> Floats:
         """Return how well boxes (m) lie in the direction that things (n) moved in, times their scores: -1/2..1/2."""
-        middles = _middles(found.boxes)
-        now = _middles(self._things.boxes)
+        theirs = middles(found.boxes)
+        now = middles(self._things.boxes)
         moved = now - self._past[:, 0]
-        ahead = middles[None] - self._past[:, :1]
+        ahead = theirs[None] - self._past[:, :1]
         length = np.linalg.norm(moved, axis=1)[:, None] * np.linalg.norm(ahead, axis=2)
         cosine = np.divide((ahead * moved[:, None]).sum(2), length, out=np.zeros_like(length), where=length > 0)
         angle = np.where(length > 0, np.arccos(np.clip(cosine, -1, 1)), np.pi / 2)
@@ -79,7 +79,7 @@ class OcSort:
                 self._update_again(thing, found.boxes[row], steps)
         things.see(of, found, rows, where)
         self._mean[of], self._spread[of] = things.motion.mean[of], things.motion.spread[of]
-        self._past[of] = np.concatenate([self._past[of, 1:], _middles(found.boxes[rows])[:, None]], 1)
+        self._past[of] = np.concatenate([self._past[of, 1:], middles(found.boxes[rows])[:, None]], 1)
 
     def _update_again(self, thing: int, box: NDArray[np.float32], steps: int) -> None:
         """Lead a thing that was unseen from its last box to this one by an even way, up to the step before it."""
@@ -95,15 +95,10 @@ class OcSort:
     def _add(self, found: Boxes, where: Numbers) -> None:
         things, count = self._things, len(found)
         things.add(found, where, sure=False)
-        self._past = np.concatenate([self._past, np.tile(_middles(found.boxes)[:, None], (1, self._options.span, 1))])
+        self._past = np.concatenate([self._past, np.tile(middles(found.boxes)[:, None], (1, self._options.span, 1))])
         self._mean = np.concatenate([self._mean, things.motion.mean[len(things) - count :]])
         self._spread = np.concatenate([self._spread, things.motion.spread[len(things) - count :]])
 
     def _keep(self, which: NDArray[np.bool_]) -> None:
         self._things.keep(which)
         self._past, self._mean, self._spread = self._past[which], self._mean[which], self._spread[which]
-
-
-def _middles(boxes: NDArray[np.floating]) -> Floats:
-    boxes = np.asarray(boxes, np.float64)
-    return (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -66,8 +66,11 @@ class ShortTermOptions(_Options):
     """Options of `short-term-imageless`."""
 
     low: float = Field(0.1, ge=0, le=1, description="Score of boxes that may only prolong a track.")
-    rise: float = Field(0.1, ge=0, le=1, description="What a new thing's first box scores above the threshold.")
+    rise: float = Field(
+        0.1, ge=0, le=1, description="What a new thing's first box scores above the threshold, up to a half."
+    )
     overlap: float = Field(0.2, gt=0, le=1, description="Least overlap (IoU) between a box and a prediction.")
+    direction: float = Field(0.3, ge=0, le=10, description="What the direction of motion counts beside the overlap.")
     weak_overlap: float = Field(0.3, gt=0, le=1, description="Overlap (IoU) of a weak box and a prediction.")
     part: float = Field(0.6, gt=0, le=1, description="A box that lies in a thing's by this share begins nothing.")
     hits: int = Field(3, ge=1, description="Times that a thing is found before it counts.")
@@ -77,4 +80,5 @@ class ShortTermOptions(_Options):
 class SteadyOptions(ShortTermOptions):
     """Options of `steady`."""
 
-    likeness: float = Field(0.6, ge=0, le=1, description="Likeness of colours (Bhattacharyya) of a box and its thing.")
+    likeness: float = Field(0.65, ge=0, le=1, description="Likeness of colours (Bhattacharyya) of a box and its thing.")
+    return_likeness: float = Field(0.8, ge=0, le=1, description="The same if it was away, and comes back farther off.")
