@@ -64,6 +64,10 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         text = f'task = "{task}"\nload = "package:ovforge_lcm/model"\n'
         text += '[scheduler]\nuse = "lcm"\n[device]\nprecision = "f32"\n[input]\nsteps = 2\n'
         (folder / f"{name}.toml").write_text(text)
+    (folder / "pencil.toml").write_text(
+        (folder / "lcm.toml").read_text()
+        + '[[transform]]\nuse = "lora"\nmode = "runtime"\npath = "package:ovforge_sd_lora/examples/pencil.safetensors"\n'
+    )
     for task in ("detect", "video"):
         text = f'task = "{task}"\nload = "package:ovforge_grounding_dino/model"\n'
         (folder / f"{task}.toml").write_text(text + '[device]\nprecision = "f32"\n')

@@ -33,8 +33,11 @@ from ovforge_serve.log import Log
 from ovforge_serve.metrics import Metrics
 from ovforge_serve.pipelines import Pipelines, Served
 from ovforge_serve.protocol import bounded_protocol
-from ovforge_serve.queue import Queue, Stop
+from ovforge_serve.queue import Queue
+from ovforge_serve.run import Address, listen
+from ovforge_serve.server import Serving
 from ovforge_serve.settings import HttpError, Settings
+from ovforge_serve.stop import Stop
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ def test_private_addresses_are_refused_in_every_notation(host: str) -> None:
 
 @pytest.fixture
 def elsewhere() -> Iterator[str]:
-    """Return the origin of a server that gives "content" at /, and leads /away and /on to others."""
+    """Return the origin of a server that gives "content" at /, leads /away and /file to others, and drips or ends early."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -164,8 +167,14 @@ def elsewhere() -> Iterator[str]:
                 self.send_header("location", away[self.path])
             else:
                 self.send_response(200)
+            if self.path == "/early":
+                self.send_header("content-length", "99")
             self.end_headers()
-            self.wfile.write(b"content")
+            with contextlib.suppress(OSError):
+                for _ in range(50 if self.path == "/drip" else 0):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+                self.wfile.write(b"content")
 
         def log_message(self, *_: object) -> None: ...
 
@@ -191,9 +200,31 @@ def test_files_come_from_allowed_places_alone(elsewhere: str, monkeypatch: pytes
         (f"{elsewhere}/file", [elsewhere], "not a valid http or https URL"),
         (elsewhere.replace("//", "//user:word@"), [elsewhere], "not a valid"),
         (f"{elsewhere}/", [elsewhere], "larger than 3 bytes"),
+        (f"{elsewhere}/early", [elsewhere], "92 bytes of the file are missing"),
+        (f"{elsewhere}/drip", [elsewhere], "took more than 0.5 s"),
     ):
+        monkeypatch.setattr(remote, "_WHOLE", 0.5 if "drip" in url else 20)
         with pytest.raises(InputError, match=words):
             remote.fetch(url, origins, 3 if "larger" in words else 100)
+
+
+def test_a_name_that_leads_elsewhere_the_second_time_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: the first answer of the name server is public, the next one is not."""
+    answers = iter(["93.184.215.14", "127.0.0.1", "127.0.0.1"])
+    reached: list[Any] = []
+
+    def look_up(host: str, port: int, **_: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
+
+    def connect(place: Any, timeout: float) -> Any:
+        reached.append(place)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(InputError, match="does not give the file"):
+        remote.fetch("http://rebind.test/x", ["http://rebind.test"], 100)
+    assert reached == [("93.184.215.14", 80)]
 
 
 # -- connections ------------------------------------------------------------------------------------------------------
@@ -205,6 +236,8 @@ def bounded() -> Iterator[tuple[str, int]]:
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         body = str(len((await receive())["body"])).encode()
+        if scope["path"] == "/large":
+            body = b"x" * 2**25
         length = str(len(body)).encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": body})
@@ -256,6 +289,23 @@ def test_slow_and_large_requests_end(bounded: tuple[str, int]) -> None:
     kept = HEAD.replace(b"close", b"keep-alive") + b"content-length: 0\r\n\r\n"
     assert spoken(bounded, kept, *[b"G"] * 6).count(b"200 OK") == 1
     assert time.monotonic() - began < 15
+
+
+def test_who_reads_nothing_is_cut_off_and_who_reads_slowly_is_not(bounded: tuple[str, int]) -> None:
+    ask = b"POST /large HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+    with socket.create_connection(bounded, timeout=10) as idle, socket.create_connection(bounded, timeout=10) as slow:
+        for each in (idle, slow):
+            each.sendall(ask)
+        read = 0
+        while read < 2**25 and (piece := slow.recv(2**20)):
+            read += len(piece)
+            time.sleep(0.05)  # more than three times 0.5 s, all in all
+        assert read >= 2**25
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := idle.recv(2**20):
+                got += len(piece)
+        assert got < 2**25
 
 
 def test_connections_are_bounded_and_refused_politely(bounded: tuple[str, int]) -> None:
@@ -345,7 +395,7 @@ def test_what_cannot_be_loaded_is_told_to_the_log_alone(tmp_path: Path, monkeypa
 def test_as_many_calls_run_at_a_time_as_the_task_allows_in_order(width: int) -> None:
     """Eight requests for one pipeline and a queue of four: who waits is served in order, one more is refused."""
     running, most, order = 0, 0, list[int]()
-    lock = threading.Lock()
+    lock, go = threading.Lock(), threading.Event()
 
     class Connected:
         async def receive(self) -> Any:
@@ -355,7 +405,7 @@ def test_as_many_calls_run_at_a_time_as_the_task_allows_in_order(width: int) -> 
         served = Served(name="x", config=None, base=Path(), task=None, width=width, content=object())  # type: ignore[arg-type]
         every: Any = Pipelines([])
         every._served["x"] = served
-        queue = Queue(every, Settings(queue=4, timeout=30), Metrics(every))
+        queue = Queue(every, Settings(queue=4, timeout=60), Metrics(every))
 
         def call(number: int) -> Any:
             def work(content: Any, stop: Stop) -> int:
@@ -364,7 +414,7 @@ def test_as_many_calls_run_at_a_time_as_the_task_allows_in_order(width: int) -> 
                     running += 1
                     most = max(most, running)
                     order.append(number)
-                time.sleep(0.1)
+                assert go.wait(60)
                 with lock:
                     running -= 1
                 return number
@@ -375,6 +425,9 @@ def test_as_many_calls_run_at_a_time_as_the_task_allows_in_order(width: int) -> 
         for number in range(4 + width + 1):
             asks.append(asyncio.create_task(queue.run(Connected(), served, call(number))))  # type: ignore[arg-type]
             await asyncio.sleep(0.01)
+        while len(order) < width:
+            await asyncio.sleep(0.01)
+        go.set()
         return await asyncio.gather(*asks, return_exceptions=True)
 
     *answered, refused = asyncio.run(ask_all())
@@ -432,3 +485,20 @@ def test_names_and_hosts_are_checked(tmp_path: Path) -> None:
         serve(["x.toml"], host="0.0.0.0")
     with pytest.raises(ConfigError, match="TLS needs both"):
         serve(["x.toml"], certificate=tmp_path)
+    for options in ({"cors": ["*"]}, {"allow_url": ["file:///"]}):
+        with pytest.raises(InputError, match="not a valid http or https URL") as caught:
+            serve(["x.xml"], **options)  # type: ignore[arg-type]
+        assert caught.value.where in ("--cors", "--allow-url")
+
+
+def test_where_it_cannot_listen_is_said(tmp_path: Path) -> None:
+    server: Any = Serving(places=[]).server(Log(open("/dev/null", "w")))  # noqa: SIM115, PTH123
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, number, words in (("127.0.0.1", port, "in use"), ("192.0.2.1", 0, "cannot listen there: "), ("::::", 0, "cannot listen there: ")):  # fmt: skip
+            with pytest.raises(ConfigError, match=words) as caught:
+                listen(server, Address(host, number))
+            assert caught.value.where == f"{host}:{number}"
+    (tmp_path / "x.pem").write_text("no certificate")
+    with pytest.raises(ConfigError, match="certificate and its key cannot be used"):
+        listen(server, Address("127.0.0.1", 0, tmp_path / "x.pem", tmp_path / "x.pem"))

@@ -197,6 +197,37 @@ def test_openais_client_edits_where_the_mask_is_transparent(
         official.images.edit(image=("x.png", photo), prompt=PROMPT, model="lcm")
 
 
+def test_openais_client_edits_in_streams_and_with_one_of_several(official: openai.OpenAI, photo: bytes) -> None:
+    own = {"rng_seed": 1, "num_inference_steps": 3}
+    asked: Any = {"image": [("x.png", photo)], "prompt": PROMPT, "model": "edit", "extra_body": own}
+    whole = official.images.edit(**asked, n=1, size="auto", quality="high", input_fidelity="high")
+    assert whole.model_extra == {"warnings": ["quality has no effect", "input_fidelity has no effect"]}
+    events = list(official.images.edit(**asked, stream=True, partial_images=1))
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert np.array_equal(pixels(events[1].b64_json), pixels(whole.data[0].b64_json))
+    for broken, words in (({"image": []}, "one picture"), ({"image": [("x", photo)] * 2}, "one picture")):
+        with pytest.raises(openai.BadRequestError, match=words) as caught:
+            official.images.edit(**{**asked, **broken})
+        assert (caught.value.param, caught.value.type) == ("image", "invalid_request_error")
+
+
+def test_weights_of_adapters_hold_for_one_request(official: openai.OpenAI, configs: dict[str, Path]) -> None:
+    pipeline: Any = ovforge.load(configs["pencil"])
+    (name,) = pipeline.adapters
+
+    def made(**weights: float) -> NDArray[np.int64]:
+        body = {"rng_seed": 5, **({"lora_weights": weights} if weights else {})}
+        answer = official.images.generate(prompt=PROMPT, model="pencil", extra_body=body)
+        return pixels(answer.data[0].b64_json if answer.data else None)
+
+    plain = np.asarray(pipeline(PROMPT, seed=5).images[0], int)
+    pipeline.adapters.set({name: 0.25})
+    weaker = np.asarray(pipeline(PROMPT, seed=5).images[0], int)
+    assert not np.array_equal(plain, weaker)
+    for expected, weights in ((plain, {}), (weaker, {name: 0.25}), (plain, {})):
+        assert np.array_equal(made(**weights), expected)
+
+
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +260,13 @@ def test_no_client_reads_a_file_of_the_server(client: httpx.Client, server: Any,
         (b'{"prompt": "\\ud800"}', "application/json", 400, "lone surrogate"),
         (b"[]", "application/json", 400, "expected a JSON object"),
         (b"prompt=x", "application/x-www-form-urlencoded", 415, "is not taken"),
-        (b"--x\r\n", "multipart/form-data; boundary=x", 400, ""),
+        (b"--x\r\n", "multipart/form-data; boundary=x", 400, "does not end with its boundary"),
+        (b"x", "multipart/form-data", 400, ""),
+        (b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx', "multipart/form-data; boundary=x", 400,
+         "does not end with its boundary"),
+        (b"--x\r\n" + b"a: b\r\n" * 100_000 + b"\r\nx\r\n--x--\r\n", "multipart/form-data; boundary=x", 400, ""),
+        (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n' * 300 + b"--x--\r\n",
+         "multipart/form-data; boundary=x", 400, "Too many fields"),
         (b'{"prompx": "x"}', "application/json", 400, "Did you mean 'prompt'?"),
         (b'{"prompt": "x", "width": 4096}', "application/json", 400, "more than 2048"),
         (b'{"prompt": ["x", "x", "x"], "count": 3}', "application/json", 400, "9 results are more than 8"),
@@ -242,6 +279,16 @@ def test_bad_bodies_are_refused_in_words(client: httpx.Client, body: bytes, kind
     answer = client.post("/v1/pipelines/lcm/run", content=body, headers={"content-type": kind})
     assert answer.status_code == status, answer.text
     assert words in answer.text
+
+
+@pytest.mark.parametrize("ending", ["../../x.png", "..%2fx.png", "/x.png", "%00png", ".", "", "exe", "x.png"])
+def test_the_ending_of_a_file_is_not_a_path(client: httpx.Client, server: Any, ending: str) -> None:
+    before = set(server.scratch.parent.rglob("*"))
+    for name in ("lcm", "video"):
+        answer = client.post(f"/v1/pipelines/{name}/run?as={ending}", json={"prompt": PROMPT})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "as")
+    assert client.post(f"/v1/videos?as={ending}", files={"video": b"x"}).status_code == 400
+    assert set(server.scratch.parent.rglob("*")) == before
 
 
 def test_pictures_that_are_bombs_or_programs_are_refused(client: httpx.Client, photo: bytes) -> None:

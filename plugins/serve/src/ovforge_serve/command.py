@@ -42,7 +42,8 @@ def serve(
     private_key: Annotated[Path | None, typer.Option("--tls-key", help="TLS: its private key, .pem.")] = None,
     preload: Annotated[bool, typer.Option("--preload", help="Load all pipelines before the first request.")] = False,
     memory: Annotated[
-        float | None, typer.Option("--memory", metavar="GB", help="Release pipelines that rest above so much memory.")
+        float | None,
+        typer.Option("--memory", min=0, metavar="GB", help="Release what rests above so much memory."),
     ] = None,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait.")] = 64,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds of one request, with waiting.")] = 300,
@@ -53,7 +54,7 @@ def serve(
         int, typer.Option("--threads", min=1, help="Calls at a time of tasks that may be called from several threads.")
     ] = 4,
     connections: Annotated[int, typer.Option("--connections", min=1, help="Most connections that may be open.")] = 1000,
-    max_body: Annotated[float, typer.Option("--max-body", metavar="MB", help="Size of a request.")] = 16,
+    max_body: Annotated[float, typer.Option("--max-body", min=0.001, metavar="MB", help="Size of a request.")] = 16,
     max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="Pixels of a picture that is sent.")] = 2**24,
     bound: Annotated[
         list[str] | None,
@@ -108,8 +109,8 @@ def serve(
         memory=None if memory is None else int(memory * 1e9),
         batch=batch,
         threads=threads,
-        urls=tuple(origin_of(url) for url in allow_url or []),
-        origins=tuple(cors or []),
+        urls=tuple(origin_of(url, "--allow-url") for url in allow_url or []),
+        origins=tuple(origin_of(url, "--cors") for url in cors or []),
         hosts=_LOOPBACK if _is_loopback(host) else (),
         log_inputs=log_inputs,
     )

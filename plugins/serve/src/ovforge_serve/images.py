@@ -94,10 +94,7 @@ class GenerationRequest(BaseModel):
 
     def warnings(self) -> list[str]:
         """Return what was asked for and has no effect."""
-        values = {
-            name: getattr(self, name) for name in ("quality", "style", "background", "complexity", "output_compression")
-        }
-        return [f"{name} has no effect" for name, value in values.items() if value not in _PLAIN]
+        return [f"{name} has no effect" for name in _WITHOUT_EFFECT if getattr(self, name) not in _PLAIN]
 
     def inputs(self, served: Served) -> dict[str, Any]:
         """Return the task's inputs. Raises InputError for one that the task does not have."""

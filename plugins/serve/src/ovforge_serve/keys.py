@@ -48,7 +48,11 @@ class Keys:
         Errors name the line, and never show the key.
         """
         keys = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file else (), start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines() if file else []
+        except UnicodeDecodeError as error:
+            raise ConfigError("it is not text in UTF-8", where=str(file)) from error
+        for number, line in enumerate(lines, start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue

@@ -1,4 +1,4 @@
-"""The connection: bounded in number, and in the time that a request's head may take."""
+"""The connection: bounded in number, in the time that a request's head may take, and in that of a reader who stops."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["bounded_protocol"]
 
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+_PATIENCE = 3
+"""How many times longer than a request's head may take a client may read nothing."""
 
 
 def bounded_protocol(most: int, seconds: float) -> type[H11Protocol]:
-    """Return uvicorn's protocol for at most `most` connections; a request's head must be there within `seconds`."""
+    """Return uvicorn's protocol for at most `most` connections; a request's head must be there within `seconds`.
+
+    A client that reads nothing of its answer for three times as long is cut off.
+    """
 
     class Bounded(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -35,7 +41,32 @@ def bounded_protocol(most: int, seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
+            self._reads()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            """Watch whether the client reads: what it does not read is held, after the request has ended as well."""
+            super().pause_writing()
+            self._watch(self.transport.get_write_buffer_size())
+
+        def resume_writing(self) -> None:
+            self._reads()
+            super().resume_writing()
+
+        def _watch(self, size: int) -> None:
+            self._stalled = self.loop.call_later(_PATIENCE * seconds, self._end_unless_read, size)
+
+        def _end_unless_read(self, before: int) -> None:
+            size = self.transport.get_write_buffer_size()
+            if size >= before:
+                self.transport.abort()
+            else:
+                self._watch(size)
+
+        def _reads(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
 
         def _between(self) -> bool:
             """Say whether no request is in work, so that the next one's head is awaited."""

@@ -6,10 +6,12 @@ second answer of the name server cannot lead elsewhere. Redirects pass the same 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from urllib.parse import urljoin, urlsplit
@@ -46,15 +48,15 @@ def fetch(url: str, origins: Sequence[str], size: int) -> bytes:
     raise InputError(f"it is redirected more than {_REDIRECTS} times", where="url")
 
 
-def origin_of(url: str) -> str:
+def origin_of(url: str, where: str = "url") -> str:
     """Return scheme://host[:port] of a URL. Raises InputError for one that is not valid, or holds a password."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise InputError("it is not a valid URL", where="url") from error
+        raise InputError("it is not a valid URL", where=where) from error
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-        raise InputError("it is not a valid http or https URL without a password", where="url")
+        raise InputError("it is not a valid http or https URL without a password", where=where)
     default = 443 if parts.scheme == "https" else 80
     name = f"[{host}]" if ":" in host else host
     return f"{parts.scheme}://{name}" + (f":{port}" if port not in (None, default) else "")
@@ -68,9 +70,15 @@ def _get(url: str, size: int, deadline: float) -> tuple[bytes, str | None]:
     connection = http.client.HTTPConnection(host, port, timeout=_CONNECT)
     # The connection is made here, to the address that was checked; http.client only speaks over it.
     connection.sock = socket.create_connection((public_address(host, port), port), timeout=_CONNECT)
+    # Each read has a time of its own, and a server that sends byte by byte would never use it up.
+    end = threading.Timer(max(0.0, deadline - time.monotonic()), _shut, (connection,))
+    end.start()
     try:
         if secure:
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+            connection.sock = tls = ssl.create_default_context().wrap_socket(
+                connection.sock, server_hostname=host, do_handshake_on_connect=False
+            )
+            tls.do_handshake()
         path = parts.path or "/"
         connection.request("GET", f"{path}?{parts.query}" if parts.query else path, headers={"accept": "*/*"})
         answer = connection.getresponse()
@@ -83,11 +91,19 @@ def _get(url: str, size: int, deadline: float) -> tuple[bytes, str | None]:
             content += part
             if len(content) > size:
                 raise InputError(f"the file is larger than {size} bytes", where="url")
-            if time.monotonic() > deadline:
-                raise InputError(f"the file took more than {_WHOLE:g} s", where="url")
+        if time.monotonic() > deadline:
+            raise InputError(f"the file took more than {_WHOLE:g} s", where="url")
+        if answer.length:
+            raise InputError(f"{answer.length} bytes of the file are missing", where="url")
         return bytes(content), None
     finally:
+        end.cancel()
         connection.close()
+
+
+def _shut(connection: http.client.HTTPConnection) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def public_address(host: str, port: int) -> str:

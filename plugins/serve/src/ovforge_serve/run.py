@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import logging
+import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -37,10 +42,13 @@ class _Uvicorn(uvicorn.Server):
     """Says where it listens, and lets runs go on for as long as a request may take."""
 
     async def startup(self, sockets: object = None) -> None:
+        if self.config.is_ssl:  # a handshake comes before the protocol, which bounds all that follows
+            loop: Any = asyncio.get_running_loop()
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=_HEAD)
         await super().startup(sockets)  # type: ignore[arg-type]
         for server in getattr(self, "servers", ()):
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
+            for each in server.sockets:
+                host, port = each.getsockname()[:2]
                 name = f"[{host}]" if ":" in host else host
                 print_line(f"{'https' if self.config.is_ssl else 'http'}://{name}:{port}")
 
@@ -49,26 +57,39 @@ def listen(server: Server, address: Address, *, connections: int = 1000, preload
     """Serve until SIGINT or SIGTERM. Raises ConfigError if the address or the certificate cannot be used."""
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())
     _allow_files(connections + _OTHER_FILES)
+    listening = _listening(address)
     if preload:
         for served in server.pipelines.all():
             with server.pipelines.use(served):
                 pass
     config = uvicorn.Config(
-        make_app(server), host=address.host, port=address.port, http=bounded_protocol(connections, _HEAD), ws="none",
+        make_app(server), http=bounded_protocol(connections, _HEAD), ws="none", loop="asyncio",
         ssl_certfile=address.certificate, ssl_keyfile=address.private_key, log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=_IDLE, lifespan="on",
         timeout_graceful_shutdown=int(server.settings.timeout) + 1,
     )  # fmt: skip
     try:
         config.load()
-        running = _Uvicorn(config)
-        running.run()
     except OSError as error:
-        raise ConfigError(f"cannot listen there: {error}", where=f"{address.host}:{address.port}") from error
-    except SystemExit as error:  # uvicorn has logged why
         raise ConfigError(
-            "cannot listen there", where=f"{address.host}:{address.port}", hint="Name a free --port."
+            f"the certificate and its key cannot be used: {error.strerror or error}",
+            where=f"--tls-cert {address.certificate} --tls-key {address.private_key}",
+            hint="Both are files in PEM form, and belong together.",
         ) from error
+    _Uvicorn(config).run(sockets=[listening])
+
+
+def _listening(address: Address) -> socket.socket:
+    """Return a socket at an address. Raises ConfigError that says why there can be none."""
+    where = f"{address.host}:{address.port}"
+    try:
+        family, *_, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(place[:2], family=family)
+    except OSError as error:
+        hint = "Name a free --port." if error.errno == errno.EADDRINUSE else "Name an address of this machine."
+        raise ConfigError(f"cannot listen there: {error.strerror or error}", where=where, hint=hint) from error
 
 
 def _allow_files(wanted: int) -> None:

@@ -142,13 +142,15 @@ def suffix_of(served: Served, asked: str | None) -> str | None:
     if asked is None:
         first = next((suffix for suffix in kind.suffixes if suffix), None)
         return None if first == ".json" else first
-    suffix = f".{asked.lower().removeprefix('.')}"
+    ending = asked.lower().removeprefix(".")
     try:
-        kind.check_path(f"result{suffix}")
+        if not (ending.isascii() and ending.isalnum()):  # it becomes a part of a path
+            raise InputError(f"{asked!r} is not the ending of a file", hint="Write it as: ?as=.png")
+        kind.check_path(f"result.{ending}")
     except InputError as error:
         error.where = "as"
         raise
-    return suffix
+    return f".{ending}"
 
 
 def _numbers(texts: Sequence[str], where: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -187,6 +188,9 @@ async def received(request: Request) -> dict[str, Any]:
     if kind != "multipart/form-data":
         raise HttpError(415, f"{kind or 'nothing'} is not taken", hint="Send application/json or multipart/form-data.")
     found: dict[str, Any] = {}
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+    if b"--%s--" % boundary not in await request.body():  # what was cut off would be left out in silence
+        raise InputError("the form does not end with its boundary", where="body")
     async with request.form(max_files=_FIELDS, max_fields=_FIELDS, max_part_size=2**31) as form:
         for name, part in form.multi_items():
             value = await part.read() if isinstance(part, UploadFile) else part
