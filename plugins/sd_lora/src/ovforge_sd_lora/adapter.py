@@ -17,7 +17,7 @@ from ovforge.errors import ConfigError, ModelError
 from ovforge.model import Source
 from ovforge_sd_lora import kinds
 from ovforge_sd_lora.config import PeftConfig, config_of, read_configs
-from ovforge_sd_lora.families import foreign_family
+from ovforge_sd_lora.families import Family, foreign_family
 from ovforge_sd_lora.names import Key, flat, foreign_kind, parse_key, word_of
 from ovforge_sd_lora.relative import RELATIVE, relative_kind
 from ovforge_sd_lora.tensors import TensorFile
@@ -44,6 +44,7 @@ class Module:
     `keys` is tensor -> key in the file; `shape` that of what is added, () if the layer's own shape decides.
     `factor` is what the delta is multiplied by at strength 1: alpha / rank. `start` says how training changed the base
     for its start ("pissa", "olora"), which is made up for; `settings` is what PEFT's config says of the kind.
+    `rows` are the (begin, end) of its rows that a layer takes, of which the file has several in one; () for all.
     """
 
     role: str | None
@@ -57,11 +58,27 @@ class Module:
     on_bias: bool = False
     start: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def dora(self) -> bool:
         """Whether magnitudes are apart."""
         return "magnitude" in self.keys or "dora_scale" in self.keys
+
+    @property
+    def by_input(self) -> bool:
+        """Whether DoRA's magnitudes are inputs': LyCORIS stores those as (1, in), and those of outputs as (out, 1)."""
+        if "dora_scale" not in self.keys:
+            return False
+        shape = self.file.tensors[self.keys["dora_scale"]].shape
+        return len(shape) > 1 and shape[0] == 1 and shape[1] != 1
+
+    def own(self, value: Array) -> Array:
+        """Return the rows of an array of the file's whole layer that are this module's."""
+        if not self.rows:
+            return value
+        taken = [value[begin:end] for begin, end in self.rows]
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
     @property
     def relative(self) -> bool:
@@ -86,7 +103,7 @@ class Module:
 
     def delta(self) -> Array:
         """Return what is added at strength 1, float32, in `shape`; of kinds that need no weight for it."""
-        added = kinds.delta(self.kind, self.tensors())
+        added = self.own(kinds.delta(self.kind, self.tensors()))
         return added * np.float32(self.factor) if self.factor != 1 else added
 
     def misfit(self, weight: tuple[int, ...]) -> str:
@@ -113,14 +130,19 @@ class Adapter:
     metadata: Mapping[str, str]
     unknown: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = field(default=())
-    family: str | None = None
+    family: Family | None = None
     words: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
     def width(self) -> int | None:
         """Return how wide the cross-attention is that it was trained on, where it has a part there."""
         for module in self.modules:
-            if module.role == "unet" and re_cross(module.name) and len(module.shape) > 1:
+            if (
+                module.role in (None, "unet")
+                and self.family is None
+                and re_cross(module.name)
+                and len(module.shape) > 1
+            ):
                 return module.shape[1]
         return None
 
@@ -165,7 +187,9 @@ def open_adapter(path: Path, name: str, adapter: str | None = None) -> Adapter:
             f"the file also brings the words {', '.join(words)}: to use them, add a transform "
             f'"textual-inversion" with the same path'
         )
-    family = foreign_family(module.name for module in modules if module.role in (None, "unet"))
+    family = foreign_family(module.name for module in modules if module.role in (None, "unet", "transformer"))
+    if family is not None and family.fits:  # kohya's and ComfyUI's prefixes are the same for UNets
+        modules = [replace(each, role="transformer") if each.role in (None, "unet") else each for each in modules]
     return Adapter(
         name, tensors.where, tuple(modules), tensors.metadata, tuple(unknown), tuple(notes), family, words, names
     )

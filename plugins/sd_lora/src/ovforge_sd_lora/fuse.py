@@ -80,13 +80,9 @@ def bias_difference(module: Module, bias: Callable[[], Array], weight: Callable[
 
 
 def magnitudes(module: Module) -> tuple[bool, Array]:
-    """Return (whether they are the inputs', DoRA's magnitudes).
-
-    LyCORIS stores those of outputs as (out, 1), those of inputs as (1, in); PEFT has those of outputs alone.
-    """
-    key = "dora_scale" if "dora_scale" in module.keys else "magnitude"
-    value = module.file.read(module.keys[key])
-    return key == "dora_scale" and value.ndim > 1 and value.shape[0] == 1 and value.shape[1] != 1, value
+    """Return (whether they are the inputs', DoRA's magnitudes). PEFT has those of outputs alone."""
+    value = module.file.read(module.keys["dora_scale" if "dora_scale" in module.keys else "magnitude"])
+    return module.by_input, value if module.by_input else module.own(value)
 
 
 def fuse(target: Target, modules: Iterable[tuple[Module, float]], room: Room, again: bool = False) -> Opened | None:
@@ -146,7 +142,7 @@ def _add_low_rank(target: Target, module: Module, strength: float, room: Room) -
         return False
     tensors = module.tensors()
     up, down = (tensors[name].reshape(len(tensors[name]), -1) for name in ("up", "down"))
-    up = up * np.float32(strength * module.factor)
+    up = module.own(up) * np.float32(strength * module.factor)
     kind = constant.get_element_type().get_type_name()
     total, largest = add_product(constant, *((down.T, up.T) if target.transposed else (up, down)), room)
     _check_range(largest, kind, target.path)

@@ -76,7 +76,8 @@ def inspected(adapter: Adapter, found: Preflight | None = None) -> dict[str, Any
     width = adapter.width()
     told: dict[str, Any] = {
         "file": adapter.where,
-        "made_for": adapter.family or (family_name(width) if width else _by_text(adapter)),
+        "made_for": (adapter.family.name if adapter.family else None)
+        or (family_name(width) if width else _by_text(adapter)),
         "cross_attention": width,
         "base_model": _said(adapter.metadata, "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name"),
         "title": _said(adapter.metadata, "modelspec.title", "ss_output_name"),
@@ -163,9 +164,10 @@ def _show(told: Mapping[str, Any], keys: bool) -> None:
         print_line(f"Note: {note}")
     unmatched = told["unknown"]
     if "model" in told:
+        fitting = {(match["role"], match["key"]) for match in told["model"]["matched"]}
         for role, share in told["model"]["touched"].items():
             print_line(f"{role}: touches {share['share']:.1%} of {share['of']:,} weights")
-        print_line(f"{len(told['model']['matched'])} modules fit, {len(told['model']['unmatched'])} do not.")
+        print_line(f"{len(fitting)} modules fit, {len(told['model']['unmatched'])} do not.")
         unmatched = told["model"]["unmatched"]
     if keys and "model" in told:
         rows = [

@@ -11,12 +11,16 @@ from ovforge.contracts import Skipped
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, Module, family_name
-from ovforge_sd_lora.names import ROLES, aliases, flat
+from ovforge_sd_lora.architectures import Place, family_of, parts, places
+from ovforge_sd_lora.names import ROLES, flat, reads_as_t5
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.relative import RELATIVE
 from ovforge_sd_lora.targets import Target, find_targets, kept_targets
 
 __all__ = ["Match", "Preflight", "Scales", "preflight"]
+
+
+_DENOISERS = ("unet", "transformer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class Preflight:
     skipped: list[Skipped] = field(default_factory=list)
     touched: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Role -> weights (numbers) in the layers touched, and in all layers where adapters can act."""
-    names: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Role -> every name of a module, flat -> its path."""
+    names: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Role -> path of a layer -> every name that it, or a layer of releases that it is a part of, goes by, flat."""
     notes: list[str] = field(default_factory=list)
 
     def of(self, role: str) -> list[Match]:
@@ -54,40 +58,75 @@ def preflight(
     """
     wanted = set(roles) if roles is not None else None
     found = Preflight(skipped=list(adapter.unknown))
+    models = _Models(bundle, kept=kept)
     of_role: dict[str, list[Module]] = {}
     for module in adapter.modules:
-        role = module.role or "unet"
+        role = models.role_of(module)
         if wanted is None or role in wanted:
             of_role.setdefault(role, []).append(module)
     if wanted is not None:
-        _check_roles(wanted, of_role, adapter)
+        _check_roles(wanted, of_role, [models.role_of(module) for module in adapter.modules], adapter)
     for role in sorted(of_role, key=lambda role: (*ROLES, role).index(role)):
         if role not in bundle.models:
             found.skipped += [Skipped(_shown(m, role), f"the model has no {role}") for m in of_role[role]]
             continue
-        targets = (kept_targets(bundle, role) if kept else None) or find_targets(role, bundle.models[role])
+        targets = models.targets(role)
         if role == "unet":
-            _check_family(adapter, targets)
-        names = found.names[role] = aliases(targets)
+            _check_unet(adapter, targets)
+        elif role == "transformer":
+            _check_transformer(adapter, targets)
+        shapes = {path: target.shape for path, target in targets.items()}
+        names = places(shapes)
+        found.names[role] = _names_by_path(names)
         for module in _with_sizes(of_role[role], names, targets):
-            path = names.get(flat(module.name))
-            reason = "the model has no such layer" if path is None else _misfit(module, targets[path])
-            if path is None or reason:
-                found.skipped.append(Skipped(_shown(module, role), reason))
-            elif not _idle(module, targets[path]):
-                found.matches.append(Match(role, module, targets[path]))
+            place = names.get(flat(module.name))
+            if place is None:
+                found.skipped.append(Skipped(_shown(module, role), "the model has no such layer"))
+                continue
+            for part, path, why in parts(module, place, shapes):
+                if reason := why or _misfit(part, targets[path]):
+                    found.skipped.append(Skipped(_shown(module, role), reason))
+                    break  # of a module in parts, the reason is that of all
+                if not _idle(part, targets[path]):
+                    found.matches.append(Match(role, part, targets[path]))
         paths = {match.target.path for match in found.of(role)}
         found.notes += _named_twice(role, found.of(role))
-        sizes = {path: math.prod(target.shape) for path, target in targets.items()}
+        sizes = {path: math.prod(shape) for path, shape in shapes.items()}
         found.touched[role] = sum(sizes[path] for path in paths), sum(sizes.values())
     return found
 
 
-def _with_sizes(modules: list[Module], names: Mapping[str, str], targets: Mapping[str, Target]) -> Iterable[Module]:
+class _Models:
+    """The models that an adapter's modules are looked up in, and which of them a module is for."""
+
+    def __init__(self, bundle: ModelBundle, *, kept: bool) -> None:
+        self._bundle, self._kept = bundle, kept
+        self._targets: dict[str, dict[str, Target]] = {}
+
+    def targets(self, role: str) -> dict[str, Target]:
+        """Return path -> layer of a role; layers that were written down will do, if so asked."""
+        if role not in self._targets:
+            known = kept_targets(self._bundle, role) if self._kept else None
+            self._targets[role] = known or find_targets(role, self._bundle.models[role])
+        return self._targets[role]
+
+    def role_of(self, module: Module) -> str:
+        """Return the role that a module is for: what files call by other names is found by what the models are."""
+        role, present = module.role or "unet", self._bundle.models
+        if role in _DENOISERS:  # kohya's and ComfyUI's names are the same for both
+            return next((each for each in (role, *_DENOISERS) if each in present), role)
+        if reads_as_t5(module.name):  # the third encoder of Stable Diffusion 3, the second of FLUX
+            others = [each for each in present if each.startswith("text_encoder") and each != role]
+            candidates = [role, *sorted(others)] if role in present else sorted(others)
+            return next((each for each in candidates if any(map(reads_as_t5, self.targets(each)))), role)
+        return role
+
+
+def _with_sizes(modules: list[Module], names: Mapping[str, Place], targets: Mapping[str, Target]) -> Iterable[Module]:
     """Tell VeRA's modules without projections how wide the widest of their layers is, if all are known."""
     drawn = [module for module in modules if module.kind == "VeRA" and "seed" in module.settings]
-    paths = [names.get(flat(module.name)) for module in drawn]
-    shapes = [targets[path].shape for path in paths if path is not None]
+    found = [names.get(flat(module.name)) for module in drawn]
+    shapes = [targets[place.paths[0]].shape for place in found if place is not None and len(place.paths) == 1]
     if not drawn or len(shapes) != len(drawn):
         return modules
     widest = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
@@ -114,9 +153,9 @@ def _shown(module: Module, role: str) -> str:
     return f"{role}: {module.name}"
 
 
-def _check_roles(wanted: set[str], found: Mapping[str, object], adapter: Adapter) -> None:
+def _check_roles(wanted: set[str], found: Mapping[str, object], present: Iterable[str], adapter: Adapter) -> None:
     if missing := sorted(wanted - set(found)):
-        here = sorted({module.role or "unet" for module in adapter.modules})
+        here = sorted(set(present))
         raise ConfigError(
             f"the adapter has no part for {', '.join(missing)}",
             where=f"{adapter.name}: roles",
@@ -124,12 +163,24 @@ def _check_roles(wanted: set[str], found: Mapping[str, object], adapter: Adapter
         )
 
 
-def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
+_ADVICE = "An adapter works on the family it was trained on: take another adapter, or another model."
+
+
+def _check_transformer(adapter: Adapter, targets: Mapping[str, Target]) -> None:
+    """Raise ModelError if names tell that the adapter is for another family than a diffusion transformer's."""
+    ours, theirs = family_of(targets), adapter.family
+    if ours is None or (theirs is not None and ours in theirs.fits):
+        return
+    name = "a UNet of Stable Diffusion's kind" if theirs is None else theirs.name
+    raise ModelError(f"the adapter is for {name}, and this is {ours}", where=adapter.where, hint=_ADVICE)
+
+
+def _check_unet(adapter: Adapter, targets: Mapping[str, Target]) -> None:
     if adapter.family is not None:
         raise ModelError(
-            f"the adapter is for {adapter.family}, and this is a UNet of Stable Diffusion's kind",
+            f"the adapter is for {adapter.family.name}, and this is a UNet of Stable Diffusion's kind",
             where=adapter.where,
-            hint="An adapter works on the family it was trained on: take another adapter, or another model.",
+            hint=_ADVICE,
         )
     ours = next((t.shape[1] for path, t in targets.items() if path.endswith("attn2.to_k")), None)
     theirs = adapter.width()
@@ -138,7 +189,7 @@ def _check_family(adapter: Adapter, targets: Mapping[str, Target]) -> None:
             f"the adapter was trained on {family_name(theirs)} (its cross-attention is {theirs} wide), "
             f"and this is {family_name(ours)} ({ours})",
             where=adapter.where,
-            hint="An adapter works on the family it was trained on: take another adapter, or another model.",
+            hint=_ADVICE,
         )
 
 
@@ -159,7 +210,7 @@ def _misfit(module: Module, target: Target) -> str:
         return f"its shape is {list(shape)}, and the layer's {list(target.shape)}"
     for key in ("magnitude", "dora_scale"):
         if key in module.keys:
-            magnitudes = math.prod(module.file.tensors[module.keys[key]].shape)
+            magnitudes = sum(e - b for b, e in module.rows) or math.prod(module.file.tensors[module.keys[key]].shape)
             allowed = target.shape[:1] if key == "magnitude" else target.shape[:2]
             if magnitudes not in allowed:
                 return f"{magnitudes} magnitudes for a layer of {list(target.shape)}"
@@ -172,7 +223,7 @@ class Scales:
     def __init__(self, options: LoraOptions, found: Preflight) -> None:
         """Raise ConfigError for a factor that no layer of the adapter would take."""
         self._roles, self._blocks = options.role_scales, options.block_scales
-        self._names = {role: _names_by_path(names) for role, names in found.names.items()}
+        self._names = found.names
         roles = {match.role for match in found.matches}
         for role in self._roles:
             if role not in roles:
@@ -186,7 +237,8 @@ class Scales:
                 raise ConfigError(
                     f"no layer of the adapter is in {block!r}",
                     where=f"{options.label}: block_scales",
-                    hint='Blocks are named as in diffusers, "down_blocks.1" or "mid_block", or as "input_blocks.4".',
+                    hint='Blocks are named as in diffusers, "down_blocks.1" or "transformer_blocks.3", or as in the '
+                    'release, "input_blocks.4" or "double_blocks.3".',
                 )
 
     def of(self, role: str, path: str) -> float:
@@ -200,8 +252,9 @@ class Scales:
         return any(f"{name}_".startswith(start) for name in self._names.get(role, {}).get(path, (flat(path),)))
 
 
-def _names_by_path(names: Mapping[str, str]) -> dict[str, list[str]]:
+def _names_by_path(names: Mapping[str, Place]) -> dict[str, list[str]]:
     by_path: dict[str, list[str]] = {}
-    for name, path in names.items():
-        by_path.setdefault(path, []).append(name)
+    for name, place in names.items():
+        for path in place.paths:
+            by_path.setdefault(path, []).append(name)
     return by_path

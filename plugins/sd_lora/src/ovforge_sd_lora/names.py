@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Key", "aliases", "canonical", "flat", "foreign_kind", "parse_key", "word_of"]
+__all__ = ["Key", "aliases", "canonical", "flat", "foreign_kind", "parse_key", "reads_as_t5", "word_of"]
 
-ROLES = ("unet", "text_encoder", "text_encoder_2")
+ROLES = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,24 @@ class Key:
 
 _PREFIXES = (
     ("lora_unet_", "unet"),
+    ("lora_transformer_", "transformer"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
+    ("lora_te3_", "text_encoder_3"),
     ("lora_te_", "text_encoder"),
     ("model.diffusion_model.", "unet"),
     ("diffusion_model.", "unet"),
     ("unet.", "unet"),
+    ("transformer.", "transformer"),
     ("text_encoders.clip_l.", "text_encoder"),
     ("text_encoders.clip_g.", "text_encoder_2"),
     ("text_encoders.clip_h.", "text_encoder"),
+    ("text_encoders.t5xxl.", "text_encoder_3"),
+    ("t5xxl.", "text_encoder_3"),
     ("clip_l.", "text_encoder"),
     ("clip_g.", "text_encoder_2"),
     ("clip_h.", "text_encoder"),
+    ("text_encoder_3.", "text_encoder_3"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
     ("lycoris_", None),
@@ -61,8 +67,8 @@ _TENSORS = tuple(
         (r"\.lora_down\.weight", "down"),
         (r"\.lora_up\.weight", "up"),
         (r"\.lora_mid\.weight", "mid"),
-        (r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight", "down"),
-        (r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight", "up"),
+        (r"(?:\.lora|_lora|\.lora_linear_layer|(?<=_lora[12]))\.down\.weight", "down"),
+        (r"(?:\.lora|_lora|\.lora_linear_layer|(?<=_lora[12]))\.up\.weight", "up"),
         (rf"\.lora_A{_NAME}(?:\.weight)?", "down"),  # AdaLoRA leaves out ".weight"
         (rf"\.lora_B{_NAME}(?:\.weight)?", "up"),
         (rf"\.lora_E{_NAME}", "singular"),
@@ -106,12 +112,17 @@ _UNKNOWN = re.compile(
 _UNET = re.compile(
     r"(?:^|\.)(?=(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding)(?:\.|$))"
 )
-_TEXT = re.compile(r"(?:^|\.)(?=(?:encoder\.layers|embeddings|final_layer_norm|text_projection)(?:\.|$))")
+_TEXT = re.compile(
+    r"(?:^|\.)(?=(?:encoder\.layers|encoder\.block|layers\.\d+|embeddings|final_layer_norm|text_projection)(?:\.|$))"
+)
+_AROUND = re.compile(r"^(?:(?:__module|self)\.)?(?:(?:transformer|model|module)\.)*(?=(?!__)[\w-]+(?:\.[\w-]+)*$)")
+"""What stands around the paths of a diffusion transformer."""
 _UNET_START = re.compile(
     r"(unet_|model_)?(down_blocks|mid_block|up_blocks|conv_|time_embed|add_embedding|"
     r"input_blocks|middle_block|output_blocks|label_emb|out_\d)"
 )
 _TEXT_START = re.compile(r"(text_model_)?(encoder_layers|embeddings|final_layer_norm|text_projection)")
+_T5_START = re.compile(r"(encoder|decoder)_block_\d+_layer_\d")
 
 
 def parse_key(key: str, *, scales: bool = False, whole: bool = False) -> Key | None:
@@ -153,8 +164,6 @@ def _module(name: str) -> tuple[str | None, str, str]:
                 break
         else:
             break
-    if role in ("text_encoder", "text_encoder_2"):  # ComfyUI keeps the level of transformers' class
-        name = name.removeprefix("transformer.")
     if name == "base_model":  # what all layers share
         name = ""
     prefixes = whole.removesuffix(name)
@@ -166,12 +175,19 @@ def _module(name: str) -> tuple[str | None, str, str]:
 def _role_of(module: str) -> str | None:
     """Return the role that a module's own name tells of."""
     name = flat(module)
+    if reads_as_t5(name):
+        return "text_encoder_3"
     return "unet" if _UNET_START.match(name) else "text_encoder" if _TEXT_START.match(name) else None
+
+
+def reads_as_t5(module: str) -> bool:
+    """Say whether a module's name is one of T5."""
+    return _T5_START.match(flat(module)) is not None
 
 
 def flat(module: str) -> str:
     """Return a module's name as kohya writes it, without the levels that some frameworks put around a model."""
-    return re.sub(r"^(?:unet_|model_|text_model_)+", "", module.replace(".", "_"))
+    return re.sub(r"^(?:unet_|model_|text_model_|transformer_(?!blocks_))+", "", module.replace(".", "_"))
 
 
 def canonical(role: str, name: str) -> str | None:
@@ -179,6 +195,9 @@ def canonical(role: str, name: str) -> str | None:
 
     CLIP's level `text_model.`, which transformers had until 5.6, is left out.
     """
+    if role.startswith("transformer"):
+        around = _AROUND.match(name)
+        return name[around.end() :] if around else None
     found = (_UNET if role in ("unet", "model") or role.startswith("controlnet") else _TEXT).search(name)
     return name[found.end() :] if found else None
 

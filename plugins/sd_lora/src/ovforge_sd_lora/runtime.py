@@ -79,8 +79,8 @@ def module_factors(target: Target, module: Module, weight: Callable[[], Array]) 
         tensors = module.tensors()
         found = kinds.factors(module.kind, tensors, min(out, flat) - 1)
         if found is not None:
-            return _by_tap(found[0].reshape(-1, *target.shape[1:])), np.ascontiguousarray(found[1])
-        whole = kinds.delta(module.kind, tensors).reshape(target.shape)
+            return _by_tap(found[0].reshape(-1, *target.shape[1:])), np.ascontiguousarray(module.own(found[1]))
+        whole = module.own(kinds.delta(module.kind, tensors)).reshape(target.shape)
     if out <= flat or whole.ndim > 2:
         return _by_tap(whole), np.eye(out, dtype=np.float32)
     return np.eye(flat, dtype=np.float32), np.ascontiguousarray(whole)
