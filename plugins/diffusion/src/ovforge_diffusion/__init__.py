@@ -8,7 +8,8 @@ from ovforge import hookimpl
 from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, TaskExtension
 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
-_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+_DENOISERS = ("unet", "transformer")
 _PREVIEW = ("preview_decoder",)
 _TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "fold-upsample")
 _OPTIONAL = ("guidance-embedding",)
@@ -24,8 +25,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_diffusion.inputs:TextToImageInputs",
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:TextToImage",
-        roles=("unet", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        roles=("vae_decoder",),
+        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -36,8 +37,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_diffusion.inputs:ImageToImageInputs",
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:ImageToImage",
-        roles=("unet", "vae_encoder", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        roles=("vae_encoder", "vae_decoder"),
+        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -48,8 +49,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_diffusion.inputs:InpaintingInputs",
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:Inpainting",
-        roles=("unet", "vae_encoder", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        roles=("vae_encoder", "vae_decoder"),
+        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )

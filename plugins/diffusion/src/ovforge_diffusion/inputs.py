@@ -95,8 +95,10 @@ class DiffusionInputs(BaseModel):
 
     prompt: str | list[str] = Field(description="What the picture shows; a list gives a batch.")
     negative_prompt: str | list[str] | None = Field(None, description="What it should not show.")
-    prompt_2: str | list[str] | None = Field(None, description="SDXL: another prompt for the second text encoder.")
-    negative_prompt_2: str | list[str] | None = Field(None, description="SDXL: likewise what it should not show.")
+    prompt_2: str | list[str] | None = Field(None, description="Another prompt for the second text encoder.")
+    negative_prompt_2: str | list[str] | None = Field(None, description="Likewise what it should not show.")
+    prompt_3: str | list[str] | None = Field(None, description="Another prompt for the third text encoder.")
+    negative_prompt_3: str | list[str] | None = Field(None, description="Likewise what it should not show.")
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, description="How closely to follow the prompt.")
     guidance_rescale: float = Field(
@@ -150,7 +152,12 @@ class ImageToImageInputs(DiffusionInputs):
     image: list[Picture] | None = Field(
         None, description="The picture to start from; a list gives one for each prompt. Or give latents."
     )
-    strength: float = Field(0.8, gt=0, le=1, description="How far to go from it; 1 keeps next to nothing.")
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3 and FLUX.",
+    )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
     )
@@ -166,7 +173,9 @@ class InpaintingInputs(DiffusionInputs):
 
     image: Picture = Field(description="The picture to change.")
     mask: Picture = Field(description="What to change: white is painted anew, black stays. Of the picture's size.")
-    strength: float = Field(1.0, gt=0, le=1, description="How far to go from what is there.")
+    strength: float | None = Field(
+        None, gt=0, le=1, description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX."
+    )
     paste: bool = Field(
         False,
         description="Put the picture's own pixels back where the mask is black: the autoencoder alone changes them.",

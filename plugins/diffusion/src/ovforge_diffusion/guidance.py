@@ -1,0 +1,60 @@
+"""Guidance: which halves of a prediction a step computes, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Guidance"]
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho and Salimans 2021) over halves; the first is the unconditional one.
+
+    `weights`, float32 (halves - 1, pictures), says how strongly each of the others counts (composable diffusion, Liu et
+    al. 2022). `rescale` is how far the result keeps the deviation of an unguided prediction (Lin et al. 2024).
+    """
+
+    halves: int
+    scale: float
+    weights: Array
+    rescale: float = 0.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether steps differ in the halves that they need: each half is then a call of its own."""
+        return False
+
+    def active(self, number: int, steps: int) -> tuple[int, ...]:
+        """Return the halves that step `number` of `steps` needs."""
+        return tuple(range(self.halves))
+
+    def combine(self, halves: Mapping[int, Array]) -> Array:
+        """Return the prediction of active halves; a new array if there is more than one."""
+        if len(halves) == 1:
+            return next(iter(halves.values()))
+        without = halves[0]
+        output = np.zeros_like(without)
+        for number, weight in enumerate(self.weights, 1):
+            output += (halves[number] - without) * weight.reshape(-1, *[1] * (without.ndim - 1))
+        rescale = np.float32(self.rescale)
+        deviation = _deviation(output + without) if rescale else None
+        output *= np.float32(self.scale)
+        output += without
+        if deviation is not None:  # section 3.4
+            ratio = deviation / _deviation(output)
+            output *= rescale * ratio + (np.float32(1) - rescale)
+        return output
+
+
+def _deviation(values: Array) -> Array:
+    """Return torch's standard deviation of each picture, (pictures, 1, ...): by count - 1."""
+    axes = tuple(range(1, values.ndim))
+    deviation: Array = values.std(axis=axes, keepdims=True, ddof=1, dtype=np.float32)
+    return deviation
