@@ -101,6 +101,14 @@ class DiffusionInputs(BaseModel):
     negative_prompt_3: str | list[str] | None = Field(None, description="Likewise what it should not show.")
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, description="How closely to follow the prompt.")
+    true_cfg_scale: float | None = Field(
+        None,
+        ge=0,
+        description="FLUX.1: how far to go away from the negative prompt, at two calls a step; beside guidance_scale.",
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=512, description="Tokens that T5 reads: 256 for SD 3, 512 for FLUX.1 by default."
+    )
     guidance_rescale: float = Field(
         0.0, ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import openvino as ov
@@ -13,6 +14,7 @@ from ovforge.contracts import CompiledModels
 from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenizer_of
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.inputs import DiffusionOptions
+from ovforge_diffusion.sequence import SequenceTokenizer
 from ovforge_diffusion.text import learned_tokens
 from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, Tokenizer, has_files
 from ovforge_diffusion.vae import Autoencoder
@@ -40,7 +42,7 @@ class Models:
         self.autoencoder = Autoencoder(architecture, self._decoder, self._encoder, options.tile, preview)
         self._expected = self._expected_call() if options.static else None
         self._denoiser: tuple[tuple[int, ...], Denoiser] | None = None
-        self._tokenizers: dict[str, Future[Tokenizer]] = {}
+        self._tokenizers: dict[str, Future[Any]] = {}
         bundle.on_demand()  # a tokenizer whose files are there is not compiled
         if not options.low_memory:
             self._start()
@@ -51,7 +53,7 @@ class Models:
         for role in architecture.controlnets:
             bundle.start(role, self._control_shapes(role, self._expected))
         for encoder in architecture.encoders:
-            if has_files(bundle.assets, tokenizer_of(encoder)):
+            if encoder in architecture.sequence_encoders or has_files(bundle.assets, tokenizer_of(encoder)):
                 self._read_tokenizer(tokenizer_of(encoder))
             elif tokenizer_of(encoder) in bundle:
                 bundle.start(tokenizer_of(encoder))
@@ -63,9 +65,11 @@ class Models:
 
     # -- what a run asks for --------------------------------------------------------------------------------------
 
-    def encoder(self, role: str) -> tuple[Tokenizer, ov.CompiledModel, Learned | None]:
+    def encoder(self, role: str) -> tuple[Any, ov.CompiledModel, Learned | None]:
         """Return a text encoder's tokenizer, its model, and the words that it was taught."""
         tokenizer = tokenizer_of(role)
+        if role in self._architecture.sequence_encoders:
+            return self._read_tokenizer(tokenizer).result(), self._bundle[role], None
         return self.tokenizer(tokenizer), self._bundle[role], self.learned.get(tokenizer)
 
     @property
@@ -76,7 +80,8 @@ class Models:
     def tokenizer(self, role: str) -> Tokenizer:
         """Return the tokenizer of the model's files, or of its OpenVINO model if there are none."""
         if has_files(self._bundle.assets, role):
-            return self._read_tokenizer(role).result()
+            tokenizer: Tokenizer = self._read_tokenizer(role).result()
+            return tokenizer
         warnings.warn(
             f"{role}: the model has no tokenizer.json, nor vocab.json with merges.txt; its OpenVINO tokenizer may read "
             "rare letters and added tokens in another way than transformers",
@@ -121,11 +126,13 @@ class Models:
             if role in self._bundle:
                 self._bundle.release(role)
 
-    def _read_tokenizer(self, role: str) -> Future[Tokenizer]:
+    def _read_tokenizer(self, role: str) -> Future[Any]:
         """Begin to read a tokenizer's files, which takes a while for 49,000 words; other models compile meanwhile."""
         if role not in self._tokenizers:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="ovforge-tokenizer")
-            self._tokenizers[role] = pool.submit(FileTokenizer, self._bundle.assets, role, self.learned.get(role))
+            assets, pool = self._bundle.assets, ThreadPoolExecutor(1, thread_name_prefix="ovforge-tokenizer")
+            sequences = map(tokenizer_of, self._architecture.sequence_encoders)
+            reading = SequenceTokenizer if role in sequences else partial(FileTokenizer, learned=self.learned.get(role))
+            self._tokenizers[role] = pool.submit(reading, assets, role)
             pool.shutdown(wait=False)
         return self._tokenizers[role]
 

@@ -107,6 +107,16 @@ def make_request(inputs: DiffusionInputs, architecture: Architecture, size: tupl
     guidance = architecture.guidance(inputs, scale)
     default_width, default_height = _floor(size, multiple) if size else (architecture.size, architecture.size)
     _check_prompts(inputs, architecture)
+    if inputs.true_cfg_scale is not None and architecture.guided_by != "true_cfg_scale":
+        raise InputError(
+            "is for models whose guidance_scale is built in, such as FLUX.1",
+            where="true_cfg_scale",
+            hint="Set guidance_scale.",
+        )
+    if inputs.max_sequence_length is not None and architecture.length is None:
+        raise InputError(
+            "counts the tokens of T5, which the model has not", where="max_sequence_length", hint="Leave it out."
+        )
     if inputs.guidance_rescale and guidance is None:
         raise InputError("no effect without guidance", where="guidance_rescale", hint="Set guidance_scale above 1.")
     if inputs.decode and inputs.denoising_end is not None:

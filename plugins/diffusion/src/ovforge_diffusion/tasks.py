@@ -169,7 +169,7 @@ class Inpainting(TextToImage):
         finish = _Paste(image, mask) if inputs.paste else Start.finish
         small = mask[:, :: architecture.factor, :: architecture.factor]
         shape, pictures = self.latents_shape(request), len(request.prompts)
-        full = request.strength == 1.0
+        full = request.strength == 1.0 and architecture.noise_at_full_strength
         original: Array | None = None
         with timings.span("vae_encoder"):
             if not (full and architecture.masked):

@@ -48,10 +48,10 @@ def learned_tokens(assets: Mapping[str, bytes]) -> dict[str, Learned]:
 
 @dataclass(frozen=True)
 class TextStates:
-    """What text encoders make of prompts: states (prompts, tokens, width), and pooled ones (prompts, width) or none."""
+    """What text encoders make of prompts: states, (prompts, tokens, width), and what each of them pools, or None."""
 
     states: Array
-    pooled: Array | None
+    pooled: list[Array | None]
 
 
 class TextEncoder:
@@ -191,10 +191,12 @@ class TextEncoder:
 
 
 class TextEncoders:
-    """One text encoder, or the two of SDXL, whose states stand side by side."""
+    """One text encoder, or the two of SDXL, whose states stand side by side. Warnings call them `reader`."""
 
-    def __init__(self, encoders: Sequence[TextEncoder], *, weighted: bool, chunks: bool) -> None:
-        self._encoders = list(encoders)
+    def __init__(
+        self, encoders: Sequence[TextEncoder], *, weighted: bool, chunks: bool, reader: str = "the model"
+    ) -> None:
+        self._encoders, self._reader = list(encoders), reader
         self._weighted, self._chunks, self._wrap = weighted, chunks, weighted and chunks
 
     def encode(
@@ -207,13 +209,15 @@ class TextEncoders:
         """
         marks = np.array(whole, bool) if whole else np.zeros(len(prompts), bool)
         warnings: list[str] = []
-        states, pooled = [], None
+        states: list[Array] = []
+        pooled: list[Array | None] = []
         with timings.span("text_encoder"):
             for number, encoder in enumerate(self._encoders):
                 # A model that has the second text encoder alone, as SDXL's refiner, takes the first prompt there.
                 texts = [each[number] for each in prompts]
-                each, pooled = self._run(encoder, texts, marks, timings)
-                states.append(each)
+                made, whole_prompts = self._run(encoder, texts, marks, timings)
+                states.append(made)
+                pooled.append(whole_prompts)
                 warnings += [note for text in texts for note in self._notes(encoder, text) if note not in warnings]
         length = max(each.shape[1] for each in states)
         states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
@@ -269,7 +273,7 @@ class TextEncoders:
         """Give warnings of what a prompt loses."""
         spans = self._spans(text)
         if not self._chunks and (cut := encoder.cut(spans)):
-            yield f"the prompt is longer than the model reads; cut off: {cut!r}"
+            yield f"the prompt is longer than {self._reader} reads; cut off: {cut!r}"
         if self._chunks and (word := encoder.too_long(spans)):
             yield f"the word {word!r} has more vectors than a chunk has places, and goes on in the next one"
         if encoder.ends_early(spans):

@@ -17,7 +17,7 @@ from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import ModelError
 from ovforge.model import Timings
 from ovforge.store import parse_object
-from ovforge_diffusion.tokenizer import Learned, Tokenizer
+from ovforge_diffusion.tokenizer import Learned
 
 if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
@@ -47,8 +47,10 @@ Texts = tuple[str, ...]
 PREVIEW = "preview_decoder"
 """Role of a small decoder, such as TAESD's, that makes the previews."""
 
-OpenEncoder = Callable[[str], tuple[Tokenizer, ov.CompiledModel, Learned | None]]
-"""Returns a text encoder's tokenizer, its compiled model, and the words that it was taught, by its role."""
+OpenEncoder = Callable[[str], tuple[Any, ov.CompiledModel, Learned | None]]
+"""Returns a text encoder's tokenizer, its compiled model, and the words that it was taught, by its role.
+
+The tokenizer is a `Tokenizer` of CLIP, or a `SequenceTokenizer` for an architecture's `sequence_encoders`."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,15 @@ class Architecture(ABC):
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     """Roles of text encoders that it may have."""
 
+    sequence_encoders: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are no CLIP: their tokenizers are those of tokenizer.json."""
+
+    default_size: ClassVar[int] = 64
+    """Side of latents if the config does not say."""
+
+    noise_at_full_strength: ClassVar[bool] = True
+    """Whether inpainting at strength 1 begins with noise alone, rather than with a picture noised by the scheduler."""
+
     prompts: int = 1
     """How many different prompts a picture can have: one for each text encoder."""
 
@@ -178,12 +189,13 @@ class Architecture(ABC):
         self.size = int(size) * self.factor
         """Pixels a side of the pictures that the model was trained on."""
 
-        own = parse_object(bundle.assets.get("ovforge.json", b"{}"), "ovforge.json").get("defaults", {})
-        given = checked(_Own, own, where="ovforge.json: defaults").model_dump(exclude_unset=True)
-        self.defaults = Defaults(**{**vars(self.usual(task)), **given})
+        self.defaults = self.own_defaults(context, self.usual(task))
 
-    default_size: ClassVar[int] = 64
-    """Side of latents if the config does not say."""
+    def own_defaults(self, context: TaskContext, usual: Defaults) -> Defaults:
+        """Return the defaults of a family, with what the model's own ovforge.json says in their place."""
+        own = parse_object(context.bundle.assets.get("ovforge.json", b"{}"), "ovforge.json").get("defaults", {})
+        given = checked(_Own, own, where="ovforge.json: defaults").model_dump(exclude_unset=True)
+        return Defaults(**{**vars(usual), **given})
 
     @classmethod
     @abstractmethod

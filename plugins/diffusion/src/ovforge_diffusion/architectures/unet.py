@@ -229,9 +229,9 @@ class _Prompts(PromptEncoder):
         made, warnings = self._encoders.encode(texts, timings, negative)
         inputs: dict[str, NDArray[Any]] = {STATES: made.states}
         if self._pooled is not None:
-            if made.pooled is None:
+            if made.pooled[-1] is None:
                 raise ModelError("the last text encoder has no output 'text_embeds'", where=self._pooled)
-            inputs["text_embeds"] = made.pooled
+            inputs["text_embeds"] = made.pooled[-1]
         return inputs, warnings
 
     def learned(self, texts: Sequence[Texts]) -> list[list[str]]:
