@@ -116,7 +116,10 @@ class _Prompts(PromptEncoder):
         if len(pooled) < len(_CLIPS):
             raise ModelError("a text encoder has no output 'text_embeds'", where=_CLIPS[0])
         length = sequence_length(request.given.max_sequence_length, StableDiffusion3.length)
-        states = np.pad(made.states, ((0, 0), (0, 0), (0, self._width - made.states.shape[2])))
+        # Narrower than T5's, they are filled up; of a model in which they are wider, diffusers takes the first ones.
+        states = np.zeros((*made.states.shape[:2], self._width), np.float32)
+        kept = min(self._width, made.states.shape[2])
+        states[..., :kept] = made.states[..., :kept]
         last = np.zeros((len(texts), length, self._width), np.float32)
         if self._t5 is not None:
             words = [plain(each[2]) if self._weighted else each[2] for each in texts]
