@@ -131,6 +131,31 @@ def test_from_a_picture(folder: Folder, session_cache: Cache, family: str, task:
     agree(ours(folder(family), session_cache, task)(PROMPT, steps=7, seed=5, **masks[1], **call), wanted)
 
 
+@pytest.mark.parametrize("layers", [[0], [1, 2]])
+def test_guidance_away_from_skipped_layers(folder: Folder, session_cache: Cache, layers: list[int]) -> None:
+    """Of a picture's and a text's stream, of layers with one attention and with two, in a part of the steps."""
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0, "skip_guidance_layers": layers}
+    call |= {"skip_layer_guidance_scale": 4.0, "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.7}
+    wanted = theirs(
+        "sd3", "text-to-image", folder("sd3"), [PROMPT] * 2, num_inference_steps=6, seeds=[3, 4],
+        negative_prompt=["blue"] * 2, **call,
+    )  # fmt: skip
+    pipe = ours(folder("sd3"), session_cache)
+    agree(pipe([PROMPT] * 2, negative_prompt=["blue"] * 2, steps=6, seed=[3, 4], **call), wanted)
+    plain = {name: value for name, value in call.items() if "skip" not in name}
+    with pytest.raises(AssertionError):
+        agree(pipe([PROMPT] * 2, negative_prompt=["blue"] * 2, steps=6, seed=[3, 4], **plain), wanted)
+
+
+def test_clip_skip_leaves_the_last_layers_out(folder: Folder, session_cache: Cache) -> None:
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0}
+    wanted = theirs(
+        "sd3", "text-to-image", folder("sd3"), PROMPT, num_inference_steps=3, seeds=[3], clip_skip=1, **call
+    )
+    pipe = ours(folder("sd3"), session_cache, transforms=[Use("clip-skip", layers=1)])
+    agree(pipe(PROMPT, steps=3, seed=3, **call), wanted)
+
+
 def test_fill_paints_by_what_it_sees_of_the_mask(folder: Folder, session_cache: Cache) -> None:
     image, mask = picture(24, 40), hole(24, 40)
     call: dict[str, Any] = {"image": image, "guidance_scale": 30.0}
@@ -208,6 +233,9 @@ def test_low_memory_previews_and_latents(folder: Folder, session_cache: Cache) -
         ("flux", {"negative_prompt": "x"}, "Set true_cfg_scale above 1"),
         ("flux", {"true_cfg_scale": 2.0}, "no effect without a negative prompt"),
         ("flux", {"prompt_3": "x"}, "two text encoders"),
+        ("flux", {"skip_guidance_layers": [0]}, "layers cannot be left out"),
+        ("sd3", {"skip_guidance_layers": [3]}, "Give 0 to 2"),
+        ("sd3", {"skip_guidance_layers": [0], "guidance_scale": 1.0}, "no effect without guidance"),
         ("sd3", {"true_cfg_scale": 2.0}, "Set guidance_scale"),
         ("sd3", {"guidance_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
     ],

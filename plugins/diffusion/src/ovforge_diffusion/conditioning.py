@@ -25,7 +25,7 @@ Inputs = Mapping[str, NDArray[Any]]
 class Schedule:
     """Conditions of each call of the network. Rows are ordered by half, the unconditional one first, then by picture.
 
-    `weights`, float32 (halves - 1, pictures), says how strongly guidance goes along each half after the first.
+    `weights`, float32 (parts, pictures), says how strongly guidance goes along each half that is a part of the prompt.
     """
 
     inputs: Inputs
@@ -92,6 +92,8 @@ def plan_conditions(request: Request, timesteps: int, *, weighted: bool) -> Cond
     for call in range(timesteps):
         wanted = [(_at(each, call, calls), True) for each in negative]
         wanted += [(_at(each, call, calls), False) for half in positive for each in half]
+        if request.skipped_layers:  # the prompt once more, for a prediction without these layers
+            wanted += [(_at(each, call, calls), False) for each in positive[0]]
         orders.append(tuple(texts.setdefault(text, len(texts)) for text in wanted))
     zeros = request.guided and request.negatives is None
     if zeros:
@@ -100,7 +102,7 @@ def plan_conditions(request: Request, timesteps: int, *, weighted: bool) -> Cond
         texts=[each for each, _ in texts],
         negative=[mark for _, mark in texts],
         orders=orders,
-        halves=1 + most if request.guided else 1,
+        halves=1 + most + bool(request.skipped_layers) if request.guided else 1,
         weights=np.array([[weight for _, weight in half] for half in halves], np.float32),
         zeros=zeros,
         warnings=_warnings(request) if weighted else [],

@@ -21,7 +21,7 @@ from ovforge_diffusion.architectures import architecture_of
 from ovforge_diffusion.architectures.base import PREVIEW, PromptEncoder, Task, tokenizer_of
 from ovforge_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
 from ovforge_diffusion.examples import edges
-from ovforge_diffusion.guidance import Guidance
+from ovforge_diffusion.guidance import Guidance, SkipLayers
 from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_diffusion.models import Models
 from ovforge_diffusion.prediction import Prediction
@@ -191,7 +191,17 @@ class Diffusion:
 
     def _prediction(self, request: Request, sampling: Sampling, schedule: Schedule, start: Start) -> Prediction:
         """Return what predicts at each step, with all that holds for this run set."""
-        guidance = Guidance(schedule.halves, request.guidance or 1.0, schedule.weights, request.given.guidance_rescale)
+        given = request.given
+        skip = SkipLayers(
+            given.skip_layer_guidance_scale, given.skip_layer_guidance_start, given.skip_layer_guidance_stop
+        )
+        guidance = Guidance(
+            schedule.halves,
+            request.guidance or 1.0,
+            schedule.weights,
+            given.guidance_rescale,
+            skip if request.skipped_layers else None,
+        )
         split = guidance.varies or self._options.guidance == "split"
         what = len(request.prompts), self._size(request), schedule.halves
         denoiser = self._models.denoiser(*what, split=split)

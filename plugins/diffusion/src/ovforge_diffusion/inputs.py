@@ -109,6 +109,14 @@ class DiffusionInputs(BaseModel):
     max_sequence_length: int | None = Field(
         None, ge=1, le=512, description="Tokens that T5 reads: 256 for SD 3, 512 for FLUX.1 by default."
     )
+    skip_guidance_layers: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="Stable Diffusion 3: guidance also goes away from a prediction that leaves these layers out.",
+    )
+    skip_layer_guidance_scale: float = Field(2.8, ge=0, description="How far it does.")
+    skip_layer_guidance_start: float = Field(0.01, ge=0, le=1, description="Part of the steps after which it begins.")
+    skip_layer_guidance_stop: float = Field(0.2, ge=0, le=1, description="Part of the steps at which it ends.")
     guidance_rescale: float = Field(
         0.0, ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."
     )

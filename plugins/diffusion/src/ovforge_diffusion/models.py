@@ -158,7 +158,8 @@ class Models:
             return None
         prompts = inputs.get("prompt")
         pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
-        halves = architecture.foreseen_halves(inputs) if self._options.guidance == "joint" else 1
+        joint = self._options.guidance == "joint" and not inputs.get("skip_guidance_layers")
+        halves = architecture.foreseen_halves(inputs) if joint else 1
         unit = architecture.multiple // architecture.factor
         high, wide = (int(side) // architecture.multiple * unit for side in (height, width))
         return pictures * halves, high, wide

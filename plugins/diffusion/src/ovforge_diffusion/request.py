@@ -39,6 +39,7 @@ class Request:
     decode: bool
     strength: float
     given: DiffusionInputs
+    skipped_layers: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
     """Warnings: what of the call was changed, or has no effect."""
 
@@ -137,6 +138,7 @@ def make_request(inputs: DiffusionInputs, architecture: Architecture, size: tupl
         controls=_controls(inputs, architecture),
         decode=inputs.denoising_end is None if inputs.decode is None else inputs.decode,
         strength=defaults.strength if strength is None else strength,
+        skipped_layers=_skipped(inputs, architecture, guided=guidance is not None),
         given=inputs,
     )
     return replace(request, remarks=(*remarks, *architecture.remarks(request)))
@@ -151,6 +153,25 @@ def _check_prompts(inputs: DiffusionInputs, architecture: Architecture) -> None:
         for name in (f"prompt_{number}", f"negative_prompt_{number}"):
             if getattr(inputs, name) is not None and architecture.prompts < number:
                 raise InputError(f"the model has {_COUNTS[architecture.prompts]}", where=name, hint="Leave it out.")
+
+
+def _skipped(inputs: DiffusionInputs, architecture: Architecture, *, guided: bool) -> tuple[int, ...]:
+    """Return the layers that skip-layer guidance leaves out."""
+    where, given = "skip_guidance_layers", inputs.skip_guidance_layers
+    if given is None:
+        return ()
+    if not architecture.layers:
+        raise InputError(
+            "the model's layers cannot be left out",
+            where=where,
+            hint="It is for Stable Diffusion 3, with the transform 'layer-skipping', which the task adds.",
+        )
+    if not guided:
+        raise InputError("no effect without guidance", where=where, hint=f"Set {architecture.guided_by} above 1.")
+    wrong = [layer for layer in given if not 0 <= layer < architecture.layers]
+    if wrong:
+        raise InputError(f"there is no layer {wrong[0]}", where=where, hint=f"Give 0 to {architecture.layers - 1}.")
+    return tuple(given)
 
 
 def _others(inputs: DiffusionInputs, name: str, architecture: Architecture) -> list[str | list[str] | None]:

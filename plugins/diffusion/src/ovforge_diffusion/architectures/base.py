@@ -145,6 +145,9 @@ class Architecture(ABC):
     masked: bool = False
     """Whether the denoiser takes a mask and a masked picture beside the latents."""
 
+    layers: int = 0
+    """How many layers the denoiser has that can be left out, for skip-layer guidance."""
+
     length: int | None = None
     """Tokens that the longest text encoder reads by default, where a call can say it; else None."""
 

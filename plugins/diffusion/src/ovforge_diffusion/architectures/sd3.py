@@ -14,6 +14,7 @@ from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
+from ovforge_diffusion.graph.layer_skipping import LAYERS, SKIPPED_LAYERS
 from ovforge_diffusion.prompts import plain, weighs
 from ovforge_diffusion.sequence import SequenceEncoder
 from ovforge_diffusion.text import DEFAULT_LENGTH, TextEncoder, TextEncoders
@@ -53,6 +54,7 @@ class StableDiffusion3(Architecture):
         if missing:
             raise ModelError("the model lacks it, and only T5 may be left out", where=missing[0])
         self.prompts = len(self.encoders)
+        self.layers = int(self.config.get(LAYERS, 0))
         self._width = int(self.config.get("joint_attention_dim", 4096))
         if task == "inpainting":
             # StableDiffusion3InpaintPipeline of diffusers decodes without the shift, which other pipelines add.
@@ -78,6 +80,15 @@ class StableDiffusion3(Architecture):
         both = TextEncoders(clips, weighted=weighted, chunks=options.long_prompts == "chunks", reader="CLIP")
         return _Prompts(both, t5, self._width, weighted=weighted)
 
+    def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return which layers each row leaves out: the last half those of skip-layer guidance."""
+        if not self.layers:
+            return {}, {}
+        skipped = np.zeros((halves, len(request.prompts), self.layers), np.bool_)
+        if request.skipped_layers:
+            skipped[-1, :, request.skipped_layers] = True
+        return {SKIPPED_LAYERS: skipped.reshape(-1, self.layers)}, {}
+
     def input_shapes(
         self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]] | None:
@@ -90,6 +101,7 @@ class StableDiffusion3(Architecture):
         except InputError:  # the call says it
             return None
         return {
+            **({SKIPPED_LAYERS: (rows, self.layers)} if self.layers else {}),
             "hidden_states": self.sample_shape(rows, *size),
             "timestep": (rows,),
             "encoder_hidden_states": (rows, tokens, self._width),
