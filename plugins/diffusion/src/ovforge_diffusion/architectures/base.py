@@ -122,7 +122,7 @@ class Architecture(ABC):
     """Roles of text encoders that it may have."""
 
     sequence_encoders: ClassVar[tuple[str, ...]] = ()
-    """Those of them that are no CLIP: their tokenizers are those of tokenizer.json."""
+    """Those of them that are not a CLIP: their tokenizers are those of tokenizer.json."""
 
     default_size: ClassVar[int] = 64
     """Side of latents if the config does not say."""

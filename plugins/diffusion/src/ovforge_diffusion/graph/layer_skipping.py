@@ -16,7 +16,7 @@ from ovforge_diffusion.graph.nodes import operands, port_named
 __all__ = ["LAYERS", "SKIPPED_LAYERS", "LayerSkipping"]
 
 SKIPPED_LAYERS = "skipped_layers"
-"""The transformer's input: boolean (rows, layers), true where a row leaves a layer out."""
+"""The transformer's input: boolean (rows, layers), true if the row leaves the layer out."""
 
 LAYERS = "ovforge_layers"
 """Key of the transformer's config.json for the number of layers, where the input was made."""
