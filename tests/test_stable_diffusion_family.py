@@ -261,7 +261,7 @@ def test_tiles_show_no_border() -> None:
     with Image.open(Path(__file__).parents[1] / "docs/images/unicorn.png") as unicorn:
         image = unicorn.convert("RGB").resize((384, 256))
     values = np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1)
-    family = whole.family
+    family = whole.architecture
     latents = whole.autoencoder.encode(values)[: family.latent_channels] * np.float32(family.encoding.factor)
     assert tiled.autoencoder.tile(256, 384) == 128
     one, other = (np.asarray(task.autoencoder.decode(latents), np.float32).mean(axis=2) for task in (whole, tiled))

@@ -1,4 +1,4 @@
-"""The Stable Diffusion family (Rombach et al. 2022) on OpenVINO."""
+"""Stable Diffusion (Rombach et al. 2022, Esser et al. 2024) and FLUX.1 on OpenVINO."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from ovforge import hookimpl
 from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, TaskExtension
 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
-_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+_DENOISERS = ("unet", "transformer")
 _PREVIEW = ("preview_decoder",)
-_TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "fold-upsample")
+_TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "layer-skipping", "fold-upsample")
 _OPTIONAL = ("guidance-embedding",)
 
 
@@ -24,8 +25,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_diffusion.inputs:TextToImageInputs",
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:TextToImage",
-        roles=("unet", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        roles=("vae_decoder",),
+        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -36,8 +37,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_diffusion.inputs:ImageToImageInputs",
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:ImageToImage",
-        roles=("unet", "vae_encoder", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        roles=("vae_encoder", "vae_decoder"),
+        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -48,8 +49,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         inputs="ovforge_diffusion.inputs:InpaintingInputs",
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:Inpainting",
-        roles=("unet", "vae_encoder", "vae_decoder"),
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        roles=("vae_encoder", "vae_decoder"),
+        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -81,6 +82,13 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         recompute=True,
     )
     yield GraphTransformExtension(
+        name="layer-skipping",
+        summary="Let rows of a batch leave layers of a transformer out",
+        factory="ovforge_diffusion.graph.layer_skipping:LayerSkipping",
+        phase=Phase.STRUCTURE,
+        recompute=True,
+    )
+    yield GraphTransformExtension(
         name="fold-upsample",
         summary="Fold up-sampling into the convolution after it",
         factory="ovforge_diffusion.graph.fold_upsample:FoldUpsample",
@@ -94,6 +102,6 @@ def ovforge_commands() -> Iterator[CommandExtension]:
     """The pipeline in one command."""
     yield CommandExtension(
         name="generate",
-        summary="Make pictures with the Stable Diffusion family in one command",
+        summary="Make pictures with a diffusion model in one command",
         factory="ovforge_diffusion.generate:generate",
     )

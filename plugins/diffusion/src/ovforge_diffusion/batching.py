@@ -13,7 +13,7 @@ from ovforge_diffusion.request import seeds_of
 
 __all__ = ["joined", "key_of", "parts_of"]
 
-_TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+_TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 _OWN = {*_TEXTS, "seed", "count"}
 """What each picture of a batch has for itself."""
 _SETTLED = ("steps", "guidance_scale", "width", "height")

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.errors import InputError
+from ovforge_diffusion.architectures.base import Texts
 from ovforge_diffusion.editing import EditedPrompt, split_parts
 from ovforge_diffusion.request import Request
-from ovforge_diffusion.text import Conditions
 
 __all__ = ["ConditionPlan", "Schedule", "plan_conditions"]
 
 Array = NDArray[np.float32]
-Pair = tuple[str, str]
-"""A text for the first text encoder and for the second."""
+Inputs = Mapping[str, NDArray[Any]]
+"""What conditions the denoiser: arrays by the name of its input, each with a row for each text."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Conditions of each call of the network. Rows are ordered by half, the unconditional one first, then by picture.
 
-    `weights`, float32 (halves - 1, pictures), says how strongly guidance goes along each half after the first.
+    `weights`, float32 (parts, pictures), says how strongly guidance goes along each half that is a part of the prompt.
     """
 
-    conditions: Conditions
+    inputs: Inputs
     orders: Sequence[tuple[int, ...]]
     halves: int
     weights: Array
 
-    def at(self, number: int) -> Conditions:
+    def at(self, number: int) -> dict[str, NDArray[Any]]:
         """Return the conditions of call `number`, counted from the beginning of a run."""
-        return self.conditions.rows(self._order(number))
+        picked = list(self._order(number))
+        return {name: value[picked] for name, value in self.inputs.items()}
 
     def changes(self, number: int) -> bool:
         """Say whether a call has other conditions than the one before it."""
@@ -51,7 +53,7 @@ class ConditionPlan:
     With `zeros` a last row of nothing takes the place of an unconditional text.
     """
 
-    texts: Sequence[Pair]
+    texts: Sequence[Texts]
     negative: Sequence[bool]
     orders: Sequence[tuple[int, ...]]
     halves: int
@@ -59,15 +61,11 @@ class ConditionPlan:
     zeros: bool
     warnings: list[str]
 
-    def schedule(self, conditions: Conditions) -> Schedule:
-        """Return the schedule; `conditions` has a row for each text."""
+    def schedule(self, inputs: Inputs) -> Schedule:
+        """Return the schedule; `inputs` have a row for each text."""
         if self.zeros:
-            states, pooled = conditions.states, conditions.pooled
-            conditions = Conditions(
-                np.concatenate([states, np.zeros_like(states[:1])]),
-                None if pooled is None else np.concatenate([pooled, np.zeros_like(pooled[:1])]),
-            )
-        return Schedule(conditions, self.orders, self.halves, self.weights)
+            inputs = {name: np.concatenate([value, np.zeros_like(value[:1])]) for name, value in inputs.items()}
+        return Schedule(inputs, self.orders, self.halves, self.weights)
 
 
 def plan_conditions(request: Request, timesteps: int, *, weighted: bool) -> ConditionPlan:
@@ -75,7 +73,7 @@ def plan_conditions(request: Request, timesteps: int, *, weighted: bool) -> Cond
 
     Only `weighted` prompts are read for edits and AND. Raises InputError for parts that no guidance weighs.
     """
-    pictures = [_parts(pair) if weighted else [(pair, 1.0)] for pair in request.prompts]
+    pictures = [_parts(texts) if weighted else [(texts, 1.0)] for texts in request.prompts]
     most = max(map(len, pictures))
     if not request.guided and (most > 1 or any(weight != 1 for parts in pictures for _, weight in parts)):
         raise InputError(
@@ -85,52 +83,54 @@ def plan_conditions(request: Request, timesteps: int, *, weighted: bool) -> Cond
         )
     # A picture of fewer parts goes along its first one once more, at no weight.
     halves = [[parts[n] if n < len(parts) else (parts[0][0], 0.0) for parts in pictures] for n in range(most)]
-    positive = [[_edited(pair, weighted) for pair, _ in half] for half in halves]
-    negative = [_edited(pair, weighted) for pair in request.negatives or ()]
+    positive = [[_edited(each, weighted) for each, _ in half] for half in halves]
+    negative = [_edited(each, weighted) for each in request.negatives or ()]
     # Methods that call the network twice a step count calls; those with one call more than steps count steps.
     calls = request.steps * max(1, round(timesteps / request.steps))
-    texts: dict[tuple[Pair, bool], int] = {}
+    texts: dict[tuple[Texts, bool], int] = {}
     orders: list[tuple[int, ...]] = []
     for call in range(timesteps):
-        wanted = [(_at(pair, call, calls), True) for pair in negative]
-        wanted += [(_at(pair, call, calls), False) for half in positive for pair in half]
+        wanted = [(_at(each, call, calls), True) for each in negative]
+        wanted += [(_at(each, call, calls), False) for half in positive for each in half]
+        if request.skipped_layers:  # the prompt once more, for a prediction without these layers
+            wanted += [(_at(each, call, calls), False) for each in positive[0]]
         orders.append(tuple(texts.setdefault(text, len(texts)) for text in wanted))
     zeros = request.guided and request.negatives is None
     if zeros:
         orders = [(*[len(texts)] * len(pictures), *order) for order in orders]
     return ConditionPlan(
-        texts=[pair for pair, _ in texts],
+        texts=[each for each, _ in texts],
         negative=[mark for _, mark in texts],
         orders=orders,
-        halves=1 + most if request.guided else 1,
+        halves=1 + most + bool(request.skipped_layers) if request.guided else 1,
         weights=np.array([[weight for _, weight in half] for half in halves], np.float32),
         zeros=zeros,
         warnings=_warnings(request) if weighted else [],
     )
 
 
-def _parts(pair: Pair) -> list[tuple[Pair, float]]:
-    """Split both texts of a prompt at AND; weights are those of the first."""
-    first, second = ([split_parts(text) for text in pair]) if pair[0] != pair[1] else [split_parts(pair[0])] * 2
-    if len(first) != len(second):
-        raise InputError(
-            f"{len(second)} parts between AND, and the prompt has {len(first)}",
-            where="prompt_2",
-            hint="Give as many, or leave prompt_2 out.",
-        )
-    return [((a.text, b.text), a.weight) for a, b in zip(first, second, strict=True)]
+def _parts(texts: Texts) -> list[tuple[Texts, float]]:
+    """Split each text of a prompt at AND; weights are those of the first."""
+    first, *others = [split_parts(text) for text in texts]
+    for number, other in enumerate(others):
+        if len(first) != len(other):
+            raise InputError(
+                f"{len(other)} parts between AND, and the prompt has {len(first)}",
+                where=f"prompt_{number + 2}",
+                hint=f"Give as many, or leave prompt_{number + 2} out.",
+            )
+    return [(tuple(part.text for part in parts), parts[0].weight) for parts in zip(first, *others, strict=True)]
 
 
-def _edited(pair: Pair, weighted: bool) -> tuple[EditedPrompt, EditedPrompt] | Pair:
-    return (EditedPrompt(pair[0]), EditedPrompt(pair[1])) if weighted else pair
+def _edited(texts: Texts, weighted: bool) -> tuple[EditedPrompt | str, ...]:
+    return tuple(EditedPrompt(text) for text in texts) if weighted else texts
 
 
-def _at(pair: tuple[EditedPrompt, EditedPrompt] | Pair, call: int, calls: int) -> Pair:
-    first, second = (text if isinstance(text, str) else text.at(call, calls) for text in pair)
-    return first, second
+def _at(texts: tuple[EditedPrompt | str, ...], call: int, calls: int) -> Texts:
+    return tuple(text if isinstance(text, str) else text.at(call, calls) for text in texts)
 
 
 def _warnings(request: Request) -> list[str]:
     """Say what of the notation means nothing in a negative prompt."""
-    texts = dict.fromkeys(text for pair in request.negatives or () for text in pair)
-    return [f"AND in a negative prompt is read as a word: {text!r}" for text in texts if len(split_parts(text)) > 1]
+    found = dict.fromkeys(text for texts in request.negatives or () for text in texts)
+    return [f"AND in a negative prompt is read as a word: {text!r}" for text in found if len(split_parts(text)) > 1]

@@ -1,4 +1,4 @@
-"""`ovforge generate`: a Stable Diffusion pipeline in one command, with the flags of the article it comes from.
+"""`ovforge generate`: a diffusion pipeline in one command, with the flags of the article it comes from.
 
 Source: "C++ Pipeline for Stable Diffusion v1.5 with Pybind for Lora Enabling" (blog.openvino.ai, 2023).
 """
@@ -79,7 +79,7 @@ def generate(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
-    """Make pictures with the Stable Diffusion family in one command.
+    """Make pictures with a diffusion model in one command.
 
     Example: ovforge generate -m package:ovforge_lcm/model -p 'a red car' --steps 4
     """

@@ -95,10 +95,28 @@ class DiffusionInputs(BaseModel):
 
     prompt: str | list[str] = Field(description="What the picture shows; a list gives a batch.")
     negative_prompt: str | list[str] | None = Field(None, description="What it should not show.")
-    prompt_2: str | list[str] | None = Field(None, description="SDXL: another prompt for the second text encoder.")
-    negative_prompt_2: str | list[str] | None = Field(None, description="SDXL: likewise what it should not show.")
+    prompt_2: str | list[str] | None = Field(None, description="Another prompt for the second text encoder.")
+    negative_prompt_2: str | list[str] | None = Field(None, description="Likewise what it should not show.")
+    prompt_3: str | list[str] | None = Field(None, description="Another prompt for the third text encoder.")
+    negative_prompt_3: str | list[str] | None = Field(None, description="Likewise what it should not show.")
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(None, ge=0, description="How closely to follow the prompt.")
+    true_cfg_scale: float | None = Field(
+        None,
+        ge=0,
+        description="FLUX.1: how far to go away from the negative prompt, at two calls a step; beside guidance_scale.",
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=512, description="Tokens that T5 reads: 256 for SD 3, 512 for FLUX.1 by default."
+    )
+    skip_guidance_layers: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="Stable Diffusion 3: guidance also goes away from a prediction that leaves these layers out.",
+    )
+    skip_layer_guidance_scale: float = Field(2.8, ge=0, description="How far it does.")
+    skip_layer_guidance_start: float = Field(0.01, ge=0, le=1, description="Part of the steps after which it begins.")
+    skip_layer_guidance_stop: float = Field(0.2, ge=0, le=1, description="Part of the steps at which it ends.")
     guidance_rescale: float = Field(
         0.0, ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."
     )
@@ -150,7 +168,12 @@ class ImageToImageInputs(DiffusionInputs):
     image: list[Picture] | None = Field(
         None, description="The picture to start from; a list gives one for each prompt. Or give latents."
     )
-    strength: float = Field(0.8, gt=0, le=1, description="How far to go from it; 1 keeps next to nothing.")
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3 and FLUX.",
+    )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
     )
@@ -166,7 +189,9 @@ class InpaintingInputs(DiffusionInputs):
 
     image: Picture = Field(description="The picture to change.")
     mask: Picture = Field(description="What to change: white is painted anew, black stays. Of the picture's size.")
-    strength: float = Field(1.0, gt=0, le=1, description="How far to go from what is there.")
+    strength: float | None = Field(
+        None, gt=0, le=1, description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX."
+    )
     paste: bool = Field(
         False,
         description="Put the picture's own pixels back where the mask is black: the autoencoder alone changes them.",

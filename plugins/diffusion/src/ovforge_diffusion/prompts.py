@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Span", "parse"]
+__all__ = ["Span", "parse", "plain", "weighs"]
 
 _UP = 1.1
 """What one pair of round brackets multiplies by; square ones divide."""
@@ -55,6 +55,16 @@ def parse(prompt: str) -> list[Span]:
         while opened[bracket]:
             close(bracket, weight)
     return _joined(spans)
+
+
+def plain(prompt: str) -> str:
+    """Return a prompt's words without its weights, for text encoders that weigh nothing."""
+    return "".join(f"{span.text} " if span.ends_chunk else span.text for span in parse(prompt))
+
+
+def weighs(prompt: str) -> bool:
+    """Say whether a prompt gives some of its words another weight than the rest."""
+    return any(span.weight != 1 for span in parse(prompt))
 
 
 def _number(text: str) -> float | None:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ovforge.errors import InputError
 from ovforge.model import fresh_seed, open_picture, picture_name
+from ovforge_diffusion.architectures.base import Architecture, Texts
 from ovforge_diffusion.editing import adapters_in, without_comments
-from ovforge_diffusion.family import Family
 from ovforge_diffusion.inputs import Control, DiffusionInputs
 
 __all__ = ["Request", "make_request", "resized", "resized_mask", "seeds_of"]
@@ -21,13 +21,15 @@ __all__ = ["Request", "make_request", "resized", "resized_mask", "seeds_of"]
 class Request:
     """What is made. Sizes in pixels; prompts, negative prompts and seeds are one for each picture."""
 
-    prompts: tuple[tuple[str, str], ...]
-    """For the first text encoder and for the second."""
+    prompts: tuple[Texts, ...]
+    """A text for each text encoder that can have its own."""
 
-    negatives: tuple[tuple[str, str], ...] | None
+    negatives: tuple[Texts, ...] | None
     """None if there is no guidance, or where nothing means zeros."""
 
-    guided: bool
+    guidance: float | None
+    """By how much predictions are guided away from the negative prompt; None if they are not."""
+
     steps: int
     guidance_scale: float
     width: int
@@ -35,22 +37,32 @@ class Request:
     seeds: tuple[int, ...]
     controls: tuple[Control, ...]
     decode: bool
+    strength: float
     given: DiffusionInputs
+    skipped_layers: tuple[int, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """Warnings: what of the call was changed, or has no effect."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a half without the prompt."""
+        return self.guidance is not None
 
     def without_adapters(self) -> tuple[Request, dict[str, float]]:
         """Return the call without comments and `<lora:NAME:STRENGTH>` in its prompts, and the adapters that they name.
 
         Raises InputError if the prompts of a batch differ in that: adapters hold for the whole batch.
         """
-        read = [[adapters_in(without_comments(text)) for text in pair] for pair in self.prompts]
-        named = [pair[0][1] for pair in read]
-        if any(other != named[0] for other in named) or any(pair[1][1] not in ({}, pair[0][1]) for pair in read):
+        read = [[adapters_in(without_comments(text)) for text in texts] for texts in self.prompts]
+        named = [first for (_, first), *_ in read]
+        differ = any(own not in ({}, first) for (_, first), *others in read for _, own in others)
+        if differ or any(other != named[0] for other in named):
             raise InputError(
                 "the prompts of one call name different adapters",
                 where="prompt",
                 hint="Adapters hold for a whole batch: make a call for each set of them.",
             )
-        prompts = tuple((first[0], second[0]) for first, second in read)
+        prompts = tuple(tuple(text for text, _ in texts) for texts in read)
         return replace(self, prompts=prompts), named[0]
 
     def as_inputs(self) -> dict[str, Any]:
@@ -85,45 +97,95 @@ def _name(value: Any) -> str:
     return picture_name(value)
 
 
-def make_request(inputs: DiffusionInputs, family: Family, size: tuple[int, int] | None) -> Request:
+def make_request(inputs: DiffusionInputs, architecture: Architecture, size: tuple[int, int] | None) -> Request:
     """Fill in what is left out; `size` is (width, height) of the picture to start from.
 
     Raises InputError for what the model cannot do, and for what would have no effect.
     """
     prompts = [inputs.prompt] if isinstance(inputs.prompt, str) else list(inputs.prompt)
-    guidance = family.defaults["guidance_scale"] if inputs.guidance_scale is None else inputs.guidance_scale
-    guided = not family.guidance_width and guidance > 1
-    default_width, default_height = _floor(size, family.factor) if size else (family.size, family.size)
-    for name in ("prompt_2", "negative_prompt_2"):
-        if getattr(inputs, name) is not None and len(family.encoders) < 2:
-            raise InputError("the model has one text encoder", where=name, hint="Leave it out.")
-    if inputs.guidance_rescale and not guided:
+    defaults, multiple = architecture.defaults, architecture.multiple
+    scale = defaults.guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
+    guidance = architecture.guidance(inputs, scale)
+    default_width, default_height = _floor(size, multiple) if size else (architecture.size, architecture.size)
+    _check_prompts(inputs, architecture)
+    if inputs.true_cfg_scale is not None and architecture.guided_by != "true_cfg_scale":
+        raise InputError(
+            "is for models whose guidance_scale is built in, such as FLUX.1",
+            where="true_cfg_scale",
+            hint="Set guidance_scale.",
+        )
+    if inputs.max_sequence_length is not None and architecture.length is None:
+        raise InputError(
+            "counts the tokens of T5, which the model has not", where="max_sequence_length", hint="Leave it out."
+        )
+    if inputs.guidance_rescale and guidance is None:
         raise InputError("no effect without guidance", where="guidance_rescale", hint="Set guidance_scale above 1.")
     if inputs.decode and inputs.denoising_end is not None:
         raise InputError(
             "latents that a refiner is to finish make no picture", where="decode", hint="Leave denoising_end out."
         )
-    return Request(
-        prompts=_each("prompt", prompts, inputs.prompt_2, prompts, inputs.count),
-        negatives=_negatives(inputs, family, prompts, guided),
-        guided=guided,
-        steps=inputs.steps or family.defaults["steps"],
-        guidance_scale=guidance,
-        width=_side("width", inputs.width or default_width, family.factor),
-        height=_side("height", inputs.height or default_height, family.factor),
+    strength = getattr(inputs, "strength", None)
+    remarks: list[str] = []
+    request = Request(
+        prompts=_each("prompt", prompts, _others(inputs, "prompt", architecture), prompts, inputs.count),
+        negatives=_negatives(inputs, architecture, prompts, guided=guidance is not None),
+        guidance=guidance,
+        steps=inputs.steps or defaults.steps,
+        guidance_scale=scale,
+        width=_side("width", inputs.width or default_width, architecture, remarks),
+        height=_side("height", inputs.height or default_height, architecture, remarks),
         seeds=seeds_of(inputs.seed, len(prompts) * inputs.count),
-        controls=_controls(inputs, family),
+        controls=_controls(inputs, architecture),
         decode=inputs.denoising_end is None if inputs.decode is None else inputs.decode,
+        strength=defaults.strength if strength is None else strength,
+        skipped_layers=_skipped(inputs, architecture, guided=guidance is not None),
         given=inputs,
     )
+    return replace(request, remarks=(*remarks, *architecture.remarks(request)))
+
+
+_COUNTS = {1: "one text encoder", 2: "two text encoders"}
+
+
+def _check_prompts(inputs: DiffusionInputs, architecture: Architecture) -> None:
+    """Refuse prompts for text encoders that the model does not have."""
+    for number in (2, 3):
+        for name in (f"prompt_{number}", f"negative_prompt_{number}"):
+            if getattr(inputs, name) is not None and architecture.prompts < number:
+                raise InputError(f"the model has {_COUNTS[architecture.prompts]}", where=name, hint="Leave it out.")
+
+
+def _skipped(inputs: DiffusionInputs, architecture: Architecture, *, guided: bool) -> tuple[int, ...]:
+    """Return the layers that skip-layer guidance leaves out."""
+    where, given = "skip_guidance_layers", inputs.skip_guidance_layers
+    if given is None:
+        return ()
+    if not architecture.layers:
+        raise InputError(
+            "the model's layers cannot be left out",
+            where=where,
+            hint="It is for Stable Diffusion 3, with the transform 'layer-skipping', which the task adds.",
+        )
+    if not guided:
+        raise InputError("no effect without guidance", where=where, hint=f"Set {architecture.guided_by} above 1.")
+    wrong = [layer for layer in given if not 0 <= layer < architecture.layers]
+    if wrong:
+        raise InputError(f"there is no layer {wrong[0]}", where=where, hint=f"Give 0 to {architecture.layers - 1}.")
+    return tuple(given)
+
+
+def _others(inputs: DiffusionInputs, name: str, architecture: Architecture) -> list[str | list[str] | None]:
+    """Return what a call gives the text encoders after the first."""
+    return [getattr(inputs, f"{name}_{number}") for number in range(2, architecture.prompts + 1)]
 
 
 def _negatives(
-    inputs: DiffusionInputs, family: Family, prompts: Sequence[str], guided: bool
-) -> tuple[tuple[str, str], ...] | None:
+    inputs: DiffusionInputs, architecture: Architecture, prompts: Sequence[str], *, guided: bool
+) -> tuple[Texts, ...] | None:
     """Return the negative prompt of each picture; refuse one that would do nothing."""
-    given = inputs.negative_prompt if inputs.negative_prompt is not None else inputs.negative_prompt_2
-    if given is not None and family.guidance_width:
+    negative, others = inputs.negative_prompt, _others(inputs, "negative_prompt", architecture)
+    given = next((text for text in (negative, *others) if text is not None), None)
+    if given is not None and not architecture.negatives:
         raise InputError(
             "the model has its guidance built in, and takes no negative prompt",
             where="negative_prompt",
@@ -133,42 +195,52 @@ def _negatives(
         raise InputError(
             "no effect without guidance",
             where="negative_prompt",
-            hint="Set guidance_scale above 1, or leave the negative prompt out.",
+            hint=f"Set {architecture.guided_by} above 1, or leave the negative prompt out.",
         )
-    if not guided or (given is None and family.zero_negative):
+    if not guided or (given is None and architecture.zero_negative):
         return None
-    negative = inputs.negative_prompt
     first = negative if isinstance(negative, list) else [negative or ""] * len(prompts)
-    return _each("negative_prompt", first, inputs.negative_prompt_2, prompts, inputs.count)
+    return _each("negative_prompt", first, others, prompts, inputs.count)
 
 
 def _each(
-    name: str, first: Sequence[str], second: str | Sequence[str] | None, prompts: Sequence[str], count: int
-) -> tuple[tuple[str, str], ...]:
-    """Return pairs of prompts, one for each picture; the second is the first if it is not given."""
-    other = [second] * len(prompts) if isinstance(second, str) else list(second or first)
-    for label, texts in ((name, first), (f"{name}_2", other)):
+    name: str,
+    first: Sequence[str],
+    others: Sequence[str | Sequence[str] | None],
+    prompts: Sequence[str],
+    count: int,
+) -> tuple[Texts, ...]:
+    """Return a text for each text encoder, for each picture; those that are not given are the first."""
+    columns = [
+        list(first), *([other] * len(prompts) if isinstance(other, str) else list(other or first) for other in others)
+    ]  # fmt: skip
+    for number, texts in enumerate(columns, 1):
+        label = name if number == 1 else f"{name}_{number}"
         if len(texts) != len(prompts):
             what = label.replace("_", " ")
             raise InputError(f"{len(texts)} {what}s for {len(prompts)} prompts", where=label, hint="Give one for each.")
-    return tuple(pair for pair in zip(first, other, strict=True) for _ in range(count))
+    return tuple(texts for texts in zip(*columns, strict=True) for _ in range(count))
 
 
-def _floor(size: tuple[int, int], factor: int) -> tuple[int, int]:
+def _floor(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     width, height = size
-    return max(width // factor, 1) * factor, max(height // factor, 1) * factor
+    return max(width // multiple, 1) * multiple, max(height // multiple, 1) * multiple
 
 
-def _side(name: str, pixels: int, factor: int) -> int:
-    """Return a width or height that the autoencoder can make."""
-    if pixels % factor:
-        lower = max(pixels // factor * factor, factor)
-        raise InputError(
-            f"{pixels} is not a multiple of {factor}",
-            where=name,
-            hint=f"The nearest sizes are {lower} and {lower + factor}.",
-        )
-    return pixels
+def _side(name: str, pixels: int, architecture: Architecture, remarks: list[str]) -> int:
+    """Return a width or height that the model can make."""
+    multiple = architecture.multiple
+    if pixels % multiple == 0:
+        return pixels
+    lower = max(pixels // multiple * multiple, multiple)
+    if architecture.rounds_sizes:
+        remarks.append(f"{name} = {pixels} is made {lower}: this model takes multiples of {multiple}")
+        return lower
+    raise InputError(
+        f"{pixels} is not a multiple of {multiple}",
+        where=name,
+        hint=f"The nearest sizes are {lower} and {lower + multiple}.",
+    )
 
 
 def seeds_of(seed: int | list[int] | None, pictures: int) -> tuple[int, ...]:
@@ -181,11 +253,11 @@ def seeds_of(seed: int | list[int] | None, pictures: int) -> tuple[int, ...]:
     return tuple(first + number for number in range(pictures))
 
 
-def _controls(inputs: DiffusionInputs, family: Family) -> tuple[Control, ...]:
+def _controls(inputs: DiffusionInputs, architecture: Architecture) -> tuple[Control, ...]:
     given = tuple(inputs.control or ())
-    if len(given) != len(family.controlnets):
+    if len(given) != len(architecture.controlnets):
         raise InputError(
-            f"{len(given)} given for {len(family.controlnets)} ControlNets in the pipeline",
+            f"{len(given)} given for {len(architecture.controlnets)} ControlNets in the pipeline",
             where="control",
             hint='A ControlNet comes by [load.parts]: controlnet = "FOLDER", controlnet_1 = ...; give one for each.',
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from PIL import Image
 from ovforge.contracts import Sampling
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, ImagesResult, Timings, open_picture
+from ovforge_diffusion.architectures.base import Task
 from ovforge_diffusion.batching import joined, key_of, parts_of
 from ovforge_diffusion.diffusion import Diffusion, Start
 from ovforge_diffusion.examples import drawing, hole, prompts
@@ -27,6 +28,8 @@ Array = NDArray[np.float32]
 
 class TextToImage(Diffusion):
     """From noise."""
+
+    name: ClassVar[Task] = "text-to-image"
 
     def examples(self, count: int) -> Sequence[TextToImageInputs]:
         """Return the shipped prompts, with the conditions that the pipeline's ControlNets need."""
@@ -47,13 +50,20 @@ class TextToImage(Diffusion):
     def _begin(
         self, inputs: TextToImageInputs, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings
     ) -> Start:
-        if self.family.masked:
+        self._refuse_masked()
+        noise = self._noise(request, rng) * np.float32(sampling.init_noise_sigma)
+        return Start(self.architecture.pack(noise))
+
+    def _refuse_masked(self) -> None:
+        """Refuse a model that was made for inpainting."""
+        if self.architecture.masked:
+            role = self.architecture.denoiser
+            what = "UNet" if role == "unet" else role
             raise ModelError(
-                f"its UNet takes {self.family.channels} channels: it was made for inpainting",
-                where="unet/config.json",
+                f"its {what} takes {self.architecture.channels} channels: it was made for inpainting",
+                where=f"{role}/config.json",
                 hint='Set task = "inpainting".',
             )
-        return Start(self._noise(request, rng) * np.float32(sampling.init_noise_sigma))
 
     def _noise(self, request: Request, rng: BatchGenerator) -> Array:
         """Return the first noise: the user's own, or drawn."""
@@ -65,11 +75,12 @@ class TextToImage(Diffusion):
 class ImageToImage(TextToImage):
     """From a noised picture (Meng et al. 2022, SDEdit), or from another model's latents."""
 
+    name = "image-to-image"
     encodes = True
 
     def examples(self, count: int) -> Sequence[Any]:
         """Return the shipped prompts with drawn pictures of the model's own size."""
-        size = self.family.size
+        size = self.architecture.size
         return [
             ImageToImageInputs(prompt=text, seed=n, image=[drawing(n, size)], **self._conditions(n))
             for n, text in prompts(count)
@@ -91,21 +102,22 @@ class ImageToImage(TextToImage):
         size: tuple[int, int] = open_picture(inputs.image[0], "image").size
         return size
 
-    def _sampling(self, inputs: Any, steps: int) -> Sampling:
-        whole = inputs.denoising_start is not None
-        return self._partly(steps, 1.0 if whole else inputs.strength)
+    def _strength(self, request: Request) -> float:
+        given: Any = request.given
+        return request.strength if given.denoising_start is None else 1.0
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
-        if self.family.masked:
-            super()._begin(inputs, request, sampling, rng, timings)  # says what it was made for
+        self._refuse_masked()
+        pack = self.architecture.pack
         if inputs.image is None:
             latents = read_latents(inputs.latents, self.latents_shape(request))
             if inputs.denoising_start is not None:
-                return Start(latents, self._first(inputs.denoising_start, request, sampling))
+                first = self.scheduling.first_below(sampling, inputs.denoising_start, request.steps)
+                return Start(pack(latents), first)
         else:
             latents = self._encoded(inputs.image, request, rng, timings)
         noise = rng.randn(latents.shape)
-        return Start(sampling.add_noise(latents, noise, sampling.first), sampling.first)
+        return Start(sampling.add_noise(pack(latents), pack(noise), sampling.first), sampling.first)
 
     def _encoded(self, images: list[Any], request: Request, rng: BatchGenerator, timings: Timings) -> Array:
         prompts = len(request.prompts) // request.given.count
@@ -119,26 +131,16 @@ class ImageToImage(TextToImage):
         rows = each * prompts if len(each) == 1 else each
         return self.autoencoder.sample([row for row in rows for _ in range(request.given.count)], rng)
 
-    def _first(self, start: float, request: Request, sampling: Sampling) -> int:
-        """Return the first step below a part of the noise schedule, as diffusers' SDXL pipeline counts it."""
-        cutoff = round(self.family.train_timesteps * (1 - start))
-        left = int((np.asarray(sampling.timesteps) < cutoff).sum())
-        if len(sampling.timesteps) == 2 * request.steps - 1 and left % 2 == 0:
-            left += 1  # a method of second order calls the network twice a step; both belong together
-        if not left:
-            raise InputError("leaves no step", where="denoising_start", hint="Take more steps, or start earlier.")
-        return len(sampling.timesteps) - left
-
 
 class Inpainting(TextToImage):
     """A masked part anew: by a UNet that sees the mask, or by blending after each step."""
 
+    name = "inpainting"
     encodes = True
-    inpaints = True
 
     def examples(self, count: int) -> Sequence[Any]:
         """Return the shipped prompts with drawn pictures and holes in them."""
-        size = self.family.size
+        size = self.architecture.size
         return [
             InpaintingInputs(prompt=text, seed=n, image=drawing(n, size), mask=hole(n, size), **self._conditions(n))
             for n, text in prompts(count)
@@ -155,36 +157,38 @@ class Inpainting(TextToImage):
             )
         return size
 
-    def _sampling(self, inputs: Any, steps: int) -> Sampling:
-        return self._partly(steps, inputs.strength)
+    def _strength(self, request: Request) -> float:
+        return request.strength
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
-        family, autoencoder = self.family, self.autoencoder
+        architecture, autoencoder = self.architecture, self.autoencoder
+        pack = architecture.pack
         image = resized(inputs.image, "image", request.width, request.height)
         pixels = pixels_of(image)
         mask = _mask(inputs.mask, request)
         finish = _Paste(image, mask) if inputs.paste else Start.finish
-        small = mask[:, :: family.factor, :: family.factor]
+        small = mask[:, :: architecture.factor, :: architecture.factor]
         shape, pictures = self.latents_shape(request), len(request.prompts)
-        full = inputs.strength == 1.0
+        full = request.strength == 1.0 and architecture.noise_at_full_strength
         original: Array | None = None
         with timings.span("vae_encoder"):
-            if not (full and family.masked):
-                original = autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng)
-            noise = self._noise(request, rng)
+            if not (full and architecture.masked):
+                original = pack(autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng))
+            noise = pack(self._noise(request, rng))
             if full:
                 latents = noise * np.float32(sampling.init_noise_sigma)
             else:
                 assert original is not None
                 latents = sampling.add_noise(original, noise, sampling.first)
-            if family.masked:
+            if architecture.masked:
                 hidden = autoencoder.encode(pixels * (mask < 0.5))
                 hidden_latents = autoencoder.sample([hidden] * pictures, rng)
-                extra = np.concatenate([np.broadcast_to(small, (pictures, *small.shape)), hidden_latents], axis=1)
+                extra = architecture.masked_extra(np.broadcast_to(mask, (pictures, *mask.shape)), hidden_latents)
                 return Start(latents, sampling.first, extra=extra, finish=finish)
         rng.randn(shape)  # where the other kind of UNet draws the latents of the masked picture, diffusers draws, too
         assert original is not None
-        return Start(latents, sampling.first, blend=_Blend(original, noise, small[None], sampling), finish=finish)
+        where = pack(np.broadcast_to(small, shape))
+        return Start(latents, sampling.first, blend=_Blend(original, noise, where, sampling), finish=finish)
 
 
 class _Blend:

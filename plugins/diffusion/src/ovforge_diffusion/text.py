@@ -15,7 +15,7 @@ from ovforge.store import parse_object
 from ovforge_diffusion.prompts import Span, parse
 from ovforge_diffusion.tokenizer import END, Learned, Piece, Tokenizer
 
-__all__ = ["LAYER", "SKIPPED", "Conditions", "TextEncoder", "TextEncoders", "learned_tokens"]
+__all__ = ["LAYER", "SKIPPED", "TextEncoder", "TextEncoders", "TextStates", "learned_tokens"]
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -47,23 +47,18 @@ def learned_tokens(assets: Mapping[str, bytes]) -> dict[str, Learned]:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What the UNet sees of prompts: states (prompts, tokens, width), and pooled ones (prompts, width) for SDXL."""
+class TextStates:
+    """What text encoders make of prompts: states, (prompts, tokens, width), and what each of them pools, or None."""
 
     states: Array
-    pooled: Array | None
-
-    def rows(self, order: Sequence[int]) -> Conditions:
-        """Return these rows in this order."""
-        picked = list(order)
-        return Conditions(self.states[picked], None if self.pooled is None else self.pooled[picked])
+    pooled: list[Array | None]
 
 
 class TextEncoder:
     """A tokenizer and the text encoder of CLIP (Radford et al. 2021), an OpenVINO model.
 
     With `penultimate`, the states before the last layer are returned, not normalized, as SDXL takes them. `learned` are
-    words that were taught beyond CLIP's own.
+    words that were taught beyond CLIP's own, `pooled` is the output for a whole prompt.
     """
 
     def __init__(
@@ -73,6 +68,7 @@ class TextEncoder:
         *,
         penultimate: bool,
         learned: Learned | None = None,
+        pooled: str = "text_embeds",
     ) -> None:
         self.learned = learned or {}
         self._tokenizer = tokenizer
@@ -81,7 +77,7 @@ class TextEncoder:
         self._input = _port(encoder.inputs, "input_ids", "text encoder")
         name = _penultimate(encoder) if penultimate else "last_hidden_state"
         self._output = _port(encoder.outputs, name, "text encoder")
-        self._pooled = next((port for port in encoder.outputs if "text_embeds" in port.names), None)
+        self._pooled = next((port for port in encoder.outputs if pooled in port.names), None)
         self._skipped = next((port for port in encoder.outputs if SKIPPED in port.names), None)
         length = self._input.get_partial_shape()[1]
         self._length = length.get_length() if length.is_static else DEFAULT_LENGTH
@@ -195,35 +191,39 @@ class TextEncoder:
 
 
 class TextEncoders:
-    """One text encoder, or the two of SDXL, whose states stand side by side."""
+    """One text encoder, or the two of SDXL, whose states stand side by side. Warnings call them `reader`."""
 
-    def __init__(self, encoders: Sequence[TextEncoder], *, weighted: bool, chunks: bool) -> None:
-        self._encoders = list(encoders)
+    def __init__(
+        self, encoders: Sequence[TextEncoder], *, weighted: bool, chunks: bool, reader: str = "the model"
+    ) -> None:
+        self._encoders, self._reader = list(encoders), reader
         self._weighted, self._chunks, self._wrap = weighted, chunks, weighted and chunks
 
     def encode(
-        self, prompts: Sequence[tuple[str, str]], timings: Timings, whole: Sequence[bool] = ()
-    ) -> tuple[Conditions, list[str]]:
-        """Return conditions, and warnings of what did not fit.
+        self, prompts: Sequence[tuple[str, ...]], timings: Timings, whole: Sequence[bool] = ()
+    ) -> tuple[TextStates, list[str]]:
+        """Return states, and warnings of what did not fit.
 
-        A prompt is a pair: for the first text encoder, and for the second. `whole` says which prompts no layer is left
-        out for: the negative ones; by default none.
+        A prompt is a text for each text encoder. `whole` says which prompts no layer is left out for: the negative
+        ones; by default none.
         """
         marks = np.array(whole, bool) if whole else np.zeros(len(prompts), bool)
         warnings: list[str] = []
-        states, pooled = [], None
+        states: list[Array] = []
+        pooled: list[Array | None] = []
         with timings.span("text_encoder"):
             for number, encoder in enumerate(self._encoders):
                 # A model that has the second text encoder alone, as SDXL's refiner, takes the first prompt there.
-                texts = [pair[number] for pair in prompts]
-                each, pooled = self._run(encoder, texts, marks, timings)
-                states.append(each)
+                texts = [each[number] for each in prompts]
+                made, whole_prompts = self._run(encoder, texts, marks, timings)
+                states.append(made)
+                pooled.append(whole_prompts)
                 warnings += [note for text in texts for note in self._notes(encoder, text) if note not in warnings]
         length = max(each.shape[1] for each in states)
         states = [np.pad(each, ((0, 0), (0, length - each.shape[1]), (0, 0))) for each in states]
-        return Conditions(np.concatenate(states, axis=2), pooled), warnings
+        return TextStates(np.concatenate(states, axis=2), pooled), warnings
 
-    def learned(self, prompts: Sequence[tuple[str, str]]) -> list[list[str]]:
+    def learned(self, prompts: Sequence[tuple[str, ...]]) -> list[list[str]]:
         """Return the learned words in what the text encoders read of each prompt, cut as it is."""
         found: list[dict[str, None]] = [{} for _ in prompts]
         for number, encoder in enumerate(self._encoders):
@@ -273,7 +273,7 @@ class TextEncoders:
         """Give warnings of what a prompt loses."""
         spans = self._spans(text)
         if not self._chunks and (cut := encoder.cut(spans)):
-            yield f"the prompt is longer than the model reads; cut off: {cut!r}"
+            yield f"the prompt is longer than {self._reader} reads; cut off: {cut!r}"
         if self._chunks and (word := encoder.too_long(spans)):
             yield f"the word {word!r} has more vectors than a chunk has places, and goes on in the next one"
         if encoder.ends_early(spans):

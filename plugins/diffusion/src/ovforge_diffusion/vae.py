@@ -11,7 +11,7 @@ from PIL import Image
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
-from ovforge_diffusion.family import Family, Scale
+from ovforge_diffusion.architectures.base import Architecture, Scale
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
 
@@ -30,9 +30,9 @@ class Autoencoder:
     """Scales latents, decodes and encodes. Every picture is its own call: a batch would only take more memory."""
 
     def __init__(
-        self, family: Family, decoder: Model, encoder: Model, tile: int | None, preview: Model | None = None
+        self, architecture: Architecture, decoder: Model, encoder: Model, tile: int | None, preview: Model | None = None
     ) -> None:
-        self._family, self._decoder, self._encoder = family, _Runner(decoder), _Runner(encoder)
+        self._architecture, self._decoder, self._encoder = architecture, _Runner(decoder), _Runner(encoder)
         self._preview = _Runner(preview) if preview else None
         self._tile = tile
 
@@ -41,20 +41,20 @@ class Autoencoder:
         side = self._tile or (_TILE if height * width > _LARGE else None)
         if side is None or max(height, width) <= side:
             return None
-        return side // self._family.factor * self._family.factor
+        return side // self._architecture.factor * self._architecture.factor
 
     def decode(self, latents: Array) -> Image.Image:
         """Return the picture of latents, float32 (channels, height, width)."""
-        return self._decoded(latents, self._decoder, self._family.decoding)
+        return self._decoded(latents, self._decoder, self._architecture.decoding)
 
     def preview(self, latents: Array) -> Image.Image:
         """Return the picture of latents by the decoder for previews, if the pipeline has one of its own."""
-        if self._preview is None or self._family.previewing is None:
+        if self._preview is None or self._architecture.previewing is None:
             return self.decode(latents)
-        return self._decoded(latents, self._preview, self._family.previewing)
+        return self._decoded(latents, self._preview, self._architecture.previewing)
 
     def _decoded(self, latents: Array, decoder: _Runner, scale: Scale) -> Image.Image:
-        factor = self._family.factor
+        factor = self._architecture.factor
         side = self.tile(latents.shape[1] * factor, latents.shape[2] * factor)
         sample = _tiled(_unscaled(latents, scale), decoder, side and side // factor, factor)
         if not np.isfinite(sample).all():
@@ -67,7 +67,7 @@ class Autoencoder:
 
     def encode(self, pixels: Array) -> Array:
         """Return what the encoder says of a picture, float32 (3, height, width) from -1 to 1: see `sample`."""
-        factor = self._family.factor
+        factor = self._architecture.factor
         parameters = _tiled(pixels, self._encoder, self.tile(*pixels.shape[1:]), 1 / factor, unit=factor).copy()
         if not np.isfinite(parameters).all():
             raise ModelError("the encoder gave numbers that are not finite", where="vae_encoder")
@@ -76,12 +76,12 @@ class Autoencoder:
     def sample(self, parameters: Sequence[Array], rng: RandomStream) -> Array:
         """Return latents, (pictures, channels, height, width), drawn from what `encode` gave for each."""
         stacked = np.stack(parameters)
-        channels = self._family.latent_channels
+        channels = self._architecture.latent_channels
         if stacked.shape[1] == channels:  # an encoder that says one value draws nothing
-            return _scaled(stacked, self._family.encoding)
+            return _scaled(stacked, self._architecture.encoding)
         mean, log_variance = stacked[:, :channels], stacked[:, channels:]
         deviation = np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20))
-        return _scaled(mean + deviation * rng.randn(mean.shape), self._family.encoding)
+        return _scaled(mean + deviation * rng.randn(mean.shape), self._architecture.encoding)
 
     def release(self) -> None:
         """Drop the requests, so that the models' memory can be freed."""
@@ -92,7 +92,7 @@ class Autoencoder:
 
 
 def _scaled(latents: Array, scale: Scale) -> Array:
-    """Return the UNet's latents of the autoencoder's."""
+    """Return the denoiser's latents of the autoencoder's."""
     if scale.mean and scale.deviation:
         mean, deviation = _column(scale.mean), _column(scale.deviation)
         return ((latents - mean) * np.float32(scale.factor) / deviation).astype(np.float32)
@@ -100,7 +100,7 @@ def _scaled(latents: Array, scale: Scale) -> Array:
 
 
 def _unscaled(latents: Array, scale: Scale) -> Array:
-    """Return the autoencoder's latents of the UNet's."""
+    """Return the autoencoder's latents of the denoiser's."""
     if scale.mean and scale.deviation:
         mean, deviation = _column(scale.mean), _column(scale.deviation)
         return (latents * deviation / np.float32(scale.factor) + mean).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Exact changes to the models of the Stable Diffusion family, found by structure: names differ between converters."""
+"""Exact changes to diffusion models, found by structure: names differ between converters."""

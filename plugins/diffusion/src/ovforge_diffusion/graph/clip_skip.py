@@ -33,8 +33,8 @@ class ClipSkip:
     """Gives the UNet the text states of an earlier layer.
 
     Models with one text encoder take its last states, normalized: the earlier ones go through the same last norm. SDXL
-    takes the states that go into the last layer as they are, and a pooled output, which stays. By default the encoder
-    gets a further output, `skipped_states`, that the task takes for prompts.
+    and Stable Diffusion 3 take the states that go into the last layer as they are, and a pooled output, which stays. By
+    default the encoder gets a further output, `skipped_states`, that the task takes for prompts.
     """
 
     def __init__(self, options: ClipSkipOptions) -> None:
@@ -45,7 +45,13 @@ class ClipSkip:
         roles = tuple(role for role in _ENCODERS if role in bundle.models)
         if not roles:
             raise ModelError("the model has no text encoder", where="clip-skip")
-        penultimate = bundle.configs.get("unet", {}).get("addition_embed_type") == "text_time"
+        denoisers = {**bundle.configs.get("unet", {}), **bundle.configs.get("transformer", {})}
+        if denoisers.get("_class_name") == "FluxTransformer2DModel":
+            raise ModelError(
+                "FLUX.1 takes no states of CLIP's layers", where="clip-skip", hint="Take the transform from the config."
+            )
+        xl = denoisers.get("addition_embed_type") == "text_time"
+        penultimate = xl or denoisers.get("_class_name") == "SD3Transformer2DModel"
         report = Report(roles=roles)
         for role in roles:
             model = bundle.models[role]

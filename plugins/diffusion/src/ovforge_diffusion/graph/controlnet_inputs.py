@@ -15,9 +15,8 @@ from openvino import opset13 as ops
 from ovforge.contracts import Report
 from ovforge.errors import ModelError
 from ovforge.model import ModelBundle
-from ovforge_diffusion.family import CONTROLNETS
+from ovforge_diffusion.controlnets import CONTROLNETS, MIDDLE_RESIDUAL, RESIDUAL, RESIDUALS
 from ovforge_diffusion.graph.nodes import ancestors, positions
-from ovforge_diffusion.unet import MIDDLE_RESIDUAL, RESIDUAL, RESIDUALS
 
 __all__ = ["ControlNetInputs"]
 

@@ -1,4 +1,4 @@
-"""Let UNets and ControlNets take timesteps with fractions, as schedulers with Karras's noise levels have them.
+"""Let denoisers and ControlNets take timesteps with fractions, as schedulers with Karras's noise levels have them.
 
 Converted models take a timestep of an integer type, which optimum-intel writes and other programs expect. The network
 computes the sines of its embedding from float32 all the same, so that only the input's type is in the way, and whole
@@ -11,7 +11,7 @@ import openvino as ov
 
 from ovforge.contracts import Report
 from ovforge.model import ModelBundle
-from ovforge_diffusion.family import CONTROLNETS
+from ovforge_diffusion.controlnets import CONTROLNETS
 
 __all__ = ["FractionalTimesteps"]
 
@@ -29,7 +29,7 @@ class FractionalTimesteps:
     def apply(self, bundle: ModelBundle) -> Report:
         """Change every denoiser that takes whole numbers; one that computes with them is left alone, with a note."""
         report = Report()
-        for role in ("unet", *CONTROLNETS):
+        for role in ("unet", "transformer", *CONTROLNETS):
             if role not in bundle.models:
                 continue
             model = bundle.models[role]

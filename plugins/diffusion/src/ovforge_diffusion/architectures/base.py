@@ -1,0 +1,319 @@
+"""What the tasks ask of an architecture: facts of a model, and functions over arrays. One module describes a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ovforge.config import checked
+from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
+from ovforge.errors import ModelError
+from ovforge.model import Timings
+from ovforge.store import parse_object
+from ovforge_diffusion.tokenizer import Learned
+
+if TYPE_CHECKING:
+    from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
+    from ovforge_diffusion.request import Request
+
+__all__ = [
+    "PREVIEW",
+    "Architecture",
+    "Arrays",
+    "Defaults",
+    "OpenEncoder",
+    "PromptEncoder",
+    "Scale",
+    "Task",
+    "Texts",
+    "tokenizer_of",
+]
+
+Array = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[Any]]
+"""Values by the name of the denoiser's input."""
+
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
+Texts = tuple[str, ...]
+"""What a picture's prompt is to each text encoder."""
+
+PREVIEW = "preview_decoder"
+"""Role of a small decoder, such as TAESD's, that makes the previews."""
+
+OpenEncoder = Callable[[str], tuple[Any, ov.CompiledModel, Learned | None]]
+"""Returns a text encoder's tokenizer, its compiled model, and the words that it was taught, by its role.
+
+The tokenizer is a `Tokenizer` of CLIP, or a `SequenceTokenizer` for an architecture's `sequence_encoders`."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How an autoencoder's latents become the denoiser's: less a shift or a mean, times a factor, by a deviation."""
+
+    factor: float
+    shift: float
+    mean: tuple[float, ...] | None
+    deviation: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Scale:
+        """Read an autoencoder's config.json. Defaults are those of its class."""
+        tiny = config.get("_class_name") == "AutoencoderTiny"
+        return cls(
+            factor=float(config.get("scaling_factor", 1.0 if tiny else 0.18215)),
+            shift=float(config.get("shift_factor") or 0.0),
+            mean=_numbers(config.get("latents_mean")),
+            deviation=_numbers(config.get("latents_std")),
+        )
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call takes if it does not say."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    strength: float = 0.8
+
+
+class PromptEncoder(ABC):
+    """Turns prompts into what conditions the denoiser."""
+
+    @abstractmethod
+    def encode(
+        self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
+    ) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        """Return the denoiser's inputs by name, each with a row for each prompt, and warnings of what did not fit.
+
+        `negative` says which of the texts are to be avoided.
+        """
+
+    def learned(self, texts: Sequence[Texts]) -> list[list[str]]:
+        """Return the words beyond the tokenizers' own that each prompt used."""
+        return [[] for _ in texts]
+
+
+class Architecture(ABC):
+    """A kind of model, and one model of that kind. Sizes are those of latents where nothing else is said."""
+
+    name: ClassVar[str]
+    """What people call the family."""
+
+    denoiser: ClassVar[str] = "transformer"
+    """Role of the network that predicts."""
+
+    sample: ClassVar[str] = "hidden_states"
+    """Its input for the latents."""
+
+    channel_axis: ClassVar[int] = 1
+    """Axis of channels in what it takes and gives."""
+
+    timestep_rows: ClassVar[bool] = True
+    """Whether it takes the timestep once for each row, rather than once for all."""
+
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    """Roles of text encoders that it may have."""
+
+    sequence_encoders: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are not a CLIP: their tokenizers are those of tokenizer.json."""
+
+    default_size: ClassVar[int] = 64
+    """Side of latents if the config does not say."""
+
+    noise_at_full_strength: ClassVar[bool] = True
+    """Whether inpainting at strength 1 begins with noise alone, rather than with a picture noised by the scheduler."""
+
+    prompts: int = 1
+    """How many different prompts a picture can have: one for each text encoder."""
+
+    negatives: bool = True
+    """Whether it can follow one prompt and avoid another at all."""
+
+    guided_by: ClassVar[str] = "guidance_scale"
+    """The input that switches classifier-free guidance on."""
+
+    zero_negative: bool = False
+    """Whether no negative prompt means zeros, rather than the states of an empty one."""
+
+    masked: bool = False
+    """Whether the denoiser takes a mask and a masked picture beside the latents."""
+
+    layers: int = 0
+    """How many layers the denoiser has that can be left out, for skip-layer guidance."""
+
+    length: int | None = None
+    """Tokens that the longest text encoder reads by default, where a call can say it; else None."""
+
+    rounds_sizes: ClassVar[bool] = False
+    """Whether sides that do not fit are rounded down, as diffusers' pipeline does, rather than refused."""
+
+    controlnets: tuple[str, ...] = ()
+
+    def __init__(self, context: TaskContext, task: Task) -> None:
+        bundle = context.bundle
+        vae = bundle.configs.get("vae_decoder", {})
+        self.config: Mapping[str, Any] = bundle.configs.get(self.denoiser, {})
+        self.configs = bundle.configs
+        self.task = task
+        levels = len(vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (0,) * 4)
+        self.factor: int = 2 ** (levels - 1)
+        """Pixels for each latent."""
+
+        self.multiple: int = self.factor
+        """Pixels that sides are multiples of."""
+
+        self.latent_channels = int(vae.get("latent_channels", 4))
+        self.channels = int(self.config.get("in_channels", self.latent_channels))
+        """Of the denoiser's input."""
+
+        self.encoders = tuple(role for role in self.text_encoders if role in bundle)
+        if not self.encoders:
+            raise ModelError(
+                "the model has no text encoder",
+                where="text_encoder",
+                hint="Bring one, with its tokenizer, by [load.parts]: text_encoder = FOLDER and tokenizer = FOLDER, "
+                "where FOLDER is a converted model of the same family.",
+            )
+        self.encoding = Scale.of(bundle.configs.get("vae_encoder", vae))
+        self.decoding = Scale.of(vae)
+        self.previewing = Scale.of(bundle.configs.get(PREVIEW, {})) if PREVIEW in bundle else None
+        """Of the decoder for previews; None if there is none of its own."""
+
+        self.train_timesteps = int(bundle.scheduler_config().get("num_train_timesteps", 1000))
+        if isinstance(size := self.config.get("sample_size", self.default_size), list | tuple):
+            size = max(size)
+        self.size = int(size) * self.factor
+        """Pixels a side of the pictures that the model was trained on."""
+
+        self.defaults = self.own_defaults(context, self.usual(task))
+
+    def own_defaults(self, context: TaskContext, usual: Defaults) -> Defaults:
+        """Return the defaults of a family, with what the model's own ovforge.json says in their place."""
+        own = parse_object(context.bundle.assets.get("ovforge.json", b"{}"), "ovforge.json").get("defaults", {})
+        given = checked(_Own, own, where="ovforge.json: defaults").model_dump(exclude_unset=True)
+        return Defaults(**{**vars(usual), **given})
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, bundle: CompiledModels) -> bool:
+        """Say from the configs whether a model that has the denoiser's role is of this kind."""
+
+    @abstractmethod
+    def usual(self, task: Task) -> Defaults:
+        """Return the defaults of diffusers' pipeline for a task."""
+
+    # -- prompts and guidance -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
+        """Return what encodes prompts."""
+
+    def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
+        """Return by how much predictions are guided from one half to the other; None if there is one half.
+
+        `scale` is the call's guidance_scale, or the default. Raises InputError for what would have no effect.
+        """
+        return scale if scale > 1 else None
+
+    def remarks(self, request: Request) -> list[str]:
+        """Return warnings about a call: what of it has no effect with this model."""
+        return []
+
+    # -- what the denoiser takes ----------------------------------------------------------------------------------
+
+    def sample_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of what the denoiser takes of pictures of a size in latents."""
+        return (pictures, self.channels, height, width)
+
+    def packed_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of packed latents of pictures of a size in latents."""
+        return (pictures, self.latent_channels, height, width)
+
+    def pack(self, latents: Array) -> Array:
+        """Return latents, (pictures, channels, height, width), as the denoiser and the scheduler see them."""
+        return latents
+
+    def unpack(self, latents: Array, height: int, width: int) -> Array:
+        """Return packed latents as (pictures, channels, height, width), of a size in latents."""
+        return latents
+
+    def masked_extra(self, mask: Array, hidden: Array) -> Array:
+        """Return what a denoiser for inpainting takes beside the latents, packed.
+
+        `mask` is (pictures, 1, height, width) in pixels, 1 where a picture is painted anew, and `hidden` are latents of
+        the picture without that part.
+        """
+        return np.concatenate([mask[:, :, :: self.factor, :: self.factor], hidden], axis=1)
+
+    def timestep(self, timestep: float) -> float:
+        """Return what the denoiser is told of a timestep."""
+        return timestep
+
+    def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return inputs that hold for a whole run: with a row for each picture of each half, and shared by all rows."""
+        return {}, {}
+
+    def input_shapes(
+        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]] | None:
+        """Return fixed shapes of all of the denoiser's inputs for a batch of `rows`; None if the configs do not tell.
+
+        `size` is (height, width) in latents, `inputs` what the pipeline's config says of a call, unchecked.
+        """
+        return None
+
+    def control_shapes(
+        self, role: str, denoiser: Mapping[str, tuple[int, ...]], pixels: tuple[int, int]
+    ) -> dict[str, tuple[int, ...]] | None:
+        """Return fixed shapes of a ControlNet's inputs, beside a denoiser of fixed ones; `pixels`: height, width."""
+        return None
+
+    def foreseen_halves(self, inputs: Mapping[str, Any]) -> int:
+        """Return how many halves calls will have, by what the pipeline's config says of one, unchecked."""
+        scale = inputs.get("guidance_scale", self.defaults.guidance_scale)
+        return 1 if not self.negatives or (isinstance(scale, int | float) and scale <= 1) else 2
+
+    @property
+    def grid(self) -> int:
+        """Pixels that the denoiser itself wants of sides, for models that were converted without free sizes."""
+        return self.multiple
+
+    # -- the schedule ---------------------------------------------------------------------------------------------
+
+    def overrides(self, config: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
+        """Return what of the model's scheduler config diffusers' pipeline for this model would change."""
+        return {}
+
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+        """Begin a run, or the part of one that `strength` says; `size` is (height, width) in latents."""
+        return scheduler.start(steps, strength)
+
+    def notes(self) -> list[str]:
+        """Return what plans and results should say of this model."""
+        applied = self.decoding.mean and self.decoding.deviation
+        return ["the autoencoder's latents_mean and latents_std are applied"] if applied else []
+
+
+class _Own(BaseModel):
+    """What a model may say of itself in ovforge.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    steps: int = Field(50, ge=1, le=100_000)
+    guidance_scale: float = Field(7.5, ge=0)
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Return the role of a text encoder's tokenizer."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    return tuple(float(number) for number in value) if value else None

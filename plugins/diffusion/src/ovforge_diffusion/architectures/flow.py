@@ -1,0 +1,31 @@
+"""What transformers that predict a flow have in common: how their runs begin (Esser et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ovforge.contracts import FlowRun, FlowScheduler, Sampling, Scheduler
+from ovforge.errors import InputError
+
+__all__ = ["begin_flow", "sequence_length"]
+
+_LONGEST = 512
+
+
+def begin_flow(
+    scheduler: Scheduler, steps: int, strength: float, *, tokens: int, sigmas: Sequence[float] | None = None
+) -> Sampling:
+    """Begin a run over pictures of so many `tokens`; `sigmas` are levels of noise before any shift, one a step."""
+    if not isinstance(scheduler, FlowScheduler):  # a third party's, which knows one schedule only
+        return scheduler.start(steps, strength)
+    own = None if scheduler.own_sigmas else sigmas
+    return scheduler.start_flow(steps, FlowRun(image_seq_len=tokens, sigmas=own), strength)
+
+
+def sequence_length(given: object, default: int) -> int:
+    """Return how many tokens the longest text encoder reads. Raises InputError for what diffusers refuses, too."""
+    if given is None:
+        return default
+    if not isinstance(given, int) or not 1 <= given <= _LONGEST:
+        raise InputError(f"{given} is out of range", where="max_sequence_length", hint=f"Give 1 to {_LONGEST}.")
+    return given

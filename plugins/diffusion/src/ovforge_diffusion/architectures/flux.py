@@ -1,0 +1,194 @@
+"""FLUX.1 dev, schnell and Fill (Black Forest Labs 2024): packed latents, a CLIP for the whole prompt and a T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
+from ovforge.errors import InputError, ModelError
+from ovforge.model import Timings
+from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
+from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.sequence import SequenceEncoder
+from ovforge_diffusion.text import TextEncoder, TextEncoders
+
+if TYPE_CHECKING:
+    from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
+    from ovforge_diffusion.request import Request
+
+__all__ = ["Flux"]
+
+Array = NDArray[np.float32]
+
+_CLIP, _T5 = "text_encoder", "text_encoder_2"
+_SIDE = 2
+"""Latents along each side of what is packed into one token."""
+
+
+class Flux(Architecture):
+    """FLUX.1. Its guidance scale is an input of the transformer (dev), or built in (schnell).
+
+    A negative prompt is followed with `true_cfg_scale` above 1, at two calls a step.
+    """
+
+    name = "FLUX.1"
+    channel_axis = 2
+    text_encoders = (_CLIP, _T5)
+    sequence_encoders = (_T5,)
+    prompts = 2
+    default_size = 128
+    length = 512
+    guided_by = "true_cfg_scale"
+    rounds_sizes = True
+    noise_at_full_strength = False
+
+    def __init__(self, context: TaskContext, task: Task) -> None:
+        super().__init__(context, task)
+        self.multiple = self.factor * _SIDE
+        self.size = self.default_size * self.factor
+        packed = self.latent_channels * _SIDE**2
+        self.channels = int(self.config.get("in_channels", 64))
+        filling = 2 * packed + (self.factor * _SIDE) ** 2
+        if self.channels not in (packed, filling):
+            raise ModelError(
+                f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
+                where="transformer/config.json",
+                hint=f"Expected {packed}, or {filling} for FLUX.1 Fill.",
+            )
+        self.masked = self.channels == filling
+        if self.masked:
+            self.defaults = self.own_defaults(context, Defaults(50, 30.0, 1.0))
+        self._embeds = bool(self.config.get("guidance_embeds", False))
+        missing = [role for role in self.text_encoders if role not in self.encoders]
+        if missing:
+            raise ModelError("the model lacks it, and FLUX.1 needs both of its text encoders", where=missing[0])
+
+    @classmethod
+    def matches(cls, bundle: CompiledModels) -> bool:
+        """A FluxTransformer2DModel."""
+        return bundle.configs.get(cls.denoiser, {}).get("_class_name") == "FluxTransformer2DModel"
+
+    def usual(self, task: Task) -> Defaults:
+        """Return the defaults of FluxPipeline and its kin."""
+        return Defaults(28, 3.5 if task == "text-to-image" else 7.0, 0.6)
+
+    def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
+        """Return CLIP, for the prompt as a whole, and T5."""
+        tokenizer, model, learned = opened(_CLIP)
+        clip = TextEncoder(tokenizer, model, penultimate=False, learned=learned, pooled="pooler_output")
+        weighted = options.prompts == "weighted"
+        # What is pooled is the first chunk, so that CLIP has nothing of more chunks.
+        whole = TextEncoders([clip], weighted=weighted, chunks=False, reader="CLIP")
+        return _Prompts(whole, SequenceEncoder(*opened(_T5)[:2], _T5), weighted=weighted)
+
+    def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
+        """Guide away from a negative prompt, if there is one and true_cfg_scale says how far."""
+        given = inputs.true_cfg_scale
+        if given is None or given <= 1:
+            return None
+        if inputs.negative_prompt is None:
+            raise InputError(
+                "no effect without a negative prompt",
+                where="true_cfg_scale",
+                hint='Give negative_prompt, which may be "", or leave true_cfg_scale out.',
+            )
+        return given
+
+    def foreseen_halves(self, inputs: Mapping[str, Any]) -> int:
+        """Return two if calls have a negative prompt."""
+        scale = inputs.get("true_cfg_scale")
+        return 2 if isinstance(scale, int | float) and scale > 1 else 1
+
+    def remarks(self, request: Request) -> list[str]:
+        """Say that a guidance scale does nothing for a model that has no input for it."""
+        if self._embeds or request.given.guidance_scale is None:
+            return []
+        return ["guidance_scale has no effect: this model's guidance is built in"]
+
+    def sample_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
+        """Return (pictures, tokens, channels)."""
+        return (pictures, self._tokens((height, width)), self.channels)
+
+    def packed_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
+        """Return (pictures, tokens, channels of the latents)."""
+        return (pictures, self._tokens((height, width)), self.latent_channels * _SIDE**2)
+
+    def pack(self, latents: Array) -> Array:
+        """Return a token for each square of 2 x 2 latents, (pictures, tokens, channels * 4)."""
+        pictures, channels, height, width = latents.shape
+        squares = latents.reshape(pictures, channels, height // _SIDE, _SIDE, width // _SIDE, _SIDE)
+        return squares.transpose(0, 2, 4, 1, 3, 5).reshape(pictures, -1, channels * _SIDE**2)
+
+    def unpack(self, latents: Array, height: int, width: int) -> Array:
+        """Return (pictures, channels, height, width) again."""
+        pictures, _, packed = latents.shape
+        squares = latents.reshape(pictures, height // _SIDE, width // _SIDE, packed // _SIDE**2, _SIDE, _SIDE)
+        return squares.transpose(0, 3, 1, 4, 2, 5).reshape(pictures, -1, height, width)
+
+    def masked_extra(self, mask: Array, hidden: Array) -> Array:
+        """Return the latents of what stays, and all pixels of the mask, packed: as FluxFillPipeline does."""
+        pictures, _, height, width = mask.shape
+        factor = self.factor
+        pixels = mask.reshape(pictures, height // factor, factor, width // factor, factor).transpose(0, 2, 4, 1, 3)
+        pixels = pixels.reshape(pictures, factor**2, height // factor, width // factor)
+        return np.concatenate([self.pack(hidden), self.pack(pixels)], axis=2)
+
+    def timestep(self, timestep: float) -> float:
+        """Return the share of noise, from 0 to 1: what the transformer multiplies by 1000 again."""
+        return timestep / 1000
+
+    def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return the guidance scale for each row, and the places of tokens, which all rows share."""
+        rows = halves * len(request.prompts)
+        guidance = {"guidance": np.full(rows, request.guidance_scale, np.float32)} if self._embeds else {}
+        height, width = request.height // self.multiple, request.width // self.multiple
+        places = np.zeros((height, width, 3), np.float32)
+        places[..., 1] = np.arange(height)[:, None]
+        places[..., 2] = np.arange(width)[None]
+        text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 3), np.float32)
+        return guidance, {"img_ids": places.reshape(-1, 3), "txt_ids": text}
+
+    def input_shapes(
+        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]] | None:
+        """Return none: the places of tokens have an axis for rows in some models, and none in others."""
+        return None
+
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+        """Begin a run of evenly spread levels, shifted by the number of the picture's tokens."""
+        sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
+        return begin_flow(scheduler, steps, strength, tokens=self._tokens(size), sigmas=sigmas)
+
+    def _tokens(self, size: tuple[int, int]) -> int:
+        return (size[0] // _SIDE) * (size[1] // _SIDE)
+
+
+class _Prompts(PromptEncoder):
+    """T5's states, and CLIP's pooled ones."""
+
+    def __init__(self, clip: TextEncoders, t5: SequenceEncoder, *, weighted: bool) -> None:
+        self._clip, self._t5, self._weighted = clip, t5, weighted
+
+    def encode(
+        self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
+    ) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        """Return states, (prompts, tokens, width), and pooled ones, (prompts, width)."""
+        made, warnings = self._clip.encode([each[:1] for each in texts], timings, negative)
+        if made.pooled[0] is None:
+            raise ModelError("the text encoder has no output 'pooler_output'", where=_CLIP)
+        length = sequence_length(request.given.max_sequence_length, Flux.length)
+        words = [plain(each[1]) if self._weighted else each[1] for each in texts]
+        with timings.span("text_encoder"):
+            states, notes = self._t5.encode(words, length, timings)
+        if self._weighted and any(weighs(text) for each in texts for text in each):
+            notes.append("weights in prompts have no effect: FLUX.1's text encoders read the words without them")
+        return {"encoder_hidden_states": states, "pooled_projections": made.pooled[0]}, warnings + notes
+
+    def learned(self, texts: Sequence[Texts]) -> list[list[str]]:
+        """Return the learned words that each prompt used."""
+        return self._clip.learned([each[:1] for each in texts])

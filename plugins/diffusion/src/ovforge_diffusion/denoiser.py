@@ -1,0 +1,152 @@
+"""The denoiser: requests whose tensors stay in place from step to step, with or without ControlNets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovforge.errors import InputError
+from ovforge.model import Timings
+from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.controlnets import ControlNets
+from ovforge_diffusion.network import Network
+
+__all__ = ["Denoiser"]
+
+Array = NDArray[np.float32]
+
+
+class Denoiser:
+    """A UNet or transformer for pictures of one size. What holds for a run is set once; a step writes latents.
+
+    `shape` is what it takes of the pictures, and `latents` what of that are the latents: (pictures, ...), in the
+    architecture's layout. With classifier-free guidance (Ho and Salimans 2021) there are two halves, the unconditional
+    one first, or more if a prompt has several parts. They run as one batch (`calls` = 1), or each in a call of its own
+    (`calls` = `halves`); calls share the latents.
+    """
+
+    def __init__(
+        self,
+        model: ov.CompiledModel,
+        architecture: Architecture,
+        shape: tuple[int, ...],
+        latents: tuple[int, ...],
+        halves: int,
+        calls: int,
+    ) -> None:
+        pictures = shape[0]
+        self.halves, self._calls, self._per_call = halves, calls, halves // calls
+        self._role, self._channels = architecture.denoiser, latents[1]
+        self._networks = [Network(model, self._role) for _ in range(calls)]
+        first = self._networks[0]
+        batch = pictures * self._per_call
+        self.sample = first.allocate(architecture.sample, (batch, *shape[1:]))
+        self.timestep = first.allocate_timestep(batch if architecture.timestep_rows else 1)
+        # Where the latents stand in what the network takes; the rest does not change from step to step.
+        data = self.sample.data.reshape(self._per_call, *shape)
+        self._latents = data[:, :, *(slice(0, side) for side in latents[1:])]
+        self._extra = data[:, :, *_beyond(shape, latents)] if shape != latents else None
+        given = list(shape)
+        given[architecture.channel_axis] = latents[architecture.channel_axis]
+        self._halves: list[Array] = []
+        for network in self._networks:
+            network.share(architecture.sample, self.sample)
+            network.share("timestep", self.timestep)
+            output = ov.Tensor(ov.Type.f32, [batch, *given[1:]])
+            network.request.set_output_tensor(0, output)
+            whole = output.data.reshape(-1, *given)
+            self._halves += list(whole[:, :, *(slice(0, side) for side in latents[1:])])
+        self._controls: ControlNets | None = None
+
+    def takes(self, name: str) -> bool:
+        """Say whether the network has an input of a name."""
+        return name in self._networks[0].ports
+
+    def condition(self, name: str, value: NDArray[np.generic]) -> list[ov.Tensor]:
+        """Set an input for a whole run: `value` holds a row for each picture, of each half. Return its tensors."""
+        tensors = []
+        for network, part in zip(self._networks, np.split(value, self._calls), strict=True):
+            tensor = network.allocate(name, part.shape)
+            tensor.data[...] = part
+            tensors.append(tensor)
+        return tensors
+
+    def hold(self, name: str, value: NDArray[np.generic]) -> None:
+        """Set an input that all rows share; a model that takes it for each row gets it for each."""
+        first = self._networks[0]
+        rank = first.ports[name].get_partial_shape().rank if name in first.ports else None
+        rows = rank is not None and rank.is_static and rank.get_length() == value.ndim + 1
+        shape = (self.sample.shape[0], *value.shape) if rows else value.shape
+        tensor = first.allocate(name, shape)
+        tensor.data[...] = value
+        for network in self._networks[1:]:
+            network.share(name, tensor)
+
+    def change(self, name: str, value: NDArray[np.generic]) -> None:
+        """Give an input that `condition` set, and what ControlNets see of it, other values of the same shape."""
+        for call, part in enumerate(np.split(value, self._calls)):
+            for network in (self._networks[call], *(self._controls.of_call(call) if self._controls else ())):
+                if name in network.ports:
+                    network.request.get_tensor(network.ports[name]).data[...] = part
+
+    def control(self, models: Mapping[str, ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
+        """Let ControlNets, by role, condition each step; `shared` are tensors of the UNet.
+
+        Raises ModelError if one of them does not belong to the UNet.
+        """
+        if self._controls is None:
+            self._controls = ControlNets(models, self._networks, self.sample, self.timestep, self._channels, shared)
+        self._controls.share(shared)
+
+    def show(self, number: int, pixels: Array) -> None:
+        """Give ControlNet `number` its picture: float32 (pictures, 3, height, width) from 0 to 1."""
+        assert self._controls is not None
+        self._controls.show(number, pixels, self._per_call)
+
+    def check(self, timesteps: NDArray[np.generic]) -> None:
+        """Refuse timesteps that a model's input would round."""
+        for network in (self._networks[0], *(self._controls.each() if self._controls else ())):
+            kind = network.ports["timestep"].get_element_type()
+            if kind.is_integral() and (np.asarray(timesteps, np.float64) % 1).any():
+                raise InputError(
+                    f"this scheduler's timesteps have fractions, and the {network.role} takes {kind.get_type_name()}",
+                    where="scheduler",
+                    hint="Leave optimize = false out, or add the transform 'fractional-timesteps'.",
+                )
+
+    def extend(self, value: Array) -> None:
+        """Set what stands beside the latents, such as an inpainting UNet's mask: (pictures, ...)."""
+        assert self._extra is not None
+        self._extra[...] = value
+
+    def predict(
+        self, latents: Array, timestep: float, active: Sequence[int], scales: Sequence[float], timings: Timings
+    ) -> dict[int, Array]:
+        """Return the prediction of each active half, float32 in the shape of the latents.
+
+        Halves that run as one batch are all active. `scales` holds a number for each ControlNet. The arrays returned
+        are overwritten by the next step.
+        """
+        self._latents[...] = latents
+        self.timestep.data[...] = timestep
+        if self._controls:
+            self._controls.follow()
+        for call, network in enumerate(self._networks):
+            if self._calls > 1 and call not in active:
+                continue
+            if self._controls:
+                with timings.span("denoise.controlnet"):
+                    self._controls.run(call, scales)
+            with timings.span(f"denoise.{self._role}"):
+                network.run()
+        return {half: self._halves[half] for half in active}
+
+
+def _beyond(shape: tuple[int, ...], latents: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return what of a row lies beyond the latents: along the one axis on which it is longer than they are."""
+    return tuple(
+        slice(inner if outer > inner else 0, outer) for outer, inner in zip(shape[1:], latents[1:], strict=True)
+    )

@@ -1,0 +1,82 @@
+"""Guidance: which halves of a prediction a step computes, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Guidance", "SkipLayers"]
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Guidance away from a prediction without some layers, which is the last half, in a part of the steps.
+
+    Source: diffusers' StableDiffusion3Pipeline, after Stability AI's own code for Stable Diffusion 3.5 medium.
+    """
+
+    scale: float
+    start: float
+    stop: float
+
+    def acts(self, number: int, steps: int) -> bool:
+        """Say whether it counts at a step."""
+        return steps * self.start < number < steps * self.stop
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho and Salimans 2021) over halves; the first is the unconditional one.
+
+    With `skip`, the last half is that of the prompt once more, with layers left out.
+
+    `weights`, float32 (halves - 1, pictures), says how strongly each of the others counts (composable diffusion, Liu et
+    al. 2022). `rescale` is how far the result keeps the deviation of an unguided prediction (Lin et al. 2024).
+    """
+
+    halves: int
+    scale: float
+    weights: Array
+    rescale: float = 0.0
+    skip: SkipLayers | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether steps differ in the halves that they need: each half is then a call of its own."""
+        return self.skip is not None
+
+    def active(self, number: int, steps: int) -> tuple[int, ...]:
+        """Return the halves that step `number` of `steps` needs."""
+        last = self.halves - 1 if self.skip and not self.skip.acts(number, steps) else self.halves
+        return tuple(range(last))
+
+    def combine(self, halves: Mapping[int, Array]) -> Array:
+        """Return the prediction of active halves; a new array if there is more than one."""
+        if len(halves) == 1:
+            return next(iter(halves.values()))
+        without = halves[0]
+        output = np.zeros_like(without)
+        for number, weight in enumerate(self.weights, 1):
+            output += (halves[number] - without) * weight.reshape(-1, *[1] * (without.ndim - 1))
+        rescale = np.float32(self.rescale)
+        deviation = _deviation(output + without) if rescale else None
+        output *= np.float32(self.scale)
+        output += without
+        if deviation is not None:  # section 3.4
+            ratio = deviation / _deviation(output)
+            output *= rescale * ratio + (np.float32(1) - rescale)
+        if self.skip is not None and self.halves - 1 in halves:
+            output += (halves[1] - halves[self.halves - 1]) * np.float32(self.skip.scale)
+        return output
+
+
+def _deviation(values: Array) -> Array:
+    """Return torch's standard deviation of each picture, (pictures, 1, ...): by count - 1."""
+    axes = tuple(range(1, values.ndim))
+    deviation: Array = values.std(axis=axes, keepdims=True, ddof=1, dtype=np.float32)
+    return deviation

@@ -1,0 +1,203 @@
+"""The models of a pipeline: which shapes they are compiled for, when, and when they are let go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import openvino as ov
+
+from ovforge.contracts import CompiledModels
+from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenizer_of
+from ovforge_diffusion.denoiser import Denoiser
+from ovforge_diffusion.inputs import DiffusionOptions
+from ovforge_diffusion.sequence import SequenceTokenizer
+from ovforge_diffusion.text import learned_tokens
+from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, Tokenizer, has_files
+from ovforge_diffusion.vae import Autoencoder
+
+__all__ = ["Models"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Models:
+    """Compiled models and tokenizers by role. What the config says of calls is what they are compiled for."""
+
+    def __init__(
+        self,
+        bundle: CompiledModels,
+        architecture: Architecture,
+        options: DiffusionOptions,
+        inputs: Mapping[str, Any],
+        *,
+        encodes: bool,
+    ) -> None:
+        self._bundle, self._architecture, self._options, self._inputs = bundle, architecture, options, inputs
+        self.encodes = encodes
+        preview = self._preview if architecture.previewing else None
+        self.autoencoder = Autoencoder(architecture, self._decoder, self._encoder, options.tile, preview)
+        self._expected = self._expected_call() if options.static else None
+        self._denoiser: tuple[tuple[int, ...], Denoiser] | None = None
+        self._tokenizers: dict[str, Future[Any]] = {}
+        bundle.on_demand()  # a tokenizer whose files are there is not compiled
+        if not options.low_memory:
+            self._start()
+
+    def _start(self) -> None:
+        bundle, architecture = self._bundle, self._architecture
+        bundle.start(architecture.denoiser, self._denoiser_shapes(self._expected))  # the longest first
+        for role in architecture.controlnets:
+            bundle.start(role, self._control_shapes(role, self._expected))
+        for encoder in architecture.encoders:
+            if encoder in architecture.sequence_encoders or has_files(bundle.assets, tokenizer_of(encoder)):
+                self._read_tokenizer(tokenizer_of(encoder))
+            elif tokenizer_of(encoder) in bundle:
+                bundle.start(tokenizer_of(encoder))
+            bundle.start(encoder)
+        if self.encodes:
+            bundle.start("vae_encoder", self._encoder_shapes(self._pixels))
+        for role in ("vae_decoder", PREVIEW) if architecture.previewing else ("vae_decoder",):
+            bundle.start(role, self._decoder_shapes(self._size))
+
+    # -- what a run asks for --------------------------------------------------------------------------------------
+
+    def encoder(self, role: str) -> tuple[Any, ov.CompiledModel, Learned | None]:
+        """Return a text encoder's tokenizer, its model, and the words that it was taught."""
+        tokenizer = tokenizer_of(role)
+        if role in self._architecture.sequence_encoders:
+            return self._read_tokenizer(tokenizer).result(), self._bundle[role], None
+        return self.tokenizer(tokenizer), self._bundle[role], self.learned.get(tokenizer)
+
+    @property
+    def learned(self) -> dict[str, Learned]:
+        """The words that tokenizers were taught, by their roles."""
+        return learned_tokens(self._bundle.assets)
+
+    def tokenizer(self, role: str) -> Tokenizer:
+        """Return the tokenizer of the model's files, or of its OpenVINO model if there are none."""
+        if has_files(self._bundle.assets, role):
+            tokenizer: Tokenizer = self._read_tokenizer(role).result()
+            return tokenizer
+        warnings.warn(
+            f"{role}: the model has no tokenizer.json, nor vocab.json with merges.txt; its OpenVINO tokenizer may read "
+            "rare letters and added tokens in another way than transformers",
+            stacklevel=2,
+        )
+        return GraphTokenizer(self._bundle[role], self.learned.get(role))
+
+    def denoiser(self, pictures: int, size: tuple[int, int], halves: int, *, split: bool) -> Denoiser:
+        """Return the denoiser for pictures of a size (height, width) in latents; `split` runs each half by itself."""
+        architecture = self._architecture
+        calls = halves if split else 1
+        shape = architecture.sample_shape(pictures, *size)
+        key = (halves, calls, pictures, *size)
+        if self._denoiser is None or self._denoiser[0] != key:
+            shapes = self._denoiser_shapes((pictures * halves // calls, *size))
+            model = self._bundle.get(architecture.denoiser, shapes)
+            latents = architecture.packed_shape(pictures, *size)
+            self._denoiser = (key, Denoiser(model, architecture, shape, latents, halves, calls))
+        return self._denoiser[1]
+
+    def controlnets(self, pictures: int, size: tuple[int, int], halves: int, *, split: bool) -> dict[str, Any]:
+        """Return the pipeline's ControlNets by role, for the same."""
+        sample = (pictures * (1 if split else halves), *size)
+        nets = self._architecture.controlnets
+        return {role: self._bundle.get(role, self._control_shapes(role, sample)) for role in nets}
+
+    def forget_denoiser(self) -> None:
+        """Make the denoiser anew the next time."""
+        self._denoiser = None
+
+    def release(self, *roles: str) -> None:
+        """Free what is not needed any more in this run, if memory is to stay low."""
+        if not self._options.low_memory:
+            return
+        if self._architecture.denoiser in roles:
+            self._denoiser = None
+        if any(role.startswith("tokenizer") for role in roles):
+            self._tokenizers.clear()
+        if "vae_encoder" in roles or "vae_decoder" in roles:
+            self.autoencoder.release()
+        for role in roles:
+            if role in self._bundle:
+                self._bundle.release(role)
+
+    def _read_tokenizer(self, role: str) -> Future[Any]:
+        """Begin to read a tokenizer's files, which takes a while for 49,000 words; other models compile meanwhile."""
+        if role not in self._tokenizers:
+            assets, pool = self._bundle.assets, ThreadPoolExecutor(1, thread_name_prefix="ovforge-tokenizer")
+            sequences = map(tokenizer_of, self._architecture.sequence_encoders)
+            reading = SequenceTokenizer if role in sequences else partial(FileTokenizer, learned=self.learned.get(role))
+            self._tokenizers[role] = pool.submit(reading, assets, role)
+            pool.shutdown(wait=False)
+        return self._tokenizers[role]
+
+    def _decoder(self, shape: tuple[int, ...]) -> ov.CompiledModel:
+        return self._bundle.get("vae_decoder", self._decoder_shapes(shape[2:]))
+
+    def _preview(self, shape: tuple[int, ...]) -> ov.CompiledModel:
+        return self._bundle.get(PREVIEW, self._decoder_shapes(shape[2:]))
+
+    def _encoder(self, shape: tuple[int, ...]) -> ov.CompiledModel:
+        return self._bundle.get("vae_encoder", self._encoder_shapes(shape[2:]))
+
+    # -- shapes ---------------------------------------------------------------------------------------------------
+
+    def _expected_call(self) -> tuple[int, int, int] | None:
+        """Return (rows, height, width) in latents of the calls that the config foresees; None if of no one size."""
+        architecture, inputs = self._architecture, self._inputs
+        width, height, count = (
+            inputs.get(name) or default
+            for name, default in (("width", architecture.size), ("height", architecture.size), ("count", 1))
+        )
+        if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
+            return None
+        prompts = inputs.get("prompt")
+        pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
+        joint = self._options.guidance == "joint" and not inputs.get("skip_guidance_layers")
+        halves = architecture.foreseen_halves(inputs) if joint else 1
+        unit = architecture.multiple // architecture.factor
+        high, wide = (int(side) // architecture.multiple * unit for side in (height, width))
+        return pictures * halves, high, wide
+
+    @property
+    def _size(self) -> tuple[int, int] | None:
+        return self._expected and self._expected[1:]
+
+    @property
+    def _pixels(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the calls that the config foresees."""
+        factor = self._architecture.factor
+        return self._size and (self._size[0] * factor, self._size[1] * factor)
+
+    def _denoiser_shapes(self, sample: tuple[int, int, int] | None) -> Shapes | None:
+        """Return fixed shapes of every input for (rows, height, width); None if these are not the expected ones."""
+        if sample is None or sample != self._expected:
+            return None
+        return self._architecture.input_shapes(sample[0], sample[1:], self._options, self._inputs)
+
+    def _control_shapes(self, role: str, sample: tuple[int, int, int] | None) -> Shapes | None:
+        shapes = self._denoiser_shapes(sample)
+        if shapes is None or self._pixels is None:
+            return None
+        return self._architecture.control_shapes(role, shapes, self._pixels)
+
+    def _decoder_shapes(self, size: tuple[int, ...] | None) -> Shapes | None:
+        """Return a fixed shape for latents of the expected size, or of its tiles."""
+        if size is None or self._pixels is None or self._size is None:
+            return None
+        tile, factor = self.autoencoder.tile(*self._pixels), self._architecture.factor
+        sides = tuple(min(side, tile // factor) if tile else side for side in self._size)
+        channels = self._architecture.latent_channels
+        return {"latent_sample": (1, channels, *sides)} if size in (sides, self._size) else None
+
+    def _encoder_shapes(self, size: tuple[int, ...] | None) -> Shapes | None:
+        if size is None or self._pixels is None:
+            return None
+        tile = self.autoencoder.tile(*self._pixels)
+        sides = tuple(min(side, tile) if tile else side for side in self._pixels)
+        return {"sample": (1, 3, *sides)} if size in (sides, self._pixels) else None

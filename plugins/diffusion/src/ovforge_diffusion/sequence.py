@@ -1,0 +1,121 @@
+"""Text encoders that give a state for each token, such as T5 (Raffel et al. 2020), with their tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovforge.errors import InputError, ModelError, PluginError
+from ovforge.model import Timings
+from ovforge.store import parse_object
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["SequenceEncoder", "SequenceTokenizer"]
+
+Array = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class SequenceTokenizer:
+    """The tokenizer of the file tokenizer.json in the folder `role` of `assets`, as the library tokenizers reads it.
+
+    Raises ModelError for a missing or damaged file, PluginError if the package tokenizers is not installed.
+    """
+
+    def __init__(self, assets: Mapping[str, bytes], role: str) -> None:
+        self._role = role
+        self._reader = _read(assets, role)
+        self._reader.no_truncation()
+        self._reader.no_padding()
+        settings = parse_object(assets.get(f"{role}/tokenizer_config.json", b"{}"), f"{role}/tokenizer_config.json")
+        pad = settings.get("pad_token") or "<pad>"
+        name = str(pad.get("content")) if isinstance(pad, dict) else str(pad)
+        padding = self._reader.token_to_id(name)
+        if padding is None:
+            raise ModelError(
+                f"its padding token {name!r} is not one of its words", where=role, hint="Fetch the tokenizer again."
+            )
+        self._padding = padding
+
+    def fitted(self, text: str, length: int) -> tuple[Ids, str | None]:
+        """Return token ids, (length,), cut before the tokens that end a text, or padded; and what was cut off.
+
+        Raises InputError for text that cannot be written in UTF-8.
+        """
+        try:
+            read = self._reader.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(
+                "holds half of a surrogate pair, which is not a character", where="prompt", hint="Remove it."
+            ) from error
+        room = max(length - self._reader.num_special_tokens_to_add(False), 0)
+        cut = " ".join(text[read.offsets[room][0] :].split()) if len(read.ids) > room else None
+        read.truncate(room)
+        ids = self._reader.post_process(read, add_special_tokens=True).ids
+        row = np.full(length, self._padding, np.int64)
+        row[: len(ids)] = ids[:length]
+        return row, cut
+
+
+class SequenceEncoder:
+    """A tokenizer and an encoder that gives a state for each token, an OpenVINO model."""
+
+    def __init__(self, tokenizer: SequenceTokenizer, model: ov.CompiledModel, role: str) -> None:
+        self._tokenizer, self._role = tokenizer, role
+        self._request = model.create_infer_request()
+        self._output = next((port for port in model.outputs if "last_hidden_state" in port.names), None)
+        if self._output is None or not any("input_ids" in port.names for port in model.inputs):
+            raise ModelError(
+                "the text encoder has no input 'input_ids' or no output 'last_hidden_state'",
+                where=role,
+                hint="Convert the model as optimum-intel or ovforge does.",
+            )
+        self._ids = next(port for port in model.inputs if "input_ids" in port.names)
+
+    def encode(self, texts: Sequence[str], length: int, timings: Timings) -> tuple[Array, list[str]]:
+        """Return states, float32 (texts, length, width), and warnings of what did not fit."""
+        with timings.span("text_encoder.tokenizer"):
+            read = [self._tokenizer.fitted(text, length) for text in texts]
+        ids = np.stack([row for row, _ in read])
+        self._request.infer({self._ids: ids.astype(self._ids.get_element_type().to_dtype(), copy=False)})
+        states: Array = self._request.get_tensor(self._output).data.astype(np.float32)
+        if not np.isfinite(states).all():
+            raise ModelError(
+                "gave numbers that are not finite",
+                where=self._role,
+                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
+            )
+        notes = [
+            f"the prompt is longer than the {length} tokens that {self._role} reads; cut off there: {cut!r}"
+            for cut in dict.fromkeys(cut for _, cut in read)
+            if cut
+        ]
+        return states, notes
+
+
+def _read(assets: Mapping[str, bytes], role: str) -> tokenizers.Tokenizer:
+    path = f"{role}/tokenizer.json"
+    if path not in assets:
+        raise ModelError(
+            "the model has no tokenizer.json, without which its tokens cannot be exactly those of transformers",
+            where=role,
+            hint=f"Put the original model's {path} into that folder, or convert the model with ovforge.",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise PluginError(
+            "reading a model's tokenizer needs the package tokenizers",
+            where=role,
+            hint="Run: pip install tokenizers",
+        ) from error
+    try:
+        return Tokenizer.from_str(assets[path].decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception for what it cannot read
+        raise ModelError(f"cannot be read: {error}", where=path, hint="It may be damaged: fetch it again.") from error

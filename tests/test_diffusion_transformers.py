@@ -1,0 +1,258 @@
+"""Diffusion transformers: whole pipelines against diffusers on torch, float32, with the same seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ovforge
+from families import ROOT, agree, said_of_call
+from ovforge import Use
+from ovforge.errors import InputError, ModelError
+from ovforge.model import BatchGenerator
+from ovforge.store.cache import Cache
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+PROMPT = "a beautiful pink unicorn, 8k"
+LONG = "a cat in a hat on a mat, " * 30
+NAMES = {
+    ("sd3", "text-to-image"): "StableDiffusion3Pipeline",
+    ("sd3", "image-to-image"): "StableDiffusion3Img2ImgPipeline",
+    ("sd3", "inpainting"): "StableDiffusion3InpaintPipeline",
+    ("flux", "text-to-image"): "FluxPipeline",
+    ("flux", "image-to-image"): "FluxImg2ImgPipeline",
+    ("flux", "inpainting"): "FluxInpaintPipeline",
+    ("fill", "inpainting"): "FluxFillPipeline",
+}
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Return a function that gives the diffusers folder of a family, made once."""
+    spec = importlib.util.spec_from_file_location("small", ROOT / "plugins/diffusers/tests/test_transformers.py")
+    assert spec and spec.loader
+    small = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small)
+    changes: dict[str, dict[str, Any]] = {
+        "sd3": {}, "flux": {}, "schnell": {"guidance_embeds": False}, "fill": {"in_channels": 144, "out_channels": 64},
+    }  # fmt: skip
+    made: dict[str, Path] = {}
+
+    def give(family: str) -> Path:
+        if family not in made:
+            target = tmp_path_factory.mktemp(family) / "pipeline"
+            kind = "sd3" if family == "sd3" else "flux"
+            made[family] = small.make_transformer_pipeline(target, torch_lcm, kind, **changes[family])
+        return made[family]
+
+    return give
+
+
+def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
+    load = {"weights": "f32"}
+    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
+
+
+def theirs(family: str, task: str, source: Path, *prompts: Any, seeds: list[int], **call: Any) -> list[Image.Image]:
+    kind = "flux" if family == "schnell" else family
+    pipe = getattr(diffusers, NAMES[kind, task]).from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    made: list[Image.Image] = pipe(
+        *prompts, **call, generator=generators if len(generators) > 1 else generators[0]
+    ).images
+    return made
+
+
+def picture(width: int, height: int) -> Image.Image:
+    small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def hole(width: int, height: int) -> Image.Image:
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height // 2, width // 4 : -width // 4] = 255
+    return Image.fromarray(mask)
+
+
+@pytest.mark.parametrize(("width", "height", "guidance"), [(16, 16, 7.0), (40, 24, 1.0), (20, 32, 2.5)])
+@pytest.mark.parametrize("family", ["sd3", "flux", "schnell"])
+def test_text_to_image(
+    folder: Folder, session_cache: Cache, family: str, width: int, height: int, guidance: float
+) -> None:
+    size = {"width": width, "height": height, "guidance_scale": guidance}
+    wanted = theirs(family, "text-to-image", folder(family), PROMPT, num_inference_steps=4, seeds=[3], **size)
+    made = ours(folder(family), session_cache)(PROMPT, steps=4, seed=3, **size)
+    agree(made, wanted)
+    assert any("no effect" in warning for warning in made.warnings) == (family == "schnell")
+
+
+@pytest.mark.parametrize("guidance", ["joint", "split"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_batch_with_long_and_negative_prompts(
+    folder: Folder, session_cache: Cache, family: str, guidance: str
+) -> None:
+    prompts, negative = [PROMPT, LONG], ["blue", ""]
+    size: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 4.0, "max_sequence_length": 40}
+    size |= {"true_cfg_scale": 2.0} if family == "flux" else {}
+    wanted = theirs(
+        family, "text-to-image", folder(family), prompts, negative_prompt=negative, num_inference_steps=3,
+        seeds=[1, 2], prompt_2=["the blue cat!!", LONG], **size,
+    )  # fmt: skip
+    pipe = ours(folder(family), session_cache, Use("text-to-image", guidance=guidance))
+    second = ["the blue cat!!", LONG]
+    made = pipe(prompts, negative_prompt=negative, prompt_2=second, steps=3, seed=[1, 2], **size)
+    agree(made, wanted)
+    said = said_of_call(pipe, made)
+    assert len([warning for warning in said if "cut off" in warning]) == 2, "CLIP reads less than T5 does"
+
+
+@pytest.mark.parametrize("strength", [0.55, 1.0])
+@pytest.mark.parametrize("task", ["image-to-image", "inpainting"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_from_a_picture(folder: Folder, session_cache: Cache, family: str, task: str, strength: float) -> None:
+    image, mask = picture(40, 24), hole(40, 24)
+    masks = ({"mask_image": mask}, {"mask": mask}) if task == "inpainting" else ({}, {})
+    size = {"width": 40, "height": 24}
+    call = {"image": image, "strength": strength, "guidance_scale": 3.0}
+    steps = {"num_inference_steps": 7}
+    wanted = theirs(family, task, folder(family), PROMPT, seeds=[5], **masks[0], **call, **steps, **size)
+    agree(ours(folder(family), session_cache, task)(PROMPT, steps=7, seed=5, **masks[1], **call), wanted)
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 2]])
+def test_guidance_away_from_skipped_layers(folder: Folder, session_cache: Cache, layers: list[int]) -> None:
+    """Of a picture's and a text's stream, of layers with one attention and with two, in a part of the steps."""
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0, "skip_guidance_layers": layers}
+    call |= {"skip_layer_guidance_scale": 4.0, "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.7}
+    wanted = theirs(
+        "sd3", "text-to-image", folder("sd3"), [PROMPT] * 2, num_inference_steps=6, seeds=[3, 4],
+        negative_prompt=["blue"] * 2, **call,
+    )  # fmt: skip
+    pipe = ours(folder("sd3"), session_cache)
+    agree(pipe([PROMPT] * 2, negative_prompt=["blue"] * 2, steps=6, seed=[3, 4], **call), wanted)
+    plain = {name: value for name, value in call.items() if "skip" not in name}
+    with pytest.raises(AssertionError):
+        agree(pipe([PROMPT] * 2, negative_prompt=["blue"] * 2, steps=6, seed=[3, 4], **plain), wanted)
+
+
+def test_clip_skip_leaves_the_last_layers_out(folder: Folder, session_cache: Cache) -> None:
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0}
+    wanted = theirs(
+        "sd3", "text-to-image", folder("sd3"), PROMPT, num_inference_steps=3, seeds=[3], clip_skip=1, **call
+    )
+    pipe = ours(folder("sd3"), session_cache, transforms=[Use("clip-skip", layers=1)])
+    agree(pipe(PROMPT, steps=3, seed=3, **call), wanted)
+
+
+def test_fill_paints_by_what_it_sees_of_the_mask(folder: Folder, session_cache: Cache) -> None:
+    image, mask = picture(24, 40), hole(24, 40)
+    call: dict[str, Any] = {"image": image, "guidance_scale": 30.0}
+    wanted = theirs(
+        "fill", "inpainting", folder("fill"), PROMPT, seeds=[5], mask_image=mask, num_inference_steps=3, width=24,
+        height=40, **call,
+    )  # fmt: skip
+    agree(ours(folder("fill"), session_cache, "inpainting")(PROMPT, steps=3, seed=5, mask=mask, **call), wanted)
+    with pytest.raises(ModelError, match="made for inpainting"):
+        ours(folder("fill"), session_cache)(PROMPT, steps=1)
+
+
+def changed(source: Path, target: Path, **config: Any) -> Path:
+    """Copy a pipeline, with other options of its scheduler."""
+    shutil.copytree(source, target)
+    path = target / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return target
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_shifts_that_follow_the_size(folder: Folder, session_cache: Cache, tmp_path: Path, family: str) -> None:
+    source = changed(folder(family), tmp_path / "model", use_dynamic_shifting=True, shift=1.0, base_shift=0.3)
+    call = {"width": 40, "height": 24, "guidance_scale": 2.0}
+    wanted = theirs(family, "text-to-image", source, PROMPT, num_inference_steps=4, seeds=[3], **call)
+    agree(ours(source, session_cache)(PROMPT, steps=4, seed=3, **call), wanted)
+
+
+def test_t5_may_be_left_out(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(folder("sd3"), tmp_path / "model"))
+    shutil.rmtree(source / "text_encoder_3")
+    shutil.rmtree(source / "tokenizer_3")
+    path = source / "model_index.json"
+    gone = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **gone}))
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0}
+    wanted = theirs("sd3", "text-to-image", source, PROMPT, num_inference_steps=3, seeds=[3], **call)
+    pipe = ours(source, session_cache)
+    agree(pipe(PROMPT, steps=3, seed=3, **call), wanted)
+    with pytest.raises(InputError, match="two text encoders"):
+        pipe(PROMPT, prompt_3="x")
+
+
+def test_sizes_that_do_not_fit(folder: Folder, session_cache: Cache) -> None:
+    """SD 3 refuses them, and FLUX rounds them down: as diffusers' pipelines do, and it is said."""
+    with pytest.raises(InputError, match="42 is not a multiple of 4"):
+        ours(folder("sd3"), session_cache)(PROMPT, steps=1, width=42, height=16)
+    pipe = ours(folder("flux"), session_cache)
+    wanted = theirs(
+        "flux", "text-to-image", folder("flux"), PROMPT, seeds=[1], num_inference_steps=2, width=42, height=18
+    )
+    made = pipe(PROMPT, steps=2, seed=1, width=42, height=18)
+    agree(made, wanted)
+    assert made.images[0].size == (40, 16)
+    assert "width = 42 is made 40: this model takes multiples of 4" in made.warnings
+
+
+def test_low_memory_previews_and_latents(folder: Folder, session_cache: Cache) -> None:
+    seen: list[Any] = []
+    call: dict[str, Any] = {"steps": 2, "seed": 1, "width": 24, "height": 16}
+    for family, low in (("sd3", False), ("flux", True)):
+        pipe = ours(folder(family), session_cache, Use("text-to-image", low_memory=low))
+        first = pipe(PROMPT, **call, progress=lambda moment: seen.append(moment.preview and moment.preview()))
+        assert first.latents.shape == (1, 16, 8, 12)
+        assert {image.size for images in seen if images for image in images} == {(24, 16)}
+        noise = BatchGenerator([1]).randn((1, 16, 8, 12))
+        np.testing.assert_array_equal(pipe(PROMPT, **call, latents=noise).latents, first.latents)
+        if low:
+            assert all(model.model is None for _, model in pipe.compiled.all())
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs", "message"),
+    [
+        ("flux", {"negative_prompt": "x"}, "Set true_cfg_scale above 1"),
+        ("flux", {"true_cfg_scale": 2.0}, "no effect without a negative prompt"),
+        ("flux", {"prompt_3": "x"}, "two text encoders"),
+        ("flux", {"skip_guidance_layers": [0]}, "layers cannot be left out"),
+        ("sd3", {"skip_guidance_layers": [3]}, "Give 0 to 2"),
+        ("sd3", {"skip_guidance_layers": [0], "guidance_scale": 1.0}, "no effect without guidance"),
+        ("sd3", {"true_cfg_scale": 2.0}, "Set guidance_scale"),
+        ("sd3", {"guidance_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
+    ],
+)
+def test_bad_inputs_are_said(
+    folder: Folder, session_cache: Cache, family: str, inputs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        ours(folder(family), session_cache)(PROMPT, steps=1, **inputs)
+    assert message in str(raised.value)
+
+
+def test_weights_in_prompts_act_on_clip(folder: Folder, session_cache: Cache) -> None:
+    """T5 reads the words without them, which is said."""
+    call: dict[str, Any] = {"steps": 2, "seed": 1, "width": 16, "height": 16}
+    for family, differs in (("sd3", True), ("flux", False)):
+        pipe = ours(folder(family), session_cache, Use("text-to-image", prompts="weighted"))
+        plain, weighted = (pipe(text, **call) for text in ("a pink cat", "a (pink:1.6) cat"))
+        assert (plain.latents != weighted.latents).any() == differs
+        assert any("weights in prompts" in warning for warning in weighted.warnings)
