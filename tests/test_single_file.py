@@ -998,7 +998,7 @@ def test_irregular_blocks_and_pickles_are_said(small: Callable[[str], tuple[Path
 def test_half_precision_and_one_submodel_at_a_time(
     torch_lcm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading the text encoder reads nothing of the UNet; halves become the floats that they are."""
+    """Reading the text encoder reads nothing of the UNet; no tensor is copied to another type."""
     folder = by_rule(torch_lcm, tmp_path / "folder", "lcm")
     kinds = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
     tensors = {name: tensor.to(kinds[n % 3]) for n, (name, tensor) in enumerate(original(folder, "lcm").items())}
@@ -1015,10 +1015,10 @@ def test_half_precision_and_one_submodel_at_a_time(
         seen.clear()
         weights = checkpoint.weights(component)()
         assert len({name.split(".")[0] for name in seen}) == 1
-        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        assert {tensor.dtype for tensor in weights.values()} <= set(kinds)
     for name, stored in (
         ("conv_out.weight", "out.2.weight"),
         ("conv_out.bias", "out.2.bias"),
         ("conv_in.bias", "input_blocks.0.0.bias"),
     ):
-        assert torch.equal(weights[name], tensors[f"model.diffusion_model.{stored}"].float())
+        assert torch.equal(weights[name].float(), tensors[f"model.diffusion_model.{stored}"].float())

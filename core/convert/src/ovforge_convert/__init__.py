@@ -17,9 +17,15 @@ from ovforge_convert.modules import (
     read_safetensors,
     settle_names,
 )
+from ovforge_convert.streaming import SMALL, Rows, Stored, TensorWeight, Weight, streamed_names
 
 __all__ = [
+    "SMALL",
     "Port",
+    "Rows",
+    "Stored",
+    "TensorWeight",
+    "Weight",
     "convert_module",
     "convert_tokenizer",
     "need",
@@ -28,4 +34,5 @@ __all__ = [
     "read_pickle",
     "read_safetensors",
     "settle_names",
+    "streamed_names",
 ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ovforge.errors import ModelError, PluginError
 from ovforge.model import Source
 from ovforge.store import parse_object, scratch_folder
+from ovforge_convert.streaming import SMALL, Stored, Weight, place_weights
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -32,9 +33,6 @@ __all__ = [
     "read_safetensors",
     "settle_names",
 ]
-
-SMALL = 4096
-"""Constants up to this size stay in float32: norms, biases, and frequencies, where rounding would shift phases."""
 
 _COUNTED = re.compile(r"[A-Z]\w*_\d+(\.\d+)*")
 _INDEX = "model.safetensors.index.json"
@@ -195,10 +193,13 @@ def convert_module(
     forward: Callable[..., Any],
     inputs: Sequence[Port],
     outputs: Sequence[str],
-    weights: str,
+    weights: Stored,
     exact: Callable[[ov.Node], bool] | None = None,
+    values: Mapping[str, Weight] | None = None,
 ) -> ov.Model:
     """Trace `forward` of a torch module and convert; weights are stored as "f16" or "f32".
+
+    `values` are weights by name that the module itself need not hold: `streamed_names` says for which it can be.
 
     The module itself is traced, with `forward` instead of its own, so that nodes have the names of its parameters.
     With "f16", constants stay in float32 where `exact` says so: by default those of up to 4096 values.
@@ -214,7 +215,8 @@ def convert_module(
     own, module.forward = module.forward, forward
     try:
         with torch.no_grad(), quiet():
-            traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
+            with _noting_layers(module) as ran:
+                traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
             frontend = FrontEndManager().load_by_framework("pytorch")
             # What ov.convert_model does, without its pre-processing step, which takes longer than all the rest.
             loaded = frontend.load(traced)
@@ -224,6 +226,8 @@ def convert_module(
             model = frontend.convert(loaded)
     finally:
         module.forward = own
+    if values:
+        place_weights(model, values, weights, ran)
     apply_moc_transformations(model, cf=False)
     for given, port in zip(model.inputs, inputs, strict=True):
         given.get_tensor().set_names({port.name})  # and no names of what the transformations took out
@@ -233,6 +237,25 @@ def convert_module(
         _halve_weights(model, exact or (lambda constant: constant.data.size <= SMALL))
     settle_names(role, model)
     return model
+
+
+@contextlib.contextmanager
+def _noting_layers(module: Any) -> Iterator[list[set[str]]]:
+    """Give a list that collects the names of the weight of each layer that runs inside."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    ran: list[set[str]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: ran.append(names[id(layer.weight)]))
+        for layer in module.modules()
+        if id(getattr(layer, "weight", None)) in names
+    ]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _halve_weights(model: ov.Model, exact: Callable[[ov.Node], bool]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ovforge_convert as conversion
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "quiet", "without_initial_weights"]
 
-_FREQUENCIES = ("__module.time_proj", "__module.add_time_proj")
+_FREQUENCIES = ("time_proj", "pos_embed", "rotary_emb")
 _DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "exponential_"})
 
 
@@ -56,11 +56,20 @@ def quiet() -> Iterator[None]:
             log.set_verbosity(level)
 
 
-def convert(role: str, module: Any, submodel: Submodel, weights: str) -> ov.Model:
-    """Trace and convert; the result owns or maps its weights and nothing else of torch."""
+def convert(
+    role: str, module: Any, submodel: Submodel, weights: conversion.Stored, values: Mapping[str, conversion.Weight]
+) -> ov.Model:
+    """Trace and convert; the result owns or maps its weights and nothing else of torch. `values` are put in last."""
     with quiet():
         model = conversion.convert_module(
-            role, module, submodel.forward, submodel.inputs, submodel.outputs, weights, exact=_is_frequency
+            role,
+            module,
+            submodel.forward,
+            submodel.inputs,
+            submodel.outputs,
+            weights,
+            exact=_is_frequency,
+            values=values,
         )
     for name, value in submodel.runtime_options:
         model.set_rt_info(value, ["runtime_options", name])
@@ -68,9 +77,10 @@ def convert(role: str, module: Any, submodel: Submodel, weights: str) -> ov.Mode
 
 
 def _is_frequency(constant: ov.Node) -> bool:
-    """Say whether a constant belongs to the frequencies of the timestep's embedding, which stay in float32.
+    """Say whether a constant belongs to the frequencies of timesteps or places, which stay in float32.
 
     They are multiplied by timesteps of up to 1000: rounded to float16 they put phases wrong by up to 0.2 radians, which
     is more than all other rounding together.
     """
-    return bool(constant.get_friendly_name().startswith(_FREQUENCIES))
+    name, size = constant.get_friendly_name(), constant.data.size
+    return name.startswith("__module.") and any(f in name for f in _FREQUENCIES) and size <= conversion.SMALL

@@ -49,9 +49,9 @@ class Part:
 
 
 def checkpoint_file(source: Source) -> str | None:
-    """Return the one safetensors file of a source: the source itself, or the only one at a folder's top."""
+    """Return the one safetensors or GGUF file of a source: the source itself, or the only one at a folder's top."""
     top = [path for path in source.files() if "/" not in path]
-    found = [path for path in top if PurePosixPath(path).suffix == ".safetensors"]
+    found = [path for path in top if PurePosixPath(path).suffix in (".safetensors", ".gguf")]
     return found[0] if len(found) == 1 and not {"config.json", "model_index.json"} & set(top) else None
 
 

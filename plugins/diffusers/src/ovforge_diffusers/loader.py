@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,21 @@ from ovforge.model import ModelBundle, Source
 from ovforge_diffusers.checkpoint import Checkpoint
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INDEX, Folder, lone_component
-from ovforge_diffusers.header import checkpoint_file, find_parts, read_header
+from ovforge_diffusers.header import checkpoint_file, find_parts
 from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import describe
 from ovforge_diffusers.tokenization import TOKENIZERS, TokenizerFolder
+from ovforge_diffusers.transformer_checkpoint import (
+    TransformerCheckpoint,
+    find_transformer,
+    is_gguf,
+    tensor_shapes,
+)
 from ovforge_diffusers.weights import fill_weights
 
 if TYPE_CHECKING:
     import openvino as ov
-    import torch
 
 __all__ = ["Conversion", "DiffusersLoader"]
 
@@ -61,7 +66,8 @@ class DiffusersLoader:
         """
         if (path := checkpoint_file(source)) is not None:
             try:
-                return Match.YES if find_parts(read_header(source, path).shapes) else Match.NO
+                shapes = tensor_shapes(source, path)
+                return Match.YES if find_transformer(shapes) or find_parts(shapes) else Match.NO
             except ModelError:
                 return Match.MAYBE
         files = [PurePosixPath(path) for path in source.files()]
@@ -87,7 +93,9 @@ class DiffusersLoader:
             )
         for module in ("torch", "diffusers", "transformers", "safetensors"):
             need(module, PURPOSE)
-        if checkpoint_file(source) is not None:
+        if (path := checkpoint_file(source)) is not None:
+            if is_gguf(path) or find_transformer(tensor_shapes(source, path)):
+                return Conversion(TransformerCheckpoint(source, self.options), self.options).bundle()
             return Conversion(Checkpoint(source, self.options), self.options).bundle()
         for name in CHECKPOINT_OPTIONS:
             if getattr(self.options, name):
@@ -102,7 +110,7 @@ def _pickle(source: Source) -> bool:
 class Conversion:
     """One model being converted: a folder or a checkpoint, which give the same."""
 
-    def __init__(self, parts: Folder | Checkpoint, options: LoaderOptions) -> None:
+    def __init__(self, parts: Folder | Checkpoint | TransformerCheckpoint, options: LoaderOptions) -> None:
         self.parts = parts
         self.options = options
         self.index = parts.index
@@ -164,11 +172,11 @@ class Conversion:
         bundle.models.lazy(component, lambda: folder.models()[0])
         bundle.models.lazy(component.replace("tokenizer", "detokenizer"), lambda: folder.models()[1])
 
-    def _convert(self, role: str, component: str, kind: str, read: Callable[[], dict[str, torch.Tensor]]) -> ov.Model:
+    def _convert(self, role: str, component: str, kind: str, read: Callable[[], Mapping[str, Any]]) -> ov.Model:
         module = self.module(component, kind)
         submodel = describe(role, module, self.options, self.index, self._context())
-        fill_weights(module, read(), self.parts.where(component), self.parts.misfit)
-        return convert(role, module.eval(), submodel, self.options.weights)
+        values = fill_weights(module, read(), self.parts.where(component), self.parts.misfit)
+        return convert(role, module.eval(), submodel, self.options.weights, values)
 
     def module(self, component: str, kind: str) -> Any:
         """Make the torch module of a component's config. Raises ModelError if the config makes no sense."""

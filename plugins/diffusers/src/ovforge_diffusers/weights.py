@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ovforge.errors import ModelError, did_you_mean
 from ovforge.model import Source
 from ovforge.store import parse_object
+from ovforge_convert import TensorWeight, Weight, streamed_names
 from ovforge_diffusers.requirements import need
 
 if TYPE_CHECKING:
@@ -84,18 +87,16 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     """Return name -> tensor, of those that `rename` gives a name. Others are not read.
 
-    Half precision, and eight bits, become float32; plain float32 files stay mapped, not copied. Raises ModelError for
-    a damaged file, and for weights that are not numbers.
+    Tensors keep their type, and those of plain files stay mapped, not copied. Raises ModelError for a damaged file,
+    and for weights that are not numbers.
     """
-    torch = need("torch", "converting a diffusers folder")
     weights: dict[str, Any] = {}
     for path in files:
         for stored, tensor in _tensors(source, path, rename):
             name = rename(stored) if rename else stored
             if name is not None:
-                short = tensor.is_floating_point() and tensor.element_size() < 4
-                weights[name] = tensor.to(torch.float32) if short else tensor
-                _check_finite(weights[name], stored, source, path)
+                weights[name] = tensor
+                _check_finite(tensor, stored, source, path)
     return weights
 
 
@@ -135,9 +136,13 @@ def _damaged(source: Source, path: str, error: Exception) -> ModelError:
 
 
 def _check_finite(tensor: torch.Tensor, name: str, source: Source, path: str) -> None:
-    """Refuse NaN and infinity. A sum is enough to see that there are none, and needs no memory."""
+    """Refuse NaN and infinity. The ends of a tensor's range are enough to see them, and need no memory."""
     torch = need("torch", "converting a diffusers folder")
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if tensor.element_size() == 1:  # float8, of which torch knows no more than how to convert it
+        tensor = tensor.to(torch.float16)
+    if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
         raise ModelError(
             f"{name} holds NaN or infinity",
             where=f"{source.name}: {path}" if len(source.files()) > 1 else source.name,
@@ -145,11 +150,13 @@ def _check_finite(tensor: torch.Tensor, name: str, source: Source, path: str) ->
         )
 
 
-def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str, hint: str) -> None:
+def fill_weights(model: Any, weights: Mapping[str, Any], where: str, hint: str) -> dict[str, Weight]:
     """Give a module its weights: each of them, in its own shape, and nothing left over.
 
-    Names that older versions of diffusers and transformers wrote are understood. Raises ModelError otherwise.
+    Names that older versions of diffusers and transformers wrote are understood. Large matrices are not put into the
+    module, but returned by name, for the converter to read one after the other. Raises ModelError otherwise.
     """
+    torch = need("torch", "converting a diffusers folder")
     expected = model.state_dict()
     weights = _today(model, expected, weights)
     problems = _differences(expected, weights)
@@ -160,24 +167,39 @@ def fill_weights(model: Any, weights: dict[str, torch.Tensor], where: str, hint:
             where=where,
             hint=hint,
         )
-    model.load_state_dict(weights, strict=True, assign=True)
+    given = {name: TensorWeight(w) if isinstance(w, torch.Tensor) else w for name, w in weights.items()}
+    streamed = streamed_names(model)
+    own = {name: _whole(weights[name], expected[name]) for name in expected if name not in streamed}
+    model.load_state_dict(own, strict=False, assign=True)
+    return {name: given[name] for name in streamed}
 
 
-def _differences(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> list[str]:
+def _whole(weight: Any, want: torch.Tensor) -> torch.Tensor:
+    """Return a weight as a tensor, of float32 if it is of floats."""
+    torch = need("torch", "converting a diffusers folder")
+    if isinstance(weight, torch.Tensor):
+        return weight.to(torch.float32) if want.is_floating_point() else weight
+    values = np.empty(weight.shape, np.float32)
+    weight.fill(values)
+    return torch.from_numpy(values)
+
+
+def _differences(expected: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> list[str]:
+    torch = need("torch", "converting a diffusers folder")
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} belongs nowhere" for name in weights if name not in expected]
-    for name, tensor in weights.items():
+    for name, weight in weights.items():
         want = expected.get(name)
         if want is None:
             continue
-        if want.shape != tensor.shape:
-            problems.append(f"{name} is {list(tensor.shape)}, not {list(want.shape)}")
-        elif want.is_floating_point() and want.dtype != tensor.dtype:
-            problems.append(f"{name} is {tensor.dtype}, not a float type")
+        if tuple(want.shape) != tuple(weight.shape):
+            problems.append(f"{name} is {list(weight.shape)}, not {list(want.shape)}")
+        elif want.is_floating_point() and isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+            problems.append(f"{name} is {weight.dtype}, not a float type")
     return problems
 
 
-def _today(model: Any, expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _today(model: Any, expected: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights under the names that the installed versions use."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
     # Tied weights are stored once: T5's words, under one name or the other.
@@ -193,6 +215,6 @@ def _today(model: Any, expected: dict[str, torch.Tensor], weights: dict[str, tor
         model._fix_state_dict_keys_on_load(weights)
     for name, tensor in weights.items():
         want = expected.get(name)
-        if want is not None and want.ndim == 2 and tensor.shape[:2] == want.shape and tensor.shape[2:] == (1, 1):
+        if want is not None and want.ndim == 2 and tuple(tensor.shape) == (*want.shape, 1, 1):
             weights[name] = tensor[:, :, 0, 0]
     return weights

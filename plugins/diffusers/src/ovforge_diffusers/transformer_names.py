@@ -1,0 +1,171 @@
+"""From the published names of diffusion transformers to diffusers': which rows of which tensors make which weight.
+
+What is one matrix in the published files (queries, keys and values) is several in diffusers, and shift and scale of the
+last modulation lie the other way round. Both are matters of whole rows, so that quantized rows stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from ovforge.errors import ModelError
+from ovforge_diffusers.header import Shapes
+
+__all__ = ["Slice", "diffusers_rows"]
+
+Slice = tuple[str, int, int]
+"""A tensor of the file, its first row and the row after the last."""
+
+_QKV = ("q", "k", "v")
+_KINDS = (".weight", ".bias")
+
+_FLUX = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+_FLUX_DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+}
+_FLUX_NORMS = {
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+    "norm.query_norm.scale": "attn.norm_q.weight",
+    "norm.key_norm.scale": "attn.norm_k.weight",
+}
+_FLUX_SINGLE = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
+
+_SD3 = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+_SD3_BLOCK = {
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "context_block.attn.proj": "attn.to_add_out",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+}
+
+
+def diffusers_rows(kind: str, own: Shapes) -> dict[str, list[Slice]]:
+    """Return diffusers' name -> rows, for a transformer of class `kind` whose tensors have the shapes `own`.
+
+    Raises ModelError for tensors that have no place there: a part of a model is never left out in silence.
+    """
+    found: dict[str, list[Slice]] = {}
+    strange = []
+    for name, shape in own.items():
+        stem, suffix = next(((name.removesuffix(k), k) for k in _KINDS if name.endswith(k)), (name, ""))
+        rows = shape[0] if shape else 0
+        placed = list(_NAMINGS[kind](stem, suffix, rows, own))
+        for new, begin, end in placed:
+            found.setdefault(new, []).append((name, begin, end))
+        if not placed:
+            strange.append(name)
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise ModelError(f"{strange[0]}{more} belong nowhere in a {kind} of its kind")
+    return found
+
+
+Placed = Iterator[tuple[str, int, int]]
+
+
+def _flux(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
+    """Yield where a tensor of Black Forest Labs' FLUX.1 goes, and which of its rows."""
+    if stem in _FLUX:
+        yield _FLUX[stem] + suffix, 0, rows
+    elif stem == "final_layer.adaLN_modulation.1":
+        yield from _swapped("norm_out.linear" + suffix, rows)
+    elif block := re.fullmatch(r"double_blocks\.(\d{1,4})\.(.+)", stem):
+        new, inside = f"transformer_blocks.{block[1]}.", block[2]
+        if inside in _FLUX_DOUBLE:
+            yield new + _FLUX_DOUBLE[inside] + suffix, 0, rows
+        elif inside in _FLUX_NORMS:
+            yield new + _FLUX_NORMS[inside], 0, rows
+        elif inside == "img_attn.qkv":
+            yield from _split([f"{new}attn.to_{each}{suffix}" for each in _QKV], [rows // 3] * 3)
+        elif inside == "txt_attn.qkv":
+            yield from _split([f"{new}attn.add_{each}_proj{suffix}" for each in _QKV], [rows // 3] * 3)
+    elif block := re.fullmatch(r"single_blocks\.(\d{1,4})\.(.+)", stem):
+        new, inside = f"single_transformer_blocks.{block[1]}.", block[2]
+        if inside in _FLUX_SINGLE:
+            yield new + _FLUX_SINGLE[inside] + suffix, 0, rows
+        elif inside in _FLUX_NORMS:
+            yield new + _FLUX_NORMS[inside], 0, rows
+        elif inside == "linear1":
+            width = own.get("img_in.bias", (0,))[0]
+            names = [*(f"{new}attn.to_{each}{suffix}" for each in _QKV), f"{new}proj_mlp{suffix}"]
+            yield from _split(names, [width, width, width, rows - 3 * width])
+
+
+def _sd3(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
+    """Yield where a tensor of Stability's Stable Diffusion 3 and 3.5 goes, and which of its rows."""
+    if stem == "pos_embed" and not suffix:
+        yield "pos_embed.pos_embed", 0, rows
+    elif stem in _SD3:
+        yield _SD3[stem] + suffix, 0, rows
+    elif stem == "final_layer.adaLN_modulation.1":
+        yield from _swapped("norm_out.linear" + suffix, rows)
+    elif block := re.fullmatch(r"joint_blocks\.(\d{1,4})\.(.+)", stem):
+        new, inside = f"transformer_blocks.{block[1]}.", block[2]
+        last = f"joint_blocks.{int(block[1]) + 1}.x_block.attn.qkv.weight" not in own
+        if inside == "context_block.adaLN_modulation.1" and last:
+            yield from _swapped(new + "norm1_context.linear" + suffix, rows)
+        elif inside in _SD3_BLOCK:
+            yield new + _SD3_BLOCK[inside] + suffix, 0, rows
+        elif qkv := re.fullmatch(r"(x|context)_block\.(attn2?)\.qkv", inside):
+            form = "{}{}.to_{}{}" if qkv[1] == "x" else "{}{}.add_{}_proj{}"
+            yield from _split([form.format(new, qkv[2], each, suffix) for each in _QKV], [rows // 3] * 3)
+
+
+def _split(names: Sequence[str], sizes: Sequence[int]) -> Placed:
+    """Yield parts that follow each other."""
+    begin = 0
+    for name, size in zip(names, sizes, strict=True):
+        yield name, begin, begin + size
+        begin += size
+
+
+def _swapped(name: str, rows: int) -> Placed:
+    """Yield the second half and then the first: scale and shift, which the published files hold as shift and scale."""
+    yield name, rows // 2, rows
+    yield name, 0, rows // 2
+
+
+_NAMINGS: dict[str, Callable[[str, str, int, Shapes], Placed]] = {
+    "FluxTransformer2DModel": _flux,
+    "SD3Transformer2DModel": _sd3,
+}
