@@ -196,10 +196,12 @@ def convert_module(
     weights: Stored,
     exact: Callable[[ov.Node], bool] | None = None,
     values: Mapping[str, Weight] | None = None,
+    disk: bool = False,
 ) -> ov.Model:
     """Trace `forward` of a torch module and convert; weights are stored as "f16" or "f32".
 
     `values` are weights by name that the module itself need not hold: `streamed_names` says for which it can be.
+    If there are gigabytes of them and `disk` allows it, they lie in a temporary file that has no name.
 
     The module itself is traced, with `forward` instead of its own, so that nodes have the names of its parameters.
     With "f16", constants stay in float32 where `exact` says so: by default those of up to 4096 values.
@@ -227,7 +229,7 @@ def convert_module(
     finally:
         module.forward = own
     if values:
-        place_weights(model, values, weights, ran)
+        place_weights(model, values, weights, ran, disk=disk)
     apply_moc_transformations(model, cf=False)
     for given, port in zip(model.inputs, inputs, strict=True):
         given.get_tensor().set_names({port.name})  # and no names of what the transformations took out

@@ -117,7 +117,9 @@ def streamed_names(module: Any) -> set[str]:
     }
 
 
-def place_weights(model: ov.Model, weights: Mapping[str, Weight], stored: Stored, ran: Sequence[set[str]]) -> None:
+def place_weights(
+    model: ov.Model, weights: Mapping[str, Weight], stored: Stored, ran: Sequence[set[str]], *, disk: bool
+) -> None:
     """Replace the constants of a graph that has just been traced by the weights of their names.
 
     A weight that float16 cannot hold stays in float32. `ran` has the names of each parameter that a layer used (several
@@ -132,7 +134,7 @@ def place_weights(model: ov.Model, weights: Mapping[str, Weight], stored: Stored
     if lost := [names for names in ran if names & weights.keys() and not names & found.keys()]:
         raise PluginError(f"the traced graph has no {min(lost[0])}, which the module uses", hint="Please report this.")
     total = sum(int(np.prod(node.shape)) for node in found.values())
-    allocate = _allocator(total * (2 if stored == "f16" else 4))
+    allocate = _allocator(total * (2 if stored == "f16" else 4), disk)
     converts = iter(_decompressions(len(found) if stored == "f16" else 0))
     for name, node in found.items():
         weight = weights[name]
@@ -173,12 +175,12 @@ def _constant(data: np.ndarray, name: str) -> ov.Output:
 _Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 
 
-def _allocator(total: int) -> _Allocate:
-    """Return a function that makes arrays: in memory, or mapped from a file if there will be `total` bytes of them.
+def _allocator(total: int, disk: bool) -> _Allocate:
+    """Return a function that makes arrays: in memory, or mapped from a file if `total` bytes of them are many.
 
     The system writes pages of the file to the disk when memory is short. It has no name, so it goes with the arrays.
     """
-    if total < LARGE:
+    if total < LARGE or not disk:
         return np.empty
     file = tempfile.TemporaryFile(prefix="ovforge-")  # noqa: SIM115 - the arrays' maps keep it
     end = 0

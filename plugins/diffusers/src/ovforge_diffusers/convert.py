@@ -57,9 +57,18 @@ def quiet() -> Iterator[None]:
 
 
 def convert(
-    role: str, module: Any, submodel: Submodel, weights: conversion.Stored, values: Mapping[str, conversion.Weight]
+    role: str,
+    module: Any,
+    submodel: Submodel,
+    weights: conversion.Stored,
+    values: Mapping[str, conversion.Weight],
+    *,
+    disk: bool,
 ) -> ov.Model:
-    """Trace and convert; the result owns or maps its weights and nothing else of torch. `values` are put in last."""
+    """Trace and convert; the result owns or maps its weights and nothing else of torch.
+
+    `values` are put in last, and lie on the `disk` while they are not used if they are large.
+    """
     with quiet():
         model = conversion.convert_module(
             role,
@@ -70,6 +79,7 @@ def convert(
             weights,
             exact=_is_frequency,
             values=values,
+            disk=disk,
         )
     for name, value in submodel.runtime_options:
         model.set_rt_info(value, ["runtime_options", name])

@@ -176,7 +176,8 @@ class Conversion:
         module = self.module(component, kind)
         submodel = describe(role, module, self.options, self.index, self._context())
         values = fill_weights(module, read(), self.parts.where(component), self.parts.misfit)
-        return convert(role, module.eval(), submodel, self.options.weights, values)
+        disk = not self.parts.protected  # what was encrypted stays in memory
+        return convert(role, module.eval(), submodel, self.options.weights, values, disk=disk)
 
     def module(self, component: str, kind: str) -> Any:
         """Make the torch module of a component's config. Raises ModelError if the config makes no sense."""
