@@ -143,7 +143,7 @@ def test_guidance_away_from_skipped_layers(folder: Folder, session_cache: Cache,
     pipe = ours(folder("sd3"), session_cache)
     agree(pipe([PROMPT] * 2, negative_prompt=["blue"] * 2, steps=6, seed=[3, 4], **call), wanted)
     plain = {name: value for name, value in call.items() if "skip" not in name}
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):  # without, the picture is another
         agree(pipe([PROMPT] * 2, negative_prompt=["blue"] * 2, steps=6, seed=[3, 4], **plain), wanted)
 
 
@@ -246,6 +246,14 @@ def test_bad_inputs_are_said(
     with pytest.raises(InputError) as raised:
         ours(folder(family), session_cache)(PROMPT, steps=1, **inputs)
     assert message in str(raised.value)
+
+
+def test_a_denoiser_of_one_kind_is_needed(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
+    config = {"task": "text-to-image", "load": {"source": str(folder("sd3"))}}
+    stages = [stage.stage for stage in ovforge.plan(config, cache=Cache(tmp_path / "empty")).stages]
+    assert {"compile unet or transformer", "compile vae_decoder"} <= set(stages)
+    with pytest.raises(ModelError, match="has none of unet, transformer"):
+        ours(folder("sd3") / "vae", session_cache)
 
 
 def test_weights_in_prompts_act_on_clip(folder: Folder, session_cache: Cache) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -334,7 +334,8 @@ class TaskExtension(TunableExtension):
     """What a pipeline is for. `factory(options, context) -> Task`.
 
     `inputs` is the pydantic model (extra="forbid") of what one call takes; `roles` names the models that the
-    task cannot do without; `optional_roles` those it uses if they are there. Other roles are not compiled.
+    task cannot do without, and `one_of` some of which it needs one, if there are any; `optional_roles` those it uses if
+    they are there. Other roles are not compiled.
     `transforms` names graph transforms that its pipelines get without asking, with their default options, unless
     the config names them itself or says optimize = false: exact ones, of its own distribution or one it requires.
     `result` is the class of what a call returns: with it, `ovforge run` refuses an output that the result cannot be
@@ -349,12 +350,19 @@ class TaskExtension(TunableExtension):
     kind: ClassVar[str] = "task"
     inputs: str | type[BaseModel]
     roles: tuple[str, ...]
+    one_of: tuple[str, ...] = ()
     optional_roles: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
     result: str | type[Result] | None = None
     optional_transforms: tuple[str, ...] = ()
     advice: str = ""
     threads: bool = False
+
+    def fits(self, roles: Collection[str]) -> bool:
+        """Say whether a model of these roles has all that the task cannot do without."""
+        return all(role in roles for role in self.roles) and (
+            not self.one_of or any(role in roles for role in self.one_of)
+        )
 
     def inputs_model(self) -> type[BaseModel]:
         """Return the pydantic model of the inputs, imported if need be."""

@@ -119,7 +119,8 @@ class _Planner:
         assert task is not None
         notes: Iterable[str] = ()
         if bundle is None:
-            for role in task.extension.roles:
+            either = " or ".join(task.extension.one_of)
+            for role in (*([either] if either else []), *task.extension.roles):
                 self._add(f"compile {role}", device, "to do", _LATER)
         else:
             compiled = CompiledBundle(bundle, self._device, roles_of(pipeline, bundle), self._cache, execute=False)

@@ -9,7 +9,7 @@ from ovforge.config.options import checked
 from ovforge.config.pipeline import PipelineConfig, Use
 from ovforge.contracts.extensions import GraphTransformExtension, SchedulerExtension, resolve
 from ovforge.contracts.stages import Adapter, DevicePlan, Embedder, Scheduler, Task, TaskContext
-from ovforge.errors import ConfigError, PluginError
+from ovforge.errors import ConfigError, ModelError, PluginError
 from ovforge.model.bundle import ModelBundle
 from ovforge.run.adapters import Adapters
 from ovforge.run.calls import expect
@@ -36,7 +36,13 @@ def roles_of(pipeline: ResolvedPipeline, bundle: ModelBundle) -> list[str]:
     assert pipeline.task is not None
     extension = pipeline.task.extension
     bundle.require(*extension.roles, advice=extension.advice)
-    return [role for role in (*extension.roles, *extension.optional_roles) if role in bundle.models]
+    if not extension.fits(bundle.models):
+        raise ModelError(
+            f"the model has none of {', '.join(extension.one_of)}, and the task needs one",
+            hint=f"It has: {', '.join(sorted(bundle.models))}. {extension.advice}".rstrip(),
+        )
+    wanted = (*extension.one_of, *extension.roles, *extension.optional_roles)
+    return [role for role in wanted if role in bundle.models]
 
 
 def make_task(pipeline: ResolvedPipeline, compiled: CompiledBundle) -> Task:

@@ -26,7 +26,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:TextToImage",
         roles=("vae_decoder",),
-        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
+        one_of=_DENOISERS,
+        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -38,7 +39,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:ImageToImage",
         roles=("vae_encoder", "vae_decoder"),
-        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
+        one_of=_DENOISERS,
+        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )
@@ -50,7 +52,8 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         result="ovforge.model:ImagesResult",
         factory="ovforge_diffusion.tasks:Inpainting",
         roles=("vae_encoder", "vae_decoder"),
-        optional_roles=(*_DENOISERS, *_TEXT, *_CONTROLS, *_PREVIEW),
+        one_of=_DENOISERS,
+        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
     )

@@ -215,7 +215,7 @@ def _task_for(source: str, base: Path, plugins: Plugins, no_cache: bool) -> str 
     cache = None if no_cache else "default"
     roles = set(ovforge.open_model(source, base=base, plugins=plugins, cache=cache).models)
     for offer in plugins.all("task"):
-        if isinstance(offer.extension, TaskExtension) and roles.issuperset(offer.extension.roles):
+        if isinstance(offer.extension, TaskExtension) and offer.extension.fits(roles):
             return offer.extension.name
     return None
 
