@@ -94,6 +94,17 @@ def test_several_streams_and_results_in_one_line() -> None:
     assert line.outputs == ["r.jsonl"]
 
 
+def test_decoders_of_every_kind_are_what_ffmpeg_does_here() -> None:
+    line = parse_line(
+        "rtspsrc location=rtsp://h/1 latency=100 ! rtph264depay ! h264parse ! vaapih264dec ! gvadetect model=m.xml ! fakesink "
+        "v4l2src device=/dev/video1 ! image/jpeg,framerate=30/1 ! jpegdec ! gvadetect model=m.xml ! gvametaaggregate ! fakesink"
+    )
+    assert line.config["input"]["video"] == ["rtsp://h/1", "/dev/video1"]
+    assert [note for note in line.notes if "dec" in note] == [
+        "vaapih264dec means nothing here: FFmpeg decodes on the processor"
+    ]
+
+
 @settings(deadline=None)
 @given(
     st.lists(

@@ -382,7 +382,13 @@ def _nothing(why: str) -> Callable[[_Element, Line], None]:
 _QUIET = (
     "decodebin", "decodebin3", "parsebin", "queue", "queue2", "videoconvert", "gvafpscounter", "fakesink", "h264parse",
     "h265parse", "av1parse", "qtdemux", "matroskademux", "avidemux", "tsdemux", "rtph264depay", "rtph265depay",
-    "mp4mux", "qtmux", "matroskamux", "gvametaconvert", "identity", "avdec_h264", "avdec_h265", "multiqueue",
+    "mp4mux", "qtmux", "matroskamux", "gvametaconvert", "identity", "avdec_h264", "avdec_h265", "multiqueue", "jpegdec",
+    "pngdec", "jpegparse", "flvdemux", "vp8dec", "vp9dec", "av1dec", "dav1ddec", "rtpjpegdepay", "rtpav1depay",
+    "mpegvideoparse", "mpeg4videoparse", "vp9parse", "gvametaaggregate",
+)  # fmt: skip
+_HARDWARE = (
+    "vaapidecodebin", "vaapih264dec", "vaapih265dec", "vaapijpegdec", "vah264dec", "vah265dec", "vaav1dec", "vavp9dec",
+    "vajpegdec", "qsvh264dec", "qsvh265dec",
 )  # fmt: skip
 _ELEMENTS: dict[str, Callable[[_Element, Line], None]] = {
     "filesrc": _source("location"), "multifilesrc": _source("location"), "urisourcebin": _source("uri"),
@@ -395,6 +401,7 @@ _ELEMENTS: dict[str, Callable[[_Element, Line], None]] = {
     "vah264enc": _encoder("h264"), "vah264lpenc": _encoder("h264"), "qsvh264enc": _encoder("h264"),
     "x264enc": _encoder("h264"), "vaav1enc": _encoder("av1"), "svtav1enc": _encoder("av1"), "av1enc": _encoder("av1"),
     **dict.fromkeys(_QUIET, _nothing("")),
+    **dict.fromkeys(_HARDWARE, _nothing("FFmpeg decodes on the processor")),
     "vaapipostproc": _nothing("frames are scaled and converted as each stage needs them"),
     "vapostproc": _nothing("frames are scaled and converted as each stage needs them"),
     "videoscale": _nothing("frames are scaled as each stage needs them"),
