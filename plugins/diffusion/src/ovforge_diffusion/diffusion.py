@@ -193,7 +193,10 @@ class Diffusion:
         """Return what predicts at each step, with all that holds for this run set."""
         given = request.given
         skip = SkipLayers(
-            given.skip_layer_guidance_scale, given.skip_layer_guidance_start, given.skip_layer_guidance_stop
+            given.skip_layer_guidance_scale,
+            given.skip_layer_guidance_start,
+            given.skip_layer_guidance_stop,
+            request.steps,
         )
         guidance = Guidance(
             schedule.halves,

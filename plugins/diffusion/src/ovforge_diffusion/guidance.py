@@ -23,10 +23,13 @@ class SkipLayers:
     scale: float
     start: float
     stop: float
+    steps: int
+    """Steps of the whole run, of which `start` and `stop` are parts."""
 
     def acts(self, number: int, steps: int) -> bool:
-        """Say whether it counts at a step."""
-        return steps * self.start < number < steps * self.stop
+        """Say whether it counts at call `number` of `steps`; methods of two calls a step count calls."""
+        whole = min(self.steps, steps)
+        return whole * self.start < number < whole * self.stop
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,12 @@ class Flux(Architecture):
         self.masked = self.channels == filling
         if self.masked:
             self.defaults = self.own_defaults(context, Defaults(50, 30.0, 1.0))
+        if (kind := str(context.bundle.index.get("_class_name", ""))).startswith("FluxKontext"):
+            raise ModelError(
+                "FLUX.1 Kontext edits a picture that it sees beside its latents, which this task does not do yet",
+                where=f"model_index.json: {kind}",
+                hint="Take FLUX.1 dev with image-to-image or inpainting, or FLUX.1 Fill with inpainting.",
+            )
         self._embeds = bool(self.config.get("guidance_embeds", False))
         missing = [role for role in self.text_encoders if role not in self.encoders]
         if missing:
