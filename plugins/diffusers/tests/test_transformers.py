@@ -24,6 +24,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from ovforge_diffusers.loader import DiffusersLoader  # noqa: E402
 from ovforge_diffusers.options import LoaderOptions  # noqa: E402
+from ovforge_diffusers.tokenization import TokenizerFolder  # noqa: E402
 
 WIDTH, POOLED = 32, 48
 """Of text states: CLIP's 24 and 24 channels lie beside each other in SD3's pooled states, and are padded to T5's width."""
@@ -306,6 +307,25 @@ def test_every_token_equals_those_of_transformers(families: dict[str, tuple[Path
     wrong = [text for text in MANY if ours.encode(text).ids != theirs(text).input_ids]
     assert wrong == []
     assert (converted / "tokenizer_3/openvino_tokenizer.xml").is_file()
+
+
+def test_a_sentencepiece_model_becomes_a_file_of_tokens(families: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """As older folders of T5 have it: spiece.model alone, with its normalisation."""
+    pieces = pytest.importorskip("sentencepiece")
+    copy = Path(shutil.copytree(families["flux"][0] / "tokenizer_2", tmp_path / "tokenizer_2"))
+    (copy / "tokenizer.json").unlink()
+    with (copy / "spiece.model").open("wb") as file:
+        pieces.SentencePieceTrainer.train(
+            sentence_iterator=iter("\n".join(SENTENCES).splitlines()), model_writer=file, vocab_size=500, pad_id=0,
+            eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    files = {f"tokenizer_2/{path.name}": path.read_bytes() for path in copy.iterdir()}
+    folder = TokenizerFolder("tokenizer_2", "T5TokenizerFast", files, where="here", protected=False)
+    ours = tokenizers.Tokenizer.from_str(folder.assets()["tokenizer_2/tokenizer.json"].decode())
+    theirs = transformers.T5Tokenizer.from_pretrained(copy, local_files_only=True)
+    assert [text for text in MANY if ours.encode(text).ids != theirs(text).input_ids] == []
+    original = pieces.SentencePieceProcessor(model_file=str(copy / "spiece.model"))
+    assert ours.encode("A ﬁne  photo").ids[:-1] == original.encode("A ﬁne  photo")
 
 
 def test_a_tokenizer_without_files_is_an_error(

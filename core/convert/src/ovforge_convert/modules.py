@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ovforge.errors import ModelError, PluginError
 from ovforge.model import Source
 from ovforge.store import parse_object, scratch_folder
-from ovforge_convert.streaming import SMALL, Stored, Weight, place_weights
+from ovforge_convert.streaming import SMALL, Stored, Weight, noting_layers, place_weights
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -217,7 +217,7 @@ def convert_module(
     own, module.forward = module.forward, forward
     try:
         with torch.no_grad(), quiet():
-            with _noting_layers(module) as ran:
+            with noting_layers(module) as ran:
                 traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
             frontend = FrontEndManager().load_by_framework("pytorch")
             # What ov.convert_model does, without its pre-processing step, which takes longer than all the rest.
@@ -239,25 +239,6 @@ def convert_module(
         _halve_weights(model, exact or (lambda constant: constant.data.size <= SMALL))
     settle_names(role, model)
     return model
-
-
-@contextlib.contextmanager
-def _noting_layers(module: Any) -> Iterator[list[set[str]]]:
-    """Give a list that collects the names of the weight of each layer that runs inside."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    ran: list[set[str]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, _: ran.append(names[id(layer.weight)]))
-        for layer in module.modules()
-        if id(getattr(layer, "weight", None)) in names
-    ]
-    try:
-        yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _halve_weights(model: ov.Model, exact: Callable[[ov.Node], bool]) -> None:

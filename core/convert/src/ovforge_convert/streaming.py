@@ -7,6 +7,7 @@ uninitialised while it is traced, which costs no memory; then each constant of t
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -18,7 +19,7 @@ from ovforge.errors import PluginError
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["SMALL", "Rows", "Stored", "TensorWeight", "Weight", "place_weights", "streamed_names"]
+__all__ = ["SMALL", "Rows", "Stored", "TensorWeight", "Weight", "noting_layers", "place_weights", "streamed_names"]
 
 Stored = Literal["f16", "f32"]
 
@@ -115,6 +116,25 @@ def streamed_names(module: Any) -> set[str]:
         for name, layer in module.named_modules()
         if type(layer) in kinds and layer.weight.numel() > SMALL
     }
+
+
+@contextlib.contextmanager
+def noting_layers(module: Any) -> Iterator[list[set[str]]]:
+    """Give a list that collects the names of the weight of each layer that runs inside."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    ran: list[set[str]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: ran.append(names[id(layer.weight)]))
+        for layer in module.modules()
+        if id(getattr(layer, "weight", None)) in names
+    ]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def place_weights(

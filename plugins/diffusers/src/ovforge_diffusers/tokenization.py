@@ -85,6 +85,9 @@ class TokenizerFolder:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
         transformers = need("transformers", PURPOSE)
+        names = {PurePosixPath(path).name for path in self._files}
+        if not names & {_WHOLE, "vocab.json"}:
+            need("sentencepiece", PURPOSE)  # transformers itself would take the file for another kind
         place = temporary_files(PURPOSE) if self._protected else contextlib.nullcontext()
         with place, scratch_folder() as folder:
             for path, data in self._files.items():
