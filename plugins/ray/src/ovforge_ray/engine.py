@@ -119,7 +119,7 @@ def connected(address: str | None) -> Iterator[Any]:
         ray.init(
             address=address, namespace="ovforge", include_dashboard=False, log_to_driver=False, logging_level="ERROR"
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # which Ray raises as it is, if a machine is slow to start
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"the cluster does not take us: {lines[0]}", where=f"{_WHERE} address={address or 'auto'}",

@@ -74,7 +74,7 @@ class Replica:
 
 
 def deploy(serving: Serving, address: Address, options: ServeOptions) -> None:
-    """Serve on the cluster, or put this server in the place of one of that name; until a signal, unless `keep` says so.
+    """Serve on the cluster, instead of the server that has that name; until a signal, unless `keep` says so.
 
     Old replicas finish what they do, a fifth of them at a time, and new ones are asked when they are ready.
     """
