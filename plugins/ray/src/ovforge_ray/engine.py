@@ -6,17 +6,18 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ovforge.config import checked
 from ovforge.errors import ConfigError
 
 if TYPE_CHECKING:
     from ovforge_ray.batch import Processes
+    from ovforge_ray.serving import Address, Serving
 
-__all__ = ["BatchOptions", "ClusterOptions", "Ray", "connected"]
+__all__ = ["BatchOptions", "ClusterOptions", "Ray", "ServeOptions", "connected"]
 
 _WHERE = "--engine-option"
 
@@ -44,6 +45,34 @@ class BatchOptions(ClusterOptions):
     """Options of the engine for `ovforge batch`."""
 
 
+class ServeOptions(ClusterOptions):
+    """Options of the engine for `ovforge serve`."""
+
+    name: str = Field(
+        "ovforge", min_length=1, description="The server's name in the cluster: one of this name is replaced."
+    )
+    min_replicas: int = Field(1, ge=1, description="Processes that always run.")
+    max_replicas: int | None = Field(None, ge=1, description="Processes at most; by default as many as min_replicas.")
+    target: float = Field(2, gt=0, description="Requests for each replica, waiting ones too, above which more start.")
+    upscale_delay: float = Field(10, ge=0, description="Seconds for which that must hold.")
+    downscale_delay: float = Field(300, ge=0, description="Seconds of less work after which replicas end.")
+    proxies: Literal["head-only", "every-node"] = Field(
+        "head-only", description="Machines that listen: the head, or each one, for a load balancer before them."
+    )
+    surge: bool = Field(
+        False,
+        description="Start new replicas beside the old ones when the server is replaced, which takes as many CPUs "
+        "again; otherwise some end, and new ones take their places.",
+    )
+    keep: bool = Field(False, description="End when the server is ready, and let it run; `serve shutdown` ends it.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas is less than min_replicas")
+        return self
+
+
 class Ray:
     """The engine `ray`. `options` are KEY -> value as text; each command checks those that are for it."""
 
@@ -53,6 +82,14 @@ class Ray:
     def batch(self) -> AbstractContextManager[Processes]:
         """Return what `ovforge batch` runs items in, in a `with` block."""
         return _processes(checked(BatchOptions, self._options, where=_WHERE))
+
+    def serve(self, serving: Serving, address: Address) -> None:
+        """Serve what `ovforge serve` would, on the cluster, until a signal ends it."""
+        options = checked(ServeOptions, self._options, where=_WHERE)
+        with connected(options.address):
+            from ovforge_ray.serving import deploy
+
+            deploy(serving, address, options)
 
 
 @contextmanager
@@ -82,7 +119,7 @@ def connected(address: str | None) -> Iterator[Any]:
         ray.init(
             address=address, namespace="ovforge", include_dashboard=False, log_to_driver=False, logging_level="ERROR"
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # which Ray raises as it is, if a machine is slow to start
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"the cluster does not take us: {lines[0]}", where=f"{_WHERE} address={address or 'auto'}",

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from ovforge.cli import Trust
+from ovforge.cli import EMBEDDED, Engine, EngineOptions, Trust
 from ovforge.errors import ConfigError, InputError
 
 __all__ = ["serve"]
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+_CONNECTIONS = 1000
 
 
 def serve(
@@ -53,7 +54,9 @@ def serve(
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="Calls at a time of tasks that may be called from several threads.")
     ] = 4,
-    connections: Annotated[int, typer.Option("--connections", min=1, help="Most connections that may be open.")] = 1000,
+    connections: Annotated[
+        int | None, typer.Option("--connections", min=1, help="Most connections that may be open (1000).")
+    ] = None,
     max_body: Annotated[float, typer.Option("--max-body", min=0.001, metavar="MB", help="Size of a request.")] = 16,
     max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="Pixels of a picture that is sent.")] = 2**24,
     bound: Annotated[
@@ -71,6 +74,8 @@ def serve(
         bool, typer.Option("--log-inputs", help="Write prompts and other inputs to the log.")
     ] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing on disk.")] = False,
+    engine: Engine = EMBEDDED,
+    engine_option: EngineOptions = None,
     trust: Trust = False,
 ) -> None:
     """Serve pipelines over HTTP: any task, OpenAI's images API, detection; and models, by the Open Inference Protocol.
@@ -80,14 +85,15 @@ def serve(
 
     Example: ovforge serve lcm=examples/unicorn.toml --port 8080
     """
-    from ovforge.cli import check_trust
+    from ovforge.cli import check_trust, find_engine
     from ovforge_serve.keys import Keys
-    from ovforge_serve.pipelines import is_config, split_name
+    from ovforge_serve.pipelines import absolute, is_config, split_name
     from ovforge_serve.remote import origin_of
     from ovforge_serve.run import Address, listen
     from ovforge_serve.server import Serving
     from ovforge_serve.settings import DEFAULT_BOUNDS, Settings
 
+    elsewhere = find_engine(engine, engine_option, "serve")
     known = Keys.read(keys)
     if not _is_loopback(host) and not known and not open_:
         raise ConfigError(
@@ -113,16 +119,26 @@ def serve(
         origins=tuple(origin_of(url, "--cors") for url in cors or []),
         hosts=_LOOPBACK if _is_loopback(host) else (),
         log_inputs=log_inputs,
+        alone=elsewhere is None,
     )
     serving = Serving(
-        places=configs,
+        places=configs if elsewhere is None else list(map(absolute, configs)),
         overrides=set_ or [],
         settings=settings,
         keys=known,
         cache=None if no_cache else "default",
         device=device,
     )
-    listen(serving.server(), Address(host, port, certificate, private_key), connections=connections, preload=preload)
+    address = Address(host, port, certificate, private_key)
+    if elsewhere is not None:
+        if connections is not None:
+            raise ConfigError(
+                "the engine has its own bounds of connections", where="--connections", hint="Leave it out."
+            )
+        serving.server()  # which refuses what cannot be served, before other machines are asked
+        elsewhere.serve(serving, address)
+        return
+    listen(serving.server(), address, connections=connections or _CONNECTIONS, preload=preload)
 
 
 def _is_loopback(host: str) -> bool:

@@ -208,6 +208,11 @@ class _Work:
     def __init__(self, server: Server, request: Request, served: Served, asked: GenerationRequest, kind: str) -> None:
         self._server, self._request, self._served = server, request, served
         self._asked, self._kind = asked, kind
+        if asked.response_format == "url" and not server.settings.alone:
+            raise InputError(
+                "several processes answer here, and another one may be asked for the URL", where="response_format",
+                hint="Ask for b64_json.",
+            )  # fmt: skip
         note(pipeline=served.name)
 
     async def answer(self, inputs: Callable[[Sent], dict[str, Any]]) -> Response:

@@ -20,6 +20,7 @@ import psutil
 from ovforge import Pipeline, PipelineConfig, Plugins, find_loader, open_model
 from ovforge.errors import ConfigError, DeviceError, InputError, OvforgeError
 from ovforge.model import OPENVINO_ERRORS, core, reason_of
+from ovforge.store import Cache
 from ovforge_serve.settings import HttpError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Loadable:
         """The threads that its calls run in."""
         return ThreadPoolExecutor(self.width, thread_name_prefix=self.name)
 
-    def load(self, plugins: Plugins, cache: str | None) -> Any:
+    def load(self, plugins: Plugins, cache: Cache | str | None) -> Any:
         """Return the content, ready to be used."""
         raise NotImplementedError
 
@@ -84,7 +85,7 @@ class Served(Loadable):
         """The JSON Schema of what a call takes."""
         return self.inputs.model_json_schema()
 
-    def load(self, plugins: Plugins, cache: str | None) -> Pipeline:
+    def load(self, plugins: Plugins, cache: Cache | str | None) -> Pipeline:
         """Return the pipeline when all is compiled."""
         pipeline = Pipeline.from_config(self.config, base=self.base, plugins=plugins, cache=cache)
         pipeline.start_timings()  # waits for the compilations
@@ -98,7 +99,7 @@ class Model(Loadable):
     source: str
     device: str = "CPU"
 
-    def load(self, plugins: Plugins, cache: str | None) -> dict[str, ov.InferRequest]:
+    def load(self, plugins: Plugins, cache: Cache | str | None) -> dict[str, ov.InferRequest]:
         """Return role -> a request."""
         bundle = open_model(self.source, cache=cache, plugins=plugins)
         return {role: _compiled(bundle.models[role], self.device, f"{self.source}: {role}") for role in bundle.models}
@@ -114,7 +115,7 @@ class Pipelines(Mapping[str, Served]):
         overrides: Sequence[str] = (),
         memory: int | None = None,
         threads: int = 1,
-        cache: str | None = "default",
+        cache: Cache | str | None = "default",
         device: str = "CPU",
         say: Callable[..., None] = lambda *_, **__: None,
         plugins: Plugins | None = None,
@@ -138,6 +139,12 @@ class Pipelines(Mapping[str, Served]):
     def all(self) -> list[Loadable]:
         """Return pipelines and models."""
         return [*self._served.values(), *self.models.values()]
+
+    def load_all(self) -> None:
+        """Load what is not loaded yet."""
+        for served in self.all():
+            with self.use(served):
+                pass
 
     def _read(self, name: str, path: Path, overrides: Sequence[str], threads: int) -> Served:
         """Read a config, and check all that it says without loading a model."""
@@ -250,6 +257,12 @@ def split_name(place: str) -> tuple[str, str]:
             hint="Write NAME=CONFIG, with a name of letters, digits, - and _.",
         )
     return name, source
+
+
+def absolute(place: str) -> str:
+    """Return "NAME=PLACE" for another process: a path starts at the root; what is not one, as package:..., stays."""
+    name, source = split_name(place)
+    return f"{name}={Path(source).absolute() if Path(source).exists() else source}"
 
 
 def is_config(place: str) -> bool:

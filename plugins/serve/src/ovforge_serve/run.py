@@ -59,9 +59,7 @@ def listen(server: Server, address: Address, *, connections: int = 1000, preload
     _allow_files(connections + _OTHER_FILES)
     listening = _listening(address)
     if preload:
-        for served in server.pipelines.all():
-            with server.pipelines.use(served):
-                pass
+        server.pipelines.load_all()
     config = uvicorn.Config(
         make_app(server), http=bounded_protocol(connections, _HEAD), ws="none", loop="asyncio",
         ssl_certfile=address.certificate, ssl_keyfile=address.private_key, log_config=None, access_log=False,

@@ -24,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ovforge import __version__
 from ovforge.errors import InputError, OvforgeError
-from ovforge.store import parse_object, scratch_folder
+from ovforge.store import Cache, parse_object, scratch_folder
 from ovforge_serve.files import Sent
 from ovforge_serve.guard import Guard
 from ovforge_serve.keys import Keys
@@ -75,18 +75,23 @@ class Serving:
     device: str = "CPU"
     """OpenVINO's name of the device that single models run on."""
 
-    def server(self, log: Log | None = None) -> Server:
-        """Read the configs, and return a server that has loaded nothing. Raises what planning them raises."""
+    def server(self, log: Log | None = None, cache: Cache | None = None) -> Server:
+        """Read the configs, and return a server that has loaded nothing. Raises what planning them raises.
+
+        `cache` is used instead of the one that `self.cache` names, for machines that have one of their own.
+        """
         log = log or Log()
         pipelines = Pipelines(
             self.places, overrides=self.overrides, memory=self.settings.memory, threads=self.settings.threads,
-            cache=self.cache, device=self.device, say=log,
+            cache=cache or self.cache, device=self.device, say=log,
         )  # fmt: skip
         return Server(pipelines, self.settings, self.keys, log)
 
-    def app(self) -> Any:
-        """Return the ASGI application of a server of its own."""
-        return make_app(self.server())
+    def app(self, cache: Cache | None = None) -> Any:
+        """Return the ASGI application of a server of its own, when all is loaded."""
+        server = self.server(cache=cache)
+        server.pipelines.load_all()
+        return make_app(server)
 
 
 class Server:

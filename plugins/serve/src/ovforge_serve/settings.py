@@ -39,6 +39,8 @@ class Settings:
     """Calls at a time of a task that may be called from several threads."""
     urls: tuple[str, ...] = ()
     """Origins (https://host[:port]) that files may be fetched from."""
+    alone: bool = True
+    """Whether one process answers all requests, so that it can keep pictures for later ones."""
     origins: tuple[str, ...] = ()
     """Web pages' origins that browsers may send requests from."""
     hosts: tuple[str, ...] = ()
