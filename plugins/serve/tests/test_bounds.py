@@ -328,7 +328,7 @@ def test_connections_are_bounded_and_refused_politely() -> None:
 
 
 def test_handshakes_that_never_end_are_bounded(tmp_path: Path, self_signed: Any) -> None:
-    """They are no connections yet, and each takes 300 kB."""
+    """They come before the connection that is counted, and each takes 300 kB."""
     certificate, key = self_signed(tmp_path)
     context = ssl.create_default_context(cafile=certificate)
     with (
