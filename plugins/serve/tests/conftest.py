@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ import httpx2 as httpx
 import numpy as np
 import openvino as ov
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from openvino import opset13 as ops
 
 from ovforge import testing
@@ -54,6 +59,29 @@ class Running:
     def left(self) -> list[str]:
         """Return what lies among its temporary files."""
         return sorted(str(path.relative_to(self.scratch)) for path in self.scratch.rglob("*"))
+
+
+@pytest.fixture(scope="session")
+def self_signed() -> Callable[[Path], tuple[Path, Path]]:
+    """Return a function that writes a certificate for 127.0.0.1 and its key into a folder."""
+
+    def write(folder: Path) -> tuple[Path, Path]:
+        secret = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder(
+                name, name, secret.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1)
+            )
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+            .sign(secret, hashes.SHA256())
+        )
+        form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        (folder / "key.pem").write_bytes(secret.private_bytes(serialization.Encoding.PEM, *form))
+        (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return folder / "cert.pem", folder / "key.pem"
+
+    return write
 
 
 @pytest.fixture(scope="session")

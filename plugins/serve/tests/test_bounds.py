@@ -9,6 +9,7 @@ import functools
 import http.server
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -230,9 +231,9 @@ def test_a_name_that_leads_elsewhere_the_second_time_is_asked_once(monkeypatch: 
 # -- connections ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bounded() -> Iterator[tuple[str, int]]:
-    """Return the address of a server with short times and few places: 8 connections, bodies of 1,000 bytes."""
+@contextlib.contextmanager
+def running(protocol: Any, **options: Any) -> Iterator[tuple[str, int]]:
+    """Give the address of a server with few places and short times for bodies of 1,000 bytes."""
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         body = str(len((await receive())["body"])).encode()
@@ -246,7 +247,7 @@ def bounded() -> Iterator[tuple[str, int]]:
     none: Any = Pipelines([])
     guard = Guard(application, limits, Keys(), Metrics(none), Log(open("/dev/null", "w")))  # noqa: SIM115, PTH123
     config = uvicorn.Config(
-        guard, port=0, http=bounded_protocol(8, 0.5), lifespan="off", log_config=None, timeout_keep_alive=1, ws="none"
+        guard, port=0, http=protocol, lifespan="off", log_config=None, timeout_keep_alive=1, ws="none", **options
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server._serve()), daemon=True)
@@ -256,6 +257,13 @@ def bounded() -> Iterator[tuple[str, int]]:
     yield server.servers[0].sockets[0].getsockname()
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def bounded() -> Iterator[tuple[str, int]]:
+    """Return the address of a server for 8 connections."""
+    with running(bounded_protocol(8, 0.5)) as address:
+        yield address
 
 
 def spoken(address: tuple[str, int], *parts: bytes, pause: float = 0.2) -> bytes:
@@ -308,15 +316,37 @@ def test_who_reads_nothing_is_cut_off_and_who_reads_slowly_is_not(bounded: tuple
         assert got < 2**25
 
 
-def test_connections_are_bounded_and_refused_politely(bounded: tuple[str, int]) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(8):
-            stack.enter_context(socket.create_connection(bounded, timeout=5))
-        time.sleep(0.1)
-        refused = [spoken(bounded) for _ in range(50)]
-    assert all(b" 503 " in answer and b"retry-after" in answer for answer in refused)
-    time.sleep(0.3)
-    assert spoken(bounded, HEAD + b"content-length: 1\r\n\r\nx").endswith(b"\r\n\r\n1")
+def test_connections_are_bounded_and_refused_politely() -> None:
+    with running(bounded_protocol(8, 60)) as address:
+        with contextlib.ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(socket.create_connection(address, timeout=20))
+            refused = [spoken(address) for _ in range(50)]
+        assert all(b" 503 " in answer and b"retry-after" in answer for answer in refused)
+        answers = (spoken(address, HEAD + b"content-length: 1\r\n\r\nx") for _ in range(50))
+        assert any(answer.endswith(b"\r\n\r\n1") for answer in answers)  # as soon as it has seen the others go
+
+
+def test_handshakes_that_never_end_are_bounded(tmp_path: Path, self_signed: Any) -> None:
+    """They come before the connection that is counted, and each takes 300 kB."""
+    certificate, key = self_signed(tmp_path)
+    context = ssl.create_default_context(cafile=certificate)
+    with (
+        running(bounded_protocol(8, 60), ssl_certfile=certificate, ssl_keyfile=key) as address,
+        contextlib.ExitStack() as stack,
+    ):
+        first = stack.enter_context(socket.create_connection(address, timeout=10))
+        first = stack.enter_context(context.wrap_socket(first, server_hostname="127.0.0.1"))
+        silent = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(8 + 64 - 1)]
+        for _ in range(5):
+            with contextlib.suppress(ConnectionResetError):
+                assert spoken(address) == b""  # at once, and not when a time is over
+        for each in silent:
+            each.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                each.recv(1)
+        first.sendall(HEAD + b"content-length: 1\r\n\r\nx")
+        assert b" 200 " in first.recv(1000)
 
 
 # -- keys, memory, errors ---------------------------------------------------------------------------------------------

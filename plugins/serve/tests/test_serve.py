@@ -13,8 +13,6 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,6 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -339,26 +334,21 @@ PAGE = "https://page.example"
 
 
 @pytest.fixture(scope="module")
-def guarded(start: Callable[..., Any], configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def guarded(
+    start: Callable[..., Any],
+    configs: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    self_signed: Callable[[Path], tuple[Path, Path]],
+) -> Any:
     """Return a server with keys, TLS, one place to wait, and four seconds for each request."""
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "keys").write_text(f"# who\none {KEY} 3\n\ntwo {OTHER}\n")
-    secret = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, secret.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
-        .sign(secret, hashes.SHA256())
-    )
-    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "key.pem").write_bytes(secret.private_bytes(serialization.Encoding.PEM, *form))
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    cert, key = self_signed(folder)
     server = start(
         configs["lcm"], "--keys", folder / "keys", "--queue", "1", "--timeout", "4", "--preload", "--cors", PAGE,
-        "--tls-cert", folder / "cert.pem", "--tls-key", folder / "key.pem",
+        "--tls-cert", cert, "--tls-key", key,
     )  # fmt: skip
-    server.certificate = folder / "cert.pem"
+    server.certificate = cert
     return server
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_a_video_is_a_file_that_was_sent_and_nothing_else(client: httpx.Client, 
         assert (answer.status_code, words in answer.text) == (400, True), answer.text
     assert client.post("/v1/videos", json={"model": "lcm", "video": "AAAA"}).status_code == 404
     assert [name for name in server.left() if not name.startswith(".") and "/" in name] == []
+
+
+def test_frames_are_bounded_as_pictures_are(start: Callable[..., Any], configs: dict[str, Path], short: Path) -> None:
+    """The server sees no frame, and tells the task what it allows: 160x120 is more than 10,000."""
+    server = start(configs["video"], "--max-pixels", "10000")
+    with server.client() as client:
+        for path, more, words in (
+            ("/v1/videos", {}, "its frames are 160x120"),
+            ("/v1/pipelines/video/run", {}, "its frames are 160x120"),
+            ("/v1/videos", {"pixels": 2**24}, "is more than 10000"),
+            ("/v1/videos", {"inputs": '{"size": [200, 100]}'}, "more than 10000 pixels"),
+            ("/v1/videos", {"loop": 1000}, "is more than 8"),
+        ):
+            answer = client.post(path, files={"video": short.read_bytes()}, data={"text": TEXT, **more})
+            assert (answer.status_code, words in answer.text) == (400, True), answer.text
 
 
 def test_lines_come_while_the_run_goes_on_and_it_ends_with_its_client(

@@ -68,12 +68,14 @@ class Sent:
             {name: part for name, part in value.items() if name not in strange}, [served.schema], definitions, ""
         )
         given |= {name: value[name] for name in strange}  # which the model refuses by name
+        if "pixels" in known:  # what the server allows of a picture holds for what only the task can open
+            given.setdefault("pixels", self._settings.pixels)
         model = checked(served.inputs, {**served.config.input, **given}, where="input", base=served.base)
         for name in given:
             for path in _paths(getattr(model, name, None)):
                 if str(path) not in self._names:
                     raise InputError("it names a file of the server", where=name, hint="Send the file itself.")
-        _check_bounds(model, self._settings.bounds)
+        _check_bounds(model, {"pixels": self._settings.pixels, **self._settings.bounds})
         return given
 
     def file(self, content: str | bytes, where: str) -> Path:

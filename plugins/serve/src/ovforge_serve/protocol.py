@@ -10,6 +10,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["bounded_protocol"]
 
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+_POLITE = 64
+"""Connections above the most that still get a TLS handshake, so that they can be told why they are refused."""
+
 _PATIENCE = 3
 """How many times longer than a request's head may take a client may read nothing."""
 
@@ -20,11 +23,31 @@ def bounded_protocol(most: int, seconds: float) -> type[H11Protocol]:
     A client that reads nothing of its answer for three times as long is cut off.
     """
 
+    handshakes: dict[int, float] = {}
+
     class Bounded(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
 
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if self.config.is_ssl:
+                self._count_handshake()
+
+        def _count_handshake(self) -> None:
+            """Raise ConnectionRefusedError if there are too many: asyncio then closes the connection.
+
+            A handshake takes 300 kB, and nobody hears of one that fails: it counts until its time is over.
+            """
+            now = self.loop.time()
+            for key in [key for key, since in handshakes.items() if now - since > seconds]:
+                del handshakes[key]
+            if len(handshakes) + len(self.connections) >= most + _POLITE:
+                raise ConnectionRefusedError("too many connections")
+            handshakes[id(self)] = now
+
         def connection_made(self, transport: Any) -> None:
+            handshakes.pop(id(self), None)
             super().connection_made(transport)
             if len(self.connections) > most:
                 transport.write(_FULL)

@@ -133,6 +133,7 @@ class VideoInputs(_Part):
     end: float | None = Field(None, gt=0, description="Second to end at.")
     fps: float | None = Field(None, gt=0, le=1000, description="Most frames to look at in a second.")
     size: tuple[int, int] | None = Field(None, description="Width and height that frames are scaled to.")
+    pixels: int = Field(2**26, ge=1, le=2**26, description="Most pixels of a frame; larger ones are refused.")
     loop: int = Field(1, ge=1, description="How often each file is read.")
     again: float = Field(60.0, ge=0, description="Seconds to wait for a lost stream to come back.")
 
@@ -144,6 +145,8 @@ class VideoInputs(_Part):
             raise ValueError("end lies after start")
         if self.size is not None and not all(1 <= side <= 8192 for side in self.size):
             raise ValueError("size is 1x1 to 8192x8192")
+        if self.size is not None and self.size[0] * self.size[1] > self.pixels:
+            raise ValueError(f"size has more than {self.pixels} pixels, the most of a frame here")
         if not self.video:
             raise ValueError("video names none")
         return self

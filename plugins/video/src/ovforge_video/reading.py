@@ -25,8 +25,6 @@ from ovforge.model import PICTURE_SUFFIXES, open_picture
 
 __all__ = ["ReadOptions", "Reader", "Shot", "av_errors", "readers"]
 
-MOST_PIXELS = 2**26
-"""Largest frame: 8192x8192."""
 TIMEOUT = 10.0
 """Seconds that a socket may be silent."""
 _LIVE = ("rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
@@ -49,6 +47,8 @@ class ReadOptions:
     size: tuple[int, int] | None = None
     again: float = 60.0
     loop: int = 1
+    pixels: int = 2**26
+    """Most of a frame: 8192x8192."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,11 @@ class Reader:
             stream = container.streams.video[0]
             self.has_sound = bool(container.streams.audio)
             width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > MOST_PIXELS:
-                raise InputError(f"its frames are {width}x{height}", where=self.name, hint="8192x8192 is the most.")
+            if width * height > self.options.pixels:
+                raise InputError(
+                    f"its frames are {width}x{height}", where=self.name,
+                    hint=f"{self.options.pixels} pixels are the most here.",
+                )  # fmt: skip
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             self.rate = Fraction(rate) if 0 < rate <= 1000 else Fraction(25)

@@ -60,7 +60,9 @@ class Video:
 
         Raises InputError for an input that is not there, and what the task that detects raises.
         """
-        options = ReadOptions(inputs.start, inputs.end, inputs.fps, inputs.size, inputs.again, inputs.loop)
+        options = ReadOptions(
+            inputs.start, inputs.end, inputs.fps, inputs.size, inputs.again, inputs.loop, inputs.pixels
+        )
         given = [inputs.video] if isinstance(inputs.video, str) else inputs.video
         detector, threshold = self._detector(inputs)
         return VideoResult(
