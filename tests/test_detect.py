@@ -145,6 +145,16 @@ def test_thin_pictures(pipe: Pipeline, size: tuple[int, int]) -> None:
     assert (found.boxes <= [*size, *size]).all()
 
 
+@pytest.mark.parametrize("text", ["horse. red cat.", ["red cat", "a", "horse"] * 12])
+def test_other_thresholds_need_no_inference(pipe: Pipeline, text: Any) -> None:
+    first: Any = pipe(picture(), text=text, threshold=0.01)
+    assert set(first.adjustable) == {"threshold", "text_threshold", "nms", "limit"}
+    scores = first.detections[0].scores
+    for values in ({"threshold": float(scores[len(scores) // 2])}, {"text_threshold": 0.9}, {"nms": 0.2, "limit": 5}):
+        theirs: Any = pipe(picture(), text=text, **{"threshold": 0.01, **values})
+        assert first.adjusted(**values).as_json() == theirs.as_json() != first.as_json()
+
+
 def test_labels_of_a_list_come_back_as_given(pipe: Pipeline) -> None:
     given = ["Clouds", "Red Cat", "a horse.", "red  cat"]
     result: Any = pipe(picture(), text=given, threshold=0.0, nms=1.0)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ovforge.run.planning import Plan, plan
     from ovforge.run.preparation import Prepared, prepare
     from ovforge.run.session import describe_protection, open_file
+    from ovforge.run.visits import Stop, adjusted
     from ovforge.store.cache import Cache
 
 __all__ = [
@@ -46,8 +47,10 @@ __all__ = [
     "Prepared",
     "Progress",
     "Result",
+    "Stop",
     "Use",
     "__version__",
+    "adjusted",
     "describe_protection",
     "find_loader",
     "hookimpl",
@@ -72,6 +75,7 @@ __getattr__, __dir__ = lazy(
         "run.planning": ["Plan", "plan"],
         "run.preparation": ["Prepared", "prepare"],
         "run.session": ["describe_protection", "open_file"],
+        "run.visits": ["Stop", "adjusted"],
         "store.cache": ["Cache"],
     },
 )

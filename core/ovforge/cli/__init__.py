@@ -11,6 +11,7 @@ from ovforge._exports import lazy
 
 if TYPE_CHECKING:
     from ovforge.cli.engines import EMBEDDED, Engine, EngineOptions, find_engine
+    from ovforge.cli.names import is_loopback, split_name
     from ovforge.cli.output import (
         collected_warnings,
         plain,
@@ -39,6 +40,7 @@ __all__ = [
     "check_writable",
     "collected_warnings",
     "find_engine",
+    "is_loopback",
     "main",
     "plain",
     "print_block",
@@ -52,6 +54,7 @@ __all__ = [
     "print_warning",
     "progress_bar",
     "reports_as_json",
+    "split_name",
     "status_line",
 ]
 
@@ -59,6 +62,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "engines": ["EMBEDDED", "Engine", "EngineOptions", "find_engine"],
+        "names": ["is_loopback", "split_name"],
         "output": [
             "collected_warnings",
             "plain",

@@ -11,7 +11,7 @@ from ovforge._exports import lazy
 
 if TYPE_CHECKING:
     from ovforge.config.files import apply_overrides, read_config
-    from ovforge.config.inputs import input_content
+    from ovforge.config.inputs import input_content, paths_in
     from ovforge.config.options import InputFile, checked, input_files, validate_options
     from ovforge.config.pipeline import PipelineConfig, Use
 
@@ -23,6 +23,7 @@ __all__ = [
     "checked",
     "input_content",
     "input_files",
+    "paths_in",
     "read_config",
     "validate_options",
 ]
@@ -31,7 +32,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "files": ["apply_overrides", "read_config"],
-        "inputs": ["input_content"],
+        "inputs": ["input_content", "paths_in"],
         "options": ["InputFile", "checked", "input_files", "validate_options"],
         "pipeline": ["PipelineConfig", "Use"],
     },

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from ovforge.errors import ConfigError
 from ovforge.store.digests import digest_file
 
-__all__ = ["input_content"]
+__all__ = ["input_content", "paths_in"]
 
 
 def input_content(value: Any, digest: Callable[[Path], str] = digest_file) -> Any:
@@ -40,3 +41,21 @@ def input_content(value: Any, digest: Callable[[Path], str] = digest_file) -> An
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [input_content(part, digest) for part in value]
     return value
+
+
+def paths_in(value: Any) -> Iterator[Path]:
+    """Yield the paths in a value that a task's inputs model has read, however deep."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for _, part in value:
+            yield from paths_in(part)
+    elif dataclasses.is_dataclass(value):
+        for each in dataclasses.fields(value):
+            yield from paths_in(getattr(value, each.name))
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from paths_in(part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from paths_in(part)

@@ -56,9 +56,13 @@ def _shipped(value: str) -> Path:
         raise ValueError(f"{error.what}. {error.hint}") from error
 
 
-Picture = Annotated[Any, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "path"})]
+Picture = Annotated[
+    Any,
+    BeforeValidator(_picture),
+    WithJsonSchema({"type": "string", "format": "path", "contentMediaType": "image/*"}),
+]
 """Type of an input that is a picture; a relative path starts at the config's folder, "package:NAME/PATH" in an
-installed Python package."""
+installed Python package. Programs that ask people for inputs know it by the media type in its JSON Schema."""
 
 
 def open_picture(value: Path | Image.Image, where: str, mode: str = "RGB", background: str = "white") -> Image.Image:

@@ -236,6 +236,21 @@ class Result:
         self._check_metric(metric)
         return float(json.dumps(self.as_json(), sort_keys=True) == json.dumps(reference.as_json(), sort_keys=True))
 
+    @property
+    def adjustable(self) -> Mapping[str, Any]:
+        """The inputs that `adjusted` takes, with the values that this result was made with; here: none."""
+        return {}
+
+    def adjusted(self, **values: Any) -> Self:
+        """Return what the same call gives with other values of `adjustable` inputs, without running a model.
+
+        Raises InputError for another input or a wrong value.
+        """
+        unknown = next(iter(values), "")
+        raise InputError(
+            "it cannot be changed when the result is there", where=unknown, hint="Call the pipeline again."
+        )
+
     def compact(self) -> Self:
         """Return it without what no comparison needs, since many results may be held at once; here: as it is."""
         return self

@@ -132,7 +132,7 @@ def _edited(text: str, name: str, enabled: bool) -> str:
     from tomlkit.exceptions import TOMLKitError
 
     try:
-        document = tomlkit.parse(text)
+        document: Any = tomlkit.parse(text)
         document["plugin"][name]["enabled"] = enabled
         return tomlkit.dumps(document)
     except (TOMLKitError, KeyError, TypeError):

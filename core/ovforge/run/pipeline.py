@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from ovforge.run.calls import expect, from_caller
 from ovforge.run.compiled import CompiledBundle
 from ovforge.run.identity import content_of
 from ovforge.run.notices import warnings_of
-from ovforge.run.resolution import make_step, resolve
+from ovforge.run.resolution import choose, make_step, resolve
 from ovforge.run.session import Session
 from ovforge.run.stages import check_strict
 from ovforge.run.tasks import make_adapter, make_adapters, make_task, plan_device, require_task, roles_of
@@ -330,6 +331,19 @@ class Pipeline:
             files = [content_of(path, memo) for path in input_files(options)]
             now[name] |= {"use": use.model_dump(mode="json"), "digests": files}
         return now
+
+    def use_scheduler(self, scheduler: str | Use | None) -> None:
+        """Sample by another method from the next call on; None stands for the model's own. Nothing is compiled again.
+
+        Raises PluginError for an unknown one and ConfigError for wrong options; all then stays as it was.
+        """
+        use = None if scheduler is None else checked(Use, scheduler, where="scheduler")
+        chosen = None if use is None else choose(self._session, "scheduler", use, "scheduler", self.base)
+        config = self.config.model_copy(update={"scheduler": use})
+        resolved = replace(self.resolved, config=config, scheduler=chosen)
+        with self._turns:
+            self.task = make_task(resolved, self.compiled)
+            self.config, self.resolved = config, resolved
 
     def adjust(self, provenance: Mapping[str, Any]) -> None:
         """Set controls and adapters to what a result's provenance says of them."""

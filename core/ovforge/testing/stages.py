@@ -289,8 +289,10 @@ def _check_threads(described: TaskExtension, task: Any, examples: Sequence[Any])
 
 def _outputs(result: Any) -> bytes:
     """Return what a result holds but for how long it took and what it came from."""
+    import copy
     import pickle
     from dataclasses import fields
 
     names = [field.name for field in fields(result) if field.name not in ("timings", "provenance")]
-    return pickle.dumps([getattr(result, name) for name in names])
+    sent = copy.copy(result)  # without what a result leaves out when it is handed to another process
+    return pickle.dumps([getattr(sent, name) for name in names])

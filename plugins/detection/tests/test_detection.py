@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,6 +299,29 @@ def test_several_at_once_are_the_same(rt_detr: tuple[Path, Any], pipe: Pipeline)
         np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=0.05)
     assert one.compare(two) > 0.999
     testing.check_task(ovforge_detection, "detect", pipe.task)
+
+
+def test_other_thresholds_need_no_inference(pipe: Pipeline) -> None:
+    images = [scene(number)[0] for number in range(2)]
+    first: Any = pipe(images, threshold=0.1)
+    middle = float(np.median(first.detections[0].scores))
+    for values in ({"threshold": middle}, {"limit": 2}, {"threshold": middle, "nms": 0.0}):
+        ours: Any = first.adjusted(**values)
+        theirs: Any = pipe(images, **{"threshold": 0.1, **values})
+        assert ours.as_json() == theirs.as_json() and ours.as_json() != first.as_json()
+        assert ours.provenance["inputs"] == theirs.provenance["inputs"]
+        assert ours.adjusted(**first.adjustable).as_json() == first.as_json()
+
+
+def test_which_inputs_may_change_afterwards(pipe: Pipeline) -> None:
+    result: Any = pipe(scene(0)[0])
+    assert result.adjustable == {"threshold": 0.5, "nms": 1.0, "limit": 300}
+    with pytest.raises(InputError, match="cannot be changed"):
+        result.adjusted(text_threshold=0.5)
+    with pytest.raises(ConfigError, match="threshold"):
+        result.adjusted(threshold=2)
+    assert result.compact().adjustable == {} and pickle.loads(pickle.dumps(result.compact())).detections
+    assert pipe([scene(0)[0]] * 9).adjustable == {}, "the outputs of many pictures are not held"
 
 
 # -- results ------------------------------------------------------------------------------------------------------

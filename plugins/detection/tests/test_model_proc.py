@@ -352,6 +352,15 @@ def test_of_overlapping_boxes_one_is_left_whatever_their_labels(tmp_path: Path) 
     assert found(folder, nms=1).labels == ["cat", "dog", "dog"]
 
 
+def test_other_thresholds_need_no_inference(tmp_path: Path) -> None:
+    pipe, image = load(write_model(tmp_path / "m", *yolo_v8())), Image.new("RGB", (WIDTH, HEIGHT))
+    first = pipe(image)
+    assert set(first.adjustable) == {"threshold", "limit"}, "how boxes give way, the description says"
+    assert set(pipe(image, nms=0.5).adjustable) == {"threshold", "nms", "limit"}
+    for values in ({"threshold": 0.85}, {"limit": 1}, {"threshold": 0.01}):
+        assert first.adjusted(**values).as_json() == pipe(image, **values).as_json()
+
+
 def test_entries_have_labels_and_thresholds_of_their_own(tmp_path: Path) -> None:
     one, two = ssd()[0], ssd(BOXES + 3)[0]
     two[..., 2] *= 0.5

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ovforge import Stop
 from ovforge.config import InputFile
 from ovforge.errors import ConfigError, InputError, OvforgeError
 from ovforge.model import Picture
@@ -38,7 +39,6 @@ from ovforge_serve.queue import Queue
 from ovforge_serve.run import Address, listen
 from ovforge_serve.server import Serving
 from ovforge_serve.settings import HttpError, Settings
-from ovforge_serve.stop import Stop
 
 # -- files ------------------------------------------------------------------------------------------------------------
 

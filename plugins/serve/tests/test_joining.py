@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import ovforge
-from ovforge import Result
+from ovforge import Result, Stop
 from ovforge.errors import InputError
 from ovforge.model import package_path
 from ovforge_serve.joining import Joinable
@@ -23,7 +23,6 @@ from ovforge_serve.metrics import Metrics
 from ovforge_serve.pipelines import Pipelines, Served
 from ovforge_serve.queue import Queue
 from ovforge_serve.settings import Settings
-from ovforge_serve.stop import Stop
 
 
 def told(result: Result) -> dict[str, Any]:

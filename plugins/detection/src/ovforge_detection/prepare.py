@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 
 import numpy as np
@@ -45,6 +45,15 @@ class Prepared:
     """Across, down."""
     shift: tuple[float, float] = (0, 0)
     """Across, down; negative if the picture is cropped."""
+
+    def emptied(self) -> Prepared:
+        """Return it for decoding alone: all numbers of `pixels` and `mask` are one 0, which takes no memory."""
+        nothing = np.float32(0)
+        return replace(
+            self,
+            pixels=np.broadcast_to(nothing, self.pixels.shape),
+            mask=np.broadcast_to(nothing, self.mask.shape),
+        )
 
     @property
     def canvas(self) -> Size:

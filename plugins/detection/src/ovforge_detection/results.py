@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -22,7 +22,7 @@ from ovforge_detection.decode import overlap
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DetectInputs", "Detections", "DetectionsResult", "draw"]
+__all__ = ["Decoding", "DetectInputs", "Detections", "DetectionsResult", "draw"]
 
 _COLOURS = ("#e6194b", "#0b7a3b", "#1f57d6", "#b35900", "#7a1fa2", "#00747a", "#a8005c", "#5b5f00")
 Floats = NDArray[np.float32]
@@ -98,6 +98,17 @@ class Detections:
         )
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """The detector's outputs as they came: `decode` returns Detections, one set for each picture, for other `values`.
+
+    `values` are the inputs that count for it, by name, as they are now.
+    """
+
+    values: Mapping[str, Any]
+    decode: Callable[[Mapping[str, Any]], Sequence[Detections]]
+
+
 @dataclass
 class DetectionsResult(Result):
     """Detections, one set for each picture, and the pictures themselves, for drawing."""
@@ -106,6 +117,7 @@ class DetectionsResult(Result):
 
     detections: Sequence[Detections] = ()
     pictures: Sequence[Path | Image.Image] = field(default=(), repr=False)
+    _decoding: Decoding | None = field(default=None, repr=False)
 
     def files(self, path: Path, *, quick: bool = False) -> Iterator[tuple[Path, bytes]]:
         """Yield .json (COCO), .csv, or the annotated pictures: `x.png` becomes `x-1.png`, ... if there are several.
@@ -167,6 +179,31 @@ class DetectionsResult(Result):
                     free[shared.argmax()] = False
                     matched += float(shared.max())
         return 2 * matched / count if count else 1.0
+
+    @property
+    def adjustable(self) -> Mapping[str, Any]:
+        """The thresholds, as far as they count for the model, if the outputs of few pictures are at hand."""
+        return self._decoding.values if self._decoding else {}
+
+    def adjusted(self, **values: Any) -> Self:
+        """Return what other thresholds give. Raises InputError for other inputs, and ConfigError for wrong values."""
+        if self._decoding is None or not values.keys() <= self._decoding.values.keys():
+            return super().adjusted(**{name: value for name, value in values.items() if name not in self.adjustable})
+        wanted = {**self._decoding.values, **values}
+        found = self._decoding.decode(wanted)
+        inputs = {**self.provenance.get("inputs", {}), **values}
+        return replace(
+            self, detections=found, provenance={**self.provenance, "inputs": inputs},
+            _decoding=replace(self._decoding, values=wanted),
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the detector's outputs out: what decodes them cannot be handed to another process."""
+        return {**vars(self), "_decoding": None}
+
+    def compact(self) -> Self:
+        """Return it without the detector's outputs."""
+        return replace(self, _decoding=None)
 
     def coco(self) -> dict[str, Any]:
         """Return COCO's object detection format: images, annotations with scores, categories; and our provenance."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from ovforge_detection.frames import Frames
 from ovforge_detection.outputs import decode_described
 from ovforge_detection.phrases import Passage, TextReader, Wanted, phrase_of, wanted
 from ovforge_detection.prepare import Prepared, mode_of, prepare
-from ovforge_detection.results import DetectInputs, Detections, DetectionsResult
+from ovforge_detection.results import Decoding, DetectInputs, Detections, DetectionsResult
 
 __all__ = ["Detect", "DetectOptions"]
 
 STEP = 32
 """Texts of a fixed length have a multiple of so many tokens."""
+
+_KEPT = 8
+"""Pictures of a call up to which the outputs are kept, so that other thresholds need no inference: about 1 MB each."""
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -55,6 +59,10 @@ class _Job:
     place: int
     name: str
     prepared: Prepared
+
+
+Reading = Callable[[DetectInputs], Found]
+"""Decodes the outputs for one picture, with the thresholds of some inputs."""
 
 
 class Detect:
@@ -91,10 +99,13 @@ class Detect:
         names, passages, classes = self.looked_for(inputs, timings, said)
         paths, whole = _pictures(inputs.image)
         found: dict[int, Detections] = {}
+        readings: list[tuple[_Job, Reading]] = []
         progress(Progress("detect", 0, len(paths)))
         for jobs in self._batches(paths, whole, timings, said):
-            for job, each in zip(jobs, self._run(jobs, passages, classes, inputs, timings), strict=True):
-                found[job.place] = self._sorted(each, job, names, inputs)
+            for job, read in zip(jobs, self._run(jobs, passages, classes, timings), strict=True):
+                found[job.place] = self._sorted(read(inputs), job, names, inputs)
+                if len(paths) <= _KEPT:
+                    readings.append((replace(job, prepared=job.prepared.emptied()), read))
             progress(Progress("detect", max(job.place for job in jobs) + 1, len(paths), jobs[-1].name))
         if not found:
             raise InputError("none of its pictures can be read", where=str(inputs.image), hint="; ".join(said))
@@ -104,6 +115,7 @@ class Detect:
             provenance={"inputs": _as_inputs(inputs)},
             detections=[found[place] for place in sorted(found)],
             pictures=[paths[place] for place in sorted(found)],
+            _decoding=self._decoding(inputs, readings, names) if readings else None,
         )
 
     # -- several calls as one: ovforge.contracts.Batching -----------------------------------------------------------
@@ -135,6 +147,26 @@ class Detect:
                 )
             )
         return parts
+
+    def _decoding(
+        self, inputs: DetectInputs, readings: Sequence[tuple[_Job, Reading]], names: Sequence[str]
+    ) -> Decoding:
+        """Return what decodes the outputs again, with the thresholds that count for this kind of model."""
+        spec, described = self.spec, self.spec.kind == "described"
+        values: dict[str, Any] = {"limit": inputs.limit}
+        if inputs.threshold is not None or not described or len(spec.outputs) == 1:
+            values["threshold"] = spec.threshold if inputs.threshold is None else inputs.threshold
+        if spec.kind == "text":
+            values["text_threshold"] = inputs.text_threshold
+        if inputs.nms is not None or not described:  # a description may say more than one number how boxes give way
+            values["nms"] = inputs.nms if inputs.nms is not None else 1.0 if spec.nms is None else spec.nms
+
+        def decode(wanted: Mapping[str, Any]) -> list[Detections]:
+            given = checked(DetectInputs, {**dict(inputs), **wanted}, where="input")
+            ordered = sorted(readings, key=lambda reading: reading[0].place)
+            return [self._sorted(read(given), job, names, given) for job, read in ordered]
+
+        return Decoding(values, decode)
 
     # -- frames of video ------------------------------------------------------------------------------------------
 
@@ -189,9 +221,9 @@ class Detect:
                 jobs = [_Job(place, "", pictures[place]) for place in chosen]
                 if self.spec.kind != "described" or self._divides(self.batch):
                     jobs += [jobs[-1]] * (self.batch - len(jobs))
-                results = self._run(jobs, passages, classes, inputs, timings)
-                for place, job, each in zip(chosen, jobs, results, strict=False):
-                    found[place] = self._sorted(each, job, names, inputs)
+                readings = self._run(jobs, passages, classes, timings)
+                for place, job, read in zip(chosen, jobs, readings, strict=False):
+                    found[place] = self._sorted(read(inputs), job, names, inputs)
         return [found[place] for place in range(len(pictures))]
 
     def examples(self, count: int) -> Sequence[DetectInputs]:
@@ -263,43 +295,54 @@ class Detect:
         yield from waiting.values()
 
     def _run(
-        self,
-        jobs: Sequence[_Job],
-        passages: Sequence[Passage],
-        classes: NDArray[np.bool_] | None,
-        inputs: DetectInputs,
-        timings: Timings,
-    ) -> list[Found]:
-        """Return what is found in each of the pictures, which have one size."""
+        self, jobs: Sequence[_Job], passages: Sequence[Passage], classes: NDArray[np.bool_] | None, timings: Timings
+    ) -> list[Reading]:
+        """Run the detector on pictures of one size; return what decodes its outputs, for each of them."""
         if self.spec.kind == "described":
-            return self._described(jobs, classes, inputs, timings)
-        threshold = self.spec.threshold if inputs.threshold is None else inputs.threshold
+            return self._described(jobs, classes, timings)
         if self.spec.kind == "text":
-            return self._run_text(jobs, passages, threshold, inputs.text_threshold, timings)
+            return self._run_text(jobs, passages, timings)
         pixels = np.stack([job.prepared.pixels for job in jobs])
         outputs = self._infer({"pixel_values": pixels}, self._shapes(len(jobs)), timings)
         return [
-            decode_classes(outputs["logits"][n], outputs["boxes"][n], job.prepared, threshold, classes)
+            partial(self._read_classes, outputs["logits"][n], outputs["boxes"][n], job.prepared.emptied(), classes)
             for n, job in enumerate(jobs)
         ]
 
-    def _described(
-        self, jobs: Sequence[_Job], classes: NDArray[np.bool_] | None, inputs: DetectInputs, timings: Timings
-    ) -> list[Found]:
+    def _read_classes(
+        self,
+        logits: NDArray[np.float32],
+        boxes: NDArray[np.float32],
+        picture: Prepared,
+        classes: NDArray[np.bool_] | None,
+        inputs: DetectInputs,
+    ) -> Found:
+        return decode_classes(logits, boxes, picture, self._threshold(inputs), classes)
+
+    def _threshold(self, inputs: DetectInputs) -> float:
+        return self.spec.threshold if inputs.threshold is None else inputs.threshold
+
+    def _described(self, jobs: Sequence[_Job], classes: NDArray[np.bool_] | None, timings: Timings) -> list[Reading]:
         """Run pictures at once if each output has a part for each of them, and one by one otherwise."""
         if len(jobs) > 1 and not self._divides(len(jobs)):
-            return [each for job in jobs for each in self._described([job], classes, inputs, timings)]
+            return [each for job in jobs for each in self._described([job], classes, timings)]
         pixels = np.stack([job.prepared.pixels for job in jobs])
         given = pixels if self.spec.layout == "NCHW" else pixels.transpose(0, 2, 3, 1)
         values = {self.spec.input: np.ascontiguousarray(given)}
         values |= {each.name: _filled(each, jobs[0].prepared) for each in self._inputs}
         outputs = self._infer(values, self._shapes(len(jobs)), timings)
-        found = []
-        for n, job in enumerate(jobs):
-            own = _parts(outputs, n) if len(jobs) > 1 else outputs
-            each = decode_described(own, self.spec, job.prepared, inputs.threshold, suppressed=inputs.nms is None)
-            found.append(each if classes is None else each.take(np.flatnonzero(_named(classes, each.classes))))
-        return found
+        return [
+            partial(
+                self._read_described, _parts(outputs, n) if len(jobs) > 1 else outputs, job.prepared.emptied(), classes
+            )
+            for n, job in enumerate(jobs)
+        ]
+
+    def _read_described(
+        self, outputs: Outputs, picture: Prepared, classes: NDArray[np.bool_] | None, inputs: DetectInputs
+    ) -> Found:
+        found = decode_described(outputs, self.spec, picture, inputs.threshold, suppressed=inputs.nms is None)
+        return found if classes is None else found.take(np.flatnonzero(_named(classes, found.classes)))
 
     def _divides(self, count: int) -> bool:
         """Say whether the model takes `count` pictures, and gives a part of each output to each of them."""
@@ -316,28 +359,31 @@ class Detect:
             self._dividing[count] = whole
         return self._dividing[count]
 
-    def _run_text(
-        self,
-        jobs: Sequence[_Job],
-        passages: Sequence[Passage],
-        threshold: float,
-        text_threshold: float,
-        timings: Timings,
-    ) -> list[Found]:
+    def _run_text(self, jobs: Sequence[_Job], passages: Sequence[Passage], timings: Timings) -> list[Reading]:
         """Run pictures at once; with a text in several parts one by one, all parts at once: the backbone runs once."""
 
-        def read(pictures: list[Prepared], pairs: list[tuple[Prepared, Passage]]) -> list[Found]:
+        def run(pictures: list[Prepared], pairs: list[tuple[Prepared, Passage]]) -> list[Reading]:
             outputs = self._infer_text(pictures, [passage for _, passage in pairs], timings)
             rows = zip(outputs["logits"], outputs["boxes"], pairs, strict=True)
             return [
-                decode_text(logits[:, : len(passage.tokens)], boxes, passage, picture, threshold, text_threshold)
+                partial(self._read_text, logits[:, : len(passage.tokens)], boxes, passage, picture.emptied())
                 for logits, boxes, (picture, passage) in rows
             ]
 
         pictures = [job.prepared for job in jobs]
         if len(passages) == 1:
-            return read(pictures, [(picture, passages[0]) for picture in pictures])
-        return [join(read([picture], [(picture, passage) for passage in passages])) for picture in pictures]
+            return run(pictures, [(picture, passages[0]) for picture in pictures])
+        return [_joined(run([picture], [(picture, passage) for passage in passages])) for picture in pictures]
+
+    def _read_text(
+        self,
+        logits: NDArray[np.float32],
+        boxes: NDArray[np.float32],
+        passage: Passage,
+        picture: Prepared,
+        inputs: DetectInputs,
+    ) -> Found:
+        return decode_text(logits, boxes, passage, picture, self._threshold(inputs), inputs.text_threshold)
 
     def _infer_text(self, pictures: Sequence[Prepared], passages: Sequence[Passage], timings: Timings) -> Outputs:
         """Run pictures with a passage each, or one picture with several."""
@@ -397,6 +443,11 @@ class Detect:
         return Detections(
             job.name, (width, height), kept.boxes, kept.scores, kept.classes, known, kept.words, kept.spans
         )
+
+
+def _joined(readings: Sequence[Reading]) -> Reading:
+    """Return several passes over one picture as one."""
+    return lambda inputs: join([read(inputs) for read in readings])
 
 
 def _renumbered(passage: Passage, sought: Wanted) -> Passage:

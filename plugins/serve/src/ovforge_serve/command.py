@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 
@@ -85,9 +84,9 @@ def serve(
 
     Example: ovforge serve lcm=examples/unicorn.toml --port 8080
     """
-    from ovforge.cli import check_trust, find_engine
+    from ovforge.cli import check_trust, find_engine, is_loopback, split_name
     from ovforge_serve.keys import Keys
-    from ovforge_serve.pipelines import absolute, is_config, split_name
+    from ovforge_serve.pipelines import absolute, is_config
     from ovforge_serve.remote import origin_of
     from ovforge_serve.run import Address, listen
     from ovforge_serve.server import Serving
@@ -95,7 +94,7 @@ def serve(
 
     elsewhere = find_engine(engine, engine_option, "serve")
     known = Keys.read(keys)
-    if not _is_loopback(host) and not known and not open_:
+    if not is_loopback(host) and not known and not open_:
         raise ConfigError(
             "everybody who reaches it could use the server, since there are no API keys",
             where=f"--host {host}",
@@ -117,7 +116,7 @@ def serve(
         threads=threads,
         urls=tuple(origin_of(url, "--allow-url") for url in allow_url or []),
         origins=tuple(origin_of(url, "--cors") for url in cors or []),
-        hosts=_LOOPBACK if _is_loopback(host) else (),
+        hosts=_LOOPBACK if is_loopback(host) else (),
         log_inputs=log_inputs,
         alone=elsewhere is None,
     )
@@ -139,13 +138,6 @@ def serve(
         elsewhere.serve(serving, address)
         return
     listen(serving.server(), address, connections=connections or _CONNECTIONS, preload=preload)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _bound(text: str) -> tuple[str, int]:

@@ -77,10 +77,9 @@ def ovms(
     Example: ovforge export ovms examples/unicorn.toml -o servables
     """
     from ovforge import PipelineConfig, prepare
-    from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar
+    from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar, split_name
     from ovforge.model import named_path
     from ovforge.store import atomic_folder, check_apart
-    from ovforge_serve.pipelines import split_name
 
     overrides = set_ or []
     name, _ = split_name(str(config))

@@ -14,14 +14,13 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 
-from ovforge.config import checked
+from ovforge.config import checked, paths_in
 from ovforge.errors import InputError, OvforgeError
 from ovforge_serve.pipelines import Served
 from ovforge_serve.settings import Settings
@@ -72,7 +71,7 @@ class Sent:
             given.setdefault("pixels", self._settings.pixels)
         model = checked(served.inputs, {**served.config.input, **given}, where="input", base=served.base)
         for name in given:
-            for path in _paths(getattr(model, name, None)):
+            for path in paths_in(getattr(model, name, None)):
                 if str(path) not in self._names:
                     raise InputError("it names a file of the server", where=name, hint="Send the file itself.")
         _check_bounds(model, {"pixels": self._settings.pixels, **self._settings.bounds})
@@ -220,24 +219,6 @@ def _item(node: Mapping[str, Any], position: int) -> Any:
 
 def _member(node: Mapping[str, Any], key: str) -> Any:
     return node.get("properties", {}).get(key, node.get("additionalProperties", {}))
-
-
-def _paths(value: Any) -> Iterator[Path]:
-    """Yield the paths in a value that a model has read."""
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, BaseModel):
-        for _, part in value:
-            yield from _paths(part)
-    elif is_dataclass(value):
-        for each in fields(value):
-            yield from _paths(getattr(value, each.name))
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _paths(part)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            yield from _paths(part)
 
 
 def _check_bounds(model: BaseModel, bounds: Mapping[str, int]) -> None:

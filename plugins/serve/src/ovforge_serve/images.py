@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ovforge import ImagesResult, Pipeline, Progress, Result
+from ovforge import ImagesResult, Pipeline, Progress, Result, Stop, adjusted
 from ovforge.config import checked
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import open_picture, values_as_json
@@ -25,10 +25,9 @@ from ovforge_serve.encoding import as_json
 from ovforge_serve.files import Sent
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Served
-from ovforge_serve.runs import adjusted, saved
+from ovforge_serve.runs import saved
 from ovforge_serve.server import Server, answers, at_once_or_aside, json_or_form, pipelines_for, received
 from ovforge_serve.settings import HttpError, error_body
-from ovforge_serve.stop import Stop
 from ovforge_serve.streaming import Pieces, streamed
 
 __all__ = ["EditRequest", "GenerationRequest", "add_routes"]
@@ -282,7 +281,7 @@ class _Work:
                 return pictures, sent.shown([*asked.warnings(), *result.warnings])
 
             def call(pipeline: Pipeline, stop: Stop) -> tuple[list[tuple[str, bytes, str]], list[str]]:
-                with adjusted(served, pipeline, asked.lora_weights, {}):
+                with adjusted(pipeline, adapters=asked.lora_weights):
                     return answer(pipeline(progress=stop, **given))
 
             if asked.lora_weights or asked.partial_images:

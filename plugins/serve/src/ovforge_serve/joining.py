@@ -8,9 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovforge import Cancelled, Pipeline, Progress, Result
+from ovforge import Cancelled, Pipeline, Progress, Result, Stop
 from ovforge.errors import OvforgeError
-from ovforge_serve.stop import Stop
 
 __all__ = ["Joinable", "Waiting"]
 

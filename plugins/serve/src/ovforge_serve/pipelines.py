@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 
 from ovforge import Pipeline, PipelineConfig, Plugins, find_loader, open_model
-from ovforge.errors import ConfigError, DeviceError, InputError, OvforgeError
+from ovforge.cli import split_name
+from ovforge.errors import ConfigError, DeviceError, OvforgeError
 from ovforge.model import OPENVINO_ERRORS, core, reason_of
 from ovforge.store import Cache
 from ovforge_serve.settings import HttpError
@@ -29,12 +30,10 @@ if TYPE_CHECKING:
 
     from ovforge.contracts import TaskExtension
 
-__all__ = ["Loadable", "Model", "Pipelines", "Served", "is_config", "resident_memory", "split_name"]
+__all__ = ["Loadable", "Model", "Pipelines", "Served", "is_config", "resident_memory"]
 
 _VIRTUAL = ("AUTO", "HETERO", "MULTI")
 """OpenVINO's devices that stand for others."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -243,20 +242,6 @@ def _check_device(device: str) -> None:
                 f"{name!r} is not on this machine, or its driver is missing", where="--device",
                 hint=f"Here are: {', '.join(here) or 'none'}.",
             )  # fmt: skip
-
-
-def split_name(place: str) -> tuple[str, str]:
-    """Return (name, place) of "NAME=PLACE", or of a path alone, which is called as its file. Raises InputError."""
-    name, equals, source = place.partition("=")
-    if not equals:
-        name, source = Path(place).stem, place
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"{name!r} is not a valid name",
-            where=place,
-            hint="Write NAME=CONFIG, with a name of letters, digits, - and _.",
-        )
-    return name, source
 
 
 def absolute(place: str) -> str:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ovforge import Stop
 from ovforge_serve.joining import Joinable, Waiting
 from ovforge_serve.pipelines import Loadable, Pipelines, Served
 from ovforge_serve.settings import CLIENT_GONE, HttpError, Settings
-from ovforge_serve.stop import Stop
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import mimetypes
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ovforge import Pipeline, Result
+from ovforge import Pipeline, Result, Stop, adjusted
 from ovforge.errors import InputError
 from ovforge.model import values_as_json
 from ovforge.store import scratch_folder
@@ -20,9 +19,8 @@ from ovforge_serve.files import Sent, files_as_text
 from ovforge_serve.log import note
 from ovforge_serve.pipelines import Served
 from ovforge_serve.server import Server, answers, inputs_of, json_or_form, received
-from ovforge_serve.stop import Stop
 
-__all__ = ["add_routes", "adjusted", "saved", "suffix_of"]
+__all__ = ["add_routes", "saved", "suffix_of"]
 
 _PARAMETERS = [
     {
@@ -59,7 +57,7 @@ def _add_route(app: FastAPI, server: Server, served: Served) -> None:
                 return as_json(_answer(result, sent, server.scratch, suffix))
 
             def call(pipeline: Pipeline, stop: Stop) -> bytes:
-                with adjusted(served, pipeline, adapters, controls):
+                with adjusted(pipeline, adapters=adapters, controls=controls):
                     return answer(pipeline(progress=stop, **given))
 
             if adapters or controls:
@@ -81,27 +79,6 @@ def _add_route(app: FastAPI, server: Server, served: Served) -> None:
             **json_or_form({"$ref": f"#/components/schemas/{served.name}.inputs"}), "parameters": _PARAMETERS,
         },
     )  # fmt: skip
-
-
-@contextmanager
-def adjusted(
-    served: Served, pipeline: Pipeline, adapters: Mapping[str, float], controls: Mapping[str, float]
-) -> Iterator[None]:
-    """Set adapters and controls while the block runs. Raises InputError for unknown ones."""
-    if not adapters and not controls:
-        yield
-        return
-    if served.width > 1:
-        raise InputError("this pipeline's calls run side by side, and share adapters and controls", where="adapter")
-    before = dict(pipeline.adapters), dict(pipeline.controls)
-    try:
-        if adapters:
-            pipeline.adapters.set({**before[0], **adapters})
-        pipeline.controls.update(controls)
-        yield
-    finally:
-        pipeline.adapters.set(before[0])
-        pipeline.controls.update(before[1])
 
 
 def saved(result: Result, folder: Path, suffix: str) -> list[tuple[str, str, bytes]]:

@@ -10,11 +10,10 @@ from concurrent.futures import Future
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
-from ovforge import Cancelled
+from ovforge import Cancelled, Stop
 from ovforge.errors import OvforgeError
 from ovforge_serve.log import note
 from ovforge_serve.settings import status_of
-from ovforge_serve.stop import Stop
 
 __all__ = ["Pieces", "streamed"]
 

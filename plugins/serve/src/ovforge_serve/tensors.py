@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from ovforge import __version__
+from ovforge import Stop, __version__
 from ovforge.config import checked
 from ovforge.errors import InputError
 from ovforge.model import OPENVINO_ERRORS, reason_of
@@ -32,7 +32,6 @@ from ovforge_serve.log import note
 from ovforge_serve.pipelines import Model
 from ovforge_serve.server import Server, answers
 from ovforge_serve.settings import HttpError
-from ovforge_serve.stop import Stop
 
 if TYPE_CHECKING:
     import openvino as ov

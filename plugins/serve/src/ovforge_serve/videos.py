@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from ovforge import Pipeline
+from ovforge import Pipeline, Stop
 from ovforge.errors import OvforgeError
 from ovforge.model import values_as_json
 from ovforge.store import scratch_folder
@@ -23,7 +23,6 @@ from ovforge_serve.pipelines import Served
 from ovforge_serve.runs import suffix_of
 from ovforge_serve.server import Server, answers, inputs_of, json_or_form, pipelines_for, received
 from ovforge_serve.settings import error_body
-from ovforge_serve.stop import Stop
 from ovforge_serve.streaming import Pieces, streamed
 
 __all__ = ["add_routes"]

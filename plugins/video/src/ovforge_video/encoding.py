@@ -23,12 +23,13 @@ __all__ = ["SOUND_SUFFIXES", "VIDEO_SUFFIXES", "Encoder", "Sound", "encoder_name
 
 _FORMATS = {
     ".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".265": "hevc", ".hevc": "hevc", ".264": "h264", ".h264": "h264",
-    ".obu": "obu",
+    ".obu": "obu", ".webm": "webm",
 }  # fmt: skip
 VIDEO_SUFFIXES = tuple(_FORMATS)
 SOUND_SUFFIXES = (".mp4", ".mov", ".mkv")
 """Endings of files that can hold sound."""
-_CODEC_OF_RAW = {"hevc": "h265", "h264": "h264", "obu": "av1"}
+_CODEC_OF = {"hevc": "h265", "h264": "h264", "obu": "av1", "webm": "av1"}
+"""What files of one codec hold; all browsers play AV1 in WebM."""
 _ENCODERS = {
     "h265": ("libx265", "hevc_qsv", "hevc_vaapi", "hevc_nvenc"),
     "h264": ("libx264", "h264_qsv", "h264_vaapi", "h264_nvenc"),
@@ -46,7 +47,7 @@ CLOCK = 90_000
 
 def encoder_name(options: EncodeOptions, path: Path) -> str:
     """Return FFmpeg's encoder for a file. Raises ConfigError if codec, encoder and the file's ending do not agree."""
-    raw = _CODEC_OF_RAW.get(_FORMATS[path.suffix.lower()])
+    raw = _CODEC_OF.get(_FORMATS[path.suffix.lower()])
     codec = options.codec or raw or "h265"
     if raw not in (None, codec):
         raise ConfigError(f"a {path.suffix} file holds {raw}, not {codec}", where="encode.codec", hint="Leave it out.")

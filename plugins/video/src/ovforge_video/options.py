@@ -112,7 +112,8 @@ Input = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     AfterValidator(_from_base),
-    WithJsonSchema({"type": "string", "format": "path"}),  # by which a server knows that it names a file
+    # By which a server knows that it names a file, and a page that the file is a video.
+    WithJsonSchema({"type": "string", "format": "path", "contentMediaType": "video/*"}),
 ]
 
 

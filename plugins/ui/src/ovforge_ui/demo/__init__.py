@@ -1,0 +1,1 @@
+"""Configs of the models that ship with plugins."""
