@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ovforge.errors import ModelError, PluginError
 from ovforge.model import Source
 from ovforge.store import parse_object, scratch_folder
-from ovforge_convert.streaming import SMALL, Stored, Weight, noting_layers, place_weights
+from ovforge_convert.streaming import EXACT, SMALL, Stored, Weight, noting_layers, place_weights
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -249,7 +249,9 @@ def _halve_weights(model: ov.Model, exact: Callable[[ov.Node], bool]) -> None:
     kept = {
         node.get_friendly_name(): node.data.copy()
         for node in model.get_ops()
-        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32 and exact(node)
+        if node.get_type_name() == "Constant"
+        and node.get_element_type() == ov.Type.f32
+        and (node.get_friendly_name().endswith(EXACT) or exact(node))
     }
     compress_model_transformation(model)
     for node in model.get_ordered_ops():

@@ -1,8 +1,7 @@
 """Weights that are put into a graph one by one, in the type in which they are to be stored.
 
-A module of twelve billion parameters has no place for a copy of itself in float32. Its large matrices are left
-uninitialised while it is traced, which costs no memory; then each constant of the graph is replaced by what its
-`Weight` gives: float16 that is read straight from a mapped file, or a compressed form.
+A module's large matrices are left uninitialised while it is traced, which costs no memory. Then each constant of the
+graph is replaced by what its `Weight` gives: float16 that is read straight from a mapped file, or a compressed form.
 """
 
 from __future__ import annotations
@@ -19,12 +18,25 @@ from ovforge.errors import PluginError
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["SMALL", "Rows", "Stored", "TensorWeight", "Weight", "noting_layers", "place_weights", "streamed_names"]
+__all__ = [
+    "EXACT",
+    "SMALL",
+    "Rows",
+    "Stored",
+    "TensorWeight",
+    "Weight",
+    "noting_layers",
+    "place_weights",
+    "streamed_names",
+]
 
 Stored = Literal["f16", "f32"]
 
 SMALL = 4096
 """Constants up to this size stay in float32: norms, biases, and frequencies, where rounding would shift phases."""
+
+EXACT = ("/scale", "/zero_point")
+"""Ends of the names of constants that belong to compressed weights, and stay in float32."""
 
 LARGE = 4 * 2**30
 """Bytes of weights from which on they are kept in a file that has no name, and not in memory of their own."""
@@ -149,7 +161,7 @@ def place_weights(
     for node in model.get_ops():
         for root in _ROOTS if node.get_type_name() == "Constant" else ():
             name = node.get_friendly_name().removeprefix(root)
-            if name in weights:
+            if name in weights and tuple(node.shape) == tuple(weights[name].shape):
                 found[name] = node
     if lost := [names for names in ran if names & weights.keys() and not names & found.keys()]:
         raise PluginError(f"the traced graph has no {min(lost[0])}, which the module uses", hint="Please report this.")

@@ -106,8 +106,8 @@ class GgufWeight:
         scale, zero = _zero_points(groups)
         value = ops.convert(_integers(groups, name), "f32")
         if zero is not None:
-            value = ops.subtract(value, ops.constant(zero))
-        value = ops.multiply(value, ops.constant(scale))
+            value = ops.subtract(value, ops.constant(zero, name=f"{name}/zero_point"))
+        value = ops.multiply(value, ops.constant(scale, name=f"{name}/scale"))
         return ops.reshape(value, ops.constant(np.array(self.shape)), special_zero=False).output(0)
 
     def _groups(self, blocks: np.ndarray) -> Groups:
