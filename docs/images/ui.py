@@ -26,7 +26,8 @@ def run(page: Page, tab: str) -> None:
     page.evaluate(f"document.querySelector('#{tab}-status [data-state]').removeAttribute('data-state')")
     page.click(f"#{tab}-run")
     page.wait_for_selector(f"#{tab}-status [data-state=done]")
-    page.wait_for_function(f"[...document.querySelectorAll('#{tab}-made img')].every(image => image.naturalWidth)")
+    shown = f"[...document.querySelectorAll('#{tab}-made img')]"
+    page.wait_for_function(f"{shown}.length && {shown}.every(image => image.complete && image.naturalWidth)")
 
 
 def text_to_image(page: Page) -> None:
