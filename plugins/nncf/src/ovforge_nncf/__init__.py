@@ -60,7 +60,7 @@ _RECIPES = (
         options={"roles": ["unet"], "bias_correction": "off"},
         tunings=({},),
     ),
-    # NNCF's own defaults: without bias correction and with preset mixed, the embedded model's pictures fall further off.
+    # NNCF's own defaults: without bias correction and with preset mixed, the embedded model's pictures are further off.
     RecipeExtension(
         name="vae-int8",
         summary="Recipe: the decoder of pictures in INT8",
