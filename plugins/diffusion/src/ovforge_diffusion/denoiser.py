@@ -146,6 +146,8 @@ class Denoiser:
         self.timestep.data[...] = timestep
         if self._controls:
             self._controls.follow()
+        if self._shallow is not None and number == 0:
+            self._shallow.begin()
         for call, network in enumerate(self._networks):
             if self._calls > 1 and call not in active:
                 continue

@@ -35,10 +35,12 @@ class ShallowSteps:
         # What the outer part takes is an input of the whole network, but for the features.
         self._inputs = [(port, next(n for n in port.names if n == CACHED or n in known)) for port in model.inputs]
 
+    def begin(self) -> None:
+        """Forget what the calls gave in another run."""
+        self._last.clear()
+
     def is_due(self, call: int, number: int) -> bool:
-        """Say whether a call runs whole at step `number` of a run, and count on it. Step 0 begins a new run."""
-        if number == 0:
-            self._last.clear()
+        """Say whether a call runs whole at step `number` of a run, and count on it."""
         if call in self._last and number - self._last[call] < self._interval:
             return False
         self._last[call] = number
