@@ -12,6 +12,8 @@ _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_enc
 _DENOISERS = ("unet", "transformer")
 _PREVIEW = ("preview_decoder",)
 _TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "layer-skipping", "fold-upsample")
+_SHALLOW = ("unet_shallow",)
+_INTERVALS = ({"guidance_stop": 0.8}, {"guidance_stop": 0.5}, {"guidance_start": 0.2, "guidance_stop": 0.8})
 _OPTIONAL = ("guidance-embedding",)
 
 
@@ -27,9 +29,10 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_diffusion.tasks:TextToImage",
         roles=("vae_decoder",),
         one_of=_DENOISERS,
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
+        tunings=_INTERVALS,
     )
     yield TaskExtension(
         name="image-to-image",
@@ -40,9 +43,10 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_diffusion.tasks:ImageToImage",
         roles=("vae_encoder", "vae_decoder"),
         one_of=_DENOISERS,
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
+        tunings=_INTERVALS,
     )
     yield TaskExtension(
         name="inpainting",
@@ -53,15 +57,16 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_diffusion.tasks:Inpainting",
         roles=("vae_encoder", "vae_decoder"),
         one_of=_DENOISERS,
-        optional_roles=(*_TEXT, *_CONTROLS, *_PREVIEW),
+        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
+        tunings=_INTERVALS,
     )
 
 
 @hookimpl
 def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
-    """Exact changes to the models."""
+    """Exact changes to the models, and step-cache, which approximates."""
     yield GraphTransformExtension(
         name="clip-skip",
         summary="Leave the last layers of the text encoders out",
@@ -90,6 +95,16 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         factory="ovforge_diffusion.graph.layer_skipping:LayerSkipping",
         phase=Phase.STRUCTURE,
         recompute=True,
+    )
+    yield GraphTransformExtension(
+        name="step-cache",
+        summary="Run the inner part of the UNet only every few steps (approximates)",
+        config="ovforge_diffusion.graph.step_cache:StepCacheOptions",
+        factory="ovforge_diffusion.graph.step_cache:StepCache",
+        phase=Phase.LAYOUT,
+        recompute=True,
+        approximates=True,
+        tunings=({"interval": 2}, {"interval": 3}, {"interval": 3, "depth": 2}, {"interval": 5, "depth": 2}),
     )
     yield GraphTransformExtension(
         name="fold-upsample",

@@ -13,6 +13,7 @@ from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.controlnets import ControlNets
 from ovforge_diffusion.network import Network
+from ovforge_diffusion.shallow import SHALLOW, ShallowSteps
 
 __all__ = ["Denoiser"]
 
@@ -60,6 +61,11 @@ class Denoiser:
             whole = output.data.reshape(-1, *given)
             self._halves += list(whole[:, :, *(slice(0, side) for side in latents[1:])])
         self._controls: ControlNets | None = None
+        self._shallow: ShallowSteps | None = None
+
+    def cache_steps(self, model: ov.CompiledModel, interval: int) -> None:
+        """Run the outer part alone, `model`, in all but every `interval`-th call."""
+        self._shallow = ShallowSteps(model, self._networks, interval)
 
     def takes(self, name: str) -> bool:
         """Say whether the network has an input of a name."""
@@ -123,9 +129,15 @@ class Denoiser:
         self._extra[...] = value
 
     def predict(
-        self, latents: Array, timestep: float, active: Sequence[int], scales: Sequence[float], timings: Timings
+        self,
+        latents: Array,
+        timestep: float,
+        active: Sequence[int],
+        scales: Sequence[float],
+        timings: Timings,
+        number: int = 0,
     ) -> dict[int, Array]:
-        """Return the prediction of each active half, float32 in the shape of the latents.
+        """Return the prediction of each active half, float32 in the shape of the latents, at step `number` of a run.
 
         Halves that run as one batch are all active. `scales` holds a number for each ControlNet. The arrays returned
         are overwritten by the next step.
@@ -134,12 +146,18 @@ class Denoiser:
         self.timestep.data[...] = timestep
         if self._controls:
             self._controls.follow()
+        if self._shallow is not None and number == 0:
+            self._shallow.begin()
         for call, network in enumerate(self._networks):
             if self._calls > 1 and call not in active:
                 continue
             if self._controls:
                 with timings.span("denoise.controlnet"):
                     self._controls.run(call, scales)
+            if self._shallow is not None and not self._shallow.is_due(call, number):
+                with timings.span(f"denoise.{SHALLOW}"):
+                    self._shallow.run(call)
+                continue
             with timings.span(f"denoise.{self._role}"):
                 network.run()
         return {half: self._halves[half] for half in active}

@@ -27,6 +27,7 @@ from ovforge_diffusion.models import Models
 from ovforge_diffusion.prediction import Prediction
 from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.scheduling import Scheduling
+from ovforge_diffusion.shallow import SHALLOW
 
 __all__ = ["Diffusion", "Start"]
 
@@ -128,7 +129,7 @@ class Diffusion:
         except InputError:
             models.forget_denoiser()  # its requests hold what a call that failed has set
             raise
-        models.release(self.architecture.denoiser, *self.architecture.controlnets)
+        models.release(self.architecture.denoiser, SHALLOW, *self.architecture.controlnets)
         latents = self.architecture.unpack(latents, *self._size(request))
         images = []
         if request.decode:
@@ -204,7 +205,15 @@ class Diffusion:
             schedule.weights,
             given.guidance_rescale,
             skip if request.skipped_layers else None,
+            given.guidance_start,
+            given.guidance_stop,
         )
+        if guidance.is_partial and schedule.halves > 2:
+            raise InputError(
+                "guidance in a part of the steps goes with one prompt, without AND and skip_guidance_layers",
+                where="guidance_start, guidance_stop",
+                hint="Leave one of them out.",
+            )
         split = guidance.varies or self._options.guidance == "split"
         what = len(request.prompts), self._size(request), schedule.halves
         denoiser = self._models.denoiser(*what, split=split)

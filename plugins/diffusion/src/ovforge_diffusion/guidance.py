@@ -47,16 +47,25 @@ class Guidance:
     weights: Array
     rescale: float = 0.0
     skip: SkipLayers | None = None
+    start: float = 0.0
+    stop: float = 1.0
+    """The interval that it acts in (Kynkaanniemi et al. 2024), as parts of the steps: as diffusers' guiders have it."""
 
     @property
     def varies(self) -> bool:
         """Whether steps differ in the halves that they need: each half is then a call of its own."""
-        return self.skip is not None
+        return self.skip is not None or self.is_partial
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether guidance acts in a part of the steps only."""
+        return self.halves > 1 and (self.start > 0 or self.stop < 1)
 
     def active(self, number: int, steps: int) -> tuple[int, ...]:
-        """Return the halves that step `number` of `steps` needs."""
+        """Return the halves that step `number` of `steps` needs: outside the interval, not the unconditional one."""
         last = self.halves - 1 if self.skip and not self.skip.acts(number, steps) else self.halves
-        return tuple(range(last))
+        inside = not self.is_partial or int(self.start * steps) <= number < int(self.stop * steps)
+        return tuple(range(0 if inside else 1, last))
 
     def combine(self, halves: Mapping[int, Array]) -> Array:
         """Return the prediction of active halves; a new array if there is more than one."""

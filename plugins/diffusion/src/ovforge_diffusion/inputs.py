@@ -120,6 +120,12 @@ class DiffusionInputs(BaseModel):
     guidance_rescale: float = Field(
         0.0, ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."
     )
+    guidance_start: float = Field(
+        0.0, ge=0, lt=1, description="Part of the steps after which guidance begins; before it a step is half the work."
+    )
+    guidance_stop: float = Field(
+        1.0, gt=0, le=1, description="Part of the steps after which guidance ends (Kynkaanniemi et al. 2024)."
+    )
     width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
     height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
     count: int = Field(1, ge=1, le=256, description="Pictures for each prompt.")

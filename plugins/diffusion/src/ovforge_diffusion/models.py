@@ -15,6 +15,7 @@ from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenize
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.inputs import DiffusionOptions
 from ovforge_diffusion.sequence import SequenceTokenizer
+from ovforge_diffusion.shallow import CACHED, SHALLOW
 from ovforge_diffusion.text import learned_tokens
 from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, Tokenizer, has_files
 from ovforge_diffusion.vae import Autoencoder
@@ -50,6 +51,8 @@ class Models:
     def _start(self) -> None:
         bundle, architecture = self._bundle, self._architecture
         bundle.start(architecture.denoiser, self._denoiser_shapes(self._expected))  # the longest first
+        if SHALLOW in bundle:
+            bundle.start(SHALLOW, self._shallow_shapes(self._expected))
         for role in architecture.controlnets:
             bundle.start(role, self._control_shapes(role, self._expected))
         for encoder in architecture.encoders:
@@ -99,7 +102,11 @@ class Models:
             shapes = self._denoiser_shapes((pictures * halves // calls, *size))
             model = self._bundle.get(architecture.denoiser, shapes)
             latents = architecture.packed_shape(pictures, *size)
-            self._denoiser = (key, Denoiser(model, architecture, shape, latents, halves, calls))
+            denoiser = Denoiser(model, architecture, shape, latents, halves, calls)
+            if SHALLOW in self._bundle:
+                shallow = self._bundle.get(SHALLOW, self._shallow_shapes((pictures * halves // calls, *size)))
+                denoiser.cache_steps(shallow, int(self._bundle.configs[SHALLOW]["interval"]))
+            self._denoiser = (key, denoiser)
         return self._denoiser[1]
 
     def controlnets(self, pictures: int, size: tuple[int, int], halves: int, *, split: bool) -> dict[str, Any]:
@@ -158,7 +165,8 @@ class Models:
             return None
         prompts = inputs.get("prompt")
         pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
-        joint = self._options.guidance == "joint" and not inputs.get("skip_guidance_layers")
+        varies = any(inputs.get(name) for name in ("skip_guidance_layers", "guidance_start", "guidance_stop"))
+        joint = self._options.guidance == "joint" and not varies
         halves = architecture.foreseen_halves(inputs) if joint else 1
         unit = architecture.multiple // architecture.factor
         high, wide = (int(side) // architecture.multiple * unit for side in (height, width))
@@ -179,6 +187,17 @@ class Models:
         if sample is None or sample != self._expected:
             return None
         return self._architecture.input_shapes(sample[0], sample[1:], self._options, self._inputs)
+
+    def _shallow_shapes(self, sample: tuple[int, int, int] | None) -> Shapes | None:
+        """Return the same of the UNet's outer part, which also takes what the inner part gave."""
+        shapes = self._denoiser_shapes(sample)
+        if shapes is None or sample is None:
+            return None
+        config = self._bundle.configs[SHALLOW]
+        return {
+            **{name: shape for name, shape in shapes.items() if name in config["inputs"]},
+            CACHED: (sample[0], config["channels"], *sample[1:]),
+        }
 
     def _control_shapes(self, role: str, sample: tuple[int, int, int] | None) -> Shapes | None:
         shapes = self._denoiser_shapes(sample)

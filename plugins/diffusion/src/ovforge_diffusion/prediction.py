@@ -62,7 +62,7 @@ class Prediction:
         scales = [c.scale * _counts(c, number, steps) for c in self._request.controls]
         told = self._architecture.timestep(timestep)
         try:
-            halves = self._denoiser.predict(seen, told, self._guidance.active(number, steps), scales, timings)
+            halves = self._denoiser.predict(seen, told, self._guidance.active(number, steps), scales, timings, number)
         except RuntimeError as error:
             grid, request = self._architecture.grid, self._request
             if request.width % grid or request.height % grid:

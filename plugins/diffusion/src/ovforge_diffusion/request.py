@@ -89,6 +89,24 @@ class Request:
         }
 
 
+def _check_interval(inputs: DiffusionInputs, *, guided: bool) -> None:
+    """Refuse an interval of guidance that is empty, or that would have no effect."""
+    if (inputs.guidance_start, inputs.guidance_stop) == (0, 1):
+        return
+    where = "guidance_start" if inputs.guidance_start else "guidance_stop"
+    if not guided:
+        raise InputError(
+            "no effect, since this model runs without an unguided half",
+            where=where,
+            hint="It is for classifier-free guidance: set guidance_scale above 1, or leave it out.",
+        )
+    if inputs.guidance_start >= inputs.guidance_stop:
+        raise InputError(
+            f"guidance would end at {inputs.guidance_stop:g}, before it begins", where=where,
+            hint="Set guidance_stop above guidance_start.",
+        )  # fmt: skip
+
+
 def _name(value: Any) -> str:
     if hasattr(value, "tobytes") and not isinstance(value, Image.Image):  # latents as an array
         import hashlib
@@ -120,6 +138,7 @@ def make_request(inputs: DiffusionInputs, architecture: Architecture, size: tupl
         )
     if inputs.guidance_rescale and guidance is None:
         raise InputError("no effect without guidance", where="guidance_rescale", hint="Set guidance_scale above 1.")
+    _check_interval(inputs, guided=guidance is not None)
     if inputs.decode and inputs.denoising_end is not None:
         raise InputError(
             "latents that a refiner is to finish make no picture", where="decode", hint="Leave denoising_end out."

@@ -60,6 +60,14 @@ _RECIPES = (
         options={"roles": ["unet"], "bias_correction": "off"},
         tunings=({},),
     ),
+    # NNCF's own defaults: without bias correction and with preset mixed, the embedded model's pictures are further off.
+    RecipeExtension(
+        name="vae-int8",
+        summary="Recipe: the decoder of pictures in INT8",
+        quantizer="nncf-ptq",
+        options={"roles": ["vae_decoder"]},
+        tunings=({},),
+    ),
     RecipeExtension(
         name="weights-int8",
         summary="Recipe: all weights in INT8, no data",

@@ -7,8 +7,6 @@ of each joining, as in diffusers' UNet2DConditionModel.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import openvino as ov
 from openvino import opset13 as ops
 
@@ -16,7 +14,7 @@ from ovforge.contracts import Report
 from ovforge.errors import ModelError
 from ovforge.model import ModelBundle
 from ovforge_diffusion.controlnets import CONTROLNETS, MIDDLE_RESIDUAL, RESIDUAL, RESIDUALS
-from ovforge_diffusion.graph.nodes import ancestors, positions
+from ovforge_diffusion.graph.joints import joints_of
 
 __all__ = ["ControlNetInputs"]
 
@@ -35,7 +33,13 @@ class ControlNetInputs:
         model = bundle.models["unet"]
         if any(MIDDLE_RESIDUAL in port.names for port in model.inputs):
             return Report(notes=["nothing to do: the UNet has the inputs"])
-        joints = _joints(model)
+        joints = joints_of(model)
+        if not joints:
+            raise ModelError(
+                "its structure is not that of a UNet with skip connections, so a ControlNet finds no place to add to",
+                where="unet",
+                hint="ControlNets are for Stable Diffusion's UNets.",
+            )
         for number, joint in enumerate(reversed(joints)):
             _add_input(model, joint.input(1), f"{RESIDUAL}{number}")
         _add_input(model, joints[0].input(0), MIDDLE_RESIDUAL)
@@ -44,36 +48,6 @@ class ControlNetInputs:
         # Says to the task that the inputs are there, and their number, without a look at the model.
         bundle.configs["unet"] = {**bundle.configs.get("unet", {}), RESIDUALS: len(joints)}
         return Report(roles=("unet",), applied=[f"unet: {len(joints) + 1} inputs for a ControlNet's residuals"])
-
-
-def _joints(model: ov.Model) -> list[ov.Node]:
-    """Return the concatenations of the way up, from the lowest: each follows another, and joins an older value."""
-    found = [node for node in model.get_ordered_ops() if _joins_channels(node)]
-    places = positions(model)
-    names = {node.get_name() for node in found}
-    if found:
-        first = places[found[0].get_name()]
-        for before, node in pairwise(found):
-            below, across = (node.input_value(n).get_node() for n in (0, 1))
-            on = {other.get_name() for other in ancestors(below, places, first)} & names
-            aside = {other.get_name() for other in ancestors(across, places, first)} & names
-            if before.get_name() not in on or aside:
-                found = []
-                break
-    if not found:
-        raise ModelError(
-            "its structure is not that of a UNet with skip connections, so a ControlNet finds no place to add to",
-            where="unet",
-            hint="ControlNets are for Stable Diffusion's UNets.",
-        )
-    return found
-
-
-def _joins_channels(node: ov.Node) -> bool:
-    if node.get_type_name() != "Concat" or len(node.inputs()) != 2:
-        return False
-    rank = node.get_output_partial_shape(0).rank
-    return bool(rank == 4 and node.get_attributes()["axis"] in (1, -3))
 
 
 def _add_input(model: ov.Model, port: ov.Input, name: str) -> None:
