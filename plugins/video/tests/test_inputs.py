@@ -191,7 +191,8 @@ def test_other_formats_of_pixels_give_the_same_pictures(tmp_path: Path, name: st
     path = encode(tmp_path / name, [picture(number) for number in range(5)], codec, pix_fmt)
     shots = list(Reader("odd", str(path)).shots())
     for number, shot in enumerate(shots):
-        assert abs(shot.picture.astype(int) - picture(number)).mean() < 20  # a palette of 256 is coarse
+        # 8 bits a pixel are coarse, and swscale rounds them as the processor's instructions do.
+        assert abs(shot.picture.astype(int) - picture(number)).mean() < (30 if pix_fmt == "rgb8" else 3)
         assert (shot.picture[:, :, 1] > 128).sum() == SIDE * SIDE
     assert len(shots) == 5
 
