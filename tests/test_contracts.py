@@ -32,7 +32,10 @@ from ovforge.model import ModelBundle, Result
 from ovforge.plugins import Plugins
 from ovforge.testing.plugin import _check_help
 
-OURS = sorted(entry.value for entry in entry_points(group="ovforge"))
+ENGINES = {entry.name for entry in entry_points(group="ovforge.engines")}
+"""What brings no extension: engines of commands, which are found by name."""
+
+OURS = sorted(entry.value for entry in entry_points(group="ovforge") if entry.name not in ENGINES)
 
 
 @pytest.mark.parametrize("name", OURS)
