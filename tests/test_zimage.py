@@ -82,7 +82,9 @@ def test_from_a_picture(folder: Path, session_cache: Cache, task: str, strength:
     image = Image.fromarray(small).resize((40, 24), Image.Resampling.BICUBIC)
     hole = np.zeros((24, 40), np.uint8)
     hole[6:12, 10:30] = 255
-    masks = ({"mask_image": Image.fromarray(hole)}, {"mask": Image.fromarray(hole)}) if task == "inpainting" else ({}, {})
+    masks = (
+        ({"mask_image": Image.fromarray(hole)}, {"mask": Image.fromarray(hole)}) if task == "inpainting" else ({}, {})
+    )
     call = {"image": image, "strength": strength, "guidance_scale": 1.5}
     wanted = theirs(folder, task, PROMPT, steps=5, seeds=[5], width=40, height=24, **masks[0], **call)
     agree(ours(folder, session_cache, task)(PROMPT, steps=5, seed=5, **masks[1], **call), wanted)
@@ -95,7 +97,9 @@ def test_shifts_that_follow_the_size_and_a_template_in_the_config(
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     (copy / "tokenizer/chat_template.jinja").unlink()
     path = copy / "tokenizer/tokenizer_config.json"
-    template = "{% for m in messages %}{{ pad_token }}{{ m['content'] | trim }} says {{ m.role }}{{ eos_token }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ pad_token }}{{ m['content'] | trim }} says {{ m.role }}{{ eos_token }}{% endfor %}"
+    )
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     path = copy / "scheduler/scheduler_config.json"
     shifts = {"use_dynamic_shifting": True, "shift": 1.0, "base_shift": 0.3}

@@ -139,12 +139,8 @@ def batch(height: int, width: int, lengths: list[int]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "lengths"), [(8, 16, [32]), (6, 10, [3, 40]), (22, 4, [64, 1, 33])]
-)
-def test_a_batch_gives_what_lists_give(
-    folder: Path, bundle: Any, height: int, width: int, lengths: list[int]
-) -> None:
+@pytest.mark.parametrize(("height", "width", "lengths"), [(8, 16, [32]), (6, 10, [3, 40]), (22, 4, [64, 1, 33])])
+def test_a_batch_gives_what_lists_give(folder: Path, bundle: Any, height: int, width: int, lengths: list[int]) -> None:
     """Of one size, texts that need no filling up and that do, tokens of a picture that fill a multiple of 32 and not."""
     inputs = batch(height, width, lengths)
     module = diffusers.ZImageTransformer2DModel.from_pretrained(folder / "transformer").eval()
@@ -216,7 +212,11 @@ def test_layout_of_optimum_and_fixed_sizes(folder: Path, bundle: Any) -> None:
     ("part", "changes", "message"),
     [
         ("transformer", {"all_patch_size": [4]}, "2 is needed"),
-        ("text_encoder", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True}, "a window of the text"),
+        (
+            "text_encoder",
+            {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True},
+            "a window of the text",
+        ),
     ],
 )
 def test_other_varieties_are_refused(

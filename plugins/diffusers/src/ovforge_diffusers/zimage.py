@@ -25,8 +25,8 @@ _PATCH, _KEY = 2, "2-1"
 def zimage(module: Any, latent: Sizes) -> Submodel:
     """Describe ZImageTransformer2DModel. `latent` has the sizes of the autoencoder's latents.
 
-    Tokens of the text that are filled up, or fill up the batch, have a negative encoder_attention_mask; places are
-    (text token from 1 on, row, column), and those of what fills up the batch are 0. Raises ModelError for other patches.
+    What fills up a text, and the batch, has a negative encoder_attention_mask. Places are (text token from 1 on, row,
+    column), and 0 for what fills up the batch, which nothing sees. Raises ModelError for patches of another size.
     """
     config = module.config
     if _KEY not in module.all_x_embedder:
@@ -110,7 +110,7 @@ def _rotation(axes: Sequence[int], theta: float) -> Any:
     """
     import torch
 
-    class Rotation(torch.nn.Module):
+    class Rotation(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             for number, channels in enumerate(axes):

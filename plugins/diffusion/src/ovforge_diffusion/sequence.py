@@ -120,7 +120,7 @@ class SequenceEncoder:
                 where="prompt",
                 hint=f"Set max_sequence_length = {room}, or convert the model for any length.",
             )
-        inputs = {self._ids: self._tokenizer.padded(ids, room)[None]}
+        inputs: dict[ov.Output, NDArray[np.generic]] = {self._ids: self._tokenizer.padded(ids, room)[None]}
         if self._mask is not None:
             inputs[self._mask] = (np.arange(room) < len(ids))[None]
         return self._states(inputs)[0, : len(ids)]

@@ -35,7 +35,7 @@ _MULTIPLE = 32
 
 
 class ZImage(Architecture):
-    """Z-Image. Its guidance counts from 0, and acts above it: a scale of 0 is no guidance, as Turbo wants it."""
+    """Z-Image. Its guidance counts from 0, and acts above it: at 0 there is none, as Turbo wants it."""
 
     name = "Z-Image"
     text_encoders = (_QWEN,)
@@ -70,7 +70,7 @@ class ZImage(Architecture):
         return _Prompts(SequenceEncoder(tokenizer, model, _QWEN), chat, self, weighted=options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
-        """Return the way from one half to the other: diffusers counts it from the prompt on, so that 0 is none."""
+        """Return the way from one half to the other: diffusers counts it from the prompt on, so that 0 means none."""
         return scale + 1 if scale > 0 else None
 
     def foreseen_halves(self, inputs: Mapping[str, Any]) -> int:
