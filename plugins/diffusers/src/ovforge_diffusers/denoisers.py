@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ovforge_convert import Port
-from ovforge_diffusers.ports import Sizes, Submodel
+from ovforge_diffusers.ports import SCALE, Sizes, Submodel
+from ovforge_diffusers.zimage import zimage
 
 __all__ = ["TRANSFORMERS", "transformer"]
-
-SCALE = (("ACTIVATIONS_SCALE_FACTOR", "8.0"),)
-"""The hint by which devices computing in float16 keep FLUX from overflowing, as in optimum-intel's export."""
 
 CLIP_TOKENS, SD3_TOKENS, FLUX_TOKENS = 77, 256, 512
 """Tokens of a prompt that diffusers' pipelines read by default."""
@@ -108,6 +106,7 @@ def _flux(module: Any, latent: Sizes) -> Submodel:
 TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "ZImageTransformer2DModel": zimage,
 }
 """Class -> what describes it."""
 

@@ -22,6 +22,7 @@ LONE = {
     "UNet2DConditionModel": "unet",
     "SD3Transformer2DModel": "transformer",
     "FluxTransformer2DModel": "transformer",
+    "ZImageTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
     "AutoencoderTiny": "vae",
 }

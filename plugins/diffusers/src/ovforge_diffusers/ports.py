@@ -8,9 +8,12 @@ from typing import Any
 
 from ovforge_convert import Port
 
-__all__ = ["Sizes", "Submodel"]
+__all__ = ["SCALE", "RuntimeOptions", "Sizes", "Submodel"]
 
 RuntimeOptions = tuple[tuple[str, str], ...]
+
+SCALE: RuntimeOptions = (("ACTIVATIONS_SCALE_FACTOR", "8.0"),)
+"""The hint by which devices computing in float16 keep a model from overflowing, as in optimum-intel's export."""
 
 
 @dataclass(frozen=True, slots=True)

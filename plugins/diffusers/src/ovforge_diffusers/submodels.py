@@ -2,6 +2,7 @@
 
 text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output (, hidden_states.0, ...)
                with projection: text_embeds, last_hidden_state (, hidden_states.0, ...); T5: last_hidden_state
+               Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (of the last layer but one)
 unet           sample f32 [batch, channels, height, width], timestep i64 [1 or batch],
                encoder_hidden_states f32 [batch, tokens, width] (, timestep_cond f32 [batch, width])
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
@@ -10,6 +11,9 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                FLUX: hidden_states f32 [batch, patches, channels * 4], timestep f32 [batch] from 0 to 1,
                encoder_hidden_states, pooled_projections, txt_ids f32 [tokens, 3], img_ids f32 [patches, 3]
                (, guidance f32 [batch]) -> out_sample
+               Z-Image: hidden_states f32 [batch, channels, height, width], timestep f32 [batch] from 0 (noise) to 1,
+               encoder_hidden_states f32 [batch, tokens, width], encoder_attention_mask f32 [batch, tokens] (0, or
+               negative for what fills up), txt_ids i64 [batch, tokens, 3], img_ids i64 [batch, patches, 3] -> sample
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny
@@ -25,7 +29,7 @@ from ovforge.errors import ConfigError
 from ovforge_convert import Port
 from ovforge_diffusers.denoisers import TRANSFORMERS, transformer
 from ovforge_diffusers.options import LoaderOptions
-from ovforge_diffusers.ports import RuntimeOptions, Sizes, Submodel
+from ovforge_diffusers.ports import SCALE, RuntimeOptions, Sizes, Submodel
 from ovforge_diffusers.texts import TEXT_ENCODERS, text_encoder
 from ovforge_diffusers.unets import controlnet, unet
 
@@ -87,8 +91,8 @@ def _check_size(options: LoaderOptions, factor: int) -> None:
 def _activation_scale(module: Any, index: dict[str, Any], context: dict[str, Any]) -> RuntimeOptions:
     """Return the hint by which devices computing in float16 keep the VAE from overflowing, as in optimum-intel."""
     pipeline = str(index.get("_class_name", ""))
-    if pipeline.startswith("Flux"):
-        return (("ACTIVATIONS_SCALE_FACTOR", "8.0"),)
+    if pipeline.startswith(("Flux", "ZImage")):
+        return SCALE
     sd3 = pipeline.startswith("StableDiffusion3")
     if _second(index) and not sd3 and module.config.get("force_upcast"):
         return (("ACTIVATIONS_SCALE_FACTOR", "128.0"),)

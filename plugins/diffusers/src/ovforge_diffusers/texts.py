@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ovforge.errors import ModelError
 from ovforge_convert import Port
-from ovforge_diffusers.ports import Submodel
+from ovforge_diffusers.ports import SCALE, Submodel
 
 __all__ = ["TEXT_ENCODERS", "text_encoder"]
-
-T5_SCALE = (("ACTIVATIONS_SCALE_FACTOR", "8.0"),)
-"""T5's activations overflow float16; the hint of optimum-intel's export."""
 
 
 def text_encoder(module: Any, *, hidden_states: bool) -> Submodel:
@@ -47,12 +45,46 @@ def _t5(module: Any, hidden_states: bool) -> Submodel:
     def forward(input_ids: Any) -> tuple[Any, ...]:
         return (run(module, input_ids, return_dict=True).last_hidden_state,)
 
-    return Submodel(forward, (Port("input_ids", (None, None), (2, 12), "i64"),), ("last_hidden_state",), T5_SCALE)
+    return Submodel(forward, (Port("input_ids", (None, None), (2, 12), "i64"),), ("last_hidden_state",), SCALE)
+
+
+def _qwen3(module: Any, hidden_states: bool) -> Submodel:
+    """Describe Qwen3 (Yang et al. 2025) up to its last layer but one, whose states Z-Image takes: hidden_states[-2].
+
+    A token sees those before it that attention_mask has 1 for, and itself. Raises ModelError for windows of attention.
+    """
+    import torch
+
+    config = module.config
+    if set(config.layer_types) != {"full_attention"}:
+        raise ModelError(
+            "its layers see a window of the text only, which this loader does not convert",
+            where="text_encoder/config.json: layer_types",
+            hint="Z-Image's own text encoder has full_attention in every layer.",
+        )
+
+    def forward(input_ids: Any, attention_mask: Any) -> tuple[Any, ...]:
+        states = module.embed_tokens(input_ids)
+        places = torch.arange(input_ids.shape[1])[None]
+        turns = module.rotary_emb(states, places)
+        distance = places.unsqueeze(2) - places.unsqueeze(1)
+        seen = ((distance > 0) & (attention_mask[:, None] > 0)) | (distance == 0)
+        for layer in module.layers[:-1]:
+            states = layer(states, attention_mask=seen.unsqueeze(1), position_embeddings=turns)
+        return (states,)
+
+    return Submodel(
+        forward,
+        tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask")),
+        ("last_hidden_state",),
+        SCALE,
+    )
 
 
 TEXT_ENCODERS: dict[str, Callable[[Any, bool], Submodel]] = {
     "CLIPTextModel": _clip,
     "CLIPTextModelWithProjection": _clip,
     "T5EncoderModel": _t5,
+    "Qwen3Model": _qwen3,
 }
 """Class -> what describes it."""

@@ -210,6 +210,10 @@ def _today(model: Any, expected: Mapping[str, torch.Tensor], weights: Mapping[st
     # transformers 5.6 took the level `text_model.` out of CLIPTextModel; every older checkpoint has it.
     if "embeddings.token_embedding.weight" in expected:
         weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    # Z-Image's Qwen3 is stored as the language model that it was taken from.
+    if "embed_tokens.weight" in expected:
+        own = (item for item in weights.items() if item[0] != "lm_head.weight" or item[0] in expected)
+        weights = {name.removeprefix("model."): tensor for name, tensor in own}
     # diffusers before 0.17 called an autoencoder's attention query, key, value, proj_attn, some of it 1x1 convolutions.
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(weights)

@@ -1,4 +1,4 @@
-"""Stable Diffusion (Rombach et al. 2022, Esser et al. 2024) and FLUX.1 on OpenVINO."""
+"""Stable Diffusion (Rombach et al. 2022, Esser et al. 2024), FLUX.1 and Z-Image on OpenVINO."""
 
 from __future__ import annotations
 

@@ -107,7 +107,10 @@ class DiffusionInputs(BaseModel):
         description="FLUX.1: how far to go away from the negative prompt, at two calls a step; beside guidance_scale.",
     )
     max_sequence_length: int | None = Field(
-        None, ge=1, le=512, description="Tokens that T5 reads: 256 for SD 3, 512 for FLUX.1 by default."
+        None,
+        ge=1,
+        le=512,
+        description="Tokens that T5 or Qwen3 reads: 256 for SD 3, 512 for FLUX.1 and Z-Image by default.",
     )
     skip_guidance_layers: list[int] | None = Field(
         None,
@@ -178,7 +181,7 @@ class ImageToImageInputs(DiffusionInputs):
         None,
         gt=0,
         le=1,
-        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3 and FLUX.",
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX and Z-Image.",
     )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."

@@ -72,7 +72,7 @@ class Prediction:
                     hint=f"It was converted for multiples of {grid}; the diffusers loader converts for any size.",
                 ) from error
             raise
-        return self._guidance.combine(halves)
+        return self._architecture.predicted(self._guidance.combine(halves))
 
 
 def _counts(control: Control, number: int, steps: int) -> bool:

@@ -48,6 +48,17 @@ class SequenceTokenizer:
 
         Raises InputError for text that cannot be written in UTF-8.
         """
+        ids, cut = self.cut(text, length)
+        return self.padded(ids, length), cut
+
+    def padded(self, ids: Ids, length: int) -> Ids:
+        """Return token ids, (length,), filled up."""
+        row = np.full(length, self._padding, np.int64)
+        row[: len(ids)] = ids
+        return row
+
+    def cut(self, text: str, length: int) -> tuple[Ids, str | None]:
+        """Return up to `length` token ids, cut as `fitted` does; and what was cut off."""
         try:
             read = self._reader.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
@@ -58,9 +69,7 @@ class SequenceTokenizer:
         cut = " ".join(text[read.offsets[room][0] :].split()) if len(read.ids) > room else None
         read.truncate(room)
         ids = self._reader.post_process(read, add_special_tokens=True).ids
-        row = np.full(length, self._padding, np.int64)
-        row[: len(ids)] = ids[:length]
-        return row, cut
+        return np.array(ids[:length], np.int64), cut
 
 
 class SequenceEncoder:
@@ -77,13 +86,49 @@ class SequenceEncoder:
                 hint="Convert the model as optimum-intel or ovforge does.",
             )
         self._ids = next(port for port in model.inputs if "input_ids" in port.names)
+        self._mask = next((port for port in model.inputs if "attention_mask" in port.names), None)
 
     def encode(self, texts: Sequence[str], length: int, timings: Timings) -> tuple[Array, list[str]]:
         """Return states, float32 (texts, length, width), and warnings of what did not fit."""
         with timings.span("text_encoder.tokenizer"):
             read = [self._tokenizer.fitted(text, length) for text in texts]
-        ids = np.stack([row for row, _ in read])
-        self._request.infer({self._ids: ids.astype(self._ids.get_element_type().to_dtype(), copy=False)})
+        states = self._states({self._ids: np.stack([row for row, _ in read])})
+        return states, self._notes(length, [cut for _, cut in read])
+
+    def encode_each(self, texts: Sequence[str], length: int, timings: Timings) -> tuple[list[Array], list[str]]:
+        """Return the states of each text's own tokens, float32 (tokens, width), and warnings of what did not fit.
+
+        For an encoder that reads from left to right, and may take an attention_mask: padding after a text then changes
+        nothing, and there is none if the model takes any number of tokens. Raises InputError for a text of no tokens.
+        """
+        with timings.span("text_encoder.tokenizer"):
+            read = [self._tokenizer.cut(text, length) for text in texts]
+        if not all(len(ids) for ids, _ in read):
+            raise InputError("has no tokens", where="prompt", hint="Write something.")
+        made: dict[bytes, Array] = {}
+        for ids, _ in read:
+            if ids.tobytes() not in made:
+                made[ids.tobytes()] = self._alone(ids)
+        return [made[ids.tobytes()] for ids, _ in read], self._notes(length, [cut for _, cut in read])
+
+    def _alone(self, ids: Ids) -> Array:
+        tokens = self._ids.get_partial_shape()[1]
+        room = tokens.get_length() if tokens.is_static else len(ids)
+        if room < len(ids):
+            raise InputError(
+                f"has {len(ids)} tokens, and the model was converted for {room}",
+                where="prompt",
+                hint=f"Set max_sequence_length = {room}, or convert the model for any length.",
+            )
+        inputs: dict[ov.Output, NDArray[np.generic]] = {self._ids: self._tokenizer.padded(ids, room)[None]}
+        if self._mask is not None:
+            inputs[self._mask] = (np.arange(room) < len(ids))[None]
+        return self._states(inputs)[0, : len(ids)]
+
+    def _states(self, inputs: Mapping[ov.Output, NDArray[np.generic]]) -> Array:
+        self._request.infer(
+            {port: value.astype(port.get_element_type().to_dtype(), copy=False) for port, value in inputs.items()}
+        )
         states: Array = self._request.get_tensor(self._output).data.astype(np.float32)
         if not np.isfinite(states).all():
             raise ModelError(
@@ -91,12 +136,14 @@ class SequenceEncoder:
                 where=self._role,
                 hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
             )
-        notes = [
+        return states
+
+    def _notes(self, length: int, cuts: Sequence[str | None]) -> list[str]:
+        return [
             f"the prompt is longer than the {length} tokens that {self._role} reads; cut off there: {cut!r}"
-            for cut in dict.fromkeys(cut for _, cut in read)
+            for cut in dict.fromkeys(cuts)
             if cut
         ]
-        return states, notes
 
 
 def _read(assets: Mapping[str, bytes], role: str) -> tokenizers.Tokenizer:

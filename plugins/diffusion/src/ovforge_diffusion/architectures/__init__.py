@@ -8,11 +8,12 @@ from ovforge_diffusion.architectures.base import Architecture, Task
 from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import StableDiffusion, StableDiffusionXL
+from ovforge_diffusion.architectures.zimage import ZImage
 from ovforge_diffusion.damage import explained
 
 __all__ = ["ARCHITECTURES", "architecture_of"]
 
-ARCHITECTURES: tuple[type[Architecture], ...] = (StableDiffusionXL, StableDiffusion, StableDiffusion3, Flux)
+ARCHITECTURES: tuple[type[Architecture], ...] = (StableDiffusionXL, StableDiffusion, StableDiffusion3, Flux, ZImage)
 """In the order in which a model is offered to them."""
 
 

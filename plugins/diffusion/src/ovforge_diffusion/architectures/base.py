@@ -256,6 +256,10 @@ class Architecture(ABC):
         """Return what the denoiser is told of a timestep."""
         return timestep
 
+    def predicted(self, output: Array) -> Array:
+        """Return what the scheduler is told of the guided output."""
+        return output
+
     def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Return inputs that hold for a whole run: with a row for each picture of each half, and shared by all rows."""
         return {}, {}
