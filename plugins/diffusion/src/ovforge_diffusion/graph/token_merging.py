@@ -112,32 +112,31 @@ class TokenMerging:
                 branch.end.replace_source_output(groups.unmerge(branch.end.get_source_output()))
                 counts[branch.kind] = counts.get(branch.kind, 0) + 1
         model.validate_nodes_and_infer_types()
-        _at_probe(model, [])
+        _probe(model)
         return counts
 
 
 def _levels(model: ov.Model) -> list[tuple[int, Block]]:
     """Return each block with how many times its sides are smaller than the latents'."""
-    blocks = blocks_of(model)
-    pictures = [port_named(model.inputs, "sample", "unet"), *(block.picture for block in blocks)]
-    sample, *shapes = _at_probe(model, pictures)
+    probe = _probe(model)
+    sample = port_named(probe.inputs, "sample", "unet").get_partial_shape()
+    shapes = [block.picture.get_partial_shape() for block in blocks_of(probe)]
     whole = sample[2].get_length() * sample[3].get_length()
+    # Blocks follow from each other, so that they have one order in every copy.
     return [
         (math.ceil(math.sqrt(whole // (shape[1].get_length() * shape[2].get_length()))), block)
-        for shape, block in zip(shapes, blocks, strict=True)
+        for shape, block in zip(shapes, blocks_of(model), strict=True)
     ]
 
 
-def _at_probe(model: ov.Model, ports: list[ov.Output]) -> list[ov.PartialShape]:
-    """Return the shapes that ports have if the sides of the latents are known, and leave the model as it is."""
-    sample = port_named(model.inputs, "sample", "unet")
-    before = sample.get_partial_shape()
-    sides = [side if side.is_static else ov.Dimension(_PROBE) for side in list(before)[2:]]
-    model.reshape({sample: ov.PartialShape([*list(before)[:2], *sides])})
-    try:
-        return [port.get_partial_shape() for port in ports]
-    finally:
-        model.reshape({sample: before})
+def _probe(model: ov.Model) -> ov.Model:
+    """Return a copy for which the sides of the latents are known. A copy, because a change of shapes leaves traces."""
+    probe = model.clone()
+    sample = port_named(probe.inputs, "sample", "unet")
+    batch, channels, *sides = list(sample.get_partial_shape())
+    known = [side if side.is_static else ov.Dimension(_PROBE) for side in sides]
+    probe.reshape({sample: ov.PartialShape([batch, channels, *known])})
+    return probe
 
 
 def _reason(levels: list[int], options: TokenMergingOptions) -> str:
