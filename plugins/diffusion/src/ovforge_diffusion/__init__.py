@@ -66,7 +66,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
 
 @hookimpl
 def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
-    """Exact changes to the models, and step-cache, which approximates."""
+    """Exact changes to the models, and step-cache and token-merging, which approximate."""
     yield GraphTransformExtension(
         name="clip-skip",
         summary="Leave the last layers of the text encoders out",
@@ -105,6 +105,21 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         recompute=True,
         approximates=True,
         tunings=({"interval": 2}, {"interval": 3}, {"interval": 3, "depth": 2}, {"interval": 5, "depth": 2}),
+    )
+    yield GraphTransformExtension(
+        name="token-merging",
+        summary="Let the attention of the UNet work on fewer tokens (approximates)",
+        config="ovforge_diffusion.graph.token_merging:TokenMergingOptions",
+        factory="ovforge_diffusion.graph.token_merging:TokenMerging",
+        phase=Phase.LAYOUT,
+        recompute=True,
+        approximates=True,
+        tunings=(
+            {"ratio": 0.3},
+            {"ratio": 0.5},
+            {"ratio": 0.3, "max_downsample": 2},
+            {"ratio": 0.5, "max_downsample": 2},
+        ),
     )
     yield GraphTransformExtension(
         name="fold-upsample",
