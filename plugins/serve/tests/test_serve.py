@@ -363,7 +363,8 @@ def test_tls_keys_and_pages_that_may(guarded: Any) -> None:
 
 
 def test_queue_time_and_keys_have_bounds(guarded: Any) -> None:
-    long = {"prompt": PROMPT, "steps": 50, "count": 4}
+    # Ten times what a fast machine does in the time allowed; short steps, because a run ends at its next one.
+    long = {"prompt": PROMPT, "steps": 50, "count": 8, "width": 384, "height": 384}
     with guarded.client() as stranger:
         assert stranger.get("/v1/pipelines").status_code == 401
         assert stranger.get("/v1/pipelines", headers={"authorization": f"Bearer {KEY}x"}).status_code == 401
