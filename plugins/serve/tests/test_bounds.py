@@ -36,7 +36,7 @@ from ovforge_serve.metrics import Metrics
 from ovforge_serve.pipelines import Pipelines, Served
 from ovforge_serve.protocol import bounded_protocol
 from ovforge_serve.queue import Queue
-from ovforge_serve.run import Address, listen
+from ovforge_serve.run import Address, _listening, listen
 from ovforge_serve.server import Serving
 from ovforge_serve.settings import HttpError, Settings
 
@@ -532,3 +532,12 @@ def test_where_it_cannot_listen_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.pem").write_text("no certificate")
     with pytest.raises(ConfigError, match="certificate and its key cannot be used"):
         listen(server, Address("127.0.0.1", 0, tmp_path / "x.pem", tmp_path / "x.pem"))
+
+
+def test_an_answer_does_not_wait_for_the_clients_confirmation() -> None:
+    with (
+        _listening(Address("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()[:2]),
+        listening.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

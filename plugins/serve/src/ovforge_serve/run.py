@@ -85,8 +85,8 @@ def _listening(address: Address) -> socket.socket:
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.create_server(place[:2], family=family)
-        # Connections inherit it. asyncio sets it for sockets whose protocol is named alone, which these have not, and
-        # without it an answer's body waits for the client to confirm its head: 40 ms.
+        # Connections inherit it. asyncio sets it only for sockets that name their protocol, which these do not;
+        # without it an answer's body waits until the client has confirmed its head: 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:
