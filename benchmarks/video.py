@@ -5,7 +5,7 @@
 
 All take turns in one process on the same frames. The plain chain is PyAV, the task `detect`'s own model call frame by
 frame, and ByteTrack. The limits are decoding alone, the model alone (all its requests busy, as benchmark_app measures
-it) and encoding alone. Ratios count; figures depend on the machine.
+it), and drawing and encoding alone. Ratios count; figures depend on the machine.
 
 TrackEval 1.3 asks for opencv-python, which brings the same module as the opencv-python-headless that is used here:
 `pip install --no-deps trackeval` and its other needs (matplotlib, pycocotools, tabulate).
@@ -17,6 +17,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ import openvino as ov
 
 import ovforge
 from ovforge.model import Boxes
-from ovforge_video.encoding import Encoder
-from ovforge_video.options import EncodeOptions
+from ovforge_video.drawing import Overlay
+from ovforge_video.options import EncodeOptions, OverlayOptions
 from ovforge_video.trackers.byte_track import ByteTrack
 from ovforge_video.trackers.matching import overlaps
 from ovforge_video.trackers.options import ByteTrackOptions
+from ovforge_video.writers import Video
 
 
 def make(arguments: argparse.Namespace, **task: Any) -> ovforge.Pipeline:
@@ -67,11 +69,11 @@ def inferred(model: ov.CompiledModel, frames: int) -> int:
 
 
 def encoded(held: list[Any], folder: Path) -> int:
-    """Encode frames that are in memory; return their number."""
-    encoder = Encoder(folder / "alone.mp4", EncodeOptions(), Fraction(25))
-    for number, picture in enumerate(held):
-        encoder.write(picture, number / 25)
-    encoder.close()
+    """Draw and encode frames that are in memory; return their number."""
+    video = Video(folder / "alone.mp4", EncodeOptions(), Overlay(OverlayOptions()), Fraction(25))
+    for frame in held:
+        video.write(frame)
+    video.close(whole=True)
     return len(held)
 
 
@@ -150,13 +152,14 @@ def compare(arguments: argparse.Namespace) -> None:
     pipe, bridged = make(arguments), make(arguments, interval=arguments.interval)
     model = ov.Core().compile_model(arguments.model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     video, one = arguments.video, [str(arguments.video.resolve())]
-    held = list(pictures(video, min(arguments.frames, 200)))
+    found = zip(pipe(video=one, text="person"), pictures(video, min(arguments.frames, 200)), strict=False)
+    held = [replace(frame, picture=picture) for frame, picture in found]
     with tempfile.TemporaryDirectory() as name:
         folder, several = Path(name), f"video, {arguments.streams} streams"
         runs: dict[str, Callable[[int], int]] = {
             "decode alone": lambda frames: decoded(video, frames),
             "model alone": lambda frames: inferred(model, frames),
-            "encode alone": lambda frames: encoded(held[:frames], folder),
+            "draw, encode alone": lambda frames: encoded(held[:frames], folder),
             "plain chain": lambda frames: plain(pipe, video, frames),
             "video, 1 stream": lambda frames: streamed(pipe, one, frames),
             "video, 1 stream, encoded": lambda frames: streamed(pipe, one, frames, [folder / "out.mp4"]),
@@ -164,19 +167,23 @@ def compare(arguments: argparse.Namespace) -> None:
         }
         if arguments.interval > 1:
             runs[f"video, interval {arguments.interval}"] = lambda frames: streamed(bridged, one, frames)
-        best = dict.fromkeys(runs, 0.0)
+        best, processor = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0.0)
         for run in runs.values():
             run(2)  # what is compiled and imported at first counts for none
         for _ in range(arguments.rounds):
             for label, run in runs.items():
-                begin = time.perf_counter()
-                best[label] = max(best[label], run(arguments.frames) / (time.perf_counter() - begin))
+                begin, spent = time.perf_counter(), time.process_time()
+                done = run(arguments.frames)
+                rate = done / (time.perf_counter() - begin)
+                if rate > best[label]:
+                    best[label], processor[label] = rate, (time.process_time() - spent) / done * 1e3
     for label, rate in best.items():
-        print(f"{label:26} {rate:8.1f} fps   {rate / best['plain chain']:6.2f} x the plain chain")
+        times = f"{rate / best['plain chain']:6.2f} x the plain chain"
+        print(f"{label:26} {rate:8.1f} fps   {times}   {processor[label]:6.1f} ms of processor time a frame")
     slowest = min(best["decode alone"], best["model alone"])
     print(f"{several}: {best[several] / slowest:.2f} of the slowest stage alone")
-    cost = 1 / best["video, 1 stream, encoded"] - 1 / best["video, 1 stream"]
-    print(f"encoding costs {cost * 1e3:.1f} ms a frame; alone {1e3 / best['encode alone']:.1f} ms")
+    cost = processor["video, 1 stream, encoded"] - processor["video, 1 stream"]
+    print(f"encoding costs {cost:.1f} ms of processor time a frame; alone {processor['draw, encode alone']:.1f} ms")
 
 
 def main() -> None:

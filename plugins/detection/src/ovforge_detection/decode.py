@@ -119,24 +119,27 @@ def overlap(one: Floats, others: Floats) -> Floats:
     return shares
 
 
+BLOCK = 64
+"""Boxes whose overlaps with all others are computed at once."""
+
+
 def suppress(found: Found, most: float, *, across: bool = False) -> Found:
     """Return what is left if, of two boxes of a class that overlap by more than `most`, the lower score goes.
 
     With `across`, whatever their classes are.
     """
     order = np.argsort(-found.scores, kind="stable")
-    columns = found.boxes[order].T.copy()
-    areas = np.clip(columns[2] - columns[0], 0, None) * np.clip(columns[3] - columns[1], 0, None)
+    left, top, right, bottom = found.boxes[order].T
+    areas = np.clip(right - left, 0, None) * np.clip(bottom - top, 0, None)
     classes = np.zeros_like(found.classes) if across else found.classes[order]
-    kept: list[int] = []
-    while len(order):
-        first, (left, top, right, bottom) = order[0], columns[:, 0]
-        kept.append(int(first))
-        order, columns, rest, kinds = order[1:], columns[:, 1:], areas[1:], classes[1:]
-        # Written out, since a call of `overlap` for each box takes longer than a small detector.
-        across_both = np.minimum(columns[2], right) - np.maximum(columns[0], left)
-        both = np.maximum(across_both, 0) * np.maximum(np.minimum(columns[3], bottom) - np.maximum(columns[1], top), 0)
-        union = rest + areas[0] - both
-        stays = ~((both > most * union) & (kinds == classes[0]))
-        order, columns, areas, classes = order[stays], columns[:, stays], rest[stays], kinds[stays]
-    return found.take(np.array(kept, np.int64))
+    stays = np.ones(len(order), np.bool_)
+    for start in range(0, len(order), BLOCK):
+        # All overlaps of some boxes at once: a call of `overlap` for each takes longer than a small detector.
+        rows, rest = start + np.flatnonzero(stays[start : start + BLOCK])[:, None], slice(start, None)
+        width = np.maximum(np.minimum(right[rest], right[rows]) - np.maximum(left[rest], left[rows]), 0)
+        both = width * np.maximum(np.minimum(bottom[rest], bottom[rows]) - np.maximum(top[rest], top[rows]), 0)
+        goes = (both > most * (areas[rest] + areas[rows] - both)) & (classes[rest] == classes[rows])
+        for row, loses in zip(rows[:, 0].tolist(), goes, strict=True):
+            if stays[row]:
+                stays[row + 1 :] &= ~loses[row + 1 - start :]
+    return found.take(order[stays])

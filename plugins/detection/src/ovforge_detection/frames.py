@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Frames"]
 
+AHEAD = 2
+"""Threads beyond the device's requests: some prepare and decode frames while the others wait for the device."""
+
 
 class Frames:
     """Finds what `inputs` look for; see `ovforge.contracts.FrameDetector`.
@@ -35,7 +38,7 @@ class Frames:
         self.names: Sequence[str] = list(self._names)
         self.threshold: float = task.spec.threshold
         self.batch: int = task.batch
-        self.parallel: int = task.parallel()
+        self.parallel: int = task.parallel() + AHEAD
         ov.Type.u8.to_dtype()  # OpenVINO 2026.4 never returns from it if two threads call it first
         self._scaler = Scaler(task.spec) if Scaler.serves(task.spec) else None
 
