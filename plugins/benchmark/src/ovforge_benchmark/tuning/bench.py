@@ -78,9 +78,11 @@ class Bench:
         except OvforgeError as error:
             if not changes:
                 raise
+            label = label_of(changes)
+            place = "" if error.where in (None, "", label) else f"{error.where}: "
             return Trial(
-                label=label_of(changes), changes=tuple(change.as_json() for change in changes), calls=calls,
-                error=f"{error.where}: {error.what}" if error.where else error.what,
+                label=label, changes=tuple(change.as_json() for change in changes), calls=calls,
+                error=f"{place}{error.what}",
             )  # fmt: skip
         finally:
             self.fresh, self.spent = self.fresh + 1, self.spent + time.monotonic() - start

@@ -86,7 +86,8 @@ def picture(report: TuningReport) -> Image.Image:
     draw.rectangle((left, top, width - right, height - bottom), outline=_GREY)
     limit = height - bottom - (report.min_score - floor) / (ceiling - floor) * (height - top - bottom)
     draw.line((left, limit, width - right, limit), fill=_FAIL)
-    draw.text((left + 6, limit - 4), f"at least {score(report, report.min_score)}", _FAIL, small, anchor="ls")
+    words = f"at least {score(report, report.min_score)}"
+    draw.text((width - right - 6, limit - 4), words, _FAIL, small, anchor="rs")
     told = size if report.aim == "memory" else duration
     for part in range(5):
         x, y = left + part / 4 * (width - left - right), height - bottom - part / 4 * (height - top - bottom)
@@ -96,7 +97,10 @@ def picture(report: TuningReport) -> Image.Image:
     if len(front) > 1:
         draw.line([place(trial) for trial in front], fill=_FRONT, width=2)
     named = {report.winner, "original", *(trial.label for trial in front)}
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [
+        (left, limit - 16, width - right, limit + 2),
+        *((x - 5, y - 5, x + 5, y + 5) for x, y in map(place, trials)),
+    ]
     for trial in trials:
         x, y = place(trial)
         good = trial.score >= report.min_score
@@ -115,11 +119,12 @@ def _name(
     sides: Sequence[float],
     taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """Write a label beside its point, in the first place that no other label has."""
+    """Write a label beside its point, in the first place that no point and no other label has."""
     text = text if len(text) <= 60 else f"{text[:57]}..."
     width = font.getlength(text)
-    x = min(max(point[0] - width / 2, sides[0] + 4), sides[1] - width - 4)
-    for offset in (10, -26, 26, -42, 42, -58):
+    middle, right, left = point[0] - width / 2, point[0] + 12, point[0] - width - 12
+    for begin, offset in ((right, -8), (left, -8), *((middle, by) for by in (10, -26, 26, -42, 42, -58))):
+        x = min(max(begin, sides[0] + 4), sides[1] - width - 4)
         box = (x, point[1] + offset, x + width, point[1] + offset + 15)
         if not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
             break
