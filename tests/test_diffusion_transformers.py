@@ -33,6 +33,8 @@ NAMES = {
     ("flux", "image-to-image"): "FluxImg2ImgPipeline",
     ("flux", "inpainting"): "FluxInpaintPipeline",
     ("fill", "inpainting"): "FluxFillPipeline",
+    ("kontext", "text-to-image"): "FluxKontextPipeline",
+    ("kontext", "image-to-image"): "FluxKontextPipeline",
 }
 Folder = Callable[[str], Path]
 
@@ -46,6 +48,7 @@ def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     spec.loader.exec_module(small)
     changes: dict[str, dict[str, Any]] = {
         "sd3": {}, "flux": {}, "schnell": {"guidance_embeds": False}, "fill": {"in_channels": 144, "out_channels": 64},
+        "kontext": {},
     }  # fmt: skip
     made: dict[str, Path] = {}
 
@@ -54,6 +57,9 @@ def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
             target = tmp_path_factory.mktemp(family) / "pipeline"
             kind = "sd3" if family == "sd3" else "flux"
             made[family] = small.make_transformer_pipeline(target, torch_lcm, kind, **changes[family])
+            if family == "kontext":
+                index = made[family] / "model_index.json"
+                index.write_text(index.read_text().replace("FluxPipeline", "FluxKontextPipeline"))
         return made[family]
 
     return give
@@ -205,6 +211,55 @@ def test_t5_may_be_left_out(folder: Folder, session_cache: Cache, tmp_path: Path
     agree(pipe(PROMPT, steps=3, seed=3, **call), wanted)
     with pytest.raises(InputError, match="two text encoders"):
         pipe(PROMPT, prompt_3="x")
+
+
+@pytest.fixture
+def kontext_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Kontext see pictures of a thirtieth of its sizes, since this autoencoder makes few of many pixels."""
+    from diffusers.pipelines.flux import pipeline_flux_kontext as original
+
+    from ovforge_diffusion.architectures import flux
+
+    assert list(flux.KONTEXT_SIZES) == original.PREFERRED_KONTEXT_RESOLUTIONS
+    small = [(width // 30, height // 30) for width, height in flux.KONTEXT_SIZES]
+    monkeypatch.setattr(flux, "KONTEXT_SIZES", small)
+    monkeypatch.setattr(original, "PREFERRED_KONTEXT_RESOLUTIONS", small)
+
+
+@pytest.mark.parametrize("guidance", ["joint", "split"])
+def test_kontext_edits_what_it_sees(folder: Folder, session_cache: Cache, kontext_sizes: None, guidance: str) -> None:
+    size: dict[str, Any] = {"width": 40, "height": 24}
+    call: dict[str, Any] = {**size, "guidance_scale": 2.5, "true_cfg_scale": 2.0, "negative_prompt": "blue"}
+    image = picture(70, 31)
+    pipe = ours(folder("kontext"), session_cache, Use("image-to-image", guidance=guidance))
+    wanted = theirs(
+        "kontext", "image-to-image", folder("kontext"), seeds=[5], prompt=PROMPT, image=image, num_inference_steps=3,
+        max_area=40 * 24, **call,
+    )  # fmt: skip
+    agree(pipe(PROMPT, image=image, steps=3, seed=5, **call), wanted)
+    two = [image, picture(33, 90)]
+    wanted = theirs(
+        "kontext", "image-to-image", folder("kontext"), seeds=[1, 2], prompt=[PROMPT, LONG], image=two,
+        num_inference_steps=2, max_area=40 * 24, **size,
+    )  # fmt: skip
+    agree(pipe([PROMPT, LONG], image=two, steps=2, seed=[1, 2], **size), wanted)
+    with pytest.raises(InputError, match="sees the whole picture"):
+        pipe(PROMPT, image=image, strength=0.5)
+    with pytest.raises(InputError, match="no picture to edit"):
+        pipe(PROMPT)
+    with pytest.raises(InputError, match="3 pictures for 1 prompts"):
+        pipe(PROMPT, image=[image] * 3)
+
+
+def test_kontext_without_a_picture(folder: Folder, session_cache: Cache) -> None:
+    call: dict[str, Any] = {"width": 24, "height": 40}
+    wanted = theirs(
+        "kontext", "text-to-image", folder("kontext"), seeds=[5], prompt=PROMPT, num_inference_steps=3,
+        max_area=40 * 24, **call,
+    )  # fmt: skip
+    agree(ours(folder("kontext"), session_cache)(PROMPT, steps=3, seed=5, **call), wanted)
+    with pytest.raises(ModelError, match="edits whole pictures"):
+        ours(folder("kontext"), session_cache, "inpainting")
 
 
 def test_sizes_that_do_not_fit(folder: Folder, session_cache: Cache) -> None:

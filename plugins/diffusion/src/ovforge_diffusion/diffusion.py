@@ -101,6 +101,10 @@ class Diffusion:
         """Return (width, height) of the picture that a run starts from; None if there is none."""
         return None
 
+    def _references(self, inputs: Any) -> tuple[tuple[int, int], ...]:
+        """Return (width, height) of each picture that the denoiser is to see beside the latents."""
+        return ()
+
     def _strength(self, request: Request) -> float:
         """Return the part of the schedule that a run goes."""
         return 1.0
@@ -109,7 +113,7 @@ class Diffusion:
 
     def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
         """Return the call with every default filled in, and the adapters that its prompts name."""
-        request = make_request(inputs, self.architecture, self._size_of(inputs))
+        request = make_request(inputs, self.architecture, self._size_of(inputs), self._references(inputs))
         if self._options.prompts == "weighted":
             return request.without_adapters()
         return request, {}
@@ -216,7 +220,9 @@ class Diffusion:
             )
         split = guidance.varies or self._options.guidance == "split"
         what = len(request.prompts), self._size(request), schedule.halves
-        denoiser = self._models.denoiser(*what, split=split)
+        factor = self.architecture.factor
+        beside = [(height // factor, width // factor) for width, height in request.references]
+        denoiser = self._models.denoiser(*what, split=split, beside=beside)
         controlnets = partial(self._models.controlnets, *what, split=split)
         prediction = Prediction(denoiser, self.architecture, request, schedule, guidance, controlnets)
         denoiser.check(sampling.timesteps)

@@ -172,7 +172,10 @@ class TextToImageInputs(DiffusionInputs):
 
 
 class ImageToImageInputs(DiffusionInputs):
-    """Inputs of image-to-image. The size is the picture's own, rounded down to the autoencoder's grid."""
+    """Inputs of image-to-image. The size is the picture's own, rounded down to the autoencoder's grid.
+
+    Models that edit a picture which they see have a size of their own.
+    """
 
     image: list[Picture] | None = Field(
         None, description="The picture to start from; a list gives one for each prompt. Or give latents."
@@ -181,7 +184,8 @@ class ImageToImageInputs(DiffusionInputs):
         None,
         gt=0,
         le=1,
-        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX and Z-Image.",
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX and Z-Image. "
+        "Not for models that see the picture, such as FLUX.1 Kontext.",
     )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -92,14 +92,27 @@ class Models:
         )
         return GraphTokenizer(self._bundle[role], self.learned.get(role))
 
-    def denoiser(self, pictures: int, size: tuple[int, int], halves: int, *, split: bool) -> Denoiser:
-        """Return the denoiser for pictures of a size (height, width) in latents; `split` runs each half by itself."""
+    def denoiser(
+        self,
+        pictures: int,
+        size: tuple[int, int],
+        halves: int,
+        *,
+        split: bool,
+        beside: Sequence[tuple[int, int]] = (),
+    ) -> Denoiser:
+        """Return the denoiser for pictures of a size (height, width) in latents; `split` runs each half by itself.
+
+        `beside` are the sizes of the pictures that it sees beside them.
+        """
         architecture = self._architecture
         calls = halves if split else 1
         shape = architecture.sample_shape(pictures, *size)
-        key = (halves, calls, pictures, *size)
+        if beside:
+            shape = architecture.widened(shape, beside)
+        key = (halves, calls, pictures, *size, *(side for each in beside for side in each))
         if self._denoiser is None or self._denoiser[0] != key:
-            shapes = self._denoiser_shapes((pictures * halves // calls, *size))
+            shapes = None if beside else self._denoiser_shapes((pictures * halves // calls, *size))
             model = self._bundle.get(architecture.denoiser, shapes)
             latents = architecture.packed_shape(pictures, *size)
             denoiser = Denoiser(model, architecture, shape, latents, halves, calls)

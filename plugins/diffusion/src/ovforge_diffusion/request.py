@@ -40,6 +40,8 @@ class Request:
     strength: float
     given: DiffusionInputs
     skipped_layers: tuple[int, ...] = ()
+    references: tuple[tuple[int, int], ...] = ()
+    """(width, height) of each picture that the denoiser sees beside the latents."""
     remarks: tuple[str, ...] = ()
     """Warnings: what of the call was changed, or has no effect."""
 
@@ -115,8 +117,13 @@ def _name(value: Any) -> str:
     return picture_name(value)
 
 
-def make_request(inputs: DiffusionInputs, architecture: Architecture, size: tuple[int, int] | None) -> Request:
-    """Fill in what is left out; `size` is (width, height) of the picture to start from.
+def make_request(
+    inputs: DiffusionInputs,
+    architecture: Architecture,
+    size: tuple[int, int] | None,
+    references: tuple[tuple[int, int], ...] = (),
+) -> Request:
+    """Fill in what is left out; `size` is (width, height) of the picture to start from, or to be like.
 
     Raises InputError for what the model cannot do, and for what would have no effect.
     """
@@ -158,6 +165,7 @@ def make_request(inputs: DiffusionInputs, architecture: Architecture, size: tupl
         decode=inputs.denoising_end is None if inputs.decode is None else inputs.decode,
         strength=defaults.strength if strength is None else strength,
         skipped_layers=_skipped(inputs, architecture, guided=guidance is not None),
+        references=references,
         given=inputs,
     )
     return replace(request, remarks=(*remarks, *architecture.remarks(request)))

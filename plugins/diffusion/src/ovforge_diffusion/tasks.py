@@ -87,6 +87,8 @@ class ImageToImage(TextToImage):
         ]
 
     def _size_of(self, inputs: Any) -> tuple[int, int] | None:
+        if self.architecture.references:
+            return self.architecture.size_beside(open_picture(self._shown(inputs)[0], "image").size)
         if inputs.image is None:
             if inputs.latents is None:
                 raise InputError("no picture to start from", where="image", hint="Give image, or latents.")
@@ -102,13 +104,45 @@ class ImageToImage(TextToImage):
         size: tuple[int, int] = open_picture(inputs.image[0], "image").size
         return size
 
+    def _shown(self, inputs: Any) -> list[Any]:
+        """Return the pictures that the denoiser is to see. Raises InputError for what has no effect on them."""
+        if not inputs.image:
+            raise InputError("no picture to edit", where="image", hint='Give one, or set task = "text-to-image".')
+        for name in ("strength", "denoising_start"):
+            if getattr(inputs, name) is not None:
+                raise InputError(
+                    f"{self.architecture.name} sees the whole picture, and begins with noise", where=name,
+                    hint="Leave it out.",
+                )  # fmt: skip
+        images: list[Any] = inputs.image
+        if len(images) > self.architecture.references > 1:
+            raise InputError(
+                f"{len(images)} pictures, and {self.architecture.name} sees {self.architecture.references} at most",
+                where="image", hint="Give fewer.",
+            )  # fmt: skip
+        return images
+
+    def _references(self, inputs: Any) -> tuple[tuple[int, int], ...]:
+        architecture = self.architecture
+        if not architecture.references:
+            return ()
+        shown = self._shown(inputs)
+        sizes = [architecture.reference_size(open_picture(image, "image").size) for image in shown]
+        return tuple(sizes if architecture.references > 1 else sizes[:1])
+
     def _strength(self, request: Request) -> float:
         given: Any = request.given
+        if self.architecture.references:
+            return 1.0
         return request.strength if given.denoising_start is None else 1.0
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         self._refuse_masked()
         pack = self.architecture.pack
+        if self.architecture.references:
+            beside = self.architecture.beside(self._seen(inputs.image, request, timings))
+            noise = self._noise(request, rng) * np.float32(sampling.init_noise_sigma)
+            return Start(pack(noise), extra=beside)
         if inputs.image is None:
             latents = read_latents(inputs.latents, self.latents_shape(request))
             if inputs.denoising_start is not None:
@@ -119,17 +153,34 @@ class ImageToImage(TextToImage):
         noise = rng.randn(latents.shape)
         return Start(sampling.add_noise(pack(latents), pack(noise), sampling.first), sampling.first)
 
-    def _encoded(self, images: list[Any], request: Request, rng: BatchGenerator, timings: Timings) -> Array:
+    def _seen(self, images: list[Any], request: Request, timings: Timings) -> list[Array]:
+        """Return the latents of what the denoiser sees beside each picture: one array for each place beside it."""
+        pictures, several = len(request.prompts), self.architecture.references > 1
+        sizes = request.references if several else request.references * len(images)
+        with timings.span("vae_encoder"):
+            each = [
+                self.autoencoder.likeliest(self.autoencoder.encode(pixels_of(resized(image, "image", *size))))
+                for image, size in zip(images, sizes, strict=True)
+            ]
+        if several:
+            return [np.stack([latents] * pictures) for latents in each]
+        return [np.stack(self._of_prompts(each, request))]
+
+    def _of_prompts(self, each: list[Array], request: Request) -> list[Array]:
+        """Return one of each for each picture made, from one for all or one for each prompt."""
         prompts = len(request.prompts) // request.given.count
-        if len(images) not in (1, prompts):
-            raise InputError(f"{len(images)} pictures for {prompts} prompts", where="image", hint="Give one for each.")
+        if len(each) not in (1, prompts):
+            raise InputError(f"{len(each)} pictures for {prompts} prompts", where="image", hint="Give one for each.")
+        rows = each * prompts if len(each) == 1 else each
+        return [row for row in rows for _ in range(request.given.count)]
+
+    def _encoded(self, images: list[Any], request: Request, rng: BatchGenerator, timings: Timings) -> Array:
         with timings.span("vae_encoder"):
             each = [
                 self.autoencoder.encode(pixels_of(resized(image, "image", request.width, request.height)))
                 for image in images
             ]
-        rows = each * prompts if len(each) == 1 else each
-        return self.autoencoder.sample([row for row in rows for _ in range(request.given.count)], rng)
+        return self.autoencoder.sample(self._of_prompts(each, request), rng)
 
 
 class Inpainting(TextToImage):

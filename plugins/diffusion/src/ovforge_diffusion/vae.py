@@ -73,6 +73,10 @@ class Autoencoder:
             raise ModelError("the encoder gave numbers that are not finite", where="vae_encoder")
         return parameters
 
+    def likeliest(self, parameters: Array) -> Array:
+        """Return latents, (channels, height, width), without drawing: the means of what `encode` gave."""
+        return _scaled(parameters[: self._architecture.latent_channels], self._architecture.encoding)
+
     def sample(self, parameters: Sequence[Array], rng: RandomStream) -> Array:
         """Return latents, (pictures, channels, height, width), drawn from what `encode` gave for each."""
         stacked = np.stack(parameters)

@@ -156,6 +156,11 @@ class Architecture(ABC):
 
     controlnets: tuple[str, ...] = ()
 
+    references: int = 0
+    """How many pictures image-to-image shows to the denoiser beside the latents; 0 if it noises one instead.
+
+    1 means one for each prompt, more that all of them are shown with each prompt."""
+
     def __init__(self, context: TaskContext, task: Task) -> None:
         bundle = context.bundle
         vae = bundle.configs.get("vae_decoder", {})
@@ -251,6 +256,23 @@ class Architecture(ABC):
         the picture without that part.
         """
         return np.concatenate([mask[:, :, :: self.factor, :: self.factor], hidden], axis=1)
+
+    def reference_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (width, height) in pixels at which a picture of a size is shown to the denoiser."""
+        return size
+
+    def size_beside(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the (width, height) that is made beside a first picture of a size; None for the model's own."""
+        return None
+
+    def beside(self, references: Sequence[Array]) -> Array:
+        """Return what the denoiser takes beside the latents, packed: `references` are (pictures, channels, h, w)."""
+        return np.concatenate([self.pack(latents) for latents in references], axis=1)
+
+    def widened(self, shape: tuple[int, ...], references: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        """Return a `sample_shape` with what stands beside the latents, of (height, width) in latents."""
+        tokens = sum(self.packed_shape(1, *size)[1] for size in references)
+        return (shape[0], shape[1] + tokens, *shape[2:])
 
     def timestep(self, timestep: float) -> float:
         """Return what the denoiser is told of a timestep."""

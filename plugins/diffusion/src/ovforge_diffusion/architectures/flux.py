@@ -1,4 +1,4 @@
-"""FLUX.1 dev, schnell and Fill (Black Forest Labs 2024): packed latents, a CLIP for the whole prompt and a T5."""
+"""FLUX.1 dev, schnell, Fill and Kontext (Black Forest Labs 2024): packed latents, a CLIP and a T5."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ Array = NDArray[np.float32]
 _CLIP, _T5 = "text_encoder", "text_encoder_2"
 _SIDE = 2
 """Latents along each side of what is packed into one token."""
+KONTEXT_SIZES = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+    (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672),
+)  # fmt: skip
+"""Widths and heights of pictures that Kontext was trained on."""
 
 
 class Flux(Architecture):
     """FLUX.1. Its guidance scale is an input of the transformer (dev), or built in (schnell).
 
-    A negative prompt is followed with `true_cfg_scale` above 1, at two calls a step.
+    A negative prompt is followed with `true_cfg_scale` above 1, at two calls a step. Kontext sees a picture beside the
+    latents, and makes an edited one.
     """
 
     name = "FLUX.1"
@@ -63,12 +69,15 @@ class Flux(Architecture):
         self.masked = self.channels == filling
         if self.masked:
             self.defaults = self.own_defaults(context, Defaults(50, 30.0, 1.0))
-        if (kind := str(context.bundle.index.get("_class_name", ""))).startswith("FluxKontext"):
-            raise ModelError(
-                "FLUX.1 Kontext edits a picture that it sees beside its latents, which this task does not do yet",
-                where=f"model_index.json: {kind}",
-                hint="Take FLUX.1 dev with image-to-image or inpainting, or FLUX.1 Fill with inpainting.",
-            )
+        if str(context.bundle.index.get("_class_name", "")).startswith("FluxKontext"):
+            if task == "inpainting":
+                raise ModelError(
+                    "FLUX.1 Kontext edits whole pictures here",
+                    where="model_index.json",
+                    hint='Set task = "image-to-image", or take FLUX.1 Fill for inpainting.',
+                )
+            self.references = 1
+            self.defaults = self.own_defaults(context, Defaults(28, 3.5))
         self._embeds = bool(self.config.get("guidance_embeds", False))
         missing = [role for role in self.text_encoders if role not in self.encoders]
         if missing:
@@ -144,6 +153,16 @@ class Flux(Architecture):
         pixels = pixels.reshape(pictures, factor**2, height // factor, width // factor)
         return np.concatenate([self.pack(hidden), self.pack(pixels)], axis=2)
 
+    def reference_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the one of the sizes that Kontext was trained on whose sides are most alike, as diffusers takes it."""
+        width, height = (side // self.multiple * self.multiple for side in size)
+        if not width or not height:
+            raise InputError(
+                f"{size[0]}x{size[1]} pixels are too few", where="image", hint=f"Give {self.multiple}x{self.multiple}."
+            )
+        _, width, height = min((abs(width / height - wide / high), wide, high) for wide, high in KONTEXT_SIZES)
+        return width // self.multiple * self.multiple, height // self.multiple * self.multiple
+
     def timestep(self, timestep: float) -> float:
         """Return the share of noise, from 0 to 1: what the transformer multiplies by 1000 again."""
         return timestep / 1000
@@ -152,12 +171,18 @@ class Flux(Architecture):
         """Return the guidance scale for each row, and the places of tokens, which all rows share."""
         rows = halves * len(request.prompts)
         guidance = {"guidance": np.full(rows, request.guidance_scale, np.float32)} if self._embeds else {}
-        height, width = request.height // self.multiple, request.width // self.multiple
-        places = np.zeros((height, width, 3), np.float32)
+        sizes = ((request.width, request.height), *request.references)
+        places = np.concatenate([self._places(number, size) for number, size in enumerate(sizes)])
+        text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 3), np.float32)
+        return guidance, {"img_ids": places, "txt_ids": text}
+
+    def _places(self, number: int, size: tuple[int, int]) -> Array:
+        """Return the places of the tokens of the latents, number 0, or of the picture beside them: (tokens, 3)."""
+        width, height = (side // self.multiple for side in size)
+        places = np.full((height, width, 3), number, np.float32)
         places[..., 1] = np.arange(height)[:, None]
         places[..., 2] = np.arange(width)[None]
-        text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 3), np.float32)
-        return guidance, {"img_ids": places.reshape(-1, 3), "txt_ids": text}
+        return places.reshape(-1, 3)
 
     def input_shapes(
         self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
