@@ -18,7 +18,7 @@ from ovforge_diffusion.controls import condition
 from ovforge_diffusion.inputs import Control, ImageToImageInputs, InpaintingInputs
 from ovforge_diffusion.latents import read_latents
 from ovforge_diffusion.prompts import parse
-from ovforge_diffusion.request import resized_mask
+from ovforge_diffusion.resizing import resized_mask
 from ovforge_diffusion.vae import _fade, _starts, _tiled
 
 TEXT = st.text(st.characters(blacklist_characters="\\()[]:"), max_size=12).filter(lambda text: "BREAK" not in text)

@@ -103,9 +103,51 @@ def _flux(module: Any, latent: Sizes) -> Submodel:
     return Submodel(forward, tuple(inputs), ("out_sample",), SCALE)
 
 
+def _flux2(module: Any, latent: Sizes) -> Submodel:
+    """Describe Flux2Transformer2DModel: folded latents as rows, and the places of all tokens for each row of the batch.
+
+    Places are (picture, row, column, word). Rows are those of a batch: there is guidance as an input, or none, or
+    diffusers calls twice.
+    """
+    config = module.config
+    rows, width, channels = latent.batch, config.joint_attention_dim, config.in_channels
+    axes = len(config.axes_dims_rope)
+    packed = latent.height and latent.width and (latent.height // 2) * (latent.width // 2)
+    tokens = FLUX_TOKENS if rows and packed else None
+    run = type(module).forward
+
+    def forward(
+        hidden_states: Any, timestep: Any, encoder_hidden_states: Any, txt_ids: Any, img_ids: Any, guidance: Any = None
+    ) -> tuple[Any, ...]:
+        with rotating_halves("diffusers.models.transformers.transformer_flux2"):
+            result: tuple[Any, ...] = run(
+                module,
+                hidden_states,
+                encoder_hidden_states,
+                timestep,
+                img_ids,
+                txt_ids,
+                guidance,
+                return_dict=False,
+            )
+        return result
+
+    inputs = [
+        Port("hidden_states", (rows, packed, channels), (2, 12, channels)),
+        Port("timestep", (rows,), (2,)),
+        Port("encoder_hidden_states", (rows, tokens, width), (2, 7, width)),
+        Port("txt_ids", (rows, tokens, axes), (2, 7, axes)),
+        Port("img_ids", (rows, packed, axes), (2, 12, axes)),
+    ]
+    if config.guidance_embeds:
+        inputs.append(Port("guidance", (rows,), (2,)))
+    return Submodel(forward, tuple(inputs), ("out_sample",), SCALE)
+
+
 TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux2,
     "ZImageTransformer2DModel": zimage,
 }
 """Class -> what describes it."""

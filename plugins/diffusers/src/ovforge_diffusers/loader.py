@@ -26,7 +26,7 @@ from ovforge_diffusers.transformer_checkpoint import (
     is_gguf,
     tensor_shapes,
 )
-from ovforge_diffusers.weights import fill_weights
+from ovforge_diffusers.weights import fill_weights, folded_statistics
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -41,15 +41,18 @@ HOMES = {
     "CLIPTextModelWithProjection": "transformers",
     "T5EncoderModel": "transformers",
     "Qwen3Model": "transformers",
+    "Qwen3ForCausalLM": "transformers",
     "SD3Transformer2DModel": "diffusers",
     "FluxTransformer2DModel": "diffusers",
+    "Flux2Transformer2DModel": "diffusers",
     "ZImageTransformer2DModel": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
+    "AutoencoderKLFlux2": "diffusers",
     "AutoencoderTiny": "diffusers",
 }
-AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderTiny"})
+AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"})
 PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
 
 
@@ -154,6 +157,8 @@ class Conversion:
             raise ModelError(f"an {kind} named {component} is not known, only vae", where=f"{self.parts.name}: {INDEX}")
         config = self._full_config(component, kind)
         read = self.parts.weights(component)
+        if kind == "AutoencoderKLFlux2":
+            config |= folded_statistics(read(), config, self.parts.where(component))
 
         def lazy(role: str) -> None:
             bundle.configs[role] = config

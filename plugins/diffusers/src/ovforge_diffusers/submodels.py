@@ -2,7 +2,8 @@
 
 text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output (, hidden_states.0, ...)
                with projection: text_embeds, last_hidden_state (, hidden_states.0, ...); T5: last_hidden_state
-               Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (of the last layer but one)
+               Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Z-Image of the last layer
+               but one; for FLUX.2 of the last, with hidden_states.0, ...)
 unet           sample f32 [batch, channels, height, width], timestep i64 [1 or batch],
                encoder_hidden_states f32 [batch, tokens, width] (, timestep_cond f32 [batch, width])
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
@@ -11,6 +12,8 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                FLUX: hidden_states f32 [batch, patches, channels * 4], timestep f32 [batch] from 0 to 1,
                encoder_hidden_states, pooled_projections, txt_ids f32 [tokens, 3], img_ids f32 [patches, 3]
                (, guidance f32 [batch]) -> out_sample
+               FLUX.2: likewise without pooled_projections; txt_ids f32 [batch, tokens, 4],
+               img_ids f32 [batch, patches, 4]
                Z-Image: hidden_states f32 [batch, channels, height, width], timestep f32 [batch] from 0 (noise) to 1,
                encoder_hidden_states f32 [batch, tokens, width], encoder_attention_mask f32 [batch, tokens] (0, or
                negative for what fills up), txt_ids i64 [batch, tokens, 3], img_ids i64 [batch, patches, 3] -> sample

@@ -55,13 +55,7 @@ def _qwen3(module: Any, hidden_states: bool) -> Submodel:
     """
     import torch
 
-    config = module.config
-    if set(config.layer_types) != {"full_attention"}:
-        raise ModelError(
-            "its layers see a window of the text only, which this loader does not convert",
-            where="text_encoder/config.json: layer_types",
-            hint="Z-Image's own text encoder has full_attention in every layer.",
-        )
+    _check_windows(module.config)
 
     def forward(input_ids: Any, attention_mask: Any) -> tuple[Any, ...]:
         states = module.embed_tokens(input_ids)
@@ -81,10 +75,51 @@ def _qwen3(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
+def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
+    """Describe Qwen3 as FLUX.2 reads it: the states of all layers, the last ones normalized.
+
+    A token sees itself and those before it, of those that attention_mask has 1 for: what fills up sees the text alone.
+    """
+    import torch
+
+    model = module.model
+    _check_windows(module.config)
+    layers = tuple(f"hidden_states.{i}" for i in range(len(model.layers) + 1))
+
+    def forward(input_ids: Any, attention_mask: Any) -> tuple[Any, ...]:
+        states = model.embed_tokens(input_ids)
+        places = torch.arange(input_ids.shape[1])[None]
+        turns = model.rotary_emb(states, places)
+        seen = (places.unsqueeze(2) >= places.unsqueeze(1)) & (attention_mask[:, None] > 0)
+        each = [states]
+        for layer in model.layers:
+            states = layer(states, attention_mask=seen.unsqueeze(1), position_embeddings=turns)
+            each.append(states)
+        each[-1] = model.norm(states)
+        return (each[-1] * 1.0, *each)  # outputs of one name each
+
+    return Submodel(
+        forward,
+        tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask")),
+        ("last_hidden_state", *layers),
+        SCALE,
+    )
+
+
+def _check_windows(config: Any) -> None:
+    if set(config.layer_types) != {"full_attention"}:
+        raise ModelError(
+            "its layers see a window of the text only, which this loader does not convert",
+            where="text_encoder/config.json: layer_types",
+            hint="The text encoders of Z-Image and FLUX.2 have full_attention in every layer.",
+        )
+
+
 TEXT_ENCODERS: dict[str, Callable[[Any, bool], Submodel]] = {
     "CLIPTextModel": _clip,
     "CLIPTextModelWithProjection": _clip,
     "T5EncoderModel": _t5,
     "Qwen3Model": _qwen3,
+    "Qwen3ForCausalLM": _qwen3_layers,
 }
 """Class -> what describes it."""

@@ -18,7 +18,7 @@ from ovforge_diffusers.requirements import need
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_file", "fill_weights", "read_weights", "weight_files"]
+__all__ = ["check_file", "fill_weights", "folded_statistics", "read_weights", "weight_files"]
 
 _INDEX = re.compile(r"\.safetensors\.index(?:\.(.+))?\.json$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -148,6 +148,24 @@ def _check_finite(tensor: torch.Tensor, name: str, source: Source, path: str) ->
             where=f"{source.name}: {path}" if len(source.files()) > 1 else source.name,
             hint="The model is damaged, or was saved in too low a precision: fetch it again, in float32 or bfloat16.",
         )
+
+
+def folded_statistics(weights: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the statistics of FLUX.2's folded latents as optimum-intel writes them into the decoder's config.json.
+
+    They are the running ones of the autoencoder's batch normalization, which belongs to neither encoder nor decoder.
+    Raises ModelError if the weights have none.
+    """
+    found = {}
+    for name in ("running_mean", "running_var"):
+        if (tensor := weights.get(f"bn.{name}")) is None:
+            raise ModelError(
+                f"the weights do not fit the config: bn.{name} is missing",
+                where=where,
+                hint="The folder may be an incomplete download: fetch it again.",
+            )
+        found[f"bn_{name}_data"] = _whole(tensor, need("torch", "converting a diffusers folder").empty(0)).tolist()
+    return {**found, "bn_eps": float(config.get("batch_norm_eps", 1e-4))}
 
 
 def fill_weights(model: Any, weights: Mapping[str, Any], where: str, hint: str) -> dict[str, Weight]:

@@ -31,13 +31,16 @@ class ChatTemplate:
         self._special = {name: _content(config[name]) for name in _SPECIAL if config.get(name)}
         self._template = self._compiled(source)
 
-    def question(self, text: str) -> str:
-        """Return what a user says, and the beginning of the answer. Raises ModelError for a template that fails."""
+    def question(self, text: str, *, thinking: bool = True) -> str:
+        """Return what a user says, and the beginning of the answer, before or after what the model thinks.
+
+        Raises ModelError for a template that fails.
+        """
         messages = [{"role": "user", "content": text}]
         try:
             written: str = self._template.render(
                 **self._special, messages=messages, tools=None, documents=None, add_generation_prompt=True,
-                enable_thinking=True,
+                enable_thinking=thinking,
             )  # fmt: skip
         except Exception as error:  # a template is a program: it can fail in any way
             raise self._damaged(error) from error

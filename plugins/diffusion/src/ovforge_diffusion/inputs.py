@@ -110,7 +110,7 @@ class DiffusionInputs(BaseModel):
         None,
         ge=1,
         le=512,
-        description="Tokens that T5 or Qwen3 reads: 256 for SD 3, 512 for FLUX.1 and Z-Image by default.",
+        description="Tokens that T5 or Qwen3 reads: 256 for SD 3, 512 for FLUX and Z-Image by default.",
     )
     skip_guidance_layers: list[int] | None = Field(
         None,
@@ -178,14 +178,16 @@ class ImageToImageInputs(DiffusionInputs):
     """
 
     image: list[Picture] | None = Field(
-        None, description="The picture to start from; a list gives one for each prompt. Or give latents."
+        None,
+        description="The picture to start from; a list gives one for each prompt, or all that FLUX.2 is to see. Or "
+        "give latents.",
     )
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
         description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX and Z-Image. "
-        "Not for models that see the picture, such as FLUX.1 Kontext.",
+        "Not for models that see the picture: FLUX.1 Kontext, FLUX.2.",
     )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."

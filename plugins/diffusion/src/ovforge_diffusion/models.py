@@ -64,7 +64,8 @@ class Models:
         if self.encodes:
             bundle.start("vae_encoder", self._encoder_shapes(self._pixels))
         for role in ("vae_decoder", PREVIEW) if architecture.previewing else ("vae_decoder",):
-            bundle.start(role, self._decoder_shapes(self._size))
+            folding = architecture.folding
+            bundle.start(role, self._decoder_shapes(self._size and tuple(side * folding for side in self._size)))
 
     # -- what a run asks for --------------------------------------------------------------------------------------
 
@@ -222,10 +223,12 @@ class Models:
         """Return a fixed shape for latents of the expected size, or of its tiles."""
         if size is None or self._pixels is None or self._size is None:
             return None
-        tile, factor = self.autoencoder.tile(*self._pixels), self._architecture.factor
-        sides = tuple(min(side, tile // factor) if tile else side for side in self._size)
-        channels = self._architecture.latent_channels
-        return {"latent_sample": (1, channels, *sides)} if size in (sides, self._size) else None
+        architecture, tile = self._architecture, self.autoencoder.tile(*self._pixels)
+        factor = architecture.factor // architecture.folding
+        whole = tuple(side * architecture.folding for side in self._size)
+        sides = tuple(min(side, tile // factor) if tile else side for side in whole)
+        channels = architecture.latent_channels // architecture.folding**2
+        return {"latent_sample": (1, channels, *sides)} if size in (sides, whole) else None
 
     def _encoder_shapes(self, size: tuple[int, ...] | None) -> Shapes | None:
         if size is None or self._pixels is None:

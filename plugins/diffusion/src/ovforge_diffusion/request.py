@@ -9,12 +9,12 @@ from typing import Any
 from PIL import Image
 
 from ovforge.errors import InputError
-from ovforge.model import fresh_seed, open_picture, picture_name
+from ovforge.model import fresh_seed, picture_name
 from ovforge_diffusion.architectures.base import Architecture, Texts
 from ovforge_diffusion.editing import adapters_in, without_comments
 from ovforge_diffusion.inputs import Control, DiffusionInputs
 
-__all__ = ["Request", "make_request", "resized", "resized_mask", "seeds_of"]
+__all__ = ["Request", "make_request", "seeds_of"]
 
 
 @dataclass(frozen=True)
@@ -292,17 +292,3 @@ def _controls(inputs: DiffusionInputs, architecture: Architecture) -> tuple[Cont
         if control.start >= control.end:
             raise InputError(f"start = {control.start:g} is not before end = {control.end:g}", where="control")
     return given
-
-
-def resized(image: Any, where: str, width: int, height: int) -> Image.Image:
-    """Return an RGB picture at a size, by Lanczos if it has another, as diffusers' image processor does."""
-    return _scaled(open_picture(image, where), width, height)
-
-
-def resized_mask(image: Any, where: str, width: int, height: int) -> Image.Image:
-    """Return a mask at a size, mode L: its brightness times its opacity, so that what is transparent is black."""
-    return _scaled(open_picture(image, where, "L", background="black"), width, height)
-
-
-def _scaled(opened: Image.Image, width: int, height: int) -> Image.Image:
-    return opened if opened.size == (width, height) else opened.resize((width, height), Image.Resampling.LANCZOS)

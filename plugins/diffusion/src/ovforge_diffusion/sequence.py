@@ -43,14 +43,6 @@ class SequenceTokenizer:
             )
         self._padding = padding
 
-    def fitted(self, text: str, length: int) -> tuple[Ids, str | None]:
-        """Return token ids, (length,), cut before the tokens that end a text, or padded; and what was cut off.
-
-        Raises InputError for text that cannot be written in UTF-8.
-        """
-        ids, cut = self.cut(text, length)
-        return self.padded(ids, length), cut
-
     def padded(self, ids: Ids, length: int) -> Ids:
         """Return token ids, (length,), filled up."""
         row = np.full(length, self._padding, np.int64)
@@ -58,7 +50,10 @@ class SequenceTokenizer:
         return row
 
     def cut(self, text: str, length: int) -> tuple[Ids, str | None]:
-        """Return up to `length` token ids, cut as `fitted` does; and what was cut off."""
+        """Return up to `length` token ids, cut before the tokens that end a text; and what was cut off.
+
+        Raises InputError for text that cannot be written in UTF-8.
+        """
         try:
             read = self._reader.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
@@ -75,25 +70,37 @@ class SequenceTokenizer:
 class SequenceEncoder:
     """A tokenizer and an encoder that gives a state for each token, an OpenVINO model."""
 
-    def __init__(self, tokenizer: SequenceTokenizer, model: ov.CompiledModel, role: str) -> None:
+    def __init__(
+        self,
+        tokenizer: SequenceTokenizer,
+        model: ov.CompiledModel,
+        role: str,
+        outputs: Sequence[str] = ("last_hidden_state",),
+    ) -> None:
+        """Take states from `outputs`, one beside the other if there are several."""
         self._tokenizer, self._role = tokenizer, role
         self._request = model.create_infer_request()
-        self._output = next((port for port in model.outputs if "last_hidden_state" in port.names), None)
-        if self._output is None or not any("input_ids" in port.names for port in model.inputs):
+        known = {name: port for port in model.outputs for name in port.names}
+        missing = [name for name in outputs if name not in known]
+        if missing or not any("input_ids" in port.names for port in model.inputs):
             raise ModelError(
-                "the text encoder has no input 'input_ids' or no output 'last_hidden_state'",
+                f"the text encoder has no input 'input_ids' or no output {(missing or outputs)[0]!r}",
                 where=role,
                 hint="Convert the model as optimum-intel or ovforge does.",
             )
+        self._outputs = [known[name] for name in outputs]
         self._ids = next(port for port in model.inputs if "input_ids" in port.names)
         self._mask = next((port for port in model.inputs if "attention_mask" in port.names), None)
 
     def encode(self, texts: Sequence[str], length: int, timings: Timings) -> tuple[Array, list[str]]:
         """Return states, float32 (texts, length, width), and warnings of what did not fit."""
         with timings.span("text_encoder.tokenizer"):
-            read = [self._tokenizer.fitted(text, length) for text in texts]
-        states = self._states({self._ids: np.stack([row for row, _ in read])})
-        return states, self._notes(length, [cut for _, cut in read])
+            read = [self._tokenizer.cut(text, length) for text in texts]
+        rows = [self._tokenizer.padded(ids, length) for ids, _ in read]
+        inputs: dict[ov.Output, NDArray[np.generic]] = {self._ids: np.stack(rows)}
+        if self._mask is not None:
+            inputs[self._mask] = np.stack([np.arange(length) < len(ids) for ids, _ in read])
+        return self._states(inputs), self._notes(length, [cut for _, cut in read])
 
     def encode_each(self, texts: Sequence[str], length: int, timings: Timings) -> tuple[list[Array], list[str]]:
         """Return the states of each text's own tokens, float32 (tokens, width), and warnings of what did not fit.
@@ -129,7 +136,8 @@ class SequenceEncoder:
         self._request.infer(
             {port: value.astype(port.get_element_type().to_dtype(), copy=False) for port, value in inputs.items()}
         )
-        states: Array = self._request.get_tensor(self._output).data.astype(np.float32)
+        each = [self._request.get_tensor(port).data.astype(np.float32) for port in self._outputs]
+        states: Array = each[0] if len(each) == 1 else np.concatenate(each, axis=2)
         if not np.isfinite(states).all():
             raise ModelError(
                 "gave numbers that are not finite",

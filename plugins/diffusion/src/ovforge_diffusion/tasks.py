@@ -18,7 +18,8 @@ from ovforge_diffusion.diffusion import Diffusion, Start
 from ovforge_diffusion.examples import drawing, hole, prompts
 from ovforge_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
 from ovforge_diffusion.latents import read_latents
-from ovforge_diffusion.request import Request, resized, resized_mask
+from ovforge_diffusion.request import Request
+from ovforge_diffusion.resizing import resized, resized_mask, scaled
 from ovforge_diffusion.vae import pixels_of
 
 __all__ = ["ImageToImage", "Inpainting", "TextToImage"]
@@ -88,7 +89,7 @@ class ImageToImage(TextToImage):
 
     def _size_of(self, inputs: Any) -> tuple[int, int] | None:
         if self.architecture.references:
-            return self.architecture.size_beside(open_picture(self._shown(inputs)[0], "image").size)
+            return self.architecture.size_beside(self._shown(inputs.image[:1])[0].size) if inputs.image else None
         if inputs.image is None:
             if inputs.latents is None:
                 raise InputError("no picture to start from", where="image", hint="Give image, or latents.")
@@ -104,8 +105,17 @@ class ImageToImage(TextToImage):
         size: tuple[int, int] = open_picture(inputs.image[0], "image").size
         return size
 
-    def _shown(self, inputs: Any) -> list[Any]:
-        """Return the pictures that the denoiser is to see. Raises InputError for what has no effect on them."""
+    def _shown(self, images: Sequence[Any]) -> list[Image.Image]:
+        """Return pictures as the denoiser is to see them: those of several prompts in one size."""
+        architecture = self.architecture
+        shown = [architecture.shown(open_picture(image, "image")) for image in images]
+        if architecture.references > 1:
+            return shown
+        return [scaled(open_picture(image, "image"), *shown[0].size) for image in images]
+
+    def _references(self, inputs: Any) -> tuple[tuple[int, int], ...]:
+        if not self.architecture.references:
+            return ()
         if not inputs.image:
             raise InputError("no picture to edit", where="image", hint='Give one, or set task = "text-to-image".')
         for name in ("strength", "denoising_start"):
@@ -114,21 +124,13 @@ class ImageToImage(TextToImage):
                     f"{self.architecture.name} sees the whole picture, and begins with noise", where=name,
                     hint="Leave it out.",
                 )  # fmt: skip
-        images: list[Any] = inputs.image
-        if len(images) > self.architecture.references > 1:
+        if len(inputs.image) > self.architecture.references > 1:
             raise InputError(
-                f"{len(images)} pictures, and {self.architecture.name} sees {self.architecture.references} at most",
-                where="image", hint="Give fewer.",
+                f"{len(inputs.image)} pictures, and {self.architecture.name} sees {self.architecture.references} at "
+                "most", where="image", hint="Give fewer.",
             )  # fmt: skip
-        return images
-
-    def _references(self, inputs: Any) -> tuple[tuple[int, int], ...]:
-        architecture = self.architecture
-        if not architecture.references:
-            return ()
-        shown = self._shown(inputs)
-        sizes = [architecture.reference_size(open_picture(image, "image").size) for image in shown]
-        return tuple(sizes if architecture.references > 1 else sizes[:1])
+        sizes = [image.size for image in self._shown(inputs.image)]
+        return tuple(sizes if self.architecture.references > 1 else sizes[:1])
 
     def _strength(self, request: Request) -> float:
         given: Any = request.given
@@ -155,15 +157,12 @@ class ImageToImage(TextToImage):
 
     def _seen(self, images: list[Any], request: Request, timings: Timings) -> list[Array]:
         """Return the latents of what the denoiser sees beside each picture: one array for each place beside it."""
-        pictures, several = len(request.prompts), self.architecture.references > 1
-        sizes = request.references if several else request.references * len(images)
         with timings.span("vae_encoder"):
             each = [
-                self.autoencoder.likeliest(self.autoencoder.encode(pixels_of(resized(image, "image", *size))))
-                for image, size in zip(images, sizes, strict=True)
+                self.autoencoder.likeliest(self.autoencoder.encode(pixels_of(image))) for image in self._shown(images)
             ]
-        if several:
-            return [np.stack([latents] * pictures) for latents in each]
+        if self.architecture.references > 1:
+            return [np.stack([latents] * len(request.prompts)) for latents in each]
         return [np.stack(self._of_prompts(each, request))]
 
     def _of_prompts(self, each: list[Array], request: Request) -> list[Array]:

@@ -54,9 +54,10 @@ class Autoencoder:
         return self._decoded(latents, self._preview, self._architecture.previewing)
 
     def _decoded(self, latents: Array, decoder: _Runner, scale: Scale) -> Image.Image:
-        factor = self._architecture.factor
+        factor, folding = self._architecture.factor, self._architecture.folding
         side = self.tile(latents.shape[1] * factor, latents.shape[2] * factor)
-        sample = _tiled(_unscaled(latents, scale), decoder, side and side // factor, factor)
+        factor //= folding
+        sample = _tiled(_unfolded(_unscaled(latents, scale), folding), decoder, side and side // factor, factor)
         if not np.isfinite(sample).all():
             raise ModelError(
                 "the decoder gave numbers that are not finite",
@@ -67,7 +68,7 @@ class Autoencoder:
 
     def encode(self, pixels: Array) -> Array:
         """Return what the encoder says of a picture, float32 (3, height, width) from -1 to 1: see `sample`."""
-        factor = self._architecture.factor
+        factor = self._architecture.factor // self._architecture.folding
         parameters = _tiled(pixels, self._encoder, self.tile(*pixels.shape[1:]), 1 / factor, unit=factor).copy()
         if not np.isfinite(parameters).all():
             raise ModelError("the encoder gave numbers that are not finite", where="vae_encoder")
@@ -75,12 +76,14 @@ class Autoencoder:
 
     def likeliest(self, parameters: Array) -> Array:
         """Return latents, (channels, height, width), without drawing: the means of what `encode` gave."""
-        return _scaled(parameters[: self._architecture.latent_channels], self._architecture.encoding)
+        folding = self._architecture.folding
+        means = parameters[: self._architecture.latent_channels // folding**2]
+        return _scaled(_folded(means, folding), self._architecture.encoding)
 
     def sample(self, parameters: Sequence[Array], rng: RandomStream) -> Array:
         """Return latents, (pictures, channels, height, width), drawn from what `encode` gave for each."""
         stacked = np.stack(parameters)
-        channels = self._architecture.latent_channels
+        channels = self._architecture.latent_channels  # of an autoencoder whose latents are not folded
         if stacked.shape[1] == channels:  # an encoder that says one value draws nothing
             return _scaled(stacked, self._architecture.encoding)
         mean, log_variance = stacked[:, :channels], stacked[:, channels:]
@@ -109,6 +112,20 @@ def _unscaled(latents: Array, scale: Scale) -> Array:
         mean, deviation = _column(scale.mean), _column(scale.deviation)
         return (latents * deviation / np.float32(scale.factor) + mean).astype(np.float32)
     return latents / np.float32(scale.factor) + np.float32(scale.shift)
+
+
+def _folded(latents: Array, side: int) -> Array:
+    """Return (channels * side**2, height / side, width / side) of latents (channels, height, width)."""
+    channels, height, width = latents.shape
+    squares = latents.reshape(channels, height // side, side, width // side, side).transpose(0, 2, 4, 1, 3)
+    return squares.reshape(channels * side**2, height // side, width // side)
+
+
+def _unfolded(latents: Array, side: int) -> Array:
+    """Return what `_folded` made of latents."""
+    channels, height, width = latents.shape
+    squares = latents.reshape(channels // side**2, side, side, height, width).transpose(0, 3, 1, 4, 2)
+    return squares.reshape(channels // side**2, height * side, width * side)
 
 
 class _Runner:

@@ -6,6 +6,7 @@ from ovforge.contracts import TaskContext
 from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Task
 from ovforge_diffusion.architectures.flux import Flux
+from ovforge_diffusion.architectures.flux2 import Flux2
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import StableDiffusion, StableDiffusionXL
 from ovforge_diffusion.architectures.zimage import ZImage
@@ -13,7 +14,14 @@ from ovforge_diffusion.damage import explained
 
 __all__ = ["ARCHITECTURES", "architecture_of"]
 
-ARCHITECTURES: tuple[type[Architecture], ...] = (StableDiffusionXL, StableDiffusion, StableDiffusion3, Flux, ZImage)
+ARCHITECTURES: tuple[type[Architecture], ...] = (
+    StableDiffusionXL,
+    StableDiffusion,
+    StableDiffusion3,
+    Flux,
+    Flux2,
+    ZImage,
+)
 """In the order in which a model is offered to them."""
 
 

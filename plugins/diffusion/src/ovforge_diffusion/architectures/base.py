@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ovforge.config import checked
@@ -65,6 +66,11 @@ class Scale:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Scale:
         """Read an autoencoder's config.json. Defaults are those of its class."""
+        if (mean := _numbers(config.get("bn_running_mean_data"))) and (
+            variance := _numbers(config.get("bn_running_var_data"))
+        ):  # of FLUX.2, whose statistics are those of a batch normalization
+            spread = np.sqrt(np.array(variance, np.float32) + np.float32(config.get("bn_eps", 1e-4)))
+            return cls(factor=1.0, shift=0.0, mean=mean, deviation=tuple(spread.tolist()))
         tiny = config.get("_class_name") == "AutoencoderTiny"
         return cls(
             factor=float(config.get("scaling_factor", 1.0 if tiny else 0.18215)),
@@ -156,6 +162,9 @@ class Architecture(ABC):
 
     controlnets: tuple[str, ...] = ()
 
+    folding: ClassVar[int] = 1
+    """How many of the autoencoder's latents a side are one of the denoiser's, with so many times the channels."""
+
     references: int = 0
     """How many pictures image-to-image shows to the denoiser beside the latents; 0 if it noises one instead.
 
@@ -168,13 +177,13 @@ class Architecture(ABC):
         self.configs = bundle.configs
         self.task = task
         levels = len(vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (0,) * 4)
-        self.factor: int = 2 ** (levels - 1)
+        self.factor: int = 2 ** (levels - 1) * self.folding
         """Pixels for each latent."""
 
         self.multiple: int = self.factor
         """Pixels that sides are multiples of."""
 
-        self.latent_channels = int(vae.get("latent_channels", 4))
+        self.latent_channels = int(vae.get("latent_channels", 4)) * self.folding**2
         self.channels = int(self.config.get("in_channels", self.latent_channels))
         """Of the denoiser's input."""
 
@@ -257,12 +266,12 @@ class Architecture(ABC):
         """
         return np.concatenate([mask[:, :, :: self.factor, :: self.factor], hidden], axis=1)
 
-    def reference_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the (width, height) in pixels at which a picture of a size is shown to the denoiser."""
-        return size
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return a picture as the denoiser is to see it: of a size that it can have."""
+        return image
 
     def size_beside(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Return the (width, height) that is made beside a first picture of a size; None for the model's own."""
+        """Return the (width, height) that is made beside a first picture shown so large; None for the model's own."""
         return None
 
     def beside(self, references: Sequence[Array]) -> Array:

@@ -13,13 +13,22 @@ _LONGEST = 512
 
 
 def begin_flow(
-    scheduler: Scheduler, steps: int, strength: float, *, tokens: int, sigmas: Sequence[float] | None = None
+    scheduler: Scheduler,
+    steps: int,
+    strength: float,
+    *,
+    tokens: int,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
 ) -> Sampling:
-    """Begin a run over pictures of so many `tokens`; `sigmas` are levels of noise before any shift, one a step."""
+    """Begin a run over pictures of so many `tokens`; `sigmas` are levels of noise before any shift, one a step.
+
+    `mu` is the shift of families that have a formula of their own.
+    """
     if not isinstance(scheduler, FlowScheduler):  # a third party's, which knows one schedule only
         return scheduler.start(steps, strength)
     own = None if scheduler.own_sigmas else sigmas
-    return scheduler.start_flow(steps, FlowRun(image_seq_len=tokens, sigmas=own), strength)
+    return scheduler.start_flow(steps, FlowRun(image_seq_len=tokens, sigmas=own, mu=mu), strength)
 
 
 def sequence_length(given: object, default: int) -> int:

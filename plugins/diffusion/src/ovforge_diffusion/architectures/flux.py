@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError, ModelError
@@ -14,6 +15,7 @@ from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
 from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.resizing import scaled
 from ovforge_diffusion.sequence import SequenceEncoder
 from ovforge_diffusion.text import TextEncoder, TextEncoders
 
@@ -154,15 +156,17 @@ class Flux(Architecture):
         pixels = pixels.reshape(pictures, factor**2, height // factor, width // factor)
         return np.concatenate([self.pack(hidden), self.pack(pixels)], axis=2)
 
-    def reference_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the one of the sizes that Kontext was trained on whose sides are most alike, as diffusers takes it."""
-        width, height = (side // self.multiple * self.multiple for side in size)
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return it in the size that Kontext was trained on whose sides are most alike, as diffusers takes it."""
+        width, height = (side // self.multiple * self.multiple for side in image.size)
         if not width or not height:
             raise InputError(
-                f"{size[0]}x{size[1]} pixels are too few", where="image", hint=f"Give {self.multiple}x{self.multiple}."
-            )
-        _, width, height = min((abs(width / height - wide / high), wide, high) for wide, high in KONTEXT_SIZES)
-        return width // self.multiple * self.multiple, height // self.multiple * self.multiple
+                f"{image.width}x{image.height} pixels are too few", where="image",
+                hint=f"Give {self.multiple}x{self.multiple} at least.",
+            )  # fmt: skip
+        _, *sides = min((abs(width / height - wide / high), wide, high) for wide, high in KONTEXT_SIZES)
+        width, height = (side // self.multiple * self.multiple for side in sides)
+        return scaled(image, width, height)
 
     def timestep(self, timestep: float) -> float:
         """Return the share of noise, from 0 to 1: what the transformer multiplies by 1000 again."""

@@ -1,0 +1,199 @@
+"""FLUX.2 klein (Black Forest Labs 2026): folded latents, three layers of Qwen3, and pictures beside the latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
+from ovforge.errors import InputError, ModelError
+from ovforge.model import Timings
+from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
+from ovforge_diffusion.chat import ChatTemplate
+from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.resizing import scaled
+from ovforge_diffusion.sequence import SequenceEncoder
+
+if TYPE_CHECKING:
+    from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
+    from ovforge_diffusion.request import Request
+
+__all__ = ["Flux2"]
+
+Array = NDArray[np.float32]
+
+_QWEN = "text_encoder"
+_LAYERS = tuple(f"hidden_states.{layer}" for layer in (9, 18, 27))
+"""States that the transformer takes, one beside the other."""
+_APART = 10
+"""How far pictures lie apart, as the first of a token's four places."""
+_LARGEST, _SHORTEST, _LONGEST = 1024 * 1024, 64, 8
+"""Pixels that a picture is scaled down to, its least side, and the greatest ratio of its sides."""
+
+
+class Flux2(Architecture):
+    """FLUX.2 klein: guided, or distilled, which then takes neither a guidance scale nor a negative prompt."""
+
+    name = "FLUX.2 klein"
+    channel_axis = 2
+    text_encoders = (_QWEN,)
+    sequence_encoders = (_QWEN,)
+    default_size = 64
+    length = 512
+    rounds_sizes = True
+    folding = 2
+    references = 10
+
+    def __init__(self, context: TaskContext, task: Task) -> None:
+        super().__init__(context, task)
+        self.size = self.default_size * self.factor
+        self.channels = int(self.config.get("in_channels", 128))
+        if self.channels != self.latent_channels:
+            raise ModelError(
+                f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
+                where="transformer/config.json",
+                hint="Take the autoencoder of the same model.",
+            )
+        if self.decoding.mean is None:
+            raise ModelError(
+                "it has no statistics of latents (bn_running_mean_data, bn_running_var_data)",
+                where="vae_decoder/config.json",
+                hint="Convert the model as optimum-intel or ovforge does.",
+            )
+        if task == "inpainting":
+            raise ModelError(
+                "FLUX.2 edits whole pictures here",
+                where="transformer/config.json",
+                hint='Set task = "image-to-image", and say in the prompt what changes.',
+            )
+        self.negatives = not context.bundle.index.get("is_distilled", False)
+        self._embeds = bool(self.config.get("guidance_embeds", False))
+        self._assets = context.bundle.assets
+
+    @classmethod
+    def matches(cls, bundle: CompiledModels) -> bool:
+        """A Flux2Transformer2DModel."""
+        return bundle.configs.get(cls.denoiser, {}).get("_class_name") == "Flux2Transformer2DModel"
+
+    def usual(self, task: Task) -> Defaults:
+        """Return the defaults of Flux2KleinPipeline."""
+        return Defaults(50, 4.0)
+
+    def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
+        """Return Qwen3, which reads a prompt as what somebody says."""
+        tokenizer, model, _ = opened(_QWEN)
+        chat = ChatTemplate(self._assets, "tokenizer")
+        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN, _LAYERS), chat, options.prompts == "weighted")
+
+    def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
+        """Guide away from the negative prompt, which is empty by default, unless the model is distilled."""
+        return scale if scale > 1 and self.negatives else None
+
+    def remarks(self, request: Request) -> list[str]:
+        """Say that a guidance scale does nothing for a distilled model."""
+        given = request.given.guidance_scale
+        if self.negatives or self._embeds or given is None or given <= 1:
+            return []
+        return ["guidance_scale has no effect: this model is distilled"]
+
+    def sample_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
+        """Return (pictures, tokens, channels)."""
+        return (pictures, height * width, self.channels)
+
+    packed_shape = sample_shape
+
+    def pack(self, latents: Array) -> Array:
+        """Return a token for each of the folded latents, (pictures, tokens, channels)."""
+        return latents.reshape(*latents.shape[:2], -1).transpose(0, 2, 1)
+
+    def unpack(self, latents: Array, height: int, width: int) -> Array:
+        """Return (pictures, channels, height, width) again."""
+        return latents.transpose(0, 2, 1).reshape(len(latents), -1, height, width)
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return it with a megapixel at most, and cut to multiples of the model's, as Flux2ImageProcessor does."""
+        short, long = sorted(image.size)
+        if short < max(_SHORTEST, self.multiple) or long > _LONGEST * short:
+            raise InputError(
+                f"is {image.width}x{image.height}",
+                where="image",
+                hint=f"Give pictures of {max(_SHORTEST, self.multiple)} pixels a side or more, whose sides differ by "
+                f"{_LONGEST} times at most.",
+            )
+        if image.width * image.height > _LARGEST:
+            scale = math.sqrt(_LARGEST / (image.width * image.height))
+            image = scaled(image, int(image.width * scale), int(image.height * scale))
+        width, height = (side // self.multiple * self.multiple for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+    def size_beside(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Make pictures of the size of the first one that is shown."""
+        return size
+
+    def timestep(self, timestep: float) -> float:
+        """Return the share of noise, from 0 to 1: what the transformer multiplies by 1000 again."""
+        return timestep / 1000
+
+    def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return the guidance scale for each row if the model takes it, and the places of tokens."""
+        rows = halves * len(request.prompts)
+        guidance = {"guidance": np.full(rows, request.guidance_scale, np.float32)} if self._embeds else {}
+        sizes = ((request.width, request.height), *request.references)
+        places = np.concatenate([self._places(number * _APART, size) for number, size in enumerate(sizes)])
+        text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 4), np.float32)
+        text[:, 3] = np.arange(len(text))
+        return guidance, {"img_ids": places, "txt_ids": text}
+
+    def _places(self, picture: int, size: tuple[int, int]) -> Array:
+        """Return the places of a picture's tokens, (tokens, 4): picture, row, column, 0."""
+        width, height = (side // self.factor for side in size)
+        places = np.zeros((height, width, 4), np.float32)
+        places[..., 0] = picture
+        places[..., 1] = np.arange(height)[:, None]
+        places[..., 2] = np.arange(width)[None]
+        return places.reshape(-1, 4)
+
+    def foreseen_halves(self, inputs: Mapping[str, Any]) -> int:
+        """Return two if there is guidance, and an unguided half."""
+        return 1 if not self.negatives else super().foreseen_halves(inputs)
+
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+        """Begin a run of evenly spread levels, shifted by the number of the picture's tokens and of the steps."""
+        tokens, sigmas = size[0] * size[1], np.linspace(1.0, 1 / steps, steps).tolist()
+        return begin_flow(scheduler, steps, strength, tokens=tokens, sigmas=sigmas, mu=_shift(tokens, steps))
+
+
+def _shift(tokens: int, steps: int) -> float:
+    """Return mu as its makers fitted it: between lines for 10 and for 200 steps, above 4300 tokens the latter."""
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    slope = (many - (8.73809524e-05 * tokens + 1.89833333)) / 190
+    return slope * steps + many - 200 * slope
+
+
+class _Prompts(PromptEncoder):
+    """Qwen3's states of each prompt, filled up to their full length, which the transformer sees too."""
+
+    def __init__(self, encoder: SequenceEncoder, chat: ChatTemplate, weighted: bool) -> None:
+        self._encoder, self._chat, self._weighted = encoder, chat, weighted
+
+    def encode(
+        self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
+    ) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        """Return states, (prompts, tokens, width)."""
+        length = sequence_length(request.given.max_sequence_length, Flux2.length)
+        words = [plain(each[0]) if self._weighted else each[0] for each in texts]
+        asked = [self._chat.question(text, thinking=False) for text in words]
+        with timings.span("text_encoder"):
+            states, notes = self._encoder.encode(asked, length, timings)
+        if self._weighted and any(weighs(each[0]) for each in texts):
+            notes.append("weights in prompts have no effect: FLUX.2's text encoder reads the words without them")
+        return {"encoder_hidden_states": states}, notes

@@ -1,0 +1,141 @@
+"""FLUX.2 klein: whole pipelines against diffusers on torch, float32, with the same seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ovforge
+from families import ROOT, agree, said_of_call
+from ovforge import Use
+from ovforge.errors import InputError, ModelError
+from ovforge.model import BatchGenerator
+from ovforge.store.cache import Cache
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+PROMPT = "a beautiful pink unicorn, 8k"
+LONG = "a cat in a hat on a mat, " * 12
+Folder = Callable[[bool], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Return a function that gives the folder of the model, distilled or not, made once."""
+    spec = importlib.util.spec_from_file_location("small_flux2", ROOT / "plugins/diffusers/tests/test_flux2.py")
+    assert spec and spec.loader
+    small = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small)
+    made: Path = small.make_flux2_pipeline(tmp_path_factory.mktemp("flux2") / "pipeline")
+    distilled = Path(shutil.copytree(made, made.with_name("distilled")))
+    index = distilled / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
+    return lambda fast: distilled if fast else made
+
+
+def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
+    load = {"weights": "f32"}
+    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
+
+
+def theirs(source: Path, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
+    pipe = diffusers.Flux2KleinPipeline.from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generator = generators if len(generators) > 1 else generators[0]
+    made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=generator).images
+    return made
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "guidance", "distilled"),
+    [(32, 32, 4.0, False), (42, 26, 1.0, False), (20, 52, 3.0, True)],
+)
+def test_text_to_image(
+    folder: Folder, session_cache: Cache, width: int, height: int, guidance: float, distilled: bool
+) -> None:
+    call = {"width": width, "height": height, "guidance_scale": guidance}
+    wanted = theirs(folder(distilled), prompt=PROMPT, steps=4, seeds=[3], **call)
+    made = ours(folder(distilled), session_cache)(PROMPT, steps=4, seed=3, **call)
+    agree(made, wanted)
+    assert any("distilled" in warning for warning in made.warnings) == distilled
+
+
+@pytest.mark.parametrize("guidance", ["joint", "split"])
+def test_a_batch_with_a_long_prompt(folder: Folder, session_cache: Cache, guidance: str) -> None:
+    """One prompt is cut off, and the other one filled up."""
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 2.0, "max_sequence_length": 80}
+    wanted = theirs(folder(False), prompt=[PROMPT, LONG], steps=3, seeds=[1, 2], **call)
+    pipe = ours(folder(False), session_cache, Use("text-to-image", guidance=guidance))
+    made = pipe([PROMPT, LONG], steps=3, seed=[1, 2], **call)
+    agree(made, wanted)
+    assert len([warning for warning in said_of_call(pipe, made) if "cut off" in warning]) == 1
+    assert (pipe(PROMPT, negative_prompt="blue", steps=3, seed=1, **call).latents != made.latents[:1]).any()
+
+
+@pytest.mark.parametrize("images", [[(70, 66)], [(64, 90), (131, 70)]])
+def test_pictures_that_it_sees(folder: Folder, session_cache: Cache, images: list[tuple[int, int]]) -> None:
+    """One gives its size; several are cut in the middle, and each has a size of its own."""
+    given = [picture(*size, seed) for seed, size in enumerate(images)]
+    size: dict[str, Any] = {} if len(images) == 1 else {"width": 40, "height": 24}
+    call = {"guidance_scale": 2.0, **size}
+    wanted = theirs(folder(False), image=list(given), prompt=[PROMPT, LONG], steps=2, seeds=[5, 6], **call)
+    pipe = ours(folder(False), session_cache, "image-to-image")
+    agree(pipe([PROMPT, LONG], image=given, steps=2, seed=[5, 6], **call), wanted)
+
+
+def test_a_large_picture_is_scaled_to_a_megapixel(
+    folder: Folder, session_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    from ovforge_diffusion.architectures import flux2
+
+    pipe = ours(folder(True), session_cache, "image-to-image")
+    large = picture(1500, 1001)
+    expected = Flux2ImageProcessor._resize_to_target_area(large)
+    seen = pipe.task.architecture.shown(large)
+    assert seen.size == (1252, 836)
+    left, top = ((whole - kept) // 2 for whole, kept in zip(expected.size, seen.size, strict=True))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(expected)[top : top + 836, left : left + 1252])
+    for size in ((63, 100), (64, 600)):
+        with pytest.raises(InputError, match="Give pictures of 64 pixels a side or more"):
+            pipe.task.architecture.shown(picture(*size))
+    with pytest.raises(InputError, match="11 pictures, and FLUX.2 klein sees 10 at most"):
+        pipe(PROMPT, image=[picture(64, 64)] * 11, steps=1)
+    assert flux2._shift(5000, 4) == pytest.approx(0.00016927 * 5000 + 0.45666666)
+
+
+def test_low_memory_previews_and_latents(folder: Folder, session_cache: Cache) -> None:
+    seen: list[Any] = []
+    call: dict[str, Any] = {"steps": 2, "seed": 1, "width": 24, "height": 16}
+    pipe = ours(folder(True), session_cache, Use("text-to-image", low_memory=True))
+    first = pipe(PROMPT, **call, progress=lambda moment: seen.append(moment.preview and moment.preview()))
+    assert {image.size for images in seen if images for image in images} == {(24, 16)}
+    noise = BatchGenerator([1]).randn((1, 16, 4, 6))
+    np.testing.assert_array_equal(pipe(PROMPT, **call, latents=noise).latents, first.latents)
+    tiled = ours(folder(True), session_cache, Use("text-to-image", tile=64))(
+        PROMPT, steps=1, seed=1, width=96, height=64
+    )
+    assert tiled.images[0].size == (96, 64)
+
+
+def test_what_cannot_be_is_said(folder: Folder, session_cache: Cache) -> None:
+    with pytest.raises(InputError, match="guidance built in"):
+        ours(folder(True), session_cache)(PROMPT, negative_prompt="x", steps=1)
+    with pytest.raises(ModelError, match="edits whole pictures"):
+        ours(folder(True), session_cache, "inpainting")

@@ -1,0 +1,85 @@
+"""Adapters of diffusion transformers in whole pipelines: pictures against diffusers with the same adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ovforge
+from families import ROOT, agree
+from ovforge import Use
+from ovforge.store.cache import Cache
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+PROMPT = "a beautiful pink unicorn, 8k"
+FAMILIES = {
+    "sd3": ("test_transformers", "StableDiffusion3Pipeline"),
+    "flux": ("test_transformers", "FluxPipeline"),
+    "zimage": ("test_zimage", "ZImagePipeline"),
+    "flux2": ("test_flux2", "Flux2KleinPipeline"),
+}
+"""Family -> the tests that make its model, diffusers' pipeline."""
+
+
+def make(folder: Path, family: str, torch_lcm: Path) -> Path:
+    name = FAMILIES[family][0]
+    spec = importlib.util.spec_from_file_location(f"small_{name}", ROOT / f"plugins/diffusers/tests/{name}.py")
+    assert spec and spec.loader
+    small: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small)
+    if name == "test_transformers":
+        made: Path = small.make_transformer_pipeline(folder, torch_lcm, family)
+    else:
+        made = getattr(small, f"make_{family}_pipeline")(folder)
+    return made
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_pictures_with_an_adapter(family: str, torch_lcm: Path, session_cache: Cache, tmp_path: Path) -> None:
+    """Fused at 0.7; and switched while running, off and on again."""
+    source = make(tmp_path / "model", family, torch_lcm)
+    pipe = getattr(diffusers, FAMILIES[family][1]).from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"])
+    torch.manual_seed(1)
+    pipe.transformer.add_adapter(config)
+    with torch.no_grad():
+        for name, parameter in pipe.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    kinds = {"transformer_lora_layers": peft.get_peft_model_state_dict(pipe.transformer)}
+    type(pipe).save_lora_weights(tmp_path, **kinds, weight_name="adapter.safetensors")
+    pipe.transformer.delete_adapters("default")
+    size: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 2.0}
+
+    def theirs() -> list[Any]:
+        made: list[Any] = pipe(
+            prompt=PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(1), **size
+        ).images
+        return made
+
+    plain = theirs()
+    pipe.load_lora_weights(tmp_path, weight_name="adapter.safetensors", adapter_name="a")
+    pipe.set_adapters(["a"], [0.7])
+    wanted = theirs()
+    assert np.abs(np.asarray(plain[0], int) - np.asarray(wanted[0], int)).max() > 8, "the adapter acts"
+    adapter = str(tmp_path / "adapter.safetensors")
+
+    def ours(**options: Any) -> Any:
+        return ovforge.Pipeline(
+            "text-to-image", source=source, load={"weights": "f32"}, device=Use("cpu", precision="f32"),
+            cache=session_cache, transforms=[Use("lora", path=adapter, scale=0.7, **options)],
+        )  # fmt: skip
+
+    agree(ours()(PROMPT, steps=3, seed=1, **size), wanted)
+    switched = ours(mode="runtime")
+    agree(switched(PROMPT, steps=3, seed=1, **size), wanted)
+    switched.adapters.off()
+    agree(switched(PROMPT, steps=3, seed=1, **size), plain)
