@@ -24,6 +24,7 @@ FAMILIES = {
     "flux": ("test_transformers", "FluxPipeline"),
     "zimage": ("test_zimage", "ZImagePipeline"),
     "flux2": ("test_flux2", "Flux2KleinPipeline"),
+    "sana": ("test_sana", "SanaPipeline"),
 }
 """Family -> the tests that make its model, diffusers' pipeline."""
 
@@ -58,10 +59,13 @@ def test_pictures_with_an_adapter(family: str, torch_lcm: Path, session_cache: C
     type(pipe).save_lora_weights(tmp_path, **kinds, weight_name="adapter.safetensors")
     pipe.transformer.delete_adapters("default")
     size: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 2.0}
+    own: dict[str, Any] = {"use_resolution_binning": False} if family == "sana" else {}
+    if family == "sana":  # its autoencoder makes 2 pixels of a latent here, and diffusers takes multiples of 32
+        pipe.check_inputs = lambda *given, **named: None
 
     def theirs() -> list[Any]:
         made: list[Any] = pipe(
-            prompt=PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(1), **size
+            prompt=PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(1), **size, **own
         ).images
         return made
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ovforge_convert import Port
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
+from ovforge_diffusers.sana import sana
 from ovforge_diffusers.zimage import zimage
 
 __all__ = ["TRANSFORMERS", "transformer"]
@@ -149,6 +150,7 @@ TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
     "FluxTransformer2DModel": _flux,
     "Flux2Transformer2DModel": _flux2,
     "ZImageTransformer2DModel": zimage,
+    "SanaTransformer2DModel": sana,
 }
 """Class -> what describes it."""
 

@@ -23,7 +23,9 @@ LONE = {
     "SD3Transformer2DModel": "transformer",
     "FluxTransformer2DModel": "transformer",
     "ZImageTransformer2DModel": "transformer",
+    "SanaTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
+    "AutoencoderDC": "vae",
     "AutoencoderTiny": "vae",
 }
 """Classes of models that come in a folder of their own, and the components that they are."""

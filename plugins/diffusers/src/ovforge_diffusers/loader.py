@@ -46,13 +46,16 @@ HOMES = {
     "FluxTransformer2DModel": "diffusers",
     "Flux2Transformer2DModel": "diffusers",
     "ZImageTransformer2DModel": "diffusers",
+    "Gemma2Model": "transformers",
+    "SanaTransformer2DModel": "diffusers",
+    "AutoencoderDC": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "AutoencoderKLFlux2": "diffusers",
     "AutoencoderTiny": "diffusers",
 }
-AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"})
+AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny", "AutoencoderDC"})
 PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
 
 
@@ -221,10 +224,17 @@ class Conversion:
         scheduler = self.parts.optional("scheduler", "scheduler_config.json")
         return {
             "vae_factor": 2 ** (levels - 1),
-            "patch": 2 if "transformer" in components else 1,
+            "patch": self._patch(),
             "tokens": self._tokens(),
             "prediction_type": scheduler.get("prediction_type"),
         }
+
+    def _patch(self) -> int:
+        """Return how many latents a side are one token: 2 in every transformer but Sana's, which says it."""
+        kind = self.parts.components.get("transformer")
+        if kind == "SanaTransformer2DModel":
+            return int(self._full_config("transformer", kind)["patch_size"])
+        return 2 if kind else 1
 
     def _tokens(self) -> int | None:
         """Return the tokenizer's length, which a UNet of fixed sizes takes; None if it sets no limit."""

@@ -4,6 +4,7 @@ text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output
                with projection: text_embeds, last_hidden_state (, hidden_states.0, ...); T5: last_hidden_state
                Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Z-Image of the last layer
                but one; for FLUX.2 of the last, with hidden_states.0, ...)
+               Gemma 2: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state
 unet           sample f32 [batch, channels, height, width], timestep i64 [1 or batch],
                encoder_hidden_states f32 [batch, tokens, width] (, timestep_cond f32 [batch, width])
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
@@ -17,6 +18,9 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                Z-Image: hidden_states f32 [batch, channels, height, width], timestep f32 [batch] from 0 (noise) to 1,
                encoder_hidden_states f32 [batch, tokens, width], encoder_attention_mask f32 [batch, tokens] (0, or
                negative for what fills up), txt_ids i64 [batch, tokens, 3], img_ids i64 [batch, patches, 3] -> sample
+               Sana: hidden_states f32 [batch, channels, height, width], timestep f32 [batch],
+               encoder_hidden_states f32 [batch, tokens, width], encoder_attention_mask f32 [batch, tokens] (1, or 0
+               for what fills up) -> out_sample
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny

@@ -106,6 +106,45 @@ def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
+def _gemma2(module: Any, hidden_states: bool) -> Submodel:
+    """Describe Gemma 2 (Gemma Team 2024): a token sees those before it that attention_mask has 1 for.
+
+    Every other layer sees a window of the last ones only.
+    """
+    import torch
+
+    kinds, window = module.config.layer_types, module.config.sliding_window
+
+    def forward(input_ids: Any, attention_mask: Any) -> tuple[Any, ...]:
+        states = module.embed_tokens(input_ids)
+        places = torch.arange(input_ids.shape[1])[None]
+        turns = module.rotary_emb(states, places)
+        distance = places.unsqueeze(2) - places.unsqueeze(1)
+        seen = ((distance > 0) & (attention_mask[:, None] > 0)) | (distance == 0)
+        near = seen & (distance < window)
+        masks = {"full_attention": _added(seen), "sliding_attention": _added(near)}
+        for kind, layer in zip(kinds, module.layers, strict=True):
+            states = layer(states, attention_mask=masks[kind], position_embeddings=turns)
+        return (module.norm(states),)
+
+    return Submodel(
+        forward,
+        tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask")),
+        ("last_hidden_state",),
+        SCALE,
+    )
+
+
+def _added(seen: Any) -> Any:
+    """Return what is added to scores of attention, [batch, 1, tokens, tokens], of what a token sees.
+
+    Gemma's scores are softly capped, which transformers computes by an attention that takes no booleans.
+    """
+    import torch
+
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min).unsqueeze(1)
+
+
 def _check_windows(config: Any) -> None:
     if set(config.layer_types) != {"full_attention"}:
         raise ModelError(
@@ -120,6 +159,7 @@ TEXT_ENCODERS: dict[str, Callable[[Any, bool], Submodel]] = {
     "CLIPTextModelWithProjection": _clip,
     "T5EncoderModel": _t5,
     "Qwen3Model": _qwen3,
+    "Gemma2Model": _gemma2,
     "Qwen3ForCausalLM": _qwen3_layers,
 }
 """Class -> what describes it."""

@@ -7,6 +7,7 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Task
 from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.flux2 import Flux2
+from ovforge_diffusion.architectures.sana import Sana
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import StableDiffusion, StableDiffusionXL
 from ovforge_diffusion.architectures.zimage import ZImage
@@ -21,6 +22,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Flux,
     Flux2,
     ZImage,
+    Sana,
 )
 """In the order in which a model is offered to them."""
 

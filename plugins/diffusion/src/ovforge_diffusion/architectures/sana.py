@@ -1,0 +1,154 @@
+"""Sana (Xie et al. 2024): linear attention over latents of 32 x 32 pixels, and Gemma 2, which reads an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovforge.contracts import CompiledModels, TaskContext
+from ovforge.errors import ModelError
+from ovforge.model import Timings
+from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.flow import sequence_length
+from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.sequence import SequenceEncoder, SequenceTokenizer
+
+if TYPE_CHECKING:
+    from ovforge_diffusion.inputs import DiffusionOptions
+    from ovforge_diffusion.request import Request
+
+__all__ = ["Sana"]
+
+Array = NDArray[np.float32]
+
+_GEMMA = "text_encoder"
+_INSTRUCTION = "\n".join(
+    (
+        "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for "
+        "image generation. Evaluate the level of detail in the user prompt:",
+        "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial "
+        "relationships to create vivid and concrete scenes.",
+        "- If the prompt is already detailed, refine and enhance the existing details slightly without "
+        "overcomplicating.",
+        "Here are examples of how to transform or refine prompts:",
+        "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping "
+        "peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
+        "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street "
+        "lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass "
+        "skyscrapers.",
+        "Please generate only the enhanced description for the prompt below and avoid including any additional "
+        "commentary or evaluations:",
+        "User Prompt: ",
+    )
+)
+"""What stands before each prompt that is followed: complex_human_instruction of diffusers' SanaPipeline."""
+
+_LONGEST_INSTRUCTION = 100_000
+
+
+class Sana(Architecture):
+    """Sana, from text. Sizes are made as they are asked for: diffusers does so with use_resolution_binning=False."""
+
+    name = "Sana"
+    text_encoders = (_GEMMA,)
+    sequence_encoders = (_GEMMA,)
+    default_size = 32
+    length = 300
+
+    def __init__(self, context: TaskContext, task: Task) -> None:
+        super().__init__(context, task)
+        self.multiple = self.factor * int(self.config.get("patch_size", 1))
+        if self.channels != self.latent_channels:
+            raise ModelError(
+                f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
+                where="transformer/config.json",
+                hint="Take the autoencoder of the same model.",
+            )
+        if self.config.get("guidance_embeds"):
+            raise ModelError(
+                "it is a Sana-Sprint, which is not supported",
+                where="transformer/config.json: guidance_embeds",
+                hint="Take a Sana that is not distilled.",
+            )
+        if task != "text-to-image":
+            raise ModelError(
+                "Sana makes pictures from text alone",
+                where="transformer/config.json",
+                hint='Set task = "text-to-image", or take another family.',
+            )
+        self._scale = np.float32(self.config.get("timestep_scale", 1.0))
+
+    @classmethod
+    def matches(cls, bundle: CompiledModels) -> bool:
+        """A SanaTransformer2DModel."""
+        return bundle.configs.get(cls.denoiser, {}).get("_class_name") == "SanaTransformer2DModel"
+
+    def usual(self, task: Task) -> Defaults:
+        """Return the defaults of SanaPipeline."""
+        return Defaults(20, 4.5)
+
+    def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
+        """Return Gemma 2, which reads prompts in lower case."""
+        tokenizer, model, _ = opened(_GEMMA)
+        return _Prompts(tokenizer, SequenceEncoder(tokenizer, model, _GEMMA), weighted=options.prompts == "weighted")
+
+    def timestep(self, timestep: float) -> float:
+        """Return it in the transformer's own scale."""
+        return float(np.float32(timestep) * self._scale)
+
+    def predicted(self, output: Array) -> Array:
+        """Return the flow alone, of a transformer that also learned its variance."""
+        return output[:, : self.latent_channels]
+
+
+class _Prompts(PromptEncoder):
+    """Gemma 2's states of each prompt: of its first token, and of those after the instruction."""
+
+    def __init__(self, tokenizer: SequenceTokenizer, encoder: SequenceEncoder, *, weighted: bool) -> None:
+        self._encoder, self._weighted = encoder, weighted
+        self._instruction = len(tokenizer.cut(_INSTRUCTION, _LONGEST_INSTRUCTION)[0])
+
+    def encode(
+        self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
+    ) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        """Return states, (prompts, tokens, width), and which of them count, (prompts, tokens).
+
+        What fills up a prompt of diffusers' is masked, and changes nothing: it is left out here.
+        """
+        length = sequence_length(request.given.max_sequence_length, Sana.length)
+        words = [(plain(each[0]) if self._weighted else each[0]).lower().strip() for each in texts]
+        rows: list[Array | None] = [None] * len(words)
+        notes: list[str] = []
+        with timings.span("text_encoder"):
+            for avoided in (False, True):
+                mine = [number for number, each in enumerate(negative) if bool(each) == avoided]
+                read, said = self._read([words[number] for number in mine], length, timings, instructed=not avoided)
+                notes += said
+                for number, row in zip(mine, read, strict=True):
+                    rows[number] = row
+        if self._weighted and any(weighs(each[0]) for each in texts):
+            notes.append("weights in prompts have no effect: Sana's text encoder reads the words without them")
+        full = [row for row in rows if row is not None]
+        states = np.zeros((len(full), max(map(len, full)), full[0].shape[1]), np.float32)
+        mask = np.zeros(states.shape[:2], np.float32)
+        for number, row in enumerate(full):
+            states[number, : len(row)] = row
+            mask[number, : len(row)] = 1
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}, notes
+
+    def _read(
+        self, words: Sequence[str], length: int, timings: Timings, *, instructed: bool
+    ) -> tuple[list[Array], list[str]]:
+        """Return states of up to `length` tokens for each text, and warnings of what did not fit."""
+        if not words:
+            return [], []
+        if not instructed:
+            return self._encoder.encode_each(words, length, timings)
+        # The last token of the instruction counts as the prompt's own, as in diffusers.
+        begin = self._instruction - 1
+        asked = [_INSTRUCTION + text for text in words]
+        read, notes = self._encoder.encode_each(asked, begin + length - 1, timings)
+        return [np.concatenate([row[:1], row[begin:]])[:length] for row in read], notes
