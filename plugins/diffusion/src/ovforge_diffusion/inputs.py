@@ -110,7 +110,8 @@ class DiffusionInputs(BaseModel):
         None,
         ge=1,
         le=512,
-        description="Tokens that T5, Qwen3 or Gemma 2 reads: 256 for SD 3, 300 for Sana, 512 for FLUX and Z-Image by default.",
+        description="Tokens that T5, Qwen3 or Gemma 2 reads: 256 for SD 3, 300 for Sana, 512 for FLUX and Z-Image by "
+        "default.",
     )
     skip_guidance_layers: list[int] | None = Field(
         None,

@@ -122,13 +122,14 @@ def _branch(node: ov.Node, target: Target, a: ov.Node, s: ov.Node, b: ov.Node) -
     from openvino import opset13 as ops
 
     x = node.input_value(0)
+    turned = target.kind == "linear" and node.get_attributes()["transpose_a"]  # it took in a transpose, as in Sana
     if target.kind == "linear" and _is_input(x) and len(x.get_partial_shape()) == 3:
         # OpenVINO 2026.4's CPU plugin computes NaN, now and then, where it fuses branches of several layers that take
         # one input of the model, as keys and values of cross-attention do. It does not fuse this form.
-        outer = ops.matmul(ops.multiply(b, s), ops.matmul(a, x, False, True), False, False)
+        outer = ops.matmul(ops.multiply(b, s), ops.matmul(a, x, False, not turned), False, False)
         return ops.transpose(outer, [0, 2, 1])
     if target.kind == "linear":
-        return ops.matmul(ops.multiply(ops.matmul(x, a, False, True), s), b, False, True)
+        return ops.matmul(ops.multiply(ops.matmul(x, a, turned, True), s), b, False, True)
     return _convolved_branch(node, target.shape, a, s, b)
 
 

@@ -141,7 +141,7 @@ def _layer(role: str, node: ov.Node) -> Target | None:
         return None
     if node.get_type_name() == "Convolution":
         return Target(path, "conv", shape, nodes=[node])
-    if len(shape) != 2 or node.get_attributes()["transpose_a"]:
+    if len(shape) != 2:
         return None
     transposed = not node.get_attributes()["transpose_b"]
     return Target(path, "linear", shape[::-1] if transposed else shape, transposed, [node])
