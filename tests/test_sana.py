@@ -13,7 +13,7 @@ from PIL import Image
 import ovforge
 from families import ROOT, agree, said_of_call
 from ovforge import Use
-from ovforge.errors import InputError, ModelError
+from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import BatchGenerator
 from ovforge.store.cache import Cache
 
@@ -26,12 +26,21 @@ LONG = "a cat in a hat on a mat, " * 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("sana") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def sprint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("sprint") / "pipeline", sprint=True)
+
+
+def made(folder: Path, **kind: bool) -> Path:
     spec = importlib.util.spec_from_file_location("small_sana", ROOT / "plugins/diffusers/tests/test_sana.py")
     assert spec and spec.loader
     small = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(small)
-    made: Path = small.make_sana_pipeline(tmp_path_factory.mktemp("sana") / "pipeline")
-    return made
+    path: Path = small.make_sana_pipeline(folder, **kind)
+    return path
 
 
 def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
@@ -39,8 +48,10 @@ def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **option
     return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
 
 
-def theirs(source: Path, *, steps: int, seeds: list[int], scheduler: Any = None, **call: Any) -> list[Image.Image]:
-    pipe = diffusers.SanaPipeline.from_pretrained(source)
+def theirs(
+    source: Path, *, steps: int, seeds: list[int], scheduler: Any = None, kind: str = "SanaPipeline", **call: Any
+) -> list[Image.Image]:
+    pipe = getattr(diffusers, kind).from_pretrained(source)
     if scheduler is not None:
         pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
@@ -80,6 +91,26 @@ def test_another_scheduler(folder: Path, session_cache: Cache) -> None:
     wanted = theirs(folder, prompt=PROMPT, steps=3, seeds=[1], scheduler=euler, **call)
     pipe = ours(folder, session_cache, scheduler=Use("flow-euler", shift=3.0))
     agree(pipe(PROMPT, steps=3, seed=1, **call), wanted)
+
+
+@pytest.mark.parametrize(("size", "steps", "scale"), [((32, 32), 2, 4.5), ((42, 26), 1, 1.0), ((20, 52), 3, 6.0)])
+def test_sprint(sprint: Path, session_cache: Cache, size: tuple[int, int], steps: int, scale: float) -> None:
+    """A batch of two in a few steps, with guidance as an input."""
+    call = {"width": size[0], "height": size[1], "guidance_scale": scale}
+    angles = {} if steps == 2 else {"intermediate_timesteps": None}
+    wanted = theirs(
+        sprint, prompt=[PROMPT, LONG], steps=steps, seeds=[3, 4], kind="SanaSprintPipeline", **call, **angles
+    )
+    agree(ours(sprint, session_cache)([PROMPT, LONG], steps=steps, seed=[3, 4], **call), wanted)
+
+
+def test_sprint_says_what_cannot_be(sprint: Path, session_cache: Cache) -> None:
+    with pytest.raises(InputError, match="guidance built in"):
+        ours(sprint, session_cache)(PROMPT, negative_prompt="x", steps=1)
+    with pytest.raises(ConfigError, match="samples along angles"):
+        ours(sprint, session_cache, scheduler=Use("flow-euler"))(PROMPT, width=16, height=16, steps=1)
+    with pytest.raises(ModelError, match="Sana-Sprint makes pictures from text alone"):
+        ours(sprint, session_cache, "image-to-image")
 
 
 def test_low_memory_previews_and_latents(folder: Path, session_cache: Cache) -> None:

@@ -20,7 +20,7 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                negative for what fills up), txt_ids i64 [batch, tokens, 3], img_ids i64 [batch, patches, 3] -> sample
                Sana: hidden_states f32 [batch, channels, height, width], timestep f32 [batch],
                encoder_hidden_states f32 [batch, tokens, width], encoder_attention_mask f32 [batch, tokens] (1, or 0
-               for what fills up) -> out_sample
+               for what fills up) (, guidance f32 [batch] of Sana-Sprint) -> out_sample
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny

@@ -7,7 +7,7 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Task
 from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.flux2 import Flux2
-from ovforge_diffusion.architectures.sana import Sana
+from ovforge_diffusion.architectures.sana import Sana, SanaSprint
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import StableDiffusion, StableDiffusionXL
 from ovforge_diffusion.architectures.zimage import ZImage
@@ -23,6 +23,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Flux2,
     ZImage,
     Sana,
+    SanaSprint,
 )
 """In the order in which a model is offered to them."""
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovforge.contracts import CompiledModels, TaskContext
-from ovforge.errors import ModelError
+from ovforge.contracts import CompiledModels, RandomStream, Sampling, Scheduler, TaskContext
+from ovforge.errors import ConfigError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import sequence_length
@@ -17,10 +17,10 @@ from ovforge_diffusion.prompts import plain, weighs
 from ovforge_diffusion.sequence import SequenceEncoder, SequenceTokenizer
 
 if TYPE_CHECKING:
-    from ovforge_diffusion.inputs import DiffusionOptions
+    from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["Sana"]
+__all__ = ["Sana", "SanaSprint"]
 
 Array = NDArray[np.float32]
 
@@ -67,15 +67,9 @@ class Sana(Architecture):
                 where="transformer/config.json",
                 hint="Take the autoencoder of the same model.",
             )
-        if self.config.get("guidance_embeds"):
-            raise ModelError(
-                "it is a Sana-Sprint, which is not supported",
-                where="transformer/config.json: guidance_embeds",
-                hint="Take a Sana that is not distilled.",
-            )
         if task != "text-to-image":
             raise ModelError(
-                "Sana makes pictures from text alone",
+                f"{self.name} makes pictures from text alone",
                 where="transformer/config.json",
                 hint='Set task = "text-to-image", or take another family.',
             )
@@ -83,8 +77,8 @@ class Sana(Architecture):
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
-        """A SanaTransformer2DModel."""
-        return bundle.configs.get(cls.denoiser, {}).get("_class_name") == "SanaTransformer2DModel"
+        """A SanaTransformer2DModel that takes no guidance."""
+        return _is_sana(bundle) and not bundle.configs[cls.denoiser].get("guidance_embeds")
 
     def usual(self, task: Task) -> Defaults:
         """Return the defaults of SanaPipeline."""
@@ -102,6 +96,91 @@ class Sana(Architecture):
     def predicted(self, output: Array) -> Array:
         """Return the flow alone, of a transformer that also learned its variance."""
         return output[:, : self.latent_channels]
+
+
+class SanaSprint(Sana):
+    """Sana-Sprint (Chen et al. 2025): a consistency model of one to four steps, whose guidance is an input."""
+
+    name = "Sana-Sprint"
+    negatives = False
+
+    @classmethod
+    def matches(cls, bundle: CompiledModels) -> bool:
+        """A SanaTransformer2DModel that takes guidance."""
+        return _is_sana(bundle) and bool(bundle.configs[cls.denoiser].get("guidance_embeds"))
+
+    def usual(self, task: Task) -> Defaults:
+        """Return the defaults of SanaSprintPipeline."""
+        return Defaults(2, 4.5)
+
+    def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
+        """Return none: the transformer takes the scale itself."""
+        return None
+
+    def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return the guidance scale for each row, in the transformer's own measure."""
+        measure = np.float32(self.config.get("guidance_embeds_scale", 0.1))
+        return {"guidance": np.full(len(request.prompts), request.guidance_scale, np.float32) * measure}, {}
+
+    def timestep(self, timestep: float) -> float:
+        """Return the share of noise, from 0 to 1, of an angle in radians."""
+        return float(_share(timestep))
+
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+        """Begin a run along angles. Raises ConfigError for a scheduler of another kind."""
+        inner = scheduler.start(steps, strength)
+        deviation = getattr(inner, "sigma_data", None)
+        if deviation is None:
+            raise ConfigError(
+                "Sana-Sprint samples along angles, which this scheduler does not",
+                where="scheduler",
+                hint="Leave it out, or set scheduler = 'scm'.",
+            )
+        return _Angles(inner, float(deviation))
+
+
+class _Angles:
+    """A run along angles, as TrigFlow has it, of a transformer of straight flows (Chen et al. 2025, section 3.1).
+
+    The scheduler's latents have the deviation `deviation`, the transformer's 1.
+    """
+
+    def __init__(self, inner: Sampling, deviation: float) -> None:
+        self._inner, self._deviation = inner, np.float32(deviation)
+        self.timesteps = inner.timesteps
+        self.first = inner.first
+        self.init_noise_sigma = inner.init_noise_sigma * deviation
+
+    def scale_input(self, latents: Array, index: int) -> Array:
+        """Return latents of a straight flow."""
+        return latents / self._deviation * _length(_share(self.timesteps[index]))
+
+    def add_noise(self, original: Array, noise: Array, index: int) -> Array:
+        """Return the scheduler's latents of a picture's, of deviation 1."""
+        return self._inner.add_noise(original * self._deviation, noise, index)
+
+    def step(self, output: Array, index: int, latents: Array, rng: RandomStream) -> Array:
+        """Return the scheduler's next latents, and after the last step the picture's."""
+        share = _share(self.timesteps[index])
+        seen = self.scale_input(latents, index)
+        way, square = np.float32(1 - 2 * share), np.float32(1 - 2 * share + 2 * share**2)
+        turned = (way * seen + square * output) / _length(share) * self._deviation
+        made = self._inner.step(turned.astype(np.float32, copy=False), index, latents, rng)
+        return made / self._deviation if index + 1 == len(self.timesteps) else made
+
+
+def _is_sana(bundle: CompiledModels) -> bool:
+    return bundle.configs.get(Sana.denoiser, {}).get("_class_name") == "SanaTransformer2DModel"
+
+
+def _share(angle: float) -> np.float32:
+    """Return the share of noise in a straight flow that an angle in radians stands for."""
+    sine, cosine = np.sin(np.float32(angle)), np.cos(np.float32(angle))
+    return np.float32(sine / (cosine + sine))
+
+
+def _length(share: np.float32) -> np.float32:
+    return np.float32(np.sqrt(share**2 + (np.float32(1) - share) ** 2))
 
 
 class _Prompts(PromptEncoder):
