@@ -206,7 +206,10 @@ class InpaintingInputs(DiffusionInputs):
     image: Picture = Field(description="The picture to change.")
     mask: Picture = Field(description="What to change: white is painted anew, black stays. Of the picture's size.")
     strength: float | None = Field(
-        None, gt=0, le=1, description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX."
+        None,
+        gt=0,
+        le=1,
+        description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX.1, 0.8 for FLUX.2.",
     )
     paste: bool = Field(
         False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from ovforge_diffusion.architectures.base import Task
 from ovforge_diffusion.batching import joined, key_of, parts_of
 from ovforge_diffusion.diffusion import Diffusion, Start
 from ovforge_diffusion.examples import drawing, hole, prompts
-from ovforge_diffusion.inputs import ImageToImageInputs, InpaintingInputs, TextToImageInputs
+from ovforge_diffusion.inputs import DiffusionInputs, ImageToImageInputs, InpaintingInputs, TextToImageInputs
 from ovforge_diffusion.latents import read_latents
 from ovforge_diffusion.request import Request
 from ovforge_diffusion.resizing import resized, resized_mask, scaled
@@ -196,6 +197,17 @@ class Inpainting(TextToImage):
             for n, text in prompts(count)
         ]
 
+    def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
+        request, adapters = super()._requested(inputs)
+        if self.architecture.references:  # it sees the picture that it paints in
+            request = replace(request, references=((request.width, request.height),))
+        return request, adapters
+
+    def _picture(self, inputs: Any) -> Image.Image:
+        """Return the picture to paint in, before it gets the size that is made."""
+        image: Image.Image = open_picture(inputs.image, "image")
+        return image if inputs.width or inputs.height else self.architecture.limited(image)
+
     def _size_of(self, inputs: Any) -> tuple[int, int]:
         size: tuple[int, int] = open_picture(inputs.image, "image").size
         mask: tuple[int, int] = open_picture(inputs.mask, "mask").size
@@ -205,7 +217,8 @@ class Inpainting(TextToImage):
                 where="mask",
                 hint="Give a mask of the picture's size: white is painted anew, black stays.",
             )
-        return size
+        limited: tuple[int, int] = self._picture(inputs).size
+        return limited
 
     def _strength(self, request: Request) -> float:
         return request.strength
@@ -213,16 +226,19 @@ class Inpainting(TextToImage):
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         architecture, autoencoder = self.architecture, self.autoencoder
         pack = architecture.pack
-        image = resized(inputs.image, "image", request.width, request.height)
+        image = scaled(self._picture(inputs), request.width, request.height)
         pixels = pixels_of(image)
         mask = _mask(inputs.mask, request)
         finish = _Paste(image, mask) if inputs.paste else Start.finish
-        small = mask[:, :: architecture.factor, :: architecture.factor]
         shape, pictures = self.latents_shape(request), len(request.prompts)
         full = request.strength == 1.0 and architecture.noise_at_full_strength
         original: Array | None = None
+        seen: Array | None = None
         with timings.span("vae_encoder"):
-            if not (full and architecture.masked):
+            if architecture.references:
+                latents = autoencoder.likeliest(autoencoder.encode(pixels))
+                original = seen = pack(np.stack([latents] * pictures))
+            elif not (full and architecture.masked):
                 original = pack(autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng))
             noise = pack(self._noise(request, rng))
             if full:
@@ -235,10 +251,12 @@ class Inpainting(TextToImage):
                 hidden_latents = autoencoder.sample([hidden] * pictures, rng)
                 extra = architecture.masked_extra(np.broadcast_to(mask, (pictures, *mask.shape)), hidden_latents)
                 return Start(latents, sampling.first, extra=extra, finish=finish)
-        rng.randn(shape)  # where the other kind of UNet draws the latents of the masked picture, diffusers draws, too
+        if seen is None:  # where the other kind of UNet draws the latents of the masked picture, diffusers draws, too
+            rng.randn(shape)
         assert original is not None
-        where = pack(np.broadcast_to(small, shape))
-        return Start(latents, sampling.first, blend=_Blend(original, noise, where, sampling), finish=finish)
+        where = pack(np.broadcast_to(architecture.kept(mask), shape))
+        blend = _Blend(original, noise, where, sampling)
+        return Start(latents, sampling.first, extra=seen, blend=blend, finish=finish)
 
 
 class _Blend:

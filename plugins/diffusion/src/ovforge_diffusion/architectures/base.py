@@ -266,6 +266,14 @@ class Architecture(ABC):
         """
         return np.concatenate([mask[:, :, :: self.factor, :: self.factor], hidden], axis=1)
 
+    def kept(self, mask: Array) -> Array:
+        """Return how far each latent is painted anew, from 0 to 1, (1, height, width), by a mask in pixels."""
+        return mask[:, :: self.factor, :: self.factor]
+
+    def limited(self, image: Image.Image) -> Image.Image:
+        """Return a picture to paint in, of no more pixels than the model takes if a call does not say the size."""
+        return image
+
     def shown(self, image: Image.Image) -> Image.Image:
         """Return a picture as the denoiser is to see it: of a size that it can have."""
         return image

@@ -49,6 +49,7 @@ class Flux2(Architecture):
     rounds_sizes = True
     folding = 2
     references = 10
+    noise_at_full_strength = False
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
@@ -66,12 +67,6 @@ class Flux2(Architecture):
                 where="vae_decoder/config.json",
                 hint="Convert the model as optimum-intel or ovforge does.",
             )
-        if task == "inpainting":
-            raise ModelError(
-                "FLUX.2 edits whole pictures here",
-                where="transformer/config.json",
-                hint='Set task = "image-to-image", and say in the prompt what changes.',
-            )
         self.negatives = not context.bundle.index.get("is_distilled", False)
         self._embeds = bool(self.config.get("guidance_embeds", False))
         self._assets = context.bundle.assets
@@ -82,8 +77,8 @@ class Flux2(Architecture):
         return bundle.configs.get(cls.denoiser, {}).get("_class_name") == "Flux2Transformer2DModel"
 
     def usual(self, task: Task) -> Defaults:
-        """Return the defaults of Flux2KleinPipeline."""
-        return Defaults(50, 4.0)
+        """Return the defaults of Flux2KleinPipeline and Flux2KleinInpaintPipeline."""
+        return Defaults(50, 8.0 if task == "inpainting" else 4.0, 0.8)
 
     def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
         """Return Qwen3, which reads a prompt as what somebody says."""
@@ -116,6 +111,21 @@ class Flux2(Architecture):
         """Return (pictures, channels, height, width) again."""
         return latents.transpose(0, 2, 1).reshape(len(latents), -1, height, width)
 
+    def kept(self, mask: Array) -> Array:
+        """Return the mean of the four pixels in the middle of each latent: bilinear, as diffusers resizes masks."""
+        side = self.factor
+        squares = mask.reshape(1, mask.shape[1] // side, side, mask.shape[2] // side, side)
+        middle = slice(side // 2 - 1, side // 2 + 1)
+        means: Array = squares[:, :, middle, :, middle].mean(axis=(2, 4), dtype=np.float32)
+        return means
+
+    def limited(self, image: Image.Image) -> Image.Image:
+        """Return it with a megapixel at most."""
+        if image.width * image.height <= _LARGEST:
+            return image
+        scale = math.sqrt(_LARGEST / (image.width * image.height))
+        return scaled(image, int(image.width * scale), int(image.height * scale))
+
     def shown(self, image: Image.Image) -> Image.Image:
         """Return it with a megapixel at most, and cut to multiples of the model's, as Flux2ImageProcessor does."""
         short, long = sorted(image.size)
@@ -126,9 +136,7 @@ class Flux2(Architecture):
                 hint=f"Give pictures of {max(_SHORTEST, self.multiple)} pixels a side or more, whose sides differ by "
                 f"{_LONGEST} times at most.",
             )
-        if image.width * image.height > _LARGEST:
-            scale = math.sqrt(_LARGEST / (image.width * image.height))
-            image = scaled(image, int(image.width * scale), int(image.height * scale))
+        image = self.limited(image)
         width, height = (side // self.multiple * self.multiple for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
@@ -168,6 +176,10 @@ class Flux2(Architecture):
         """Begin a run of evenly spread levels, shifted by the number of the picture's tokens and of the steps."""
         tokens, sigmas = size[0] * size[1], np.linspace(1.0, 1 / steps, steps).tolist()
         return begin_flow(scheduler, steps, strength, tokens=tokens, sigmas=sigmas, mu=_shift(tokens, steps))
+
+    def notes(self) -> list[str]:
+        """Return nothing: every model of the family has statistics of latents."""
+        return []
 
 
 def _shift(tokens: int, steps: int) -> float:
