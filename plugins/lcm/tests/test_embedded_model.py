@@ -16,6 +16,7 @@ from ovforge import Use
 from ovforge.cli import app
 
 MODEL = Path(ovforge_lcm.__file__).parent / "model"
+TINY = "package:ovforge_lcm/tiny_decoder"
 WEIGHTS = Path(__file__).parent / "data" / "embedded-diffusers"
 LIMIT = 25_000_000
 
@@ -54,6 +55,29 @@ def test_pictures_equal_diffusers(width: int, height: int) -> None:
         difference = np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16))
         assert difference.max() <= 2
         assert difference.mean() <= 0.2
+
+
+def test_the_tiny_decoder_makes_pictures_and_previews_much_like_the_models_own() -> None:
+    plain, tiny, previewing = (
+        ovforge.Pipeline(
+            "text-to-image", source=ovforge_lcm.EMBEDDED_MODEL, load={"parts": parts} if parts else {},
+            device=Use("cpu", precision="f32"),
+        )
+        for parts in ({}, {"vae_decoder": TINY}, {"preview_decoder": TINY})
+    )  # fmt: skip
+    scores, seen = [], []
+    for seed, prompt in enumerate(
+        ("a red car on a blue background", "a cute cat", "a green frog on a pink background")
+    ):
+        wanted, made = plain(prompt, seed=seed), tiny(prompt, seed=seed)
+        np.testing.assert_array_equal(wanted.latents, made.latents)
+        scores.append(made.compare(wanted, "ssim"))
+        seen.clear()
+        shown = previewing(prompt, seed=seed, progress=lambda moment: seen.append(moment.preview and moment.preview()))
+        np.testing.assert_array_equal(np.asarray(shown.images[0]), np.asarray(wanted.images[0]))
+        previews = [images[0] for images in seen if images]
+        np.testing.assert_allclose(np.asarray(previews[-1], int), np.asarray(made.images[0], int), atol=1)
+    assert np.mean(scores) > 0.9
 
 
 def test_the_embedded_model_draws_the_same_in_int8() -> None:
