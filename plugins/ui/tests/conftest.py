@@ -68,9 +68,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Return Debian's Chromium."""
+    """Return Debian's Chromium. Its driver runs an event loop, in which tests of other modules could start none."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
