@@ -11,6 +11,9 @@ from ovforge_diffusers.ports import SCALE, Submodel
 
 __all__ = ["TEXT_ENCODERS", "text_encoder"]
 
+_MASKED = tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask"))
+"""What encoders take whose texts are filled up: [batch, tokens] both."""
+
 
 def text_encoder(module: Any, *, hidden_states: bool) -> Submodel:
     """Describe a text encoder; `hidden_states` gives those of all layers, too, if it is a CLIP."""
@@ -61,15 +64,14 @@ def _qwen3(module: Any, hidden_states: bool) -> Submodel:
         states = module.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1])[None]
         turns = module.rotary_emb(states, places)
-        distance = places.unsqueeze(2) - places.unsqueeze(1)
-        seen = ((distance > 0) & (attention_mask[:, None] > 0)) | (distance == 0)
+        _, seen = _before(places, attention_mask)
         for layer in module.layers[:-1]:
             states = layer(states, attention_mask=seen.unsqueeze(1), position_embeddings=turns)
         return (states,)
 
     return Submodel(
         forward,
-        tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask")),
+        _MASKED,
         ("last_hidden_state",),
         SCALE,
     )
@@ -100,7 +102,7 @@ def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
 
     return Submodel(
         forward,
-        tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask")),
+        _MASKED,
         ("last_hidden_state", *layers),
         SCALE,
     )
@@ -119,8 +121,7 @@ def _gemma2(module: Any, hidden_states: bool) -> Submodel:
         states = module.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1])[None]
         turns = module.rotary_emb(states, places)
-        distance = places.unsqueeze(2) - places.unsqueeze(1)
-        seen = ((distance > 0) & (attention_mask[:, None] > 0)) | (distance == 0)
+        distance, seen = _before(places, attention_mask)
         near = seen & (distance < window)
         masks = {"full_attention": _added(seen), "sliding_attention": _added(near)}
         for kind, layer in zip(kinds, module.layers, strict=True):
@@ -129,10 +130,19 @@ def _gemma2(module: Any, hidden_states: bool) -> Submodel:
 
     return Submodel(
         forward,
-        tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids", "attention_mask")),
+        _MASKED,
         ("last_hidden_state",),
         SCALE,
     )
+
+
+def _before(places: Any, attention_mask: Any) -> tuple[Any, Any]:
+    """Return how far tokens lie behind others, [1, tokens, tokens], and which they see, [batch, tokens, tokens].
+
+    They see those before them that attention_mask [batch, tokens] has 1 for, and themselves.
+    """
+    distance = places.unsqueeze(2) - places.unsqueeze(1)
+    return distance, ((distance > 0) & (attention_mask[:, None] > 0)) | (distance == 0)
 
 
 def _added(seen: Any) -> Any:

@@ -113,7 +113,9 @@ class Diffusion:
 
     def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
         """Return the call with every default filled in, and the adapters that its prompts name."""
-        request = make_request(inputs, self.architecture, self._size_of(inputs), self._references(inputs))
+        references = self._references(inputs)
+        size = self.architecture.size_beside(references[0]) if references else self._size_of(inputs)
+        request = make_request(inputs, self.architecture, size, references)
         if self._options.prompts == "weighted":
             return request.without_adapters()
         return request, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["Span", "parse", "plain", "weighs"]
@@ -65,6 +66,17 @@ def plain(prompt: str) -> str:
 def weighs(prompt: str) -> bool:
     """Say whether a prompt gives some of its words another weight than the rest."""
     return any(span.weight != 1 for span in parse(prompt))
+
+
+def unweighted(prompts: Sequence[str], weighted: bool, model: str) -> tuple[list[str], list[str]]:
+    """Return prompts as a text encoder that weighs nothing reads them, and a warning if that loses weights.
+
+    `weighted` says whether the prompts are written with weights at all, `model` whose text encoder it is.
+    """
+    if not weighted:
+        return list(prompts), []
+    lost = f"weights in prompts have no effect: {model}'s text encoder reads the words without them"
+    return [plain(prompt) for prompt in prompts], [lost] if any(map(weighs, prompts)) else []
 
 
 def _number(text: str) -> float | None:

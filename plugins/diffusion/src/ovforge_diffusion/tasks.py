@@ -89,8 +89,6 @@ class ImageToImage(TextToImage):
         ]
 
     def _size_of(self, inputs: Any) -> tuple[int, int] | None:
-        if self.architecture.references:
-            return self.architecture.size_beside(self._shown(inputs.image[:1])[0].size) if inputs.image else None
         if inputs.image is None:
             if inputs.latents is None:
                 raise InputError("no picture to start from", where="image", hint="Give image, or latents.")

@@ -208,6 +208,15 @@ class Architecture(ABC):
 
         self.defaults = self.own_defaults(context, self.usual(task))
 
+    def check_channels(self) -> None:
+        """Raise ModelError for a denoiser that takes other channels than the latents have."""
+        if self.channels != self.latent_channels:
+            raise ModelError(
+                f"a {self.denoiser} with {self.channels} input channels does not fit latents of {self.latent_channels}",
+                where=f"{self.denoiser}/config.json",
+                hint="Take the autoencoder of the same model.",
+            )
+
     def own_defaults(self, context: TaskContext, usual: Defaults) -> Defaults:
         """Return the defaults of a family, with what the model's own ovforge.json says in their place."""
         own = parse_object(context.bundle.assets.get("ovforge.json", b"{}"), "ovforge.json").get("defaults", {})

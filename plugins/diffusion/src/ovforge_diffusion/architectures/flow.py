@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ovforge.contracts import FlowRun, FlowScheduler, Sampling, Scheduler
 from ovforge.errors import InputError
 
-__all__ = ["begin_flow", "sequence_length"]
+__all__ = ["begin_flow", "grid", "sequence_length"]
 
 _LONGEST = 512
 
@@ -29,6 +32,15 @@ def begin_flow(
         return scheduler.start(steps, strength)
     own = None if scheduler.own_sigmas else sigmas
     return scheduler.start_flow(steps, FlowRun(image_seq_len=tokens, sigmas=own, mu=mu), strength)
+
+
+def grid(picture: int, height: int, width: int, axes: int) -> NDArray[np.float32]:
+    """Return the places of a picture's tokens, (height * width, axes): the picture's number, row, column, zeros."""
+    places = np.zeros((height, width, axes), np.float32)
+    places[..., 0] = picture
+    places[..., 1] = np.arange(height)[:, None]
+    places[..., 2] = np.arange(width)[None]
+    return places.reshape(-1, axes)
 
 
 def sequence_length(given: object, default: int) -> int:

@@ -13,7 +13,7 @@ from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
-from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
+from ovforge_diffusion.architectures.flow import begin_flow, grid, sequence_length
 from ovforge_diffusion.prompts import plain, weighs
 from ovforge_diffusion.resizing import scaled
 from ovforge_diffusion.sequence import SequenceEncoder
@@ -177,17 +177,12 @@ class Flux(Architecture):
         rows = halves * len(request.prompts)
         guidance = {"guidance": np.full(rows, request.guidance_scale, np.float32)} if self._embeds else {}
         sizes = ((request.width, request.height), *request.references)
-        places = np.concatenate([self._places(number, size) for number, size in enumerate(sizes)])
+        side = self.multiple
+        places = np.concatenate(
+            [grid(number, high // side, wide // side, 3) for number, (wide, high) in enumerate(sizes)]
+        )
         text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 3), np.float32)
         return guidance, {"img_ids": places, "txt_ids": text}
-
-    def _places(self, number: int, size: tuple[int, int]) -> Array:
-        """Return the places of the tokens of the latents, number 0, or of the picture beside them: (tokens, 3)."""
-        width, height = (side // self.multiple for side in size)
-        places = np.full((height, width, 3), number, np.float32)
-        places[..., 1] = np.arange(height)[:, None]
-        places[..., 2] = np.arange(width)[None]
-        return places.reshape(-1, 3)
 
     def input_shapes(
         self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]

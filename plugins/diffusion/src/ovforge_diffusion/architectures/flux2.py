@@ -14,9 +14,9 @@ from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
-from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
+from ovforge_diffusion.architectures.flow import begin_flow, grid, sequence_length
 from ovforge_diffusion.chat import ChatTemplate
-from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.prompts import unweighted
 from ovforge_diffusion.resizing import scaled
 from ovforge_diffusion.sequence import SequenceEncoder
 
@@ -55,12 +55,7 @@ class Flux2(Architecture):
         super().__init__(context, task)
         self.size = self.default_size * self.factor
         self.channels = int(self.config.get("in_channels", 128))
-        if self.channels != self.latent_channels:
-            raise ModelError(
-                f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
-                where="transformer/config.json",
-                hint="Take the autoencoder of the same model.",
-            )
+        self.check_channels()
         if self.decoding.mean is None:
             raise ModelError(
                 "it has no statistics of latents (bn_running_mean_data, bn_running_var_data)",
@@ -154,19 +149,13 @@ class Flux2(Architecture):
         rows = halves * len(request.prompts)
         guidance = {"guidance": np.full(rows, request.guidance_scale, np.float32)} if self._embeds else {}
         sizes = ((request.width, request.height), *request.references)
-        places = np.concatenate([self._places(number * _APART, size) for number, size in enumerate(sizes)])
+        side = self.factor
+        places = np.concatenate(
+            [grid(number * _APART, high // side, wide // side, 4) for number, (wide, high) in enumerate(sizes)]
+        )
         text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 4), np.float32)
         text[:, 3] = np.arange(len(text))
         return guidance, {"img_ids": places, "txt_ids": text}
-
-    def _places(self, picture: int, size: tuple[int, int]) -> Array:
-        """Return the places of a picture's tokens, (tokens, 4): picture, row, column, 0."""
-        width, height = (side // self.factor for side in size)
-        places = np.zeros((height, width, 4), np.float32)
-        places[..., 0] = picture
-        places[..., 1] = np.arange(height)[:, None]
-        places[..., 2] = np.arange(width)[None]
-        return places.reshape(-1, 4)
 
     def foreseen_halves(self, inputs: Mapping[str, Any]) -> int:
         """Return two if there is guidance, and an unguided half."""
@@ -202,10 +191,8 @@ class _Prompts(PromptEncoder):
     ) -> tuple[dict[str, NDArray[Any]], list[str]]:
         """Return states, (prompts, tokens, width)."""
         length = sequence_length(request.given.max_sequence_length, Flux2.length)
-        words = [plain(each[0]) if self._weighted else each[0] for each in texts]
+        words, lost = unweighted([each[0] for each in texts], self._weighted, "FLUX.2")
         asked = [self._chat.question(text, thinking=False) for text in words]
         with timings.span("text_encoder"):
             states, notes = self._encoder.encode(asked, length, timings)
-        if self._weighted and any(weighs(each[0]) for each in texts):
-            notes.append("weights in prompts have no effect: FLUX.2's text encoder reads the words without them")
-        return {"encoder_hidden_states": states}, notes
+        return {"encoder_hidden_states": states}, notes + lost

@@ -13,7 +13,7 @@ from ovforge.errors import ConfigError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import sequence_length
-from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.prompts import unweighted
 from ovforge_diffusion.sequence import SequenceEncoder, SequenceTokenizer
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ class Sana(Architecture):
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
         self.multiple = self.factor * int(self.config.get("patch_size", 1))
-        if self.channels != self.latent_channels:
-            raise ModelError(
-                f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
-                where="transformer/config.json",
-                hint="Take the autoencoder of the same model.",
-            )
+        self.check_channels()
         if task != "text-to-image":
             raise ModelError(
                 f"{self.name} makes pictures from text alone",
@@ -198,7 +193,8 @@ class _Prompts(PromptEncoder):
         What fills up a prompt of diffusers' is masked, and changes nothing: it is left out here.
         """
         length = sequence_length(request.given.max_sequence_length, Sana.length)
-        words = [(plain(each[0]) if self._weighted else each[0]).lower().strip() for each in texts]
+        plain, lost = unweighted([each[0] for each in texts], self._weighted, "Sana")
+        words = [text.lower().strip() for text in plain]
         rows: list[Array | None] = [None] * len(words)
         notes: list[str] = []
         with timings.span("text_encoder"):
@@ -208,15 +204,13 @@ class _Prompts(PromptEncoder):
                 notes += said
                 for number, row in zip(mine, read, strict=True):
                     rows[number] = row
-        if self._weighted and any(weighs(each[0]) for each in texts):
-            notes.append("weights in prompts have no effect: Sana's text encoder reads the words without them")
         full = [row for row in rows if row is not None]
         states = np.zeros((len(full), max(map(len, full)), full[0].shape[1]), np.float32)
         mask = np.zeros(states.shape[:2], np.float32)
         for number, row in enumerate(full):
             states[number, : len(row)] = row
             mask[number, : len(row)] = 1
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}, notes
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}, notes + lost
 
     def _read(
         self, words: Sequence[str], length: int, timings: Timings, *, instructed: bool

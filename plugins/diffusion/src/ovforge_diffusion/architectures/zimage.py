@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
-from ovforge.errors import ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
 from ovforge_diffusion.chat import ChatTemplate
-from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.prompts import unweighted
 from ovforge_diffusion.sequence import SequenceEncoder
 from ovforge_sampling import linspace
 
@@ -46,12 +45,7 @@ class ZImage(Architecture):
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
         self.multiple = self.factor * _SIDE
-        if self.channels != self.latent_channels:
-            raise ModelError(
-                f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
-                where="transformer/config.json",
-                hint="Take the autoencoder of the same model.",
-            )
+        self.check_channels()
         self._assets = context.bundle.assets
 
     @classmethod
@@ -116,11 +110,9 @@ class _Prompts(PromptEncoder):
     ) -> tuple[dict[str, NDArray[Any]], list[str]]:
         """Return states, (prompts, tokens, width), which of them count, and places, (prompts, tokens, 3)."""
         length = sequence_length(request.given.max_sequence_length, ZImage.length)
-        words = [plain(each[0]) if self._weighted else each[0] for each in texts]
+        words, lost = unweighted([each[0] for each in texts], self._weighted, "Z-Image")
         with timings.span("text_encoder"):
             read, notes = self._encoder.encode_each([self._chat.question(text) for text in words], length, timings)
-        if self._weighted and any(weighs(each[0]) for each in texts):
-            notes.append("weights in prompts have no effect: Z-Image's text encoder reads the words without them")
         full = [_filled(len(row)) for row in read]
         shape = len(read), max(full)
         states = np.zeros((*shape, read[0].shape[1]), np.float32)
@@ -135,7 +127,7 @@ class _Prompts(PromptEncoder):
             "encoder_attention_mask": mask,
             "txt_ids": places,
             "img_ids": self._architecture.places(request, full),
-        }, notes
+        }, notes + lost
 
 
 def _filled(tokens: int) -> int:
