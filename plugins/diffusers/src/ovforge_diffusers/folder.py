@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,12 @@ class Folder:
 
     def weights(self, component: str) -> Callable[[], dict[str, torch.Tensor]]:
         """Find a component's weights now; the function returned reads them."""
-        files = weight_files(self._source, "." if self.alone else component, self._variant)
+        files = self._weight_files(component)
         return lambda: read_weights(self._source, files)
+
+    def tensors(self, component: str, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Read some of a component's weights alone: those of these names that are there."""
+        return read_weights(self._source, self._weight_files(component), {name: name for name in names}.get)
 
     def assets(self, component: str) -> dict[str, bytes]:
         """Return a component's small files, which go along as they are."""
@@ -97,6 +101,9 @@ class Folder:
     def file(self, path: str) -> bytes | None:
         """Return a small file at the top, None if it is not there."""
         return self._source.read(path) if path in self._source.files() else None
+
+    def _weight_files(self, component: str) -> list[str]:
+        return weight_files(self._source, "." if self.alone else component, self._variant)
 
     def _path(self, component: str, name: str) -> str:
         return name if self.alone else f"{component}/{name}"

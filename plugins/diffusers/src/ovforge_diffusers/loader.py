@@ -26,7 +26,7 @@ from ovforge_diffusers.transformer_checkpoint import (
     is_gguf,
     tensor_shapes,
 )
-from ovforge_diffusers.weights import fill_weights, folded_statistics
+from ovforge_diffusers.weights import STATISTICS, fill_weights, folded_statistics
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -161,7 +161,8 @@ class Conversion:
         config = self._full_config(component, kind)
         read = self.parts.weights(component)
         if kind == "AutoencoderKLFlux2":
-            config |= folded_statistics(read(), config, self.parts.where(component))
+            assert isinstance(self.parts, Folder)  # no single file is known to hold one
+            config |= folded_statistics(self.parts.tensors(component, STATISTICS), config, self.parts.where(component))
 
         def lazy(role: str) -> None:
             bundle.configs[role] = config

@@ -18,10 +18,12 @@ from ovforge_diffusers.requirements import need
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_file", "fill_weights", "folded_statistics", "read_weights", "weight_files"]
+__all__ = ["STATISTICS", "check_file", "fill_weights", "folded_statistics", "read_weights", "weight_files"]
 
 _INDEX = re.compile(r"\.safetensors\.index(?:\.(.+))?\.json$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+STATISTICS = ("bn.running_mean", "bn.running_var")
+"""Weights of FLUX.2's autoencoder that are the statistics of its folded latents."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -157,14 +159,16 @@ def folded_statistics(weights: Mapping[str, Any], config: Mapping[str, Any], whe
     Raises ModelError if the weights have none.
     """
     found = {}
-    for name in ("running_mean", "running_var"):
-        if (tensor := weights.get(f"bn.{name}")) is None:
+    for name in STATISTICS:
+        if (tensor := weights.get(name)) is None:
             raise ModelError(
-                f"the weights do not fit the config: bn.{name} is missing",
+                f"the weights do not fit the config: {name} is missing",
                 where=where,
                 hint="The folder may be an incomplete download: fetch it again.",
             )
-        found[f"bn_{name}_data"] = _whole(tensor, need("torch", "converting a diffusers folder").empty(0)).tolist()
+        found[f"{name.replace('.', '_')}_data"] = _whole(
+            tensor, need("torch", "converting a diffusers folder").empty(0)
+        ).tolist()
     return {**found, "bn_eps": float(config.get("batch_norm_eps", 1e-4))}
 
 
