@@ -11,18 +11,34 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ovforge
+from ovforge import Use
 from ovforge.model.results import ImagesResult
+from ovforge.store.cache import Cache
 
 ROOT = Path(__file__).parents[1]
 
 
-def maker() -> Any:
-    """Return the converter's own test module, which builds diffusers folders."""
-    spec = importlib.util.spec_from_file_location("small_pipelines", ROOT / "plugins/diffusers/tests/conftest.py")
+def maker(name: str = "conftest") -> Any:
+    """Return a test module of the converter's own, which builds diffusers folders."""
+    spec = importlib.util.spec_from_file_location(f"small_{name}", ROOT / f"plugins/diffusers/tests/{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pipeline(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
+    """Return a pipeline of a diffusers folder, all of it in float32."""
+    load = {"weights": "f32"}
+    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
+
+
+def seeded(seeds: list[int]) -> Any:
+    """Return torch's generators for pictures of these seeds, as diffusers takes one or several."""
+    torch = pytest.importorskip("torch")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(generators) > 1 else generators[0]
 
 
 def agree(ours: ImagesResult, theirs: list[Any], anywhere: int = 2, average: float = 0.2) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,8 @@ import pytest
 from PIL import Image
 
 import ovforge
-from families import ROOT, agree, said_of_call
+from families import agree, maker, said_of_call, seeded
+from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator
@@ -42,10 +42,7 @@ Folder = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Return a function that gives the diffusers folder of a family, made once."""
-    spec = importlib.util.spec_from_file_location("small", ROOT / "plugins/diffusers/tests/test_transformers.py")
-    assert spec and spec.loader
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
+    small = maker("test_transformers")
     changes: dict[str, dict[str, Any]] = {
         "sd3": {}, "flux": {}, "schnell": {"guidance_embeds": False}, "fill": {"in_channels": 144, "out_channels": 64},
         "kontext": {},
@@ -65,21 +62,13 @@ def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return give
 
 
-def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
-    load = {"weights": "f32"}
-    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
-
-
 def theirs(
     family: str, task: str, source: Path, *prompts: Any, seeds: list[int], without: tuple[str, ...] = (), **call: Any
 ) -> list[Image.Image]:
     kind = "flux" if family == "schnell" else family
     pipe = getattr(diffusers, NAMES[kind, task]).from_pretrained(source, **dict.fromkeys(without))
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    made: list[Image.Image] = pipe(
-        *prompts, **call, generator=generators if len(generators) > 1 else generators[0]
-    ).images
+    made: list[Image.Image] = pipe(*prompts, **call, generator=seeded(seeds)).images
     return made
 
 

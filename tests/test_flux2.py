@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ovforge
-from families import ROOT, agree, said_of_call
+from families import agree, maker, said_of_call, seeded
+from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError
 from ovforge.model import BatchGenerator
@@ -31,10 +30,7 @@ Folder = Callable[[bool], Path]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Return a function that gives the folder of the model, distilled or not, made once."""
-    spec = importlib.util.spec_from_file_location("small_flux2", ROOT / "plugins/diffusers/tests/test_flux2.py")
-    assert spec and spec.loader
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
+    small = maker("test_flux2")
     made: Path = small.make_flux2_pipeline(tmp_path_factory.mktemp("flux2") / "pipeline")
     distilled = Path(shutil.copytree(made, made.with_name("distilled")))
     index = distilled / "model_index.json"
@@ -42,18 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return lambda fast: distilled if fast else made
 
 
-def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
-    load = {"weights": "f32"}
-    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
-
-
 def theirs(source: Path, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
     kind = "Flux2KleinInpaintPipeline" if "mask_image" in call else "Flux2KleinPipeline"
     pipe = getattr(diffusers, kind).from_pretrained(source)
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    generator = generators if len(generators) > 1 else generators[0]
-    made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=generator).images
+    made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
 
 

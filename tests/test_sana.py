@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ovforge
-from families import ROOT, agree, said_of_call
+from families import agree, maker, said_of_call, seeded
+from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import BatchGenerator
@@ -35,17 +34,9 @@ def sprint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(folder: Path, **kind: bool) -> Path:
-    spec = importlib.util.spec_from_file_location("small_sana", ROOT / "plugins/diffusers/tests/test_sana.py")
-    assert spec and spec.loader
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
+    small = maker("test_sana")
     path: Path = small.make_sana_pipeline(folder, **kind)
     return path
-
-
-def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
-    load = {"weights": "f32"}
-    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
 
 
 def theirs(
@@ -55,12 +46,10 @@ def theirs(
     if scheduler is not None:
         pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    generator = generators if len(generators) > 1 else generators[0]
     call["use_resolution_binning"] = False
     # The autoencoder makes 2 pixels of a latent here, and the pipeline refuses what is not a multiple of 32.
     pipe.check_inputs = lambda *given, **named: None
-    made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=generator).images
+    made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import ovforge
-from families import ROOT, agree
+from families import agree, maker, pipeline
 from ovforge import Use
 from ovforge.store.cache import Cache
 
@@ -31,10 +29,7 @@ FAMILIES = {
 
 def make(folder: Path, family: str, torch_lcm: Path) -> Path:
     name = FAMILIES[family][0]
-    spec = importlib.util.spec_from_file_location(f"small_{name}", ROOT / f"plugins/diffusers/tests/{name}.py")
-    assert spec and spec.loader
-    small: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
+    small = maker(name)
     if name == "test_transformers":
         made: Path = small.make_transformer_pipeline(folder, torch_lcm, family)
     else:
@@ -77,10 +72,7 @@ def test_pictures_with_an_adapter(family: str, torch_lcm: Path, session_cache: C
     adapter = str(tmp_path / "adapter.safetensors")
 
     def ours(**options: Any) -> Any:
-        return ovforge.Pipeline(
-            "text-to-image", source=source, load={"weights": "f32"}, device=Use("cpu", precision="f32"),
-            cache=session_cache, transforms=[Use("lora", path=adapter, scale=0.7, **options)],
-        )  # fmt: skip
+        return pipeline(source, session_cache, transforms=[Use("lora", path=adapter, scale=0.7, **options)])
 
     agree(ours()(PROMPT, steps=3, seed=1, **size), wanted)
     switched = ours(mode="runtime")

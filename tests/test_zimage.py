@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ovforge
-from families import ROOT, agree, said_of_call
+from families import agree, maker, said_of_call, seeded
+from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator
@@ -31,25 +30,15 @@ PIPELINES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("small_zimage", ROOT / "plugins/diffusers/tests/test_zimage.py")
-    assert spec and spec.loader
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
+    small = maker("test_zimage")
     made: Path = small.make_zimage_pipeline(tmp_path_factory.mktemp("zimage") / "pipeline")
     return made
-
-
-def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
-    load = {"weights": "f32"}
-    return ovforge.Pipeline(task, source=source, load=load, device=Use("cpu", precision="f32"), cache=cache, **options)
 
 
 def theirs(source: Path, task: str, prompt: Any, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
     pipe = getattr(diffusers, PIPELINES[task]).from_pretrained(source)
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    generator = generators if len(generators) > 1 else generators[0]
-    made: list[Image.Image] = pipe(prompt, **call, num_inference_steps=steps, generator=generator).images
+    made: list[Image.Image] = pipe(prompt, **call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
 
 
