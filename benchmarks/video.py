@@ -152,8 +152,9 @@ def compare(arguments: argparse.Namespace) -> None:
     pipe, bridged = make(arguments), make(arguments, interval=arguments.interval)
     model = ov.Core().compile_model(arguments.model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     video, one = arguments.video, [str(arguments.video.resolve())]
-    found = zip(pipe(video=one, text="person"), pictures(video, min(arguments.frames, 200)), strict=False)
-    held = [replace(frame, picture=picture) for frame, picture in found]
+    count = min(arguments.frames, 200)
+    found = pipe(video=one, text="person", end=(count - 0.5) / frame_rate(video))
+    held = [replace(frame, picture=picture) for frame, picture in zip(found, pictures(video, count), strict=True)]
     with tempfile.TemporaryDirectory() as name:
         folder, several = Path(name), f"video, {arguments.streams} streams"
         runs: dict[str, Callable[[int], int]] = {

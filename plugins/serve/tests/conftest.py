@@ -46,7 +46,7 @@ class Running:
     def events(self) -> list[dict[str, Any]]:
         """Return the log; a line that is not JSON fails the test."""
         *whole, _ = self.log.read_text().split("\n")  # the last line may still be written
-        return [json.loads(line) for line in whole if line]
+        return [json.loads(line) for line in whole]
 
     def status(self, request: str) -> int:
         """Return the status that the log gives a request, once it does."""
