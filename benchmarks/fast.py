@@ -1,17 +1,19 @@
 """What approximations bring: time at Stable Diffusion 1.5's size, and how close pictures of the embedded model stay.
 
     python benchmarks/fast.py --quality [--pictures 8] [--tiny FOLDER]
-    python benchmarks/fast.py --work FOLDER [--size 512] [--steps 20] [--rounds 3] [--genai-python PY]
+    python benchmarks/fast.py --work FOLDER [--lcm] [--size 512] [--rounds 3] [--genai-python PY]
 
-Times are of random weights, which they do not depend on, with guidance 7.5 and Euler, each variant in a process of its
-own, taking turns; genai runs the same folder (FOLDER keeps it: 7 GB). Pictures are the embedded model's, in float32, of
-prompts that nothing was calibrated with.
+Times are of random weights, which they do not depend on: 20 Euler steps with guidance 7.5, or, with --lcm, 4 steps of a
+latent consistency model. Each variant is a process of its own, and they take turns; genai runs the same folder without
+approximations (FOLDER keeps it: 7 GB). Pictures are the embedded model's, in float32, of prompts that nothing was
+calibrated with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,10 +21,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import quantized_lcm
 import stable_diffusion
 from side_by_side import peak_mib, report, take_turns
 
-VARIANTS: dict[str, dict[str, Any]] = {
+EULER: dict[str, dict[str, Any]] = {
     "plain": {},
     "guidance_stop = 0.5": {"input": {"guidance_stop": 0.5}},
     "step-cache 3": {"transforms": [("step-cache", {"interval": 3})]},
@@ -32,46 +35,92 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "transforms": [("step-cache", {"interval": 3})], "input": {"guidance_stop": 0.5},
     },
 }  # fmt: skip
+LCM: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lcm-int8": {"folder": "lcm-int8"},
+    "lcm-int8 + vae-int8": {"folder": "vae-int8"},
+    "lcm-int8 + tiny decoder": {"folder": "lcm-int8", "decoder": "tiny"},
+    "lcm-int8 + vae-int8 + step-cache 2": {"folder": "vae-int8", "transforms": [("step-cache", {"interval": 2})]},
+}
+"""What is run of the folder `lcm-FOLDER`, with the decoder of another one."""
+
 EMBEDDED = "package:ovforge_lcm/model"
+SAMPLERS = {"lcm": (4, 8, 20), "euler": (20,)}
+"""Steps by sampler. The model's own one adds noise at each step; by Euler's method its pictures are blurred."""
 
 
 # -- time -----------------------------------------------------------------------------------------------------------
 
 
-def measure(variant: str, folder: Path, size: int, steps: int, cache: Path, started: float) -> dict[str, Any]:
+def measure(variant: str, arguments: argparse.Namespace, cache: Path, started: float) -> dict[str, Any]:
     """Make a picture of one variant in this process, after one of a few steps; seconds, and MiB at its peak."""
-    call = genai(folder, size, cache) if variant == "genai" else ours(variant, folder, size)
+    call = genai(arguments, cache) if variant == "genai" else ours(variant, arguments)
     call(2)
     ready = time.time() - started
     start = time.perf_counter()
-    call(steps)
+    call(arguments.steps)
     return {"ready": ready, "warm": time.perf_counter() - start, "peak": peak_mib(), "precision": "auto"}
 
 
-def ours(variant: str, folder: Path, size: int) -> Any:
+def ours(variant: str, arguments: argparse.Namespace) -> Any:
     """Return a function that makes one picture in a number of steps."""
     import ovforge
 
-    options = VARIANTS[variant]
-    inputs = {"width": size, "height": size, "guidance_scale": stable_diffusion.GUIDANCE, **options.get("input", {})}
+    options = (LCM if arguments.lcm else EULER)[variant]
+    inputs = {"width": arguments.size, "height": arguments.size, "guidance_scale": guidance(arguments)}
+    source = arguments.work / f"lcm-{options['folder']}" if "folder" in options else plain(arguments)
+    load = {"parts": {"vae_decoder": str(arguments.work / options["decoder"])}} if "decoder" in options else {}
     pipe = ovforge.Pipeline(
-        "text-to-image", source=folder, device=ovforge.Use("cpu"), input=inputs,
+        "text-to-image", source=source, device=ovforge.Use("cpu"), input=inputs | options.get("input", {}), load=load,
         transforms=[ovforge.Use(name, **given) for name, given in options.get("transforms", ())],
     )  # fmt: skip
     return lambda steps: pipe(stable_diffusion.PROMPT, steps=steps, seed=stable_diffusion.SEED)
 
 
-def genai(folder: Path, size: int, cache: Path) -> Any:
+def genai(arguments: argparse.Namespace, cache: Path) -> Any:
     """Return the same by openvino-genai."""
     import openvino_genai
 
-    pipe = openvino_genai.Text2ImagePipeline(str(folder))
-    pipe.reshape(1, size, size, stable_diffusion.GUIDANCE)
+    size, scale = arguments.size, guidance(arguments)
+    pipe = openvino_genai.Text2ImagePipeline(str(plain(arguments)))
+    pipe.reshape(1, size, size, scale)
     pipe.compile("CPU", CACHE_DIR=str(cache))
     return lambda steps: pipe.generate(
-        stable_diffusion.PROMPT, num_inference_steps=steps, guidance_scale=stable_diffusion.GUIDANCE, width=size,
-        height=size, rng_seed=stable_diffusion.SEED,
+        stable_diffusion.PROMPT, num_inference_steps=steps, guidance_scale=scale, width=size, height=size,
+        rng_seed=stable_diffusion.SEED,
     )  # fmt: skip
+
+
+def guidance(arguments: argparse.Namespace) -> float:
+    return quantized_lcm.GUIDANCE if arguments.lcm else stable_diffusion.GUIDANCE
+
+
+def plain(arguments: argparse.Namespace) -> Path:
+    """Return the folder without approximations."""
+    folder: Path = arguments.work / ("lcm-openvino" if arguments.lcm else "sd15-openvino")
+    return folder
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Make, convert and quantize what is not there."""
+    if not arguments.lcm:
+        stable_diffusion.prepare(plain(arguments))
+        return
+    quantized_lcm.prepare(arguments.work, ("torch", "openvino", "lcm-int8"))
+    quantized, tiny = arguments.work / "lcm-vae-int8", arguments.work / "tiny"
+    if not quantized.is_dir():
+        command = [sys.executable, "-m", "ovforge", "quantize", str(arguments.work / "lcm-lcm-int8"), "-q", "vae-int8"]
+        inputs = ["--calibration", str(arguments.work / "inputs.jsonl"), "--samples", "1"]
+        subprocess.run([*command, *inputs, "-o", str(quantized)], check=True, stdout=subprocess.DEVNULL)
+    if not tiny.is_dir():
+        make_tiny(tiny)
+
+
+def make_tiny(folder: Path) -> None:
+    """Write a decoder of the size of TAESD, with random weights."""
+    import diffusers
+
+    diffusers.AutoencoderTiny().save_pretrained(folder)
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------
@@ -90,21 +139,23 @@ def quality(pictures: int, tiny: str) -> None:
     settings["vae-int8"] = {"quantize": ["vae-int8"], "calibration": {"runs": 16}}
     if tiny:
         settings["tiny decoder"] = {"load": {"parts": {"vae_decoder": tiny}}}
-    plain = ovforge.Pipeline("text-to-image", source=EMBEDDED, device=Use("cpu", precision="f32"))
-    prompts = [one.prompt for one in plain.task.examples(2 * pictures)[1::2]]
-    print("| setting | steps | ssim | gmsd | time of plain |\n| --- | ---: | ---: | ---: | ---: |")
-    for name, options in settings.items():
-        pipe = ovforge.Pipeline("text-to-image", source=EMBEDDED, device=Use("cpu", precision="f32"), **options)
-        for steps in (4, 8, 20):
-            scores: dict[str, list[float]] = {"ssim": [], "gmsd": []}
-            times: list[float] = []
-            for seed, prompt in enumerate(prompts):
-                theirs, mine = (each(prompt, seed=2 * seed + 1, steps=steps) for each in (plain, pipe))
-                times.append(mine.timings.elapsed / theirs.timings.elapsed)
-                for metric, values in scores.items():
-                    values.append(mine.compare(theirs, metric))
-            likeness = " | ".join(f"{fmean(values):.4f}" for values in scores.values())
-            print(f"| {name} | {steps} | {likeness} | {median(times):.2f} |", flush=True)
+    device = Use("cpu", precision="f32")
+    print("| setting | sampler | steps | ssim | gmsd | time of plain |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    for sampler, lengths in SAMPLERS.items():
+        plain = ovforge.Pipeline("text-to-image", source=EMBEDDED, device=device, scheduler=sampler)
+        prompts = [one.prompt for one in plain.task.examples(2 * pictures)[1::2]]
+        for name, options in settings.items():
+            pipe = ovforge.Pipeline("text-to-image", source=EMBEDDED, device=device, scheduler=sampler, **options)
+            for steps in lengths:
+                scores: dict[str, list[float]] = {"ssim": [], "gmsd": []}
+                times: list[float] = []
+                for seed, prompt in enumerate(prompts):
+                    theirs, mine = (each(prompt, seed=2 * seed + 1, steps=steps) for each in (plain, pipe))
+                    times.append(mine.timings.elapsed / theirs.timings.elapsed)
+                    for metric, values in scores.items():
+                        values.append(mine.compare(theirs, metric))
+                likeness = " | ".join(f"{fmean(values):.4f}" for values in scores.values())
+                print(f"| {name} | {sampler} | {steps} | {likeness} | {median(times):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -114,10 +165,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--tiny", default="", help="the OpenVINO folder of a small decoder")
     parser.add_argument("--work", type=Path, help="where the model of full size is kept")
+    parser.add_argument("--lcm", action="store_true", help="4 steps of a latent consistency model")
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="20, or 4 with --lcm")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variants", nargs="*", choices=(*VARIANTS, "genai"), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", metavar="VARIANT", help="some of them, by their names in the table")
     parser.add_argument("--genai-python", help="an interpreter that has openvino-genai")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -126,14 +178,21 @@ def main() -> None:
         return
     if arguments.work is None:
         parser.error("--work is needed: a folder for a model of several gigabytes; or --quality")
-    folder = arguments.work.resolve() / "sd15-openvino"
+    arguments.work = arguments.work.resolve()
+    arguments.steps = arguments.steps or (4 if arguments.lcm else 20)
+    known = LCM if arguments.lcm else EULER
+    variants = list(known) if arguments.variants is None else arguments.variants
+    if unknown := set(variants) - set(known):
+        parser.error(f"--variants: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
     if arguments.child:
         variant, cache, started = arguments.child
-        print(json.dumps(measure(variant, folder, arguments.size, arguments.steps, Path(cache), float(started))))
+        print(json.dumps(measure(variant, arguments, Path(cache), float(started))))
         return
-    stable_diffusion.prepare(folder)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    prepare(arguments)
     shared = ["--work", str(arguments.work), "--size", str(arguments.size), "--steps", str(arguments.steps)]
-    commands = {one: [sys.executable, __file__, *shared, "--child", one] for one in arguments.variants}
+    shared += ["--lcm"] if arguments.lcm else []
+    commands = {one: [sys.executable, __file__, *shared, "--child", one] for one in variants}
     if arguments.genai_python:
         commands["genai"] = [arguments.genai_python, __file__, *shared, "--child", "genai"]
     with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:

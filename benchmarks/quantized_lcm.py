@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,10 @@ def make_lcm(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, names: Sequence[str] = ("torch", "openvino", *RECIPES)) -> None:
     """Make, convert and quantize what is not there, each in a process of its own."""
     again = [sys.executable, __file__, "--work", str(work), "--make"]
-    for name in ("torch", "openvino", *RECIPES):
+    for name in names:
         if (work / f"lcm-{name}").is_dir():
             continue
         measured = child([*again, name], work / "cache", name)

@@ -24,6 +24,7 @@ def peak_mib() -> float:
 def child(command: Sequence[str], cache: Path, name: str) -> dict[str, Any] | None:
     """Run a measurement; return what it prints last, as JSON, or None, with a line, where it cannot run."""
     environment = {**os.environ, "OVFORGE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling sources anew at each start is not what users have
     done = subprocess.run([*command, str(time.time())], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = done.stderr.strip().splitlines()
