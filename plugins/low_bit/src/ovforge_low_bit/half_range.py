@@ -123,8 +123,9 @@ class HalfRange:
 def peaks(model: ov.Model, records: Sequence[Mapping[str, Array]], role: str) -> dict[Port, float]:
     """Return the largest absolute value of each of a model's floating-point results, over all records.
 
-    Squares on their way to a mean are left out: the runtime computes those of a normalization in float32.
-    Raises ModelError for what is not finite.
+    Left out are squares on their way to a mean, because the runtime computes those of a normalization in float32, and
+    what stands for infinity, as masks do and logarithms that nobody uses. Raises ModelError for results that are not
+    finite.
     """
     from openvino import opset13 as ops
 
@@ -137,22 +138,28 @@ def peaks(model: ov.Model, records: Sequence[Mapping[str, Array]], role: str) ->
             continue
         for output in op.outputs():
             if output.get_element_type().get_type_name() in _FLOATS:
-                row = ops.reshape(output, store(np.array([-1])), False)
-                largest = ops.reduce_max(ops.absolute(row), store(np.array([0])), keep_dims=False)
+                row = ops.absolute(ops.reshape(output, store(np.array([-1])), False))
+                kind = output.get_element_type().to_dtype()
+                counted = ops.select(ops.less(row, store(np.array(_INFINITE, kind))), row, store(np.array(0, kind)))
+                largest = ops.reduce_max(counted, store(np.array([0])), keep_dims=False)
                 ports.append((name, output.get_index()))
                 copy.add_results([ops.result(largest)])
     found = dict.fromkeys(ports, 0.0)
-    for values in results(copy, records, first=len(model.outputs)):
-        for port, value in zip(ports, values, strict=True):
-            found[port] = max(found[port], float(value)) if np.isfinite(value) else np.inf
-    if broken := [name for (name, _), peak in found.items() if not np.isfinite(peak)]:
-        raise ModelError(
-            "it gives infinities or NaN even in float32",
-            where=f"{role}: {broken[0]}",
-            hint="The model's weights are damaged, or the inputs are: run it without quantizers first.",
-        )
+    own = len(model.outputs)
+    for values in results(copy, records):
+        if not all(np.isfinite(value).all() for value in values[:own]):
+            raise ModelError(
+                "it gives infinities or NaN even in float32",
+                where=role,
+                hint="The model's weights are damaged, or the inputs are: run it without quantizers first.",
+            )
+        for port, value in zip(ports, values[own:], strict=True):
+            found[port] = max(found[port], float(value))
     return found
 
+
+_INFINITE = 1e30
+"""Where numbers begin that masks have for infinity: they may become infinite."""
 
 _IGNORED = ("Parameter", "Result", "Constant", "ReadValue", "Assign")
 
