@@ -17,6 +17,14 @@ from ovforge.model.results import ImagesResult
 from ovforge.store.cache import Cache
 
 ROOT = Path(__file__).parents[1]
+TRANSFORMERS = {
+    "sd3": ("test_transformers", "StableDiffusion3Pipeline"),
+    "flux": ("test_transformers", "FluxPipeline"),
+    "zimage": ("test_zimage", "ZImagePipeline"),
+    "flux2": ("test_flux2", "Flux2KleinPipeline"),
+    "sana": ("test_sana", "SanaPipeline"),
+}
+"""Family of transformers -> the tests that make its model, diffusers' pipeline."""
 
 
 def maker(name: str = "conftest") -> Any:
@@ -54,6 +62,17 @@ def agree(ours: ImagesResult, theirs: list[Any], anywhere: int = 2, average: flo
 def said_of_call(pipe: Any, result: Any) -> list[str]:
     """Return the warnings of one call, without what the pipeline says of its stages in every result."""
     return [warning for warning in result.warnings if warning not in pipe.warnings()]
+
+
+def make_transformer(folder: Path, family: str, torch_lcm: Path) -> Path:
+    """Write a pipeline of one of `TRANSFORMERS`."""
+    name = TRANSFORMERS[family][0]
+    small = maker(name)
+    if name == "test_transformers":
+        made: Path = small.make_transformer_pipeline(folder, torch_lcm, family)
+    else:
+        made = getattr(small, f"make_{family}_pipeline")(folder)
+    return made
 
 
 def make_family(folder: Path, family: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from families import agree, maker, pipeline
+from families import TRANSFORMERS, agree, make_transformer, pipeline
 from ovforge import Use
 from ovforge.store.cache import Cache
 
@@ -17,31 +17,13 @@ diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
 PROMPT = "a beautiful pink unicorn, 8k"
-FAMILIES = {
-    "sd3": ("test_transformers", "StableDiffusion3Pipeline"),
-    "flux": ("test_transformers", "FluxPipeline"),
-    "zimage": ("test_zimage", "ZImagePipeline"),
-    "flux2": ("test_flux2", "Flux2KleinPipeline"),
-    "sana": ("test_sana", "SanaPipeline"),
-}
-"""Family -> the tests that make its model, diffusers' pipeline."""
 
 
-def make(folder: Path, family: str, torch_lcm: Path) -> Path:
-    name = FAMILIES[family][0]
-    small = maker(name)
-    if name == "test_transformers":
-        made: Path = small.make_transformer_pipeline(folder, torch_lcm, family)
-    else:
-        made = getattr(small, f"make_{family}_pipeline")(folder)
-    return made
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(TRANSFORMERS))
 def test_pictures_with_an_adapter(family: str, torch_lcm: Path, session_cache: Cache, tmp_path: Path) -> None:
     """Fused at 0.7; and switched while running, off and on again."""
-    source = make(tmp_path / "model", family, torch_lcm)
-    pipe = getattr(diffusers, FAMILIES[family][1]).from_pretrained(source)
+    source = make_transformer(tmp_path / "model", family, torch_lcm)
+    pipe = getattr(diffusers, TRANSFORMERS[family][1]).from_pretrained(source)
     pipe.set_progress_bar_config(disable=True)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"])
     torch.manual_seed(1)

@@ -26,6 +26,13 @@ def ovforge_quantizers() -> Iterator[QuantizerExtension]:
         needs=_learns,
     )
     yield QuantizerExtension(
+        name="f16-range",
+        summary="Divides activations that leave float16's range, as recorded inputs show, by a power of two",
+        config="ovforge_low_bit.options:HalfRangeOptions",
+        factory="ovforge_low_bit.half_range:HalfRange",
+        needs="inputs",
+    )
+    yield QuantizerExtension(
         name="lorc",
         summary="Weights in 2 to 8 bits, with a low-rank branch that makes up for the error",
         config="ovforge_low_bit.options:LorcOptions",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ovforge_low_bit.layers import Layer
 
-__all__ = ["observed", "rows", "statistics"]
+__all__ = ["observed", "results", "rows", "statistics"]
 
 _TOGETHER = 32
 """Inputs of layers that one compiled copy of the model gives: all of them are in memory at once."""
@@ -32,21 +32,28 @@ def observed(
     model: ov.Model, ports: Sequence[Port], records: Sequence[Mapping[str, NDArray[Any]]]
 ) -> Iterator[list[NDArray[np.float32]]]:
     """Yield, for each recorded input set, what leaves `ports`, in float32. `model` itself is not changed."""
-    from ovforge.model import core
-
     copy = model.clone()
     by_name = {op.get_friendly_name(): op for op in copy.get_ops()}
     outputs = [by_name[name].output(index) for name, index in ports]
     first = len(copy.outputs)
     copy.add_outputs(outputs)
+    yield from results(copy, records, first)
+
+
+def results(
+    model: ov.Model, records: Sequence[Mapping[str, NDArray[Any]]], first: int = 0
+) -> Iterator[list[NDArray[np.float32]]]:
+    """Yield, for each recorded input set, a model's outputs from number `first` on, computed and given in float32."""
+    from ovforge.model import core
+
     # The accuracy mode keeps activations in float32, where the CPU would otherwise round them to 8 bits for some
     # layers.
     hints = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
     # A request of its own copies its inputs: calling the compiled model would share the records' memory with it.
-    request = core().compile_model(copy, "CPU", hints).create_infer_request()
+    request = core().compile_model(model, "CPU", hints).create_infer_request()
     for record in records:
-        results = request.infer(dict(record))
-        yield [np.asarray(results[index], np.float32) for index in range(first, len(copy.outputs))]
+        made = request.infer(dict(record))
+        yield [np.asarray(made[index], np.float32) for index in range(first, len(model.outputs))]
 
 
 def statistics(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 __all__ = [
     "AutoRoundOptions",
+    "HalfRangeOptions",
     "IntegerOptions",
     "LorcOptions",
     "PowerQuantOptions",
@@ -159,6 +160,18 @@ class SoftmaxBiasOptions(RolesOptions):
     samples: int = Field(8, ge=1, le=4096, description="Recorded input sets of each role that the bias is measured on.")
     granularity: Literal["tensor", "head"] = Field(
         "head", description="One bias for each softmax, or for each of its heads (axis 1 of four)."
+    )
+
+
+class HalfRangeOptions(RolesOptions):
+    """What float16 holds."""
+
+    samples: int = Field(8, ge=1, le=4096, description="Recorded input sets of each role that are looked at.")
+    headroom: float = Field(
+        8.0,
+        ge=1,
+        le=4096,
+        description="How many times larger values may become than those seen, before they leave the range.",
     )
 
 
