@@ -27,7 +27,7 @@ from ovforge_diffusion.models import Models
 from ovforge_diffusion.prediction import Prediction
 from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.scheduling import Scheduling
-from ovforge_diffusion.shallow import SHALLOW
+from ovforge_diffusion.shallow import shallow_role
 
 __all__ = ["Diffusion", "Start"]
 
@@ -135,7 +135,8 @@ class Diffusion:
         except InputError:
             models.forget_denoiser()  # its requests hold what a call that failed has set
             raise
-        models.release(self.architecture.denoiser, SHALLOW, *self.architecture.controlnets)
+        denoiser = self.architecture.denoiser
+        models.release(denoiser, shallow_role(denoiser), *self.architecture.controlnets)
         latents = self.architecture.unpack(latents, *self._size(request))
         images = []
         if request.decode:

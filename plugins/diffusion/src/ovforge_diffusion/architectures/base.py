@@ -321,6 +321,10 @@ class Architecture(ABC):
         """
         return None
 
+    def kept_shape(self, rows: int, size: tuple[int, int], channels: int) -> tuple[int, ...]:
+        """Return the shape of what step-cache keeps, of so many channels, for the same fixed shapes."""
+        return (rows, channels, *size)
+
     def control_shapes(
         self, role: str, denoiser: Mapping[str, tuple[int, ...]], pixels: tuple[int, int]
     ) -> dict[str, tuple[int, ...]] | None:
