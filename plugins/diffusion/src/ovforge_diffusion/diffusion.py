@@ -143,7 +143,7 @@ class Diffusion:
             progress(Progress("decoding", 0, len(latents)))
             for number, row in enumerate(latents):
                 with timings.span("vae_decoder"):
-                    images.append(start.finish(self.autoencoder.decode(row)))
+                    images.append(start.finish(self.autoencoder.decode(row, request.asked)))
                 progress(Progress("decoding", number + 1, len(latents)))
         models.release("vae_decoder", PREVIEW)
         return ImagesResult(
@@ -214,6 +214,7 @@ class Diffusion:
             skip if request.skipped_layers else None,
             given.guidance_start,
             given.guidance_stop,
+            self.architecture.keeps_norm,
         )
         if guidance.is_partial and schedule.halves > 2:
             raise InputError(
@@ -246,7 +247,8 @@ class Diffusion:
         """Return pictures of latents after step `index`, scaled to what they will be at the end."""
         last = index + 1 >= len(sampling.timesteps)
         seen = latents if last else sampling.scale_input(latents, index + 1)
-        return [self.autoencoder.preview(row) for row in self.architecture.unpack(seen, *self._size(request))]
+        rows = self.architecture.unpack(seen, *self._size(request))
+        return [self.autoencoder.preview(row, request.asked) for row in rows]
 
     # -- small parts ----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import openvino as ov
 
 from ovforge.contracts import CompiledModels
 from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenizer_of
+from ovforge_diffusion.architectures.bins import binned
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.inputs import DiffusionOptions
 from ovforge_diffusion.sequence import SequenceTokenizer
@@ -177,6 +178,8 @@ class Models:
         )
         if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
             return None
+        if architecture.bins and inputs.get("resolution_binning") is True:
+            width, height = binned(width, height, architecture.bins)
         prompts = inputs.get("prompt")
         pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
         varies = any(inputs.get(name) for name in ("skip_guidance_layers", "guidance_start", "guidance_stop"))
