@@ -159,8 +159,11 @@ def hooked(make: Callable[[], Rule], depth: int, rules: dict[Any, Rule], calls: 
     return prepare
 
 
+THRESHOLDS = {"flux": 0.66, "flux2": 0.9, "sana": 0.2, "sd3": 0.8, "zimage": 1.3}
+"""Between what the first blocks of these random weights change by from step to step, which is much."""
+
 CASES = [
-    *((family, 1, {"threshold": 0.04, "order": 1}) for family in FAMILIES),
+    *((family, 1, {"threshold": threshold, "order": 1}) for family, threshold in THRESHOLDS.items()),
     ("flux", 3, {"interval": 3, "order": 2, "warmup": 2}),
     ("sd3", 2, {"interval": 3}),
 ]
@@ -206,10 +209,10 @@ def test_a_threshold_is_the_first_block_cache_of_diffusers(folder: Folder, sessi
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
     def prepare(transformer: Any) -> None:
-        apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=0.06))
+        apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=0.7))
 
     wanted = theirs(folder("flux"), "flux", PROMPTS[:1], [7], prepare)
-    made = ours(folder("flux"), session_cache, threshold=0.06)(PROMPTS[0], steps=STEPS, seed=7, **CALL)
+    made = ours(folder("flux"), session_cache, threshold=0.7)(PROMPTS[0], steps=STEPS, seed=7, **CALL)
     agree(made, wanted)
     assert 1 < len(made.timings.spans["denoise.transformer"]) < STEPS
 
