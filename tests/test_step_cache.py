@@ -159,7 +159,7 @@ def hooked(make: Callable[[], Rule], depth: int, rules: dict[Any, Rule], calls: 
     return prepare
 
 
-THRESHOLDS = {"flux": 0.66, "flux2": 0.9, "sana": 0.2, "sd3": 0.8, "zimage": 1.3}
+THRESHOLDS = {"flux": 0.66, "flux2": 1.2, "sana": 0.2, "sd3": 0.8, "zimage": 1.45}
 """Between what the first blocks of these random weights change by from step to step, which is much."""
 
 CASES = [

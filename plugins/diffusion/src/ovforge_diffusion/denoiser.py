@@ -51,11 +51,8 @@ class Denoiser:
         self._latents = data[:, :, *(slice(0, side) for side in latents[1:])]
         self._extra = data[:, :, *_beyond(shape, latents)] if shape != latents else None
         given = list(shape)
-        # A transformer that also learned its variance gives more channels than it takes: the first ones count.
         axis = architecture.channel_axis
-        made = model.outputs[0].get_partial_shape()
-        known = made.rank.is_static and made[axis].is_static
-        given[axis] = made[axis].get_length() if known else latents[axis]
+        given[axis] = architecture.given_channels or latents[axis]
         self._halves: list[Array] = []
         for network in self._networks:
             network.share(architecture.sample, self.sample)

@@ -166,6 +166,9 @@ class Architecture(ABC):
     keeps_norm: ClassVar[bool] = False
     """Whether guided predictions are scaled to the norm, along the last axis, of those with the prompt."""
 
+    given_channels: int | None = None
+    """Channels that the denoiser gives, if it gives more than those of the latents, which come first."""
+
     bins: int | None = None
     """Pixels a side of the square in the list of sizes that the model was trained on; None if there is no list."""
 

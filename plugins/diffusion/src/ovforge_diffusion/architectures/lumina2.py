@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class Lumina2(Architecture):
     """Lumina-Image 2.0, from text. Guided predictions keep the norm of those with the prompt."""
 
     name = "Lumina-Image 2.0"
-    tasks = ("text-to-image",)
+    tasks: ClassVar[tuple[Task, ...]] = ("text-to-image",)
     text_encoders = (_GEMMA,)
     sequence_encoders = (_GEMMA,)
     default_size = 128

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from numpy.typing import NDArray
 
@@ -32,7 +32,7 @@ class PixArt(Architecture):
     """PixArt-Sigma, from text."""
 
     name = "PixArt-Sigma"
-    tasks = ("text-to-image",)
+    tasks: ClassVar[tuple[Task, ...]] = ("text-to-image",)
     text_encoders = (_T5,)
     sequence_encoders = (_T5,)
     default_size = 128
@@ -42,6 +42,7 @@ class PixArt(Architecture):
         super().__init__(context, task)
         self.multiple = self.factor * int(self.config.get("patch_size", 2))
         self.check_channels()
+        self.given_channels = int(self.config.get("out_channels") or self.channels)
         self.bins = _BINS.get(self.size // self.factor)
 
     @classmethod

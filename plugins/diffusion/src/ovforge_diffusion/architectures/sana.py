@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class Sana(Architecture):
     """Sana, from text."""
 
     name = "Sana"
-    tasks = ("text-to-image",)
+    tasks: ClassVar[tuple[Task, ...]] = ("text-to-image",)
     text_encoders = (_GEMMA,)
     sequence_encoders = (_GEMMA,)
     default_size = 32
@@ -66,6 +66,7 @@ class Sana(Architecture):
         super().__init__(context, task)
         self.multiple = self.factor * int(self.config.get("patch_size", 1))
         self.check_channels()
+        self.given_channels = int(self.config.get("out_channels") or self.channels)
         self.bins = _BINS.get(self.size // self.factor)
         self._scale = np.float32(self.config.get("timestep_scale", 1.0))
 
