@@ -2,11 +2,13 @@
 
     python benchmarks/fast.py --quality [--pictures 8] [--tiny FOLDER]
     python benchmarks/fast.py --work FOLDER [--lcm] [--size 512] [--rounds 3] [--genai-python PY]
+    python benchmarks/fast.py --transformer [--blocks 6] [--size 256] [--steps 20] [--rounds 3]
 
 Times are of random weights, which they do not depend on: 20 Euler steps with guidance 7.5, or, with --lcm, 4 steps of a
 latent consistency model. Each variant is a process of its own, and they take turns; genai runs the same folder without
 approximations (FOLDER keeps it: 7 GB). Pictures are the embedded model's, in float32, of prompts that nothing was
-calibrated with.
+calibrated with. The transformer has the width of Stable Diffusion 3.5 medium's, fewer blocks and random weights; its
+whole and its outer part take turns in one process, in processor time.
 """
 
 from __future__ import annotations
@@ -123,6 +125,61 @@ def make_tiny(folder: Path) -> None:
     diffusers.AutoencoderTiny().save_pretrained(folder)
 
 
+# -- the parts of a transformer ---------------------------------------------------------------------------------------
+
+
+def transformer(blocks: int, size: int, steps: int, rounds: int) -> None:
+    """Print the time of a transformer's whole and of its outer part, in float32 for one row, and the memory of both."""
+    import numpy as np
+    import openvino as ov
+    from diffusers import SD3Transformer2DModel
+
+    import ovforge
+    import ovforge_diffusion
+    from ovforge.testing import extension
+
+    with tempfile.TemporaryDirectory() as scratch:
+        SD3Transformer2DModel(
+            num_layers=blocks, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536,
+            pooled_projection_dim=2048, qk_norm="rms_norm", pos_embed_max_size=192, in_channels=16, out_channels=16,
+        ).save_pretrained(scratch)  # fmt: skip
+        bundle = ovforge.open_model(scratch, options={"weights": "f32"}, cache=None)
+        bundle.models["transformer"]  # converted while the folder is there
+    step_cache = extension(ovforge_diffusion, "transform", "step-cache")
+    print(step_cache.create(step_cache.options_model()()).apply(bundle).applied[0])
+    rng = np.random.default_rng(0)
+    kept = (1, (size // 16) ** 2, 1536)
+    inputs = {
+        "hidden_states": rng.standard_normal((1, 16, size // 8, size // 8), np.float32),
+        "timestep": np.array([500], np.float32),
+        "encoder_hidden_states": rng.standard_normal((1, 333, 4096), np.float32),
+        "pooled_projections": rng.standard_normal((1, 2048), np.float32),
+        "ovforge_cached_features": rng.standard_normal(kept, np.float32),
+    }
+    core, requests, memory = ov.Core(), {}, {}
+    for role in ("transformer", "transformer_shallow"):
+        model = bundle.models[role]
+        names = {name for port in model.inputs for name in port.names} & inputs.keys()
+        model.reshape({name: list(inputs[name].shape) for name in names})
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        requests[role] = compiled.create_infer_request(), {name: inputs[name] for name in names}
+        requests[role][0].infer(requests[role][1])
+        memory[role] = peak_mib()
+    times: dict[str, list[float]] = {role: [] for role in requests}
+    for _ in range(rounds):
+        for role, (request, given) in requests.items():
+            begun = time.process_time()
+            request.infer(given)
+            times[role].append(time.process_time() - begun)
+    full, outer = (median(each) for each in times.values())
+    print(f"whole {full:.2f} s, outer part {outer:.2f} s; peak RSS {memory['transformer']:.0f} MiB, with the outer "
+          f"part {memory['transformer_shallow']:.0f} MiB")  # fmt: skip
+    for interval in (2, 3, 5):
+        runs = -(-steps // interval)
+        share = (runs * full + (steps - runs) * outer) / (steps * full)
+        print(f"interval = {interval}: {runs} of {steps} steps in full, {share:.2f} of the time")
+
+
 # -- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +192,10 @@ def quality(pictures: int, tiny: str) -> None:
         f"step-cache {interval}, depth {depth}": {"transforms": [Use("step-cache", interval=interval, depth=depth)]}
         for interval in (2, 3, 5)
         for depth in (1, 2)
+    }
+    settings |= {
+        f"step-cache {interval}, order 1": {"transforms": [Use("step-cache", interval=interval, order=1)]}
+        for interval in (3, 5)
     }
     settings["vae-int8"] = {"quantize": ["vae-int8"], "calibration": {"runs": 16}}
     if tiny:
@@ -164,6 +225,8 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true", help="compare pictures of the embedded model")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--tiny", default="", help="the OpenVINO folder of a small decoder")
+    parser.add_argument("--transformer", action="store_true", help="time the parts of a transformer")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks of the transformer")
     parser.add_argument("--work", type=Path, help="where the model of full size is kept")
     parser.add_argument("--lcm", action="store_true", help="4 steps of a latent consistency model")
     parser.add_argument("--size", type=int, default=512)
@@ -175,6 +238,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quality:
         quality(arguments.pictures, arguments.tiny)
+        return
+    if arguments.transformer:
+        transformer(arguments.blocks, arguments.size, arguments.steps or 20, arguments.rounds)
         return
     if arguments.work is None:
         parser.error("--work is needed: a folder for a model of several gigabytes; or --quality")

@@ -35,6 +35,7 @@ NAMES = {
     ("fill", "inpainting"): "FluxFillPipeline",
     ("kontext", "text-to-image"): "FluxKontextPipeline",
     ("kontext", "image-to-image"): "FluxKontextPipeline",
+    ("kontext", "inpainting"): "FluxKontextInpaintPipeline",
 }
 Folder = Callable[[str], Path]
 
@@ -247,8 +248,28 @@ def test_kontext_without_a_picture(folder: Folder, session_cache: Cache) -> None
         max_area=40 * 24, **call,
     )  # fmt: skip
     agree(ours(folder("kontext"), session_cache)(PROMPT, steps=3, seed=5, **call), wanted)
-    with pytest.raises(ModelError, match="edits whole pictures"):
-        ours(folder("kontext"), session_cache, "inpainting")
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_kontext_paints_in_a_picture_that_it_sees(
+    folder: Folder, session_cache: Cache, kontext_sizes: None, strength: float
+) -> None:
+    image, mask = picture(70, 31), hole(70, 31)
+    call: dict[str, Any] = {"image": image, "guidance_scale": 2.5, "strength": strength}
+    call |= {"true_cfg_scale": 2.0, "negative_prompt": "blue"} if strength < 1 else {}
+    wanted = theirs(
+        "kontext",
+        "inpainting",
+        folder("kontext"),
+        seeds=[5],
+        prompt=PROMPT,
+        mask_image=mask,
+        num_inference_steps=4,
+        **call,
+    )
+    made = ours(folder("kontext"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, **call)
+    agree(made, wanted)
+    assert made.images[0].size == wanted[0].size != (70, 31), "of a size that Kontext was trained on"
 
 
 def test_sizes_that_do_not_fit(folder: Folder, session_cache: Cache) -> None:

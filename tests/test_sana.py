@@ -15,6 +15,7 @@ from ovforge import Use
 from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import BatchGenerator
 from ovforge.store.cache import Cache
+from ovforge_diffusion.architectures import bins, sana
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -46,7 +47,7 @@ def theirs(
     if scheduler is not None:
         pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
-    call["use_resolution_binning"] = False
+    call = {"use_resolution_binning": False, **call}
     # The autoencoder makes 2 pixels of a latent here, and the pipeline refuses what is not a multiple of 32.
     pipe.check_inputs = lambda *given, **named: None
     made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=seeded(seeds)).images
@@ -98,8 +99,57 @@ def test_sprint_says_what_cannot_be(sprint: Path, session_cache: Cache) -> None:
         ours(sprint, session_cache)(PROMPT, negative_prompt="x", steps=1)
     with pytest.raises(ConfigError, match="samples along angles"):
         ours(sprint, session_cache, scheduler=Use("flow-euler"))(PROMPT, width=16, height=16, steps=1)
-    with pytest.raises(ModelError, match="Sana-Sprint makes pictures from text alone"):
-        ours(sprint, session_cache, "image-to-image")
+    with pytest.raises(ModelError, match="Sana-Sprint makes pictures from text or a picture alone"):
+        ours(sprint, session_cache, "inpainting")
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.6, 2), (0.5, 4)])
+def test_sprint_from_a_picture(sprint: Path, session_cache: Cache, strength: float, steps: int) -> None:
+    """A batch of two from one picture, whose first steps are left out."""
+    small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    image = Image.fromarray(small).resize((40, 24), Image.Resampling.BICUBIC)
+    call: dict[str, Any] = {"image": image, "strength": strength, "guidance_scale": 3.0}
+    angles = {} if steps == 2 else {"intermediate_timesteps": None}
+    wanted = theirs(
+        sprint, prompt=[PROMPT, LONG], steps=steps, seeds=[3, 4], kind="SanaSprintImg2ImgPipeline", width=40, height=24,
+        **call, **angles,
+    )  # fmt: skip
+    pipe = ours(sprint, session_cache, "image-to-image")
+    agree(pipe([PROMPT, LONG], steps=steps, seed=[3, 4], **call), wanted)
+
+
+@pytest.mark.parametrize(("width", "height"), [(33, 31), (50, 20), (13, 40)])
+def test_resolution_binning(
+    folder: Path, session_cache: Cache, monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    """The list of sizes is that of 512 pixels, a sixteenth of them, since this autoencoder makes few of many pixels."""
+    from diffusers.pipelines.sana import pipeline_sana as original
+
+    sizes = {ratio: [side / 16 for side in sides] for ratio, sides in original.ASPECT_RATIO_512_BIN.items()}
+    monkeypatch.setattr(original, "ASPECT_RATIO_512_BIN", sizes)
+    monkeypatch.setattr(sana, "_BINS", {16: 32})
+    call: dict[str, Any] = {"width": width, "height": height, "guidance_scale": 2.0}
+    wanted = theirs(folder, prompt=PROMPT, steps=2, seeds=[3], use_resolution_binning=True, **call)
+    made = ours(folder, session_cache, input={"resolution_binning": True})(PROMPT, steps=2, seed=3, **call)
+    agree(made, wanted)
+    assert made.images[0].size == (width, height)
+    assert (made.provenance["inputs"]["width"], made.provenance["inputs"]["resolution_binning"]) == (width, True)
+
+
+def test_lists_of_sizes_are_those_of_diffusers() -> None:
+    from diffusers.image_processor import PixArtImageProcessor
+    from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
+    from diffusers.pipelines.sana import pipeline_sana
+
+    lists = {
+        256: pipeline_pixart_alpha.ASPECT_RATIO_256_BIN, 512: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,
+        1024: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN, 2048: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
+        4096: pipeline_sana.ASPECT_RATIO_4096_BIN,
+    }  # fmt: skip
+    for side, ratios in lists.items():
+        for width in range(100, 4000, 37):
+            wanted = PixArtImageProcessor.classify_height_width_bin(1000, width, ratios)
+            assert bins.binned(width, 1000, side) == wanted[::-1]
 
 
 def test_low_memory_previews_and_latents(folder: Path, session_cache: Cache) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ovforge_convert import Port
+from ovforge_diffusers.lumina2 import lumina2
+from ovforge_diffusers.pixart import pixart
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
 from ovforge_diffusers.sana import sana
 from ovforge_diffusers.zimage import zimage
@@ -151,6 +153,8 @@ TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
     "Flux2Transformer2DModel": _flux2,
     "ZImageTransformer2DModel": zimage,
     "SanaTransformer2DModel": sana,
+    "PixArtTransformer2DModel": pixart,
+    "Lumina2Transformer2DModel": lumina2,
 }
 """Class -> what describes it."""
 

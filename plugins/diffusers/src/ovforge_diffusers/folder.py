@@ -24,6 +24,8 @@ LONE = {
     "FluxTransformer2DModel": "transformer",
     "ZImageTransformer2DModel": "transformer",
     "SanaTransformer2DModel": "transformer",
+    "PixArtTransformer2DModel": "transformer",
+    "Lumina2Transformer2DModel": "transformer",
     "AutoencoderKL": "vae",
     "AutoencoderDC": "vae",
     "AutoencoderTiny": "vae",
@@ -58,7 +60,9 @@ class Folder:
         else:
             index = read_json(source, INDEX)
             self.index = {key: value for key, value in index.items() if key not in PRIVATE}
-            self.components = _components(self.index, source)
+            self.components = {
+                name: self._renamed(name, kind) for name, kind in _components(self.index, source).items()
+            }
 
     def where(self, component: str) -> str:
         """Name a component in messages."""
@@ -101,6 +105,12 @@ class Folder:
     def file(self, path: str) -> bytes | None:
         """Return a small file at the top, None if it is not there."""
         return self._source.read(path) if path in self._source.files() else None
+
+    def _renamed(self, component: str, kind: str) -> str:
+        """Return the class of a component: PixArt's transformers are published under the name of an older one."""
+        if kind == "Transformer2DModel" and self.config(component).get("norm_type") == "ada_norm_single":
+            return "PixArtTransformer2DModel"
+        return kind
 
     def _weight_files(self, component: str) -> list[str]:
         return weight_files(self._source, "." if self.alone else component, self._variant)

@@ -48,6 +48,8 @@ HOMES = {
     "ZImageTransformer2DModel": "diffusers",
     "Gemma2Model": "transformers",
     "SanaTransformer2DModel": "diffusers",
+    "PixArtTransformer2DModel": "diffusers",
+    "Lumina2Transformer2DModel": "diffusers",
     "AutoencoderDC": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
@@ -231,9 +233,9 @@ class Conversion:
         }
 
     def _patch(self) -> int:
-        """Return how many latents a side are one token: 2 in every transformer but Sana's, which says it."""
+        """Return how many latents a side are one token: 2 in every transformer but those that say it."""
         kind = self.parts.components.get("transformer")
-        if kind == "SanaTransformer2DModel":
+        if kind in ("SanaTransformer2DModel", "PixArtTransformer2DModel", "Lumina2Transformer2DModel"):
             return int(self._full_config("transformer", kind)["patch_size"])
         return 2 if kind else 1
 

@@ -4,7 +4,8 @@ text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output
                with projection: text_embeds, last_hidden_state (, hidden_states.0, ...); T5: last_hidden_state
                Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Z-Image of the last layer
                but one; for FLUX.2 of the last, with hidden_states.0, ...)
-               Gemma 2: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state
+               Gemma 2: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Lumina-Image 2.0 before
+               the last layer)
 unet           sample f32 [batch, channels, height, width], timestep i64 [1 or batch],
                encoder_hidden_states f32 [batch, tokens, width] (, timestep_cond f32 [batch, width])
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
@@ -21,6 +22,9 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                Sana: hidden_states f32 [batch, channels, height, width], timestep f32 [batch],
                encoder_hidden_states f32 [batch, tokens, width], encoder_attention_mask f32 [batch, tokens] (1, or 0
                for what fills up) (, guidance f32 [batch] of Sana-Sprint) -> out_sample
+               PixArt: likewise
+               Lumina-Image 2.0: likewise, timestep from 0 (noise) to 1, and txt_ids i64 [batch, tokens, 3],
+               img_ids i64 [batch, patches, 3] -> sample
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny
@@ -73,8 +77,10 @@ def describe(
 
 
 def _wants_states(module: Any, index: dict[str, Any]) -> bool:
-    """Say whether a denoiser takes hidden states of an encoder: SDXL and SD3 do, whose encoders have projections."""
-    return hasattr(module, "text_projection") or _second(index) == "CLIPTextModelWithProjection"
+    """Say whether a denoiser takes hidden states of an encoder: SDXL, SD3 (which have projections), Lumina 2."""
+    if hasattr(module, "text_projection") or _second(index) == "CLIPTextModelWithProjection":
+        return True
+    return str(index.get("_class_name", "")).startswith("Lumina2")
 
 
 def _second(index: dict[str, Any]) -> str | None:
@@ -98,7 +104,7 @@ def _check_size(options: LoaderOptions, factor: int) -> None:
 def _activation_scale(module: Any, index: dict[str, Any], context: dict[str, Any]) -> RuntimeOptions:
     """Return the hint by which devices computing in float16 keep the VAE from overflowing, as in optimum-intel."""
     pipeline = str(index.get("_class_name", ""))
-    if pipeline.startswith(("Flux", "ZImage")):
+    if pipeline.startswith(("Flux", "ZImage", "Lumina2")):
         return SCALE
     sd3 = pipeline.startswith("StableDiffusion3")
     if _second(index) and not sd3 and module.config.get("force_upcast"):

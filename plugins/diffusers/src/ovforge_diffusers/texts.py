@@ -16,7 +16,9 @@ _MASKED = tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids
 
 
 def text_encoder(module: Any, *, hidden_states: bool) -> Submodel:
-    """Describe a text encoder; `hidden_states` gives those of all layers, too, if it is a CLIP."""
+    """Describe a text encoder; `hidden_states` gives those of all layers, too, if it is a CLIP, and of a Gemma 2 those
+    before its last layer.
+    """
     return TEXT_ENCODERS[type(module).__name__](module, hidden_states)
 
 
@@ -111,7 +113,8 @@ def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
 def _gemma2(module: Any, hidden_states: bool) -> Submodel:
     """Describe Gemma 2 (Gemma Team 2024): a token sees those before it that attention_mask has 1 for.
 
-    Every other layer sees a window of the last ones only.
+    Every other layer sees a window of the last ones only. With `hidden_states`, the states are those before the last
+    layer, which Lumina-Image 2.0 takes: hidden_states[-2].
     """
     import torch
 
@@ -124,9 +127,10 @@ def _gemma2(module: Any, hidden_states: bool) -> Submodel:
         distance, seen = _before(places, attention_mask)
         near = seen & (distance < window)
         masks = {"full_attention": _added(seen), "sliding_attention": _added(near)}
-        for kind, layer in zip(kinds, module.layers, strict=True):
+        layers = list(zip(kinds, module.layers, strict=True))
+        for kind, layer in layers[:-1] if hidden_states else layers:
             states = layer(states, attention_mask=masks[kind], position_embeddings=turns)
-        return (module.norm(states),)
+        return (states if hidden_states else module.norm(states),)
 
     return Submodel(
         forward,

@@ -12,7 +12,7 @@ _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_enc
 _DENOISERS = ("unet", "transformer")
 _PREVIEW = ("preview_decoder",)
 _TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "layer-skipping", "fold-upsample")
-_SHALLOW = ("unet_shallow",)
+_SHALLOW = ("unet_shallow", "transformer_shallow")
 _INTERVALS = ({"guidance_stop": 0.8}, {"guidance_stop": 0.5}, {"guidance_start": 0.2, "guidance_stop": 0.8})
 _OPTIONAL = ("guidance-embedding",)
 
@@ -98,13 +98,21 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
     )
     yield GraphTransformExtension(
         name="step-cache",
-        summary="Run the inner part of the UNet only every few steps (approximates)",
+        summary="Run the inner part of the denoiser only in some steps (approximates)",
         config="ovforge_diffusion.graph.step_cache:StepCacheOptions",
         factory="ovforge_diffusion.graph.step_cache:StepCache",
         phase=Phase.LAYOUT,
         recompute=True,
         approximates=True,
-        tunings=({"interval": 2}, {"interval": 3}, {"interval": 3, "depth": 2}, {"interval": 5, "depth": 2}),
+        tunings=(
+            {"interval": 2},
+            {"interval": 3},
+            {"interval": 3, "order": 1},
+            {"interval": 3, "depth": 2},
+            {"interval": 5, "depth": 2},
+            {"threshold": 0.05},
+            {"threshold": 0.15},
+        ),
     )
     yield GraphTransformExtension(
         name="token-merging",

@@ -13,7 +13,7 @@ from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.controlnets import ControlNets
 from ovforge_diffusion.network import Network
-from ovforge_diffusion.shallow import SHALLOW, ShallowSteps
+from ovforge_diffusion.shallow import ShallowSteps, StepRule
 
 __all__ = ["Denoiser"]
 
@@ -51,7 +51,8 @@ class Denoiser:
         self._latents = data[:, :, *(slice(0, side) for side in latents[1:])]
         self._extra = data[:, :, *_beyond(shape, latents)] if shape != latents else None
         given = list(shape)
-        given[architecture.channel_axis] = latents[architecture.channel_axis]
+        axis = architecture.channel_axis
+        given[axis] = architecture.given_channels or latents[axis]
         self._halves: list[Array] = []
         for network in self._networks:
             network.share(architecture.sample, self.sample)
@@ -63,9 +64,9 @@ class Denoiser:
         self._controls: ControlNets | None = None
         self._shallow: ShallowSteps | None = None
 
-    def cache_steps(self, model: ov.CompiledModel, interval: int) -> None:
-        """Run the outer part alone, `model`, in all but every `interval`-th call."""
-        self._shallow = ShallowSteps(model, self._networks, interval)
+    def cache_steps(self, model: ov.CompiledModel, rule: StepRule) -> None:
+        """Run the outer part, `model`, alone if a rule allows it."""
+        self._shallow = ShallowSteps(model, self._networks, rule)
 
     def takes(self, name: str) -> bool:
         """Say whether the network has an input of a name."""
@@ -154,9 +155,8 @@ class Denoiser:
             if self._controls:
                 with timings.span("denoise.controlnet"):
                     self._controls.run(call, scales)
-            if self._shallow is not None and not self._shallow.is_due(call, number):
-                with timings.span(f"denoise.{SHALLOW}"):
-                    self._shallow.run(call)
+            if self._shallow is not None:
+                self._shallow.run(call, number, timings)
                 continue
             with timings.span(f"denoise.{self._role}"):
                 network.run()

@@ -27,7 +27,7 @@ from ovforge_diffusion.models import Models
 from ovforge_diffusion.prediction import Prediction
 from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.scheduling import Scheduling
-from ovforge_diffusion.shallow import SHALLOW
+from ovforge_diffusion.shallow import shallow_role
 
 __all__ = ["Diffusion", "Start"]
 
@@ -135,14 +135,15 @@ class Diffusion:
         except InputError:
             models.forget_denoiser()  # its requests hold what a call that failed has set
             raise
-        models.release(self.architecture.denoiser, SHALLOW, *self.architecture.controlnets)
+        denoiser = self.architecture.denoiser
+        models.release(denoiser, shallow_role(denoiser), *self.architecture.controlnets)
         latents = self.architecture.unpack(latents, *self._size(request))
         images = []
         if request.decode:
             progress(Progress("decoding", 0, len(latents)))
             for number, row in enumerate(latents):
                 with timings.span("vae_decoder"):
-                    images.append(start.finish(self.autoencoder.decode(row)))
+                    images.append(start.finish(self.autoencoder.decode(row, request.asked)))
                 progress(Progress("decoding", number + 1, len(latents)))
         models.release("vae_decoder", PREVIEW)
         return ImagesResult(
@@ -213,6 +214,7 @@ class Diffusion:
             skip if request.skipped_layers else None,
             given.guidance_start,
             given.guidance_stop,
+            self.architecture.keeps_norm,
         )
         if guidance.is_partial and schedule.halves > 2:
             raise InputError(
@@ -245,7 +247,8 @@ class Diffusion:
         """Return pictures of latents after step `index`, scaled to what they will be at the end."""
         last = index + 1 >= len(sampling.timesteps)
         seen = latents if last else sampling.scale_input(latents, index + 1)
-        return [self.autoencoder.preview(row) for row in self.architecture.unpack(seen, *self._size(request))]
+        rows = self.architecture.unpack(seen, *self._size(request))
+        return [self.autoencoder.preview(row, request.asked) for row in rows]
 
     # -- small parts ----------------------------------------------------------------------------------------------
 

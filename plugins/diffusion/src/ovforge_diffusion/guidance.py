@@ -51,6 +51,9 @@ class Guidance:
     stop: float = 1.0
     """The interval that it acts in (Kynkaanniemi et al. 2024), as parts of the steps: as diffusers' guiders have it."""
 
+    keeps_norm: bool = False
+    """Whether the result has the norm, along the last axis, of a prediction that is not guided."""
+
     @property
     def varies(self) -> bool:
         """Whether steps differ in the halves that they need: each half is then a call of its own."""
@@ -77,11 +80,14 @@ class Guidance:
             output += (halves[number] - without) * weight.reshape(-1, *[1] * (without.ndim - 1))
         rescale = np.float32(self.rescale)
         deviation = _deviation(output + without) if rescale else None
+        norm = np.linalg.norm(output + without, axis=-1, keepdims=True) if self.keeps_norm else None
         output *= np.float32(self.scale)
         output += without
         if deviation is not None:  # section 3.4
             ratio = deviation / _deviation(output)
             output *= rescale * ratio + (np.float32(1) - rescale)
+        if norm is not None:
+            output *= norm / np.linalg.norm(output, axis=-1, keepdims=True)
         if self.skip is not None and self.halves - 1 in halves:
             output += (halves[1] - halves[self.halves - 1]) * np.float32(self.skip.scale)
         return output

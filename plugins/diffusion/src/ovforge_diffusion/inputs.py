@@ -110,8 +110,8 @@ class DiffusionInputs(BaseModel):
         None,
         ge=1,
         le=512,
-        description="Tokens that T5, Qwen3 or Gemma 2 reads: 256 for SD 3, 300 for Sana, 512 for FLUX and Z-Image by "
-        "default.",
+        description="Tokens that T5, Qwen3 or Gemma 2 reads: 256 for SD 3 and Lumina 2, 300 for Sana and PixArt, 512 "
+        "for FLUX and Z-Image by default.",
     )
     skip_guidance_layers: list[int] | None = Field(
         None,
@@ -129,6 +129,11 @@ class DiffusionInputs(BaseModel):
     )
     guidance_stop: float = Field(
         1.0, gt=0, le=1, description="Part of the steps after which guidance ends (Kynkaanniemi et al. 2024)."
+    )
+    resolution_binning: bool = Field(
+        False,
+        description="Sana and PixArt: make the picture at that size of a list which is most like it, and scale and cut "
+        "it, as diffusers does by default.",
     )
     width: int | None = Field(None, ge=8, le=16384, description="Pixels.")
     height: int | None = Field(None, ge=8, le=16384, description="Pixels.")
@@ -187,8 +192,8 @@ class ImageToImageInputs(DiffusionInputs):
         None,
         gt=0,
         le=1,
-        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX and Z-Image. "
-        "Not for models that see the picture: FLUX.1 Kontext, FLUX.2.",
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX, Z-Image "
+        "and Sana-Sprint. Not for models that see the picture: FLUX.1 Kontext, FLUX.2.",
     )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
@@ -209,7 +214,8 @@ class InpaintingInputs(DiffusionInputs):
         None,
         gt=0,
         le=1,
-        description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX.1, 0.8 for FLUX.2.",
+        description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX.1 (Kontext: 1), "
+        "0.8 for FLUX.2.",
     )
     paste: bool = Field(
         False,

@@ -12,10 +12,11 @@ import openvino as ov
 
 from ovforge.contracts import CompiledModels
 from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenizer_of
+from ovforge_diffusion.architectures.bins import binned
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.inputs import DiffusionOptions
 from ovforge_diffusion.sequence import SequenceTokenizer
-from ovforge_diffusion.shallow import CACHED, SHALLOW
+from ovforge_diffusion.shallow import CACHED, StepRule, shallow_role
 from ovforge_diffusion.text import learned_tokens
 from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, Tokenizer, has_files
 from ovforge_diffusion.vae import Autoencoder
@@ -51,8 +52,8 @@ class Models:
     def _start(self) -> None:
         bundle, architecture = self._bundle, self._architecture
         bundle.start(architecture.denoiser, self._denoiser_shapes(self._expected))  # the longest first
-        if SHALLOW in bundle:
-            bundle.start(SHALLOW, self._shallow_shapes(self._expected))
+        if (outer := shallow_role(architecture.denoiser)) in bundle:
+            bundle.start(outer, self._shallow_shapes(self._expected))
         for role in architecture.controlnets:
             bundle.start(role, self._control_shapes(role, self._expected))
         for encoder in architecture.encoders:
@@ -117,9 +118,9 @@ class Models:
             model = self._bundle.get(architecture.denoiser, shapes)
             latents = architecture.packed_shape(pictures, *size)
             denoiser = Denoiser(model, architecture, shape, latents, halves, calls)
-            if SHALLOW in self._bundle:
-                shallow = self._bundle.get(SHALLOW, self._shallow_shapes((pictures * halves // calls, *size)))
-                denoiser.cache_steps(shallow, int(self._bundle.configs[SHALLOW]["interval"]))
+            if (outer := shallow_role(architecture.denoiser)) in self._bundle:
+                shapes = None if beside else self._shallow_shapes((pictures * halves // calls, *size))
+                denoiser.cache_steps(self._bundle.get(outer, shapes), StepRule.of(self._bundle.configs[outer]))
             self._denoiser = (key, denoiser)
         return self._denoiser[1]
 
@@ -177,6 +178,8 @@ class Models:
         )
         if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
             return None
+        if architecture.bins and inputs.get("resolution_binning") is True:
+            width, height = binned(width, height, architecture.bins)
         prompts = inputs.get("prompt")
         pictures = count * (len(prompts) if isinstance(prompts, list) else 1)
         varies = any(inputs.get(name) for name in ("skip_guidance_layers", "guidance_start", "guidance_stop"))
@@ -203,14 +206,14 @@ class Models:
         return self._architecture.input_shapes(sample[0], sample[1:], self._options, self._inputs)
 
     def _shallow_shapes(self, sample: tuple[int, int, int] | None) -> Shapes | None:
-        """Return the same of the UNet's outer part, which also takes what the inner part gave."""
+        """Return the same of the denoiser's outer part, which also takes what the inner part gave."""
         shapes = self._denoiser_shapes(sample)
         if shapes is None or sample is None:
             return None
-        config = self._bundle.configs[SHALLOW]
+        config = self._bundle.configs[shallow_role(self._architecture.denoiser)]
         return {
             **{name: shape for name, shape in shapes.items() if name in config["inputs"]},
-            CACHED: (sample[0], config["channels"], *sample[1:]),
+            CACHED: self._architecture.kept_shape(sample[0], sample[1:], config["channels"]),
         }
 
     def _control_shapes(self, role: str, sample: tuple[int, int, int] | None) -> Shapes | None:

@@ -11,6 +11,7 @@ from PIL import Image
 from ovforge.errors import InputError
 from ovforge.model import fresh_seed, picture_name
 from ovforge_diffusion.architectures.base import Architecture, Texts
+from ovforge_diffusion.architectures.bins import binned
 from ovforge_diffusion.editing import adapters_in, without_comments
 from ovforge_diffusion.inputs import Control, DiffusionInputs
 
@@ -42,6 +43,9 @@ class Request:
     skipped_layers: tuple[int, ...] = ()
     references: tuple[tuple[int, int], ...] = ()
     """(width, height) of each picture that the denoiser sees beside the latents."""
+    asked: tuple[int, int] | None = None
+    """(width, height) that pictures are scaled and cut to at last; None if that is what is made."""
+
     remarks: tuple[str, ...] = ()
     """Warnings: what of the call was changed, or has no effect."""
 
@@ -85,8 +89,8 @@ class Request:
             **written,
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
-            "width": self.width,
-            "height": self.height,
+            "width": self.asked[0] if self.asked else self.width,
+            "height": self.asked[1] if self.asked else self.height,
             "seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
         }
 
@@ -131,7 +135,11 @@ def make_request(
     defaults, multiple = architecture.defaults, architecture.multiple
     scale = defaults.guidance_scale if inputs.guidance_scale is None else inputs.guidance_scale
     guidance = architecture.guidance(inputs, scale)
-    default_width, default_height = _floor(size, multiple) if size else (architecture.size, architecture.size)
+    binning = _binning(inputs, architecture)
+    floored = size if binning or size is None else _floor(size, multiple)
+    default_width, default_height = floored or (architecture.size, architecture.size)
+    asked = inputs.width or default_width, inputs.height or default_height
+    made = binned(*asked, binning) if binning else asked
     _check_prompts(inputs, architecture)
     if inputs.true_cfg_scale is not None and architecture.guided_by != "true_cfg_scale":
         raise InputError(
@@ -158,8 +166,9 @@ def make_request(
         guidance=guidance,
         steps=inputs.steps or defaults.steps,
         guidance_scale=scale,
-        width=_side("width", inputs.width or default_width, architecture, remarks),
-        height=_side("height", inputs.height or default_height, architecture, remarks),
+        width=_side("width", made[0], architecture, remarks),
+        height=_side("height", made[1], architecture, remarks),
+        asked=asked if made != asked else None,
         seeds=seeds_of(inputs.seed, len(prompts) * inputs.count),
         controls=_controls(inputs, architecture),
         decode=inputs.denoising_end is None if inputs.decode is None else inputs.decode,
@@ -169,6 +178,19 @@ def make_request(
         given=inputs,
     )
     return replace(request, remarks=(*remarks, *architecture.remarks(request)))
+
+
+def _binning(inputs: DiffusionInputs, architecture: Architecture) -> int | None:
+    """Return the side of the square in the list of sizes, if one of them is to be made."""
+    if not inputs.resolution_binning:
+        return None
+    if architecture.bins is None:
+        raise InputError(
+            "the model has no list of sizes that it was trained on",
+            where="resolution_binning",
+            hint="It is for Sana and PixArt: leave it out.",
+        )
+    return architecture.bins
 
 
 _COUNTS = {1: "one text encoder", 2: "two text encoders"}

@@ -16,7 +16,7 @@ from ovforge.store import parse_object
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["SequenceEncoder", "SequenceTokenizer"]
+__all__ = ["SequenceEncoder", "SequenceTokenizer", "stacked"]
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -102,11 +102,14 @@ class SequenceEncoder:
             inputs[self._mask] = np.stack([np.arange(length) < len(ids) for ids, _ in read])
         return self._states(inputs), self._notes(length, [cut for _, cut in read])
 
-    def encode_each(self, texts: Sequence[str], length: int, timings: Timings) -> tuple[list[Array], list[str]]:
+    def encode_each(
+        self, texts: Sequence[str], length: int, timings: Timings, *, both: bool = False
+    ) -> tuple[list[Array], list[str]]:
         """Return the states of each text's own tokens, float32 (tokens, width), and warnings of what did not fit.
 
-        For an encoder that reads from left to right, and may take an attention_mask: padding after a text then changes
-        nothing, and there is none if the model takes any number of tokens. Raises InputError for a text of no tokens.
+        There is no padding if the model takes any number of tokens. If it does not, an attention_mask hides it, or the
+        encoder reads from left to right, so that what stands after a text changes nothing: `both` says that it reads
+        both ways. Raises InputError for a text of no tokens, ModelError for a model that would see the padding.
         """
         with timings.span("text_encoder.tokenizer"):
             read = [self._tokenizer.cut(text, length) for text in texts]
@@ -115,10 +118,10 @@ class SequenceEncoder:
         made: dict[bytes, Array] = {}
         for ids, _ in read:
             if ids.tobytes() not in made:
-                made[ids.tobytes()] = self._alone(ids)
+                made[ids.tobytes()] = self._alone(ids, both=both)
         return [made[ids.tobytes()] for ids, _ in read], self._notes(length, [cut for _, cut in read])
 
-    def _alone(self, ids: Ids) -> Array:
+    def _alone(self, ids: Ids, *, both: bool) -> Array:
         tokens = self._ids.get_partial_shape()[1]
         room = tokens.get_length() if tokens.is_static else len(ids)
         if room < len(ids):
@@ -126,6 +129,12 @@ class SequenceEncoder:
                 f"has {len(ids)} tokens, and the model was converted for {room}",
                 where="prompt",
                 hint=f"Set max_sequence_length = {room}, or convert the model for any length.",
+            )
+        if both and room > len(ids) and self._mask is None:
+            raise ModelError(
+                f"it was converted for {room} tokens and without an attention_mask, so that it would see the padding",
+                where=self._role,
+                hint="Convert the model with ovforge.",
             )
         inputs: dict[ov.Output, NDArray[np.generic]] = {self._ids: self._tokenizer.padded(ids, room)[None]}
         if self._mask is not None:
@@ -152,6 +161,19 @@ class SequenceEncoder:
             for cut in dict.fromkeys(cuts)
             if cut
         ]
+
+
+def stacked(rows: Sequence[Array]) -> tuple[Array, Array]:
+    """Return states of texts, each (tokens, width), as one array (texts, tokens, width); and which count, of ones.
+
+    What fills up is zero in both.
+    """
+    states = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
+    mask = np.zeros(states.shape[:2], np.float32)
+    for number, row in enumerate(rows):
+        states[number, : len(row)] = row
+        mask[number, : len(row)] = 1
+    return states, mask
 
 
 def _read(assets: Mapping[str, bytes], role: str) -> tokenizers.Tokenizer:

@@ -12,6 +12,7 @@ from PIL import Image
 from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Scale
+from ovforge_diffusion.resizing import filling
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
 
@@ -43,17 +44,17 @@ class Autoencoder:
             return None
         return side // self._architecture.factor * self._architecture.factor
 
-    def decode(self, latents: Array) -> Image.Image:
-        """Return the picture of latents, float32 (channels, height, width)."""
-        return self._decoded(latents, self._decoder, self._architecture.decoding)
+    def decode(self, latents: Array, size: tuple[int, int] | None = None) -> Image.Image:
+        """Return the picture of latents, float32 (channels, height, width); scaled and cut to a (width, height)."""
+        return self._decoded(latents, self._decoder, self._architecture.decoding, size)
 
-    def preview(self, latents: Array) -> Image.Image:
+    def preview(self, latents: Array, size: tuple[int, int] | None = None) -> Image.Image:
         """Return the picture of latents by the decoder for previews, if the pipeline has one of its own."""
         if self._preview is None or self._architecture.previewing is None:
-            return self.decode(latents)
-        return self._decoded(latents, self._preview, self._architecture.previewing)
+            return self.decode(latents, size)
+        return self._decoded(latents, self._preview, self._architecture.previewing, size)
 
-    def _decoded(self, latents: Array, decoder: _Runner, scale: Scale) -> Image.Image:
+    def _decoded(self, latents: Array, decoder: _Runner, scale: Scale, size: tuple[int, int] | None) -> Image.Image:
         factor, folding = self._architecture.factor, self._architecture.folding
         side = self.tile(latents.shape[1] * factor, latents.shape[2] * factor)
         factor //= folding
@@ -64,7 +65,7 @@ class Autoencoder:
                 where="vae_decoder",
                 hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
             )
-        return to_image(sample)
+        return to_image(sample if size is None else filling(sample, *size))
 
     def encode(self, pixels: Array) -> Array:
         """Return what the encoder says of a picture, float32 (3, height, width) from -1 to 1: see `sample`."""

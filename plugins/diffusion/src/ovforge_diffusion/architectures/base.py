@@ -112,6 +112,9 @@ class Architecture(ABC):
     name: ClassVar[str]
     """What people call the family."""
 
+    tasks: ClassVar[tuple[Task, ...]] = ("text-to-image", "image-to-image", "inpainting")
+    """What models of the family can do."""
+
     denoiser: ClassVar[str] = "transformer"
     """Role of the network that predicts."""
 
@@ -160,6 +163,15 @@ class Architecture(ABC):
     rounds_sizes: ClassVar[bool] = False
     """Whether sides that do not fit are rounded down, as diffusers' pipeline does, rather than refused."""
 
+    keeps_norm: ClassVar[bool] = False
+    """Whether guided predictions are scaled to the norm, along the last axis, of those with the prompt."""
+
+    given_channels: int | None = None
+    """Channels that the denoiser gives, if it gives more than those of the latents, which come first."""
+
+    bins: int | None = None
+    """Pixels a side of the square in the list of sizes that the model was trained on; None if there is no list."""
+
     controlnets: tuple[str, ...] = ()
 
     folding: ClassVar[int] = 1
@@ -171,6 +183,13 @@ class Architecture(ABC):
     1 means one for each prompt, more that all of them are shown with each prompt."""
 
     def __init__(self, context: TaskContext, task: Task) -> None:
+        if task not in self.tasks:
+            ways = {"text-to-image": "text", "image-to-image": "a picture"}
+            raise ModelError(
+                f"{self.name} makes pictures from {' or '.join(ways[known] for known in self.tasks)} alone",
+                where=f"{self.denoiser}/config.json",
+                hint=f"Set task = {' or '.join(repr(known) for known in self.tasks)}, or take another family.",
+            )
         bundle = context.bundle
         vae = bundle.configs.get("vae_decoder", {})
         self.config: Mapping[str, Any] = bundle.configs.get(self.denoiser, {})
@@ -320,6 +339,10 @@ class Architecture(ABC):
         `size` is (height, width) in latents, `inputs` what the pipeline's config says of a call, unchecked.
         """
         return None
+
+    def kept_shape(self, rows: int, size: tuple[int, int], channels: int) -> tuple[int, ...]:
+        """Return the shape of what step-cache keeps, of so many channels, for the same fixed shapes."""
+        return (rows, channels, *size)
 
     def control_shapes(
         self, role: str, denoiser: Mapping[str, tuple[int, ...]], pixels: tuple[int, int]

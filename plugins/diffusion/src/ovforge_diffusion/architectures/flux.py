@@ -73,14 +73,8 @@ class Flux(Architecture):
         if self.masked:
             self.defaults = self.own_defaults(context, Defaults(50, 30.0, 1.0))
         if str(context.bundle.index.get("_class_name", "")).startswith("FluxKontext"):
-            if task == "inpainting":
-                raise ModelError(
-                    "FLUX.1 Kontext edits whole pictures here",
-                    where="model_index.json",
-                    hint='Set task = "image-to-image", or take FLUX.1 Fill for inpainting.',
-                )
             self.references = 1
-            self.defaults = self.own_defaults(context, Defaults(28, 3.5))
+            self.defaults = self.own_defaults(context, Defaults(28, 3.5, 1.0))
         self._embeds = bool(self.config.get("guidance_embeds", False))
         missing = [role for role in self.text_encoders if role not in self.encoders]
         if missing:
@@ -155,6 +149,10 @@ class Flux(Architecture):
         pixels = mask.reshape(pictures, height // factor, factor, width // factor, factor).transpose(0, 2, 4, 1, 3)
         pixels = pixels.reshape(pictures, factor**2, height // factor, width // factor)
         return np.concatenate([self.pack(hidden), self.pack(pixels)], axis=2)
+
+    def limited(self, image: Image.Image) -> Image.Image:
+        """Return it as Kontext is to see it; other models take any number of pixels."""
+        return self.shown(image) if self.references else image
 
     def shown(self, image: Image.Image) -> Image.Image:
         """Return it in the size that Kontext was trained on whose sides are most alike, as diffusers takes it."""

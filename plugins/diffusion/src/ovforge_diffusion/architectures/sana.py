@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ovforge.contracts import CompiledModels, RandomStream, Sampling, Scheduler, TaskContext
-from ovforge.errors import ConfigError, ModelError
+from ovforge.errors import ConfigError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import sequence_length
 from ovforge_diffusion.prompts import unweighted
-from ovforge_diffusion.sequence import SequenceEncoder, SequenceTokenizer
+from ovforge_diffusion.sequence import SequenceEncoder, SequenceTokenizer, stacked
 
 if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
@@ -48,11 +48,15 @@ _INSTRUCTION = "\n".join(
 
 _LONGEST_INSTRUCTION = 100_000
 
+_BINS = {16: 512, 32: 1024, 64: 2048, 128: 4096}
+"""Side of latents -> side of the square of its list of sizes."""
+
 
 class Sana(Architecture):
-    """Sana, from text. Sizes are made as they are asked for: diffusers does so with use_resolution_binning=False."""
+    """Sana, from text."""
 
     name = "Sana"
+    tasks: ClassVar[tuple[Task, ...]] = ("text-to-image",)
     text_encoders = (_GEMMA,)
     sequence_encoders = (_GEMMA,)
     default_size = 32
@@ -62,12 +66,8 @@ class Sana(Architecture):
         super().__init__(context, task)
         self.multiple = self.factor * int(self.config.get("patch_size", 1))
         self.check_channels()
-        if task != "text-to-image":
-            raise ModelError(
-                f"{self.name} makes pictures from text alone",
-                where="transformer/config.json",
-                hint='Set task = "text-to-image", or take another family.',
-            )
+        self.given_channels = int(self.config.get("out_channels") or self.channels)
+        self.bins = _BINS.get(self.size // self.factor)
         self._scale = np.float32(self.config.get("timestep_scale", 1.0))
 
     @classmethod
@@ -88,15 +88,12 @@ class Sana(Architecture):
         """Return it in the transformer's own scale."""
         return float(np.float32(timestep) * self._scale)
 
-    def predicted(self, output: Array) -> Array:
-        """Return the flow alone, of a transformer that also learned its variance."""
-        return output[:, : self.latent_channels]
-
 
 class SanaSprint(Sana):
     """Sana-Sprint (Chen et al. 2025): a consistency model of one to four steps, whose guidance is an input."""
 
     name = "Sana-Sprint"
+    tasks = ("text-to-image", "image-to-image")
     negatives = False
 
     @classmethod
@@ -105,8 +102,8 @@ class SanaSprint(Sana):
         return _is_sana(bundle) and bool(bundle.configs[cls.denoiser].get("guidance_embeds"))
 
     def usual(self, task: Task) -> Defaults:
-        """Return the defaults of SanaSprintPipeline."""
-        return Defaults(2, 4.5)
+        """Return the defaults of SanaSprintPipeline and SanaSprintImg2ImgPipeline."""
+        return Defaults(2, 4.5, 0.6)
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
         """Return none: the transformer takes the scale itself."""
@@ -204,12 +201,7 @@ class _Prompts(PromptEncoder):
                 notes += said
                 for number, row in zip(mine, read, strict=True):
                     rows[number] = row
-        full = [row for row in rows if row is not None]
-        states = np.zeros((len(full), max(map(len, full)), full[0].shape[1]), np.float32)
-        mask = np.zeros(states.shape[:2], np.float32)
-        for number, row in enumerate(full):
-            states[number, : len(row)] = row
-            mask[number, : len(row)] = 1
+        states, mask = stacked([row for row in rows if row is not None])
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}, notes + lost
 
     def _read(

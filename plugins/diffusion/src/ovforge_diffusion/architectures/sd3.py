@@ -108,6 +108,10 @@ class StableDiffusion3(Architecture):
             "pooled_projections": (rows, pooled),
         }
 
+    def kept_shape(self, rows: int, size: tuple[int, int], channels: int) -> tuple[int, ...]:
+        """Return (rows, tokens, channels)."""
+        return (rows, (size[0] // self._patch) * (size[1] // self._patch), channels)
+
     def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
         """Begin a run, shifted by the number of the picture's tokens if the scheduler does that."""
         return begin_flow(scheduler, steps, strength, tokens=(size[0] // self._patch) * (size[1] // self._patch))

@@ -13,7 +13,7 @@ from ovforge.model import ModelBundle
 from ovforge_diffusion.graph.nodes import port_named
 from ovforge_diffusion.graph.token_groups import grid, matched
 from ovforge_diffusion.graph.transformer_blocks import Block, Kind, blocks_of
-from ovforge_diffusion.shallow import SHALLOW
+from ovforge_diffusion.shallow import shallow_role
 
 __all__ = ["TokenMerging", "TokenMergingOptions"]
 
@@ -63,7 +63,7 @@ class TokenMerging:
         if "unet" not in bundle.models:
             return Report(skipped=[Skipped("unet", "the pipeline has no UNet, whose attention it changes")])
         report = Report()
-        for role in ("unet", SHALLOW):
+        for role in ("unet", shallow_role("unet")):
             if role in bundle.models:
                 self._change(bundle, role, report)
         return report

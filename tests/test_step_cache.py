@@ -1,0 +1,256 @@
+"""Step caching of transformers against the same done to diffusers' by hooks, on torch in float32, with the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+
+import ovforge
+import ovforge_diffusion
+from families import agree, maker, pipeline, seeded
+from ovforge import Use, testing
+from ovforge.errors import ConfigError, ModelError
+from ovforge.store.cache import Cache
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+PROMPTS = ["a beautiful pink unicorn, 8k", "the blue cat!!"]
+PIPELINES = {
+    "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline", "zimage": "ZImagePipeline",
+    "sana": "SanaPipeline",
+}  # fmt: skip
+FAMILIES = sorted(PIPELINES)
+CALL: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 2.0}
+STEPS = 8
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Return a function that gives the folder of a family with four blocks or more, made once."""
+    made: dict[str, Path] = {}
+
+    def give(family: str) -> Path:
+        if family not in made:
+            target = tmp_path_factory.mktemp(family) / "pipeline"
+            if family in ("sd3", "flux"):
+                small = maker("test_transformers")
+                changes = {"num_layers": 4} if family == "sd3" else {}
+                made[family] = small.make_transformer_pipeline(target, torch_lcm, family, **changes)
+            else:
+                small = maker(f"test_{family}")
+                small.SMALL |= {"n_layers": 4} if family == "zimage" else {"num_layers": 4} if family == "sana" else {}
+                made[family] = getattr(small, f"make_{family}_pipeline")(target)
+        return made[family]
+
+    return give
+
+
+def ours(source: Path, cache: Cache, task: str | Use = "text-to-image", **options: Any) -> Any:
+    return pipeline(source, cache, task, transforms=[Use("step-cache", **options)] if options else [])
+
+
+def theirs(folder: Path, family: str, prompts: list[str], seeds: list[int], prepare: Any = None, **call: Any) -> Any:
+    """Return pictures of diffusers; `prepare` changes its transformer."""
+    pipe = getattr(diffusers, PIPELINES[family]).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if family == "sana":  # its autoencoder makes 2 pixels of a latent here, and diffusers takes multiples of 32
+        call["use_resolution_binning"] = False
+        pipe.check_inputs = lambda *given, **named: None
+    if prepare is not None:
+        prepare(pipe.transformer)
+    given = {"num_inference_steps": STEPS, **CALL, **call}
+    return pipe(prompt=prompts if len(prompts) > 1 else prompts[0], generator=seeded(seeds), **given).images
+
+
+class Rule:
+    """The arithmetic of the method on rows of numpy arrays, written as plainly as can be."""
+
+    def __init__(self, interval: int | None, warmup: int = 1, order: int = 0, threshold: float | None = None) -> None:
+        self.interval, self.warmup, self.order, self.threshold = interval, warmup, order, threshold
+        self.known: list[tuple[int, Any]] = []  # (step, what the later blocks added) in full
+        self.first: Any = None
+        self.step = -1
+        self.whole = 0
+
+    def due(self, first: Any) -> bool:
+        """Say whether a row runs in full at the next step, from what its first block adds."""
+        self.step += 1
+        if self.step < self.warmup or (self.interval is not None and self.step - self.known[-1][0] >= self.interval):
+            return True
+        change = (first - self.first).abs().mean() / self.first.abs().mean()
+        return self.threshold is not None and bool(change > self.threshold)
+
+    def learn(self, first: Any, added: Any) -> None:
+        self.first, self.whole = first, self.whole + 1
+        self.known.append((self.step, added))
+
+    def predict(self) -> Any:
+        """Return the value of the expansion of TaylorSeer, by diffusers' own code."""
+        from diffusers.hooks.taylorseer_cache import TaylorSeerState
+
+        state = TaylorSeerState(torch.float32, self.order)
+        for step, added in self.known:
+            state.current_step = step
+            state.update((added,))
+        state.current_step = self.step
+        return state.predict()[0]
+
+
+def blocks_of(module: Any) -> list[Any]:
+    names = ("transformer_blocks", "single_transformer_blocks", "layers")
+    return [block for name in names for block in getattr(module, name, ())]
+
+
+def hooked(make: Callable[[], Rule], depth: int, rules: dict[Any, Rule], calls: int) -> Callable[[Any], None]:
+    """Let a transformer of diffusers keep what its blocks after the first `depth` add, for each row by itself.
+
+    The whole runs always; rows that are not due get what was predicted in place of what it gave. `rules` are those of
+    each row of each of the `calls` that a step has.
+    """
+
+    def prepare(module: Any) -> None:
+        own: dict[str, Any] = {"call": -1}
+        blocks = blocks_of(module)
+
+        def picture(made: Any) -> Any:
+            """Return the stream of what a block gives: the picture's comes last, or beside the text's first."""
+            return made[1] if isinstance(made, tuple) else made
+
+        def before(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            own["begin"] = named["hidden_states"] if "hidden_states" in named else args[0]
+            own["call"] = (own["call"] + 1) % calls
+
+        def first(_: Any, __: Any, made: Any) -> None:
+            own["first"] = picture(made) - own["begin"]
+            if hasattr(module, "all_final_layer"):  # Z-Image's text stands behind the picture's 6 x 4 tokens
+                own["first"] = own["first"][:, :24]
+
+        def cut(_: Any, __: Any, made: Any) -> None:
+            own["cut"] = picture(made)
+
+        def last(_: Any, args: tuple[Any, ...]) -> Any:
+            end, rest = args[0], args[1:]
+            tokens = own["cut"].shape[1]
+            rows = []
+            for row in range(len(end)):
+                key = (own["call"], row)
+                rule = rules.setdefault(key, make())
+                if rule.due(own["first"][row]):
+                    rule.learn(own["first"][row], end[row, :tokens] - own["cut"][row])
+                    rows.append(end[row])
+                else:
+                    rows.append(own["cut"][row] + rule.predict())
+            return (torch.stack(rows), *rest)
+
+        blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        blocks[0].register_forward_hook(first)
+        blocks[depth - 1].register_forward_hook(cut)
+        final = module.all_final_layer["2-1"] if hasattr(module, "all_final_layer") else module.norm_out
+        final.register_forward_pre_hook(last)
+
+    return prepare
+
+
+THRESHOLDS = {"flux": 0.66, "flux2": 1.2, "sana": 0.2, "sd3": 0.8, "zimage": 1.45}
+"""Between what the first blocks of these random weights change by from step to step, which is much."""
+
+CASES = [
+    *((family, 1, {"threshold": threshold, "order": 1}) for family, threshold in THRESHOLDS.items()),
+    ("flux", 3, {"interval": 3, "order": 2, "warmup": 2}),
+    ("sd3", 2, {"interval": 3}),
+]
+
+
+@pytest.mark.parametrize(("family", "depth", "rule"), CASES, ids=str)
+def test_cached_steps_are_those_of_torch(
+    folder: Folder, session_cache: Cache, family: str, depth: int, rule: dict[str, Any]
+) -> None:
+    """A guided batch of two, whose rows keep what is theirs, in the picture's tokens or in the text's as well."""
+    rules: dict[Any, Rule] = {}
+    guided = {**CALL, **({"true_cfg_scale": 2.0, "negative_prompt": "blue"} if family == "flux" else {})}
+    given = {"interval": None, **rule}
+    wanted = theirs(
+        folder(family),
+        family,
+        PROMPTS,
+        [7, 8],
+        hooked(lambda: Rule(**given), depth, rules, 2 if "flux" in family else 1),
+        **guided,
+    )
+    pipe = ours(folder(family), session_cache, depth=depth, **rule)
+    first = pipe(PROMPTS, steps=STEPS, seed=[7, 8], **guided)
+    agree(first, wanted)
+    assert len(rules) == 4, "two pictures, with the prompt and without"
+    spans = first.timings.spans
+    whole, outer = (len(spans.get(f"denoise.{role}", ())) for role in ("transformer", "transformer_shallow"))
+    assert max(each.whole for each in rules.values()) <= whole < STEPS, "some steps are not run in full"
+    assert outer == STEPS - (1 if "threshold" in rule else whole)
+    assert pipe(PROMPTS[::-1], steps=STEPS, seed=[7, 8], **guided).images[0].tobytes() != first.images[0].tobytes()
+    again = pipe(PROMPTS, steps=STEPS, seed=[7, 8], **guided)
+    assert [one.tobytes() for one in again.images] == [one.tobytes() for one in first.images], "each run begins anew"
+    alone = pipe(PROMPTS[1], steps=STEPS, seed=8, **guided)
+    np.testing.assert_allclose(alone.latents[0], first.latents[1], atol=1e-3)
+    split = ours(folder(family), session_cache, Use("text-to-image", guidance="split"), depth=depth, **rule)
+    if family == "sana":
+        agree(split(PROMPTS, steps=STEPS, seed=[7, 8], **guided), wanted)
+    assert "step-cache" in str(first.provenance["config"])
+    assert any("first" in line and "of the weights" in line for report in pipe.reports for line in report.applied)
+
+
+def test_a_threshold_is_the_first_block_cache_of_diffusers(folder: Folder, session_cache: Cache) -> None:
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    def prepare(transformer: Any) -> None:
+        apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=0.7))
+
+    wanted = theirs(folder("flux"), "flux", PROMPTS[:1], [7], prepare)
+    made = ours(folder("flux"), session_cache, threshold=0.7)(PROMPTS[0], steps=STEPS, seed=7, **CALL)
+    agree(made, wanted)
+    assert 1 < len(made.timings.spans["denoise.transformer"]) < STEPS
+
+
+def test_what_changes_nothing_is_exact(folder: Folder, session_cache: Cache) -> None:
+    """Each step in full, by either option; and adapters that were fused are in both parts."""
+    plain = ours(folder("sana"), session_cache)(PROMPTS[0], steps=4, seed=7, **CALL)
+    for options in ({"interval": 1}, {"threshold": 0.0, "order": 2}):
+        made = ours(folder("sana"), session_cache, **options)(PROMPTS[0], steps=4, seed=7, **CALL)
+        np.testing.assert_array_equal(made.latents, plain.latents)
+
+
+def test_what_cannot_be_cut_is_told(folder: Folder, session_cache: Cache, torch_family: Folder) -> None:
+    with pytest.raises(ModelError, match="it has 4 blocks"):
+        ours(folder("sana"), session_cache, depth=4)
+    with pytest.raises(ModelError, match="first block of a transformer"):
+        ours(torch_family("sd1"), session_cache, threshold=0.1)
+    with pytest.raises(ConfigError, match="order"):
+        ours(folder("sana"), session_cache, order=3)
+
+
+def test_both_graphs_share_their_weights(folder: Folder, session_cache: Cache) -> None:
+    bundle = ovforge.open_model(folder("flux"), options={"weights": "f32"}, cache=session_cache)
+    transform = testing.extension(ovforge_diffusion, "transform", "step-cache")
+    before = sum(
+        op.get_byte_size() for op in bundle.models["transformer"].get_ops() if op.get_type_name() == "Constant"
+    )
+    transform.create(transform.options_model()()).apply(bundle)
+
+    def constants(model: ov.Model) -> dict[str, int]:
+        return {
+            op.get_friendly_name(): op.data.__array_interface__["data"][0]
+            for op in model.get_ops()
+            if op.get_type_name() == "Constant" and op.data.size > 16
+        }
+
+    whole, outer = (constants(bundle.models[role]) for role in ("transformer", "transformer_shallow"))
+    assert 0 < len(outer) < len(whole)
+    assert all(whole[name] == place for name, place in outer.items()), "the same memory"
+    after = sum(op.get_byte_size() for op in bundle.models["transformer"].get_ops() if op.get_type_name() == "Constant")
+    assert after == before
