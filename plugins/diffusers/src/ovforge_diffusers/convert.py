@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "quiet", "without_initial_weights"]
 
-_FREQUENCIES = ("time_proj", "pos_embed", "rotary_emb", "rope_embedder", "t_embedder")
+_FREQUENCIES = ("time_proj", "pos_embed", "rotary_emb", "rotary_pos_emb", "rope_embedder", "t_embedder")
 _DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "exponential_"})
 
 

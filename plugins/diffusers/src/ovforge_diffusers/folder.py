@@ -24,8 +24,10 @@ LONE = {
     "FluxTransformer2DModel": "transformer",
     "ZImageTransformer2DModel": "transformer",
     "SanaTransformer2DModel": "transformer",
+    "QwenImageTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
     "AutoencoderDC": "vae",
+    "AutoencoderKLQwenImage": "vae",
     "AutoencoderTiny": "vae",
 }
 """Classes of models that come in a folder of their own, and the components that they are."""

@@ -12,6 +12,7 @@ from typing import Any
 from ovforge.errors import ModelError
 from ovforge_convert import Port
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
+from ovforge_diffusers.rotation import rotated, rotation
 
 __all__ = ["MULTIPLE", "zimage"]
 
@@ -39,7 +40,7 @@ def zimage(module: Any, latent: Sizes) -> Submodel:
     tokens = latent.height and latent.width and (latent.height // _PATCH) * (latent.width // _PATCH)
     filled = tokens and tokens + -tokens % MULTIPLE
     channels, width, axes = config.in_channels, config.cap_feat_dim, len(config.axes_dims)
-    module.rope_embedder = _rotation(config.axes_dims, config.rope_theta)
+    module.rope_embedder = rotation(config.axes_dims, config.rope_theta)
     blocks = [*module.noise_refiner, *module.context_refiner, *module.layers]
 
     def forward(
@@ -103,35 +104,8 @@ def _predict(module: Any, latents: Any, timestep: Any, states: Any, mask: Any, t
     return made.permute(0, 5, 1, 3, 2, 4).reshape(batch, module.out_channels, height, width)
 
 
-def _rotation(axes: Sequence[int], theta: float) -> Any:
-    """Return a module of places [batch, tokens, axes] -> cosines and sines [batch, tokens, 1, channels].
-
-    Both are there twice, for the even channels and the odd ones, as `_Attention` turns them.
-    """
-    import torch
-
-    class Rotation(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            for number, channels in enumerate(axes):
-                steps = torch.arange(0, channels, 2, dtype=torch.float64) / channels
-                self.register_buffer(f"frequencies_{number}", (1.0 / theta**steps).float(), persistent=False)
-
-        def forward(self, places: Any) -> tuple[Any, Any]:
-            places = places.float()
-            each = [places[..., n, None] * getattr(self, f"frequencies_{n}") for n in range(len(axes))]
-            angles = torch.cat(each + each, dim=-1).unsqueeze(2)
-            return angles.cos(), angles.sin()
-
-    return Rotation()
-
-
 class _Attention:
-    """What stands in for ZSingleStreamAttnProcessor, whose rotation is a product of complex numbers.
-
-    diffusers turns neighbouring channels (2j, 2j + 1) together, the runtime channels j and j + half. Here all even
-    channels are put before all odd ones, in queries and keys alike, which changes no product of the two.
-    """
+    """What stands in for ZSingleStreamAttnProcessor, whose rotation is a product of complex numbers."""
 
     def __call__(
         self,
@@ -146,23 +120,13 @@ class _Attention:
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query = _turned(query if attn.norm_q is None else attn.norm_q(query), *freqs_cis)
-        key = _turned(key if attn.norm_k is None else attn.norm_k(key), *freqs_cis)
+        query = rotated(query if attn.norm_q is None else attn.norm_q(query), *freqs_cis)
+        key = rotated(key if attn.norm_k is None else attn.norm_k(key), *freqs_cis)
         seen = None if attention_mask is None else attention_mask[:, None, None, :]
         made = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=seen
         )
         return attn.to_out[0](made.transpose(1, 2).flatten(2, 3))
-
-
-def _turned(x: Any, cosines: Any, sines: Any) -> Any:
-    """Rotate x [batch, tokens, heads, channels]; even channels come first."""
-    import torch
-
-    half = x.shape[-1] // 2
-    x = x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(3)
-    turned = torch.cat([x[..., half:] * -1.0, x[..., :half]], dim=-1)
-    return x * cosines + turned * sines
 
 
 @contextlib.contextmanager

@@ -51,6 +51,9 @@ class Guidance:
     stop: float = 1.0
     """The interval that it acts in (Kynkaanniemi et al. 2024), as parts of the steps: as diffusers' guiders have it."""
 
+    norm_axis: int | None = None
+    """Axis along which the result keeps the norm of an unguided prediction, as diffusers' QwenImagePipeline has it."""
+
     @property
     def varies(self) -> bool:
         """Whether steps differ in the halves that they need: each half is then a call of its own."""
@@ -77,14 +80,22 @@ class Guidance:
             output += (halves[number] - without) * weight.reshape(-1, *[1] * (without.ndim - 1))
         rescale = np.float32(self.rescale)
         deviation = _deviation(output + without) if rescale else None
+        norm = None if self.norm_axis is None else _norm(output + without, self.norm_axis)
         output *= np.float32(self.scale)
         output += without
         if deviation is not None:  # section 3.4
             ratio = deviation / _deviation(output)
             output *= rescale * ratio + (np.float32(1) - rescale)
+        if norm is not None and self.norm_axis is not None:
+            output *= norm / _norm(output, self.norm_axis)
         if self.skip is not None and self.halves - 1 in halves:
             output += (halves[1] - halves[self.halves - 1]) * np.float32(self.skip.scale)
         return output
+
+
+def _norm(values: Array, axis: int) -> Array:
+    norm: Array = np.sqrt(np.square(values).sum(axis=axis, keepdims=True, dtype=np.float32))
+    return np.maximum(norm, np.finfo(np.float32).tiny)
 
 
 def _deviation(values: Array) -> Array:

@@ -7,6 +7,8 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Task
 from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.flux2 import Flux2
+from ovforge_diffusion.architectures.qwenimage import QwenImage
+from ovforge_diffusion.architectures.qwenimage_edit import QwenImageEdit
 from ovforge_diffusion.architectures.sana import Sana, SanaSprint
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import StableDiffusion, StableDiffusionXL
@@ -24,6 +26,8 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     ZImage,
     Sana,
     SanaSprint,
+    QwenImageEdit,
+    QwenImage,
 )
 """In the order in which a model is offered to them."""
 
