@@ -94,7 +94,7 @@ def test_low_memory_previews_latents_and_tiles(folder: Path, session_cache: Cach
     noise = BatchGenerator([1]).randn((1, 16, 8, 12))
     np.testing.assert_array_equal(pipe(PROMPT, **call, latents=noise).latents, first.latents)
     assert all(model.model is None for _, model in pipe.compiled.all())
-    tiled = ours(folder, session_cache, Use("text-to-image", tile=64))(PROMPT, steps=1, seed=1, width=96, height=64)
+    tiled = ours(folder, session_cache, Use("text-to-image", tile=64))(PROMPT, steps=2, seed=1, width=96, height=64)
     assert tiled.images[0].size == (96, 64)
 
 
@@ -103,11 +103,10 @@ def test_what_cannot_be_is_said(folder: Path, session_cache: Cache) -> None:
     for inputs, message in (
         ({"true_cfg_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
         ({"true_cfg_scale": 2.0}, "no effect without a negative prompt"),
-        ({"max_sequence_length": 0}, "max_sequence_length"),
         ({"prompt_2": "x"}, "one text encoder"),
     ):
         with pytest.raises(InputError) as raised:
-            pipe(PROMPT, steps=1, **inputs)
+            pipe(PROMPT, steps=2, **inputs)
         assert message in str(raised.value)
-    made = pipe(PROMPT, steps=1, width=16, height=16, guidance_scale=3.0, max_sequence_length=1024)
+    made = pipe(PROMPT, steps=2, width=16, height=16, guidance_scale=3.0, max_sequence_length=1024)
     assert [warning for warning in made.warnings if "guidance_scale has no effect" in warning]

@@ -212,6 +212,6 @@ def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_c
         ({}, "no picture to edit"),
     ):
         with pytest.raises(InputError, match=message):
-            pipe(PROMPT, steps=1, width=16, height=16, **inputs)
+            pipe(PROMPT, steps=2, width=16, height=16, **inputs)
     with pytest.raises(ModelError, match="changes pictures that it sees"):
-        ours(folder("one"), session_cache)(PROMPT, steps=1)
+        ours(folder("one"), session_cache)(PROMPT, steps=2)
