@@ -23,6 +23,7 @@ TRANSFORMERS = {
     "zimage": ("test_zimage", "ZImagePipeline"),
     "flux2": ("test_flux2", "Flux2KleinPipeline"),
     "sana": ("test_sana", "SanaPipeline"),
+    "qwenimage": ("test_qwenimage", "QwenImagePipeline"),
 }
 """Family of transformers -> the tests that make its model, diffusers' pipeline."""
 

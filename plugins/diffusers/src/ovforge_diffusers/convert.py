@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "quiet", "without_initial_weights"]
 
-_FREQUENCIES = ("time_proj", "pos_embed", "rotary_emb", "rope_embedder", "t_embedder")
+_FREQUENCIES = ("time_proj", "pos_embed", "rotary_emb", "rotary_pos_emb", "rope_embedder", "t_embedder")
+_TAKES_FREQUENCY = re.compile(rf"__module\.(?:.+\.)?(?:{'|'.join(_FREQUENCIES)})/")
 _DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "exponential_"})
 
 
@@ -90,7 +92,14 @@ def _is_frequency(constant: ov.Node) -> bool:
     """Say whether a constant belongs to the frequencies of timesteps or places, which stay in float32.
 
     They are multiplied by timesteps of up to 1000: rounded to float16 they put phases wrong by up to 0.2 radians, which
-    is more than all other rounding together.
+    is more than all other rounding together. One that a transformation made has a name of its own, and is known by what
+    takes it.
     """
     name, size = constant.get_friendly_name(), constant.data.size
-    return name.startswith("__module.") and any(f in name for f in _FREQUENCIES) and size <= conversion.SMALL
+    if size > conversion.SMALL:
+        return False
+    if name.startswith("__module.") and any(f in name for f in _FREQUENCIES):
+        return True
+    return any(
+        _TAKES_FREQUENCY.match(port.get_node().get_friendly_name()) for port in constant.output(0).get_target_inputs()
+    )

@@ -14,6 +14,8 @@ from ovforge_convert import Port
 from ovforge_diffusers.lumina2 import lumina2
 from ovforge_diffusers.pixart import pixart
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
+from ovforge_diffusers.qwenimage import qwenimage
+from ovforge_diffusers.rotation import rotated
 from ovforge_diffusers.sana import sana
 from ovforge_diffusers.zimage import zimage
 
@@ -155,17 +157,14 @@ TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
     "SanaTransformer2DModel": sana,
     "PixArtTransformer2DModel": pixart,
     "Lumina2Transformer2DModel": lumina2,
+    "QwenImageTransformer2DModel": qwenimage,
 }
 """Class -> what describes it."""
 
 
 @contextlib.contextmanager
 def rotating_halves(module: str) -> Iterator[None]:
-    """Let a module of diffusers rotate queries and keys in the form that the runtime has an operation for.
-
-    diffusers turns neighbouring channels (2j, 2j + 1) together, the runtime channels j and j + half (as GPT-NeoX does).
-    Here all even channels are put before all odd ones, in queries and keys alike, which changes no product of the two.
-    """
+    """Let a module of diffusers rotate queries and keys in the form that the runtime has an operation for."""
     code: Any = importlib.import_module(module)
     own = code.apply_rotary_emb
     code.apply_rotary_emb = _rotate
@@ -181,8 +180,5 @@ def _rotate(x: Any, angles: tuple[Any, Any], sequence_dim: int = 1) -> Any:
 
     if sequence_dim != 1:
         raise ValueError(f"rotation of the axis {sequence_dim}")
-    half = x.shape[-1] // 2
-    x = x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(3)
     cosines, sines = (torch.cat([a[:, 0::2], a[:, 1::2]], dim=-1)[None, :, None, :] for a in angles)
-    turned = torch.cat([x[..., half:] * -1.0, x[..., :half]], dim=-1)
-    return x * cosines + turned * sines
+    return rotated(x, cosines, sines)

@@ -26,8 +26,10 @@ LONE = {
     "SanaTransformer2DModel": "transformer",
     "PixArtTransformer2DModel": "transformer",
     "Lumina2Transformer2DModel": "transformer",
+    "QwenImageTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
     "AutoencoderDC": "vae",
+    "AutoencoderKLQwenImage": "vae",
     "AutoencoderTiny": "vae",
 }
 """Classes of models that come in a folder of their own, and the components that they are."""

@@ -17,8 +17,9 @@ from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INDEX, Folder, lone_component
 from ovforge_diffusers.header import checkpoint_file, find_parts
 from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
+from ovforge_diffusers.qwen2_5_vl import CLASS as QWEN2_5_VL
 from ovforge_diffusers.requirements import need
-from ovforge_diffusers.submodels import describe
+from ovforge_diffusers.submodels import VISION, describe
 from ovforge_diffusers.tokenization import TOKENIZERS, TokenizerFolder
 from ovforge_diffusers.transformer_checkpoint import (
     TransformerCheckpoint,
@@ -51,14 +52,21 @@ HOMES = {
     "PixArtTransformer2DModel": "diffusers",
     "Lumina2Transformer2DModel": "diffusers",
     "AutoencoderDC": "diffusers",
+    "Qwen2_5_VLForConditionalGeneration": "transformers",
+    "QwenImageTransformer2DModel": "diffusers",
+    "AutoencoderKLQwenImage": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "AutoencoderKLFlux2": "diffusers",
     "AutoencoderTiny": "diffusers",
 }
-AUTOENCODERS = frozenset({"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny", "AutoencoderDC"})
-PROCESSORS = frozenset({"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"})
+AUTOENCODERS = frozenset(
+    {"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderTiny", "AutoencoderDC"}
+)
+PROCESSORS = frozenset(
+    {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor"}
+)
 
 
 class DiffusersLoader:
@@ -170,8 +178,17 @@ class Conversion:
             bundle.configs[role] = config
             bundle.models.lazy(role, lambda: self._convert(role, component, kind, read))
 
-        for role in ("vae_encoder", "vae_decoder") if component == "vae" else (component,):
+        for role in self._roles(component, kind):
             lazy(role)
+
+    def _roles(self, component: str, kind: str) -> tuple[str, ...]:
+        if component == "vae":
+            return ("vae_encoder", "vae_decoder")
+        return (component, VISION) if kind == QWEN2_5_VL and self._sees() else (component,)
+
+    def _sees(self) -> bool:
+        """Say whether the pipeline shows pictures to its text encoder, and beside the latents."""
+        return "Edit" in str(self.index.get("_class_name"))
 
     def _add_tokenizer(self, bundle: ModelBundle, component: str, kind: str) -> None:
         folder = TokenizerFolder(
@@ -222,7 +239,8 @@ class Conversion:
         """Return what one submodel must know of the others."""
         components = self.parts.components
         vae = self._full_config("vae", components["vae"]) if "vae" in components else {}
-        widths = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")  # of the tiny autoencoder
+        names = ("block_out_channels", "decoder_block_out_channels", "dim_mult")
+        widths = next((vae[name] for name in names if vae.get(name)), None)
         levels = len(widths) if widths else 4
         scheduler = self.parts.optional("scheduler", "scheduler_config.json")
         return {
@@ -230,6 +248,8 @@ class Conversion:
             "patch": self._patch(),
             "tokens": self._tokens(),
             "prediction_type": scheduler.get("prediction_type"),
+            # What stands alone may be put into a pipeline of either kind.
+            "beside": self.parts.alone or self._sees(),
         }
 
     def _patch(self) -> int:

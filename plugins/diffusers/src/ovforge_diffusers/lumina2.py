@@ -9,7 +9,7 @@ from typing import Any
 
 from ovforge_convert import Port
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
-from ovforge_diffusers.rotation import attending, rotation, turned
+from ovforge_diffusers.rotation import attending, rotated, rotation
 
 __all__ = ["lumina2"]
 
@@ -110,7 +110,7 @@ class _Attention:
             layer(hidden_states).unflatten(-1, (layer.out_features // channels, channels))
             for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query, key = turned(attn.norm_q(query), *image_rotary_emb), turned(attn.norm_k(key), *image_rotary_emb)
+        query, key = rotated(attn.norm_q(query), *image_rotary_emb), rotated(attn.norm_k(key), *image_rotary_emb)
         shared = query.shape[2] // key.shape[2]
         key, value = (each.unsqueeze(3).repeat(1, 1, 1, shared, 1).flatten(2, 3) for each in (key, value))
         seen = None if attention_mask is None else attention_mask[:, None, None, :]

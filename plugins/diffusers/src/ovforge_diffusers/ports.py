@@ -28,8 +28,12 @@ class Submodel:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of pictures or latents shared by the submodels; None is any."""
+    """Sizes of pictures or latents shared by the submodels; None is any.
+
+    `beside` says that a denoiser may see other pictures beside the latents.
+    """
 
     batch: int | None
     height: int | None
     width: int | None
+    beside: bool = False

@@ -1,7 +1,8 @@
-"""Rotary position embeddings in reals, in the form that the runtime fuses, for models whose own are complex numbers.
+"""Rotary position embeddings (Su et al. 2021) of several axes, in reals, in the form that the runtime fuses.
 
-diffusers turns neighbouring channels (2j, 2j + 1) together, the runtime channels j and j + half. Here all even channels
-are put before all odd ones, in queries and keys alike, which changes no product of the two.
+diffusers turns neighbouring channels (2j, 2j + 1) together, some of it by products of complex numbers; the runtime
+turns channels j and j + half. Here all even channels are put before all odd ones, in queries and keys alike, which
+changes no product of the two.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["attending", "rotation", "turned"]
+__all__ = ["attending", "rotated", "rotation"]
 
 
 def rotation(axes: Sequence[int], theta: float) -> Any:
     """Return a module of places [batch, tokens, axes] -> cosines and sines [batch, tokens, 1, channels].
 
-    Both are there twice, for the even channels and the odd ones, as `turned` takes them.
+    `axes` are the channels of each axis. Cosines and sines are there twice, for the even channels and the odd ones.
     """
     import torch
 
@@ -36,14 +37,14 @@ def rotation(axes: Sequence[int], theta: float) -> Any:
     return Rotation()
 
 
-def turned(x: Any, cosines: Any, sines: Any) -> Any:
-    """Rotate x [batch, tokens, heads, channels]; even channels come first."""
+def rotated(x: Any, cosines: Any, sines: Any) -> Any:
+    """Rotate x [batch, tokens, heads, channels]; even channels come first in what is returned."""
     import torch
 
     half = x.shape[-1] // 2
     x = x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(3)
-    around = torch.cat([x[..., half:] * -1.0, x[..., :half]], dim=-1)
-    return x * cosines + around * sines
+    turned = torch.cat([x[..., half:] * -1.0, x[..., :half]], dim=-1)
+    return x * cosines + turned * sines
 
 
 @contextlib.contextmanager

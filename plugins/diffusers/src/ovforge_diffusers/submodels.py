@@ -4,8 +4,12 @@ text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output
                with projection: text_embeds, last_hidden_state (, hidden_states.0, ...); T5: last_hidden_state
                Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Z-Image of the last layer
                but one; for FLUX.2 of the last, with hidden_states.0, ...)
-               Gemma 2: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Lumina-Image 2.0 before
-               the last layer)
+               Gemma 2, Qwen2.5-VL: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Lumina-Image
+               2.0 before the last layer)
+               Qwen2.5-VL of Qwen-Image-Edit besides: position_ids i64 [3, batch, tokens], visual_states f32 [batch,
+               tokens, width]
+vision_encoder pixel_values f32 [windows, patches, values], attention_mask i64 [windows, patches], position_ids i64
+               [windows, patches, 2] -> last_hidden_state
 unet           sample f32 [batch, channels, height, width], timestep i64 [1 or batch],
                encoder_hidden_states f32 [batch, tokens, width] (, timestep_cond f32 [batch, width])
                (, text_embeds f32 [batch, width], time_ids f32 [batch, 5 or 6]) -> out_sample
@@ -25,11 +29,15 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                PixArt: likewise
                Lumina-Image 2.0: likewise, timestep from 0 (noise) to 1, and txt_ids i64 [batch, tokens, 3],
                img_ids i64 [batch, patches, 3] -> sample
+               Qwen-Image: hidden_states f32 [batch, patches, channels * 4], encoder_hidden_states f32 [batch, tokens,
+               width], encoder_hidden_states_mask i64 [batch, tokens], timestep f32 [batch] from 0 to 1, height, width
+               i64 [], in patches (of Qwen-Image-Edit, and alone: [pictures], the latents first) -> out_hidden_states
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny
                autoencoder TAESD the latents themselves)
 vae_decoder    latent_sample f32 [batch, channels, height, width] -> sample
+               Qwen-Image's encoder and decoder have an axis of one frame before height
 """
 
 from __future__ import annotations
@@ -41,10 +49,17 @@ from ovforge_convert import Port
 from ovforge_diffusers.denoisers import TRANSFORMERS, transformer
 from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.ports import SCALE, RuntimeOptions, Sizes, Submodel
+from ovforge_diffusers.qwen2_5_vl import CLASS as QWEN2_5_VL
+from ovforge_diffusers.qwen2_5_vl import language_model, vision_encoder
+from ovforge_diffusers.qwenimage_vae import CLASS as QWENIMAGE_VAE
+from ovforge_diffusers.qwenimage_vae import qwenimage_decoder, qwenimage_encoder
 from ovforge_diffusers.texts import TEXT_ENCODERS, text_encoder
 from ovforge_diffusers.unets import controlnet, unet
 
-__all__ = ["describe"]
+__all__ = ["VISION", "describe"]
+
+VISION = "vision_encoder"
+"""Role of what sees pictures for a text encoder."""
 
 
 def describe(
@@ -53,16 +68,21 @@ def describe(
     """Describe a role of a torch module.
 
     `context` has what belongs to other components: vae_factor, patch (latents that a denoiser takes as one, a side),
-    tokens (or None), prediction_type.
+    tokens (or None), prediction_type, beside (whether a denoiser may see pictures beside the latents).
     Raises ModelError for a variety of the class that is not supported, ConfigError for a size that cannot be.
     """
     factor = context["vae_factor"]
     _check_size(options, factor * context["patch"])
     kind = type(module).__name__
+    if kind == QWEN2_5_VL:
+        return vision_encoder(module) if role == VISION else language_model(module, pictures=context["beside"])
     if kind in TEXT_ENCODERS:
         return text_encoder(module, hidden_states=_wants_states(module, index))
     latent = Sizes(
-        options.batch, options.height and options.height // factor, options.width and options.width // factor
+        options.batch,
+        options.height and options.height // factor,
+        options.width and options.width // factor,
+        context["beside"],
     )
     if kind in TRANSFORMERS:
         return transformer(module, latent)
@@ -71,9 +91,12 @@ def describe(
     if role.startswith("controlnet"):
         return controlnet(module, latent, options.timestep, context["tokens"], index)
     scale = _activation_scale(module, index, context)
+    picture = Sizes(options.batch, options.height, options.width)
+    framed = kind == QWENIMAGE_VAE
     if role == "vae_decoder":
-        return _vae_decoder(module, latent, scale)
-    return _vae_encoder(module, Sizes(options.batch, options.height, options.width), factor, scale)
+        return qwenimage_decoder(module, latent, scale) if framed else _vae_decoder(module, latent, scale)
+    encoder = qwenimage_encoder if framed else _vae_encoder
+    return encoder(module, picture, factor, scale)
 
 
 def _wants_states(module: Any, index: dict[str, Any]) -> bool:
@@ -104,7 +127,7 @@ def _check_size(options: LoaderOptions, factor: int) -> None:
 def _activation_scale(module: Any, index: dict[str, Any], context: dict[str, Any]) -> RuntimeOptions:
     """Return the hint by which devices computing in float16 keep the VAE from overflowing, as in optimum-intel."""
     pipeline = str(index.get("_class_name", ""))
-    if pipeline.startswith(("Flux", "ZImage", "Lumina2")):
+    if pipeline.startswith(("Flux", "ZImage", "Lumina2", "QwenImage")):
         return SCALE
     sd3 = pipeline.startswith("StableDiffusion3")
     if _second(index) and not sd3 and module.config.get("force_upcast"):

@@ -1,12 +1,12 @@
-"""Text encoders: what they take and give, by their classes."""
+"""Text encoders: what they take and give, by their classes. `qwen2_5_vl` is one that sees pictures, too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ovforge.errors import ModelError
 from ovforge_convert import Port
+from ovforge_diffusers.attention import before, check_windows
 from ovforge_diffusers.ports import SCALE, Submodel
 
 __all__ = ["TEXT_ENCODERS", "text_encoder"]
@@ -60,13 +60,13 @@ def _qwen3(module: Any, hidden_states: bool) -> Submodel:
     """
     import torch
 
-    _check_windows(module.config)
+    check_windows(module.config)
 
     def forward(input_ids: Any, attention_mask: Any) -> tuple[Any, ...]:
         states = module.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1])[None]
         turns = module.rotary_emb(states, places)
-        _, seen = _before(places, attention_mask)
+        _, seen = before(places, attention_mask)
         for layer in module.layers[:-1]:
             states = layer(states, attention_mask=seen.unsqueeze(1), position_embeddings=turns)
         return (states,)
@@ -87,7 +87,7 @@ def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
     import torch
 
     model = module.model
-    _check_windows(module.config)
+    check_windows(module.config)
     layers = tuple(f"hidden_states.{i}" for i in range(len(model.layers) + 1))
 
     def forward(input_ids: Any, attention_mask: Any) -> tuple[Any, ...]:
@@ -124,7 +124,7 @@ def _gemma2(module: Any, hidden_states: bool) -> Submodel:
         states = module.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1])[None]
         turns = module.rotary_emb(states, places)
-        distance, seen = _before(places, attention_mask)
+        distance, seen = before(places, attention_mask)
         near = seen & (distance < window)
         masks = {"full_attention": _added(seen), "sliding_attention": _added(near)}
         layers = list(zip(kinds, module.layers, strict=True))
@@ -140,15 +140,6 @@ def _gemma2(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
-def _before(places: Any, attention_mask: Any) -> tuple[Any, Any]:
-    """Return how far tokens lie behind others, [1, tokens, tokens], and which they see, [batch, tokens, tokens].
-
-    They see those before them that attention_mask [batch, tokens] has 1 for, and themselves.
-    """
-    distance = places.unsqueeze(2) - places.unsqueeze(1)
-    return distance, ((distance > 0) & (attention_mask[:, None] > 0)) | (distance == 0)
-
-
 def _added(seen: Any) -> Any:
     """Return what is added to scores of attention, [batch, 1, tokens, tokens], of what a token sees.
 
@@ -157,15 +148,6 @@ def _added(seen: Any) -> Any:
     import torch
 
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min).unsqueeze(1)
-
-
-def _check_windows(config: Any) -> None:
-    if set(config.layer_types) != {"full_attention"}:
-        raise ModelError(
-            "its layers see a window of the text only, which this loader does not convert",
-            where="text_encoder/config.json: layer_types",
-            hint="The text encoders of Z-Image and FLUX.2 have full_attention in every layer.",
-        )
 
 
 TEXT_ENCODERS: dict[str, Callable[[Any, bool], Submodel]] = {

@@ -20,7 +20,7 @@ from ovforge_diffusers.header import Part, Shapes, checkpoint_file, read_header
 from ovforge_diffusers.naming import original_name, to_diffusers
 from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.stored import SCALES, joined, read_gguf, read_scaled
-from ovforge_diffusers.transformer_configs import scheduler_config, transformer_config
+from ovforge_diffusers.transformer_configs import ZERO_TIMESTEP, scheduler_config, transformer_config
 from ovforge_diffusers.transformer_names import diffusers_rows
 from ovforge_diffusers.weights import check_file, read_weights
 
@@ -53,12 +53,18 @@ _FORMS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("", "transformer."),
         ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.pos_embed", "norm_out.linear.weight"),
     ),
+    (
+        "QwenImageTransformer2DModel",
+        "diffusers",
+        ("model.diffusion_model.", "", "transformer."),
+        ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.weight"),
+    ),
 )
 """Class, naming, possible prefixes, and names that tell."""
 
 _VAES = ("first_stage_model.", "vae.")
-_BESIDE = re.compile(r"scaled_fp8$|.*\.(scale_input|input_scale)$")
-"""What float8 files hold for programs that compute in float8."""
+_BESIDE = re.compile(rf"scaled_fp8$|.*\.(scale_input|input_scale)$|{ZERO_TIMESTEP}$")
+"""What float8 files hold for programs that compute in float8, and marks of ComfyUI."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,7 @@ class _Latents:
 _LATENTS = {
     "FluxTransformer2DModel": _Latents("FluxPipeline", 0.3611, 0.1159),
     "SD3Transformer2DModel": _Latents("StableDiffusion3Pipeline", 1.5305, 0.0609),
+    "QwenImageTransformer2DModel": _Latents("QwenImagePipeline", 1.0, 0.0),
 }
 
 
@@ -204,7 +211,8 @@ class TransformerCheckpoint:
                     new: (sum(end - begin for _, begin, end in slices), *self._own[slices[0][0]][1:])
                     for new, slices in self._rows.items()
                 }
-            return transformer_config(self._part.kind, own)
+            marks = {name: () for name in (ZERO_TIMESTEP,) if self._part.prefix + name in shapes}
+            return transformer_config(self._part.kind, {**own, **marks})
         except (ModelError, LookupError, ValueError, TypeError, ArithmeticError) as error:  # shapes that no model has
             what = error.what if isinstance(error, ModelError) else f"its tensors have shapes of no model: {error}"
             raise ModelError(what, where=self.where(component), hint=self.misfit) from error

@@ -22,6 +22,8 @@ __all__ = ["STATISTICS", "check_file", "fill_weights", "folded_statistics", "rea
 
 _INDEX = re.compile(r"\.safetensors\.index(?:\.(.+))?\.json$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_LANGUAGE = re.compile(r"^model\.(?!language_model\.|visual\.)")
+_VISION = re.compile(r"^visual\.")
 STATISTICS = ("bn.running_mean", "bn.running_var")
 """Weights of FLUX.2's autoencoder that are the statistics of its folded latents."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -224,6 +226,12 @@ def _differences(expected: Mapping[str, torch.Tensor], weights: Mapping[str, Any
 def _today(model: Any, expected: Mapping[str, torch.Tensor], weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights under the names that the installed versions use."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    # transformers before 4.52, and what later versions write, have no level `language_model.` in Qwen2.5-VL.
+    if "model.language_model.embed_tokens.weight" in expected:
+        weights = {
+            _VISION.sub("model.visual.", _LANGUAGE.sub("model.language_model.", name)): tensor
+            for name, tensor in weights.items()
+        }
     # Tied weights are stored once: T5's words, under one name or the other.
     for name, other in (getattr(model, "_tied_weights_keys", None) or {}).items():
         for one, two in ((name, other), (other, name)):
@@ -236,6 +244,7 @@ def _today(model: Any, expected: Mapping[str, torch.Tensor], weights: Mapping[st
     if "embed_tokens.weight" in expected:
         own = (item for item in weights.items() if item[0] != "lm_head.weight" or item[0] in expected)
         weights = {name.removeprefix("model."): tensor for name, tensor in own}
+    framed = type(model).__name__ == "AutoencoderKLQwenImage"
     # diffusers before 0.17 called an autoencoder's attention query, key, value, proj_attn, some of it 1x1 convolutions.
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(weights)
@@ -243,4 +252,7 @@ def _today(model: Any, expected: Mapping[str, torch.Tensor], weights: Mapping[st
         want = expected.get(name)
         if want is not None and want.ndim == 2 and tuple(tensor.shape) == (*want.shape, 1, 1):
             weights[name] = tensor[:, :, 0, 0]
+        # Of a causal convolution over frames, a picture needs the last slice: see `qwenimage_vae`.
+        if framed and want is not None and want.ndim == 4 and len(tensor.shape) == 5:
+            weights[name] = tensor[:, :, -1]
     return weights

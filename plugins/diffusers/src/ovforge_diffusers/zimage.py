@@ -10,7 +10,7 @@ from typing import Any
 from ovforge.errors import ModelError
 from ovforge_convert import Port
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
-from ovforge_diffusers.rotation import attending, rotation, turned
+from ovforge_diffusers.rotation import attending, rotated, rotation
 
 __all__ = ["MULTIPLE", "zimage"]
 
@@ -118,8 +118,8 @@ class _Attention:
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        query = turned(query if attn.norm_q is None else attn.norm_q(query), *freqs_cis)
-        key = turned(key if attn.norm_k is None else attn.norm_k(key), *freqs_cis)
+        query = rotated(query if attn.norm_q is None else attn.norm_q(query), *freqs_cis)
+        key = rotated(key if attn.norm_k is None else attn.norm_k(key), *freqs_cis)
         seen = None if attention_mask is None else attention_mask[:, None, None, :]
         made = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=seen

@@ -10,6 +10,7 @@ from ovforge.contracts import CommandExtension, GraphTransformExtension, Phase, 
 _CONTROLS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
 _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 _DENOISERS = ("unet", "transformer")
+_VISION = ("vision_encoder",)
 _PREVIEW = ("preview_decoder",)
 _TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "layer-skipping", "fold-upsample")
 _SHALLOW = ("unet_shallow", "transformer_shallow")
@@ -43,7 +44,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_diffusion.tasks:ImageToImage",
         roles=("vae_encoder", "vae_decoder"),
         one_of=_DENOISERS,
-        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_PREVIEW),
+        optional_roles=(*_SHALLOW, *_TEXT, *_VISION, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
         tunings=_INTERVALS,

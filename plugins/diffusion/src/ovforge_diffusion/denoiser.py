@@ -82,9 +82,14 @@ class Denoiser:
         return tensors
 
     def hold(self, name: str, value: NDArray[np.generic]) -> None:
-        """Set an input that all rows share; a model that takes it for each row gets it for each."""
+        """Set an input that all rows share; a model that takes it for each row gets it for each.
+
+        One number may be a list of one, too, which a model that takes no list gets without it.
+        """
         first = self._networks[0]
         rank = first.ports[name].get_partial_shape().rank if name in first.ports else None
+        if rank is not None and rank.is_static and rank.get_length() == 0 and value.shape == (1,):
+            value = value.reshape(())
         rows = rank is not None and rank.is_static and rank.get_length() == value.ndim + 1
         shape = (self.sample.shape[0], *value.shape) if rows else value.shape
         tensor = first.allocate(name, shape)

@@ -114,7 +114,7 @@ class Diffusion:
     def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
         """Return the call with every default filled in, and the adapters that its prompts name."""
         references = self._references(inputs)
-        size = self.architecture.size_beside(references[0]) if references else self._size_of(inputs)
+        size = self.architecture.size_beside(references) if references else self._size_of(inputs)
         request = make_request(inputs, self.architecture, size, references)
         if self._options.prompts == "weighted":
             return request.without_adapters()
@@ -122,11 +122,12 @@ class Diffusion:
 
     def _made(self, inputs: DiffusionInputs, request: Request, progress: Callable[[Progress], None]) -> ImagesResult:
         timings, models, roles = Timings(), self._models, self.architecture.encoders
+        readers = (*map(tokenizer_of, roles), *roles, *self.architecture.image_encoders)
         sampling = self.scheduling.start(request.steps, self._strength(request), self._size(request))
         progress(Progress("text encoding", 0, request.steps))
         schedule, lost = self._encode(request, sampling, timings)
         learned, unused = self._learned(request)
-        self._release_prompts(*map(tokenizer_of, roles), *roles)
+        self._release_prompts(*readers)
         rng = BatchGenerator(request.seeds)
         start = self._begin(inputs, request, sampling, rng, timings)
         models.release("vae_encoder")

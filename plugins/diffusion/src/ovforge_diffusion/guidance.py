@@ -80,17 +80,22 @@ class Guidance:
             output += (halves[number] - without) * weight.reshape(-1, *[1] * (without.ndim - 1))
         rescale = np.float32(self.rescale)
         deviation = _deviation(output + without) if rescale else None
-        norm = np.linalg.norm(output + without, axis=-1, keepdims=True) if self.keeps_norm else None
+        norm = _norm(output + without) if self.keeps_norm else None
         output *= np.float32(self.scale)
         output += without
         if deviation is not None:  # section 3.4
             ratio = deviation / _deviation(output)
             output *= rescale * ratio + (np.float32(1) - rescale)
         if norm is not None:
-            output *= norm / np.linalg.norm(output, axis=-1, keepdims=True)
+            output *= norm / _norm(output)
         if self.skip is not None and self.halves - 1 in halves:
             output += (halves[1] - halves[self.halves - 1]) * np.float32(self.skip.scale)
         return output
+
+
+def _norm(values: Array) -> Array:
+    norm: Array = np.sqrt(np.square(values).sum(axis=-1, keepdims=True, dtype=np.float32))
+    return np.maximum(norm, np.finfo(np.float32).tiny)
 
 
 def _deviation(values: Array) -> Array:

@@ -104,14 +104,15 @@ class DiffusionInputs(BaseModel):
     true_cfg_scale: float | None = Field(
         None,
         ge=0,
-        description="FLUX.1: how far to go away from the negative prompt, at two calls a step; beside guidance_scale.",
+        description="FLUX.1, Qwen-Image: how far to go away from the negative prompt, at two calls a step; with FLUX.1 "
+        "beside guidance_scale, with Qwen-Image in its place (by default 4).",
     )
     max_sequence_length: int | None = Field(
         None,
         ge=1,
-        le=512,
-        description="Tokens that T5, Qwen3 or Gemma 2 reads: 256 for SD 3 and Lumina 2, 300 for Sana and PixArt, 512 "
-        "for FLUX and Z-Image by default.",
+        le=1024,
+        description="Tokens that T5, a Qwen or Gemma 2 reads: by default 256 for SD 3 and Lumina 2, 300 for Sana and "
+        "PixArt, 512 for FLUX, Z-Image and Qwen-Image. At most 512, and 1024 for Qwen-Image.",
     )
     skip_guidance_layers: list[int] | None = Field(
         None,
@@ -185,15 +186,15 @@ class ImageToImageInputs(DiffusionInputs):
 
     image: list[Picture] | None = Field(
         None,
-        description="The picture to start from; a list gives one for each prompt, or all that FLUX.2 is to see. Or "
-        "give latents.",
+        description="The picture to start from; a list gives one for each prompt, or all that FLUX.2 or "
+        "Qwen-Image-Edit is to see. Or give latents.",
     )
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX, Z-Image "
-        "and Sana-Sprint. Not for models that see the picture: FLUX.1 Kontext, FLUX.2.",
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX, Z-Image, "
+        "Qwen-Image and Sana-Sprint. Not for models that see the picture: FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit.",
     )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
@@ -214,8 +215,8 @@ class InpaintingInputs(DiffusionInputs):
         None,
         gt=0,
         le=1,
-        description="How far to go from what is there. By default 1; 0.6 for SD 3 and FLUX.1 (Kontext: 1), "
-        "0.8 for FLUX.2.",
+        description="How far to go from what is there. By default 1; 0.6 for SD 3, FLUX.1 (Kontext: 1) and "
+        "Qwen-Image, 0.8 for FLUX.2.",
     )
     paste: bool = Field(
         False,

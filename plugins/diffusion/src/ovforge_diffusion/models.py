@@ -11,7 +11,7 @@ from typing import Any
 import openvino as ov
 
 from ovforge.contracts import CompiledModels
-from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenizer_of
+from ovforge_diffusion.architectures.base import FRAMED, PREVIEW, Architecture, tokenizer_of
 from ovforge_diffusion.architectures.bins import binned
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.inputs import DiffusionOptions
@@ -62,16 +62,23 @@ class Models:
             elif tokenizer_of(encoder) in bundle:
                 bundle.start(tokenizer_of(encoder))
             bundle.start(encoder)
+        for role in architecture.image_encoders:
+            bundle.start(role)
         if self.encodes:
             bundle.start("vae_encoder", self._encoder_shapes(self._pixels))
         for role in ("vae_decoder", PREVIEW) if architecture.previewing else ("vae_decoder",):
             folding = architecture.folding
-            bundle.start(role, self._decoder_shapes(self._size and tuple(side * folding for side in self._size)))
+            bundle.start(role, self._decoder_shapes(role, self._size and tuple(side * folding for side in self._size)))
 
     # -- what a run asks for --------------------------------------------------------------------------------------
 
     def encoder(self, role: str) -> tuple[Any, ov.CompiledModel, Learned | None]:
-        """Return a text encoder's tokenizer, its model, and the words that it was taught."""
+        """Return a text encoder's tokenizer, its model, and the words that it was taught.
+
+        What sees pictures for it has a model alone.
+        """
+        if role in self._architecture.image_encoders:
+            return None, self._bundle[role], None
         tokenizer = tokenizer_of(role)
         if role in self._architecture.sequence_encoders:
             return self._read_tokenizer(tokenizer).result(), self._bundle[role], None
@@ -159,10 +166,10 @@ class Models:
         return self._tokenizers[role]
 
     def _decoder(self, shape: tuple[int, ...]) -> ov.CompiledModel:
-        return self._bundle.get("vae_decoder", self._decoder_shapes(shape[2:]))
+        return self._bundle.get("vae_decoder", self._decoder_shapes("vae_decoder", shape[2:]))
 
     def _preview(self, shape: tuple[int, ...]) -> ov.CompiledModel:
-        return self._bundle.get(PREVIEW, self._decoder_shapes(shape[2:]))
+        return self._bundle.get(PREVIEW, self._decoder_shapes(PREVIEW, shape[2:]))
 
     def _encoder(self, shape: tuple[int, ...]) -> ov.CompiledModel:
         return self._bundle.get("vae_encoder", self._encoder_shapes(shape[2:]))
@@ -222,7 +229,7 @@ class Models:
             return None
         return self._architecture.control_shapes(role, shapes, self._pixels)
 
-    def _decoder_shapes(self, size: tuple[int, ...] | None) -> Shapes | None:
+    def _decoder_shapes(self, role: str, size: tuple[int, ...] | None) -> Shapes | None:
         """Return a fixed shape for latents of the expected size, or of its tiles."""
         if size is None or self._pixels is None or self._size is None:
             return None
@@ -231,11 +238,16 @@ class Models:
         whole = tuple(side * architecture.folding for side in self._size)
         sides = tuple(min(side, tile // factor) if tile else side for side in whole)
         channels = architecture.latent_channels // architecture.folding**2
-        return {"latent_sample": (1, channels, *sides)} if size in (sides, whole) else None
+        shape = (1, channels, *self._frame(role), *sides)
+        return {"latent_sample": shape} if size in (sides, whole) else None
 
     def _encoder_shapes(self, size: tuple[int, ...] | None) -> Shapes | None:
         if size is None or self._pixels is None:
             return None
         tile = self.autoencoder.tile(*self._pixels)
         sides = tuple(min(side, tile) if tile else side for side in self._pixels)
-        return {"sample": (1, 3, *sides)} if size in (sides, self._pixels) else None
+        return {"sample": (1, 3, *self._frame("vae_encoder"), *sides)} if size in (sides, self._pixels) else None
+
+    def _frame(self, role: str) -> tuple[int, ...]:
+        """Return the axis of one frame that an autoencoder for videos has before height and width."""
+        return (1,) if self._bundle.configs.get(role, {}).get("_class_name") == FRAMED else ()

@@ -143,7 +143,7 @@ def make_request(
     _check_prompts(inputs, architecture)
     if inputs.true_cfg_scale is not None and architecture.guided_by != "true_cfg_scale":
         raise InputError(
-            "is for models whose guidance_scale is built in, such as FLUX.1",
+            "is for FLUX.1, whose guidance_scale is built in, and Qwen-Image",
             where="true_cfg_scale",
             hint="Set guidance_scale.",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
@@ -42,6 +42,13 @@ class SequenceTokenizer:
                 f"its padding token {name!r} is not one of its words", where=role, hint="Fetch the tokenizer again."
             )
         self._padding = padding
+
+    def word(self, text: str) -> int:
+        """Return the id of a word. Raises ModelError if it is not one."""
+        found = self._reader.token_to_id(text)
+        if found is None:
+            raise ModelError(f"{text!r} is not one of its words", where=self._role, hint="Fetch the tokenizer again.")
+        return int(found)
 
     def padded(self, ids: Ids, length: int) -> Ids:
         """Return token ids, (length,), filled up."""
@@ -88,6 +95,7 @@ class SequenceEncoder:
                 where=role,
                 hint="Convert the model as optimum-intel or ovforge does.",
             )
+        self._inputs = {name: port for port in model.inputs for name in port.names}
         self._outputs = [known[name] for name in outputs]
         self._ids = next(port for port in model.inputs if "input_ids" in port.names)
         self._mask = next((port for port in model.inputs if "attention_mask" in port.names), None)
@@ -103,25 +111,41 @@ class SequenceEncoder:
         return self._states(inputs), self._notes(length, [cut for _, cut in read])
 
     def encode_each(
-        self, texts: Sequence[str], length: int, timings: Timings, *, both: bool = False
+        self, texts: Sequence[str], length: int, timings: Timings, *, both: bool = False, dropped: int = 0
     ) -> tuple[list[Array], list[str]]:
         """Return the states of each text's own tokens, float32 (tokens, width), and warnings of what did not fit.
+
+        The first `dropped` tokens, such as an instruction's, are read beside the `length` that count, and left out.
 
         There is no padding if the model takes any number of tokens. If it does not, an attention_mask hides it, or the
         encoder reads from left to right, so that what stands after a text changes nothing: `both` says that it reads
         both ways. Raises InputError for a text of no tokens, ModelError for a model that would see the padding.
         """
         with timings.span("text_encoder.tokenizer"):
-            read = [self._tokenizer.cut(text, length) for text in texts]
-        if not all(len(ids) for ids, _ in read):
+            read = [self._tokenizer.cut(text, dropped + length) for text in texts]
+        if not all(len(ids) > dropped for ids, _ in read):
             raise InputError("has no tokens", where="prompt", hint="Write something.")
         made: dict[bytes, Array] = {}
         for ids, _ in read:
             if ids.tobytes() not in made:
                 made[ids.tobytes()] = self._alone(ids, both=both)
-        return [made[ids.tobytes()] for ids, _ in read], self._notes(length, [cut for _, cut in read])
+        return [made[ids.tobytes()][dropped:] for ids, _ in read], self._notes(length, [cut for _, cut in read])
 
-    def _alone(self, ids: Ids, *, both: bool) -> Array:
+    def states(self, ids: Ids, more: Mapping[str, NDArray[Any]]) -> Array:
+        """Return the states of one text's tokens, float32 (tokens, width); `more` are its further inputs by name.
+
+        Raises ModelError for a model that lacks one of them.
+        """
+        missing = [name for name in more if name not in self._inputs]
+        if missing:
+            raise ModelError(
+                f"the text encoder has no input {missing[0]!r}",
+                where=self._role,
+                hint="Convert the model with ovforge.",
+            )
+        return self._alone(ids, more={self._inputs[name]: value for name, value in more.items()})
+
+    def _alone(self, ids: Ids, *, both: bool = False, more: Mapping[ov.Output, NDArray[Any]] | None = None) -> Array:
         tokens = self._ids.get_partial_shape()[1]
         room = tokens.get_length() if tokens.is_static else len(ids)
         if room < len(ids):
@@ -139,6 +163,7 @@ class SequenceEncoder:
         inputs: dict[ov.Output, NDArray[np.generic]] = {self._ids: self._tokenizer.padded(ids, room)[None]}
         if self._mask is not None:
             inputs[self._mask] = (np.arange(room) < len(ids))[None]
+        inputs |= more or {}
         return self._states(inputs)[0, : len(ids)]
 
     def _states(self, inputs: Mapping[ov.Output, NDArray[np.generic]]) -> Array:

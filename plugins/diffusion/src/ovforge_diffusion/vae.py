@@ -130,20 +130,23 @@ def _unfolded(latents: Array, side: int) -> Array:
 
 
 class _Runner:
-    """Runs one model on one sample, keeping the request of the last shape."""
+    """Runs one model on one sample, keeping the request of the last shape. A model for videos gets one frame."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._shape: tuple[int, ...] = ()
+        self._framed = False
         self._request: ov.InferRequest | None = None
 
     def __call__(self, sample: Array) -> Array:
         batch = np.ascontiguousarray(sample[None], np.float32)
         if self._request is None or self._shape != batch.shape:
-            self._request, self._shape = self._model(batch.shape).create_infer_request(), batch.shape
-        self._request.infer({0: batch})
+            model = self._model(batch.shape)
+            self._request, self._shape = model.create_infer_request(), batch.shape
+            self._framed = model.input(0).get_partial_shape().rank.get_length() == batch.ndim + 1
+        self._request.infer({0: batch[:, :, None] if self._framed else batch})
         result: Array = self._request.get_output_tensor(0).data[0]
-        return result
+        return result[:, 0] if self._framed else result
 
     def release(self) -> None:
         self._request = None

@@ -9,6 +9,8 @@ from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.flux2 import Flux2
 from ovforge_diffusion.architectures.lumina2 import Lumina2
 from ovforge_diffusion.architectures.pixart import PixArt
+from ovforge_diffusion.architectures.qwenimage import QwenImage
+from ovforge_diffusion.architectures.qwenimage_edit import QwenImageEdit
 from ovforge_diffusion.architectures.sana import Sana, SanaSprint
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import StableDiffusion, StableDiffusionXL
@@ -28,6 +30,8 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     SanaSprint,
     PixArt,
     Lumina2,
+    QwenImageEdit,
+    QwenImage,
 )
 """In the order in which a model is offered to them."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ovforge_diffusion.request import Request
 
 __all__ = [
+    "FRAMED",
     "PREVIEW",
     "Architecture",
     "Arrays",
@@ -47,6 +48,12 @@ Texts = tuple[str, ...]
 
 PREVIEW = "preview_decoder"
 """Role of a small decoder, such as TAESD's, that makes the previews."""
+
+FRAMED = "AutoencoderKLQwenImage"
+"""Class of autoencoders for videos, which take a picture as one frame."""
+
+_UNSCALED = ("AutoencoderTiny", FRAMED)
+"""Classes of autoencoders whose latents have no factor if their configs name none."""
 
 OpenEncoder = Callable[[str], tuple[Any, ov.CompiledModel, Learned | None]]
 """Returns a text encoder's tokenizer, its compiled model, and the words that it was taught, by its role.
@@ -71,9 +78,9 @@ class Scale:
         ):  # of FLUX.2, whose statistics are those of a batch normalization
             spread = np.sqrt(np.array(variance, np.float32) + np.float32(config.get("bn_eps", 1e-4)))
             return cls(factor=1.0, shift=0.0, mean=mean, deviation=tuple(spread.tolist()))
-        tiny = config.get("_class_name") == "AutoencoderTiny"
+        plain = config.get("_class_name") in _UNSCALED
         return cls(
-            factor=float(config.get("scaling_factor", 1.0 if tiny else 0.18215)),
+            factor=float(config.get("scaling_factor", 1.0 if plain else 0.18215)),
             shift=float(config.get("shift_factor") or 0.0),
             mean=_numbers(config.get("latents_mean")),
             deviation=_numbers(config.get("latents_std")),
@@ -177,6 +184,9 @@ class Architecture(ABC):
     folding: ClassVar[int] = 1
     """How many of the autoencoder's latents a side are one of the denoiser's, with so many times the channels."""
 
+    image_encoders: tuple[str, ...] = ()
+    """Roles of what sees pictures for the text encoders."""
+
     references: int = 0
     """How many pictures image-to-image shows to the denoiser beside the latents; 0 if it noises one instead.
 
@@ -195,14 +205,15 @@ class Architecture(ABC):
         self.config: Mapping[str, Any] = bundle.configs.get(self.denoiser, {})
         self.configs = bundle.configs
         self.task = task
-        levels = len(vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (0,) * 4)
+        widths = ("block_out_channels", "decoder_block_out_channels", "dim_mult")
+        levels = len(next((vae[name] for name in widths if vae.get(name)), (0,) * 4))
         self.factor: int = 2 ** (levels - 1) * self.folding
         """Pixels for each latent."""
 
         self.multiple: int = self.factor
         """Pixels that sides are multiples of."""
 
-        self.latent_channels = int(vae.get("latent_channels", 4)) * self.folding**2
+        self.latent_channels = int(vae.get("latent_channels", vae.get("z_dim", 4))) * self.folding**2
         self.channels = int(self.config.get("in_channels", self.latent_channels))
         """Of the denoiser's input."""
 
@@ -227,13 +238,14 @@ class Architecture(ABC):
 
         self.defaults = self.own_defaults(context, self.usual(task))
 
-    def check_channels(self) -> None:
-        """Raise ModelError for a denoiser that takes other channels than the latents have."""
-        if self.channels != self.latent_channels:
+    def check_channels(self, expected: int | None = None) -> None:
+        """Raise ModelError for a denoiser of other channels than `expected`, by default those of the latents."""
+        expected = self.latent_channels if expected is None else expected
+        if self.channels != expected:
             raise ModelError(
                 f"a {self.denoiser} with {self.channels} input channels does not fit latents of {self.latent_channels}",
                 where=f"{self.denoiser}/config.json",
-                hint="Take the autoencoder of the same model.",
+                hint=f"Expected {expected}: take the autoencoder of the same model.",
             )
 
     def own_defaults(self, context: TaskContext, usual: Defaults) -> Defaults:
@@ -306,8 +318,8 @@ class Architecture(ABC):
         """Return a picture as the denoiser is to see it: of a size that it can have."""
         return image
 
-    def size_beside(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Return the (width, height) that is made beside a first picture shown so large; None for the model's own."""
+    def size_beside(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """Return the (width, height) that is made beside pictures shown so large; None for the model's own."""
         return None
 
     def beside(self, references: Sequence[Array]) -> Array:

@@ -13,7 +13,7 @@ from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
-from ovforge_diffusion.architectures.flow import begin_flow, grid, sequence_length
+from ovforge_diffusion.architectures.flow import SIDE, begin_flow, grid, packed, sequence_length, unpacked
 from ovforge_diffusion.prompts import plain, weighs
 from ovforge_diffusion.resizing import scaled
 from ovforge_diffusion.sequence import SequenceEncoder
@@ -28,8 +28,6 @@ __all__ = ["Flux"]
 Array = NDArray[np.float32]
 
 _CLIP, _T5 = "text_encoder", "text_encoder_2"
-_SIDE = 2
-"""Latents along each side of what is packed into one token."""
 KONTEXT_SIZES = (
     (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
     (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
@@ -58,16 +56,16 @@ class Flux(Architecture):
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
-        self.multiple = self.factor * _SIDE
+        self.multiple = self.factor * SIDE
         self.size = self.default_size * self.factor
-        packed = self.latent_channels * _SIDE**2
+        plain = self.latent_channels * SIDE**2
         self.channels = int(self.config.get("in_channels", 64))
-        filling = 2 * packed + (self.factor * _SIDE) ** 2
-        if self.channels not in (packed, filling):
+        filling = 2 * plain + (self.factor * SIDE) ** 2
+        if self.channels not in (plain, filling):
             raise ModelError(
                 f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
                 where="transformer/config.json",
-                hint=f"Expected {packed}, or {filling} for FLUX.1 Fill.",
+                hint=f"Expected {plain}, or {filling} for FLUX.1 Fill.",
             )
         self.masked = self.channels == filling
         if self.masked:
@@ -128,19 +126,15 @@ class Flux(Architecture):
 
     def packed_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
         """Return (pictures, tokens, channels of the latents)."""
-        return (pictures, self._tokens((height, width)), self.latent_channels * _SIDE**2)
+        return (pictures, self._tokens((height, width)), self.latent_channels * SIDE**2)
 
     def pack(self, latents: Array) -> Array:
         """Return a token for each square of 2 x 2 latents, (pictures, tokens, channels * 4)."""
-        pictures, channels, height, width = latents.shape
-        squares = latents.reshape(pictures, channels, height // _SIDE, _SIDE, width // _SIDE, _SIDE)
-        return squares.transpose(0, 2, 4, 1, 3, 5).reshape(pictures, -1, channels * _SIDE**2)
+        return packed(latents)
 
     def unpack(self, latents: Array, height: int, width: int) -> Array:
         """Return (pictures, channels, height, width) again."""
-        pictures, _, packed = latents.shape
-        squares = latents.reshape(pictures, height // _SIDE, width // _SIDE, packed // _SIDE**2, _SIDE, _SIDE)
-        return squares.transpose(0, 3, 1, 4, 2, 5).reshape(pictures, -1, height, width)
+        return unpacked(latents, height, width)
 
     def masked_extra(self, mask: Array, hidden: Array) -> Array:
         """Return the latents of what stays, and all pixels of the mask, packed: as FluxFillPipeline does."""
@@ -194,7 +188,7 @@ class Flux(Architecture):
         return begin_flow(scheduler, steps, strength, tokens=self._tokens(size), sigmas=sigmas)
 
     def _tokens(self, size: tuple[int, int]) -> int:
-        return (size[0] // _SIDE) * (size[1] // _SIDE)
+        return (size[0] // SIDE) * (size[1] // SIDE)
 
 
 class _Prompts(PromptEncoder):

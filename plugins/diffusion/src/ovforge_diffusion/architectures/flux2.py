@@ -136,9 +136,9 @@ class Flux2(Architecture):
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 
-    def size_beside(self, size: tuple[int, int]) -> tuple[int, int] | None:
+    def size_beside(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """Make pictures of the size of the first one that is shown."""
-        return size
+        return sizes[0]
 
     def timestep(self, timestep: float) -> float:
         """Return the share of noise, from 0 to 1: what the transformer multiplies by 1000 again."""
