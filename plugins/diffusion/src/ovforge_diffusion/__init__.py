@@ -141,9 +141,14 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
 
 @hookimpl
 def ovforge_commands() -> Iterator[CommandExtension]:
-    """The pipeline in one command."""
+    """The pipeline in one command, and as one graph."""
     yield CommandExtension(
         name="generate",
         summary="Make pictures with a diffusion model in one command",
         factory="ovforge_diffusion.generate:generate",
+    )
+    yield CommandExtension(
+        name="single-graph",
+        summary="Write a text-to-image pipeline as one OpenVINO graph",
+        factory="ovforge_diffusion.single_graph.command:single_graph",
     )

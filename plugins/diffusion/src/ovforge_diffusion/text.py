@@ -15,7 +15,17 @@ from ovforge.store import parse_object
 from ovforge_diffusion.prompts import Span, parse
 from ovforge_diffusion.tokenizer import END, Learned, Piece, Tokenizer
 
-__all__ = ["LAYER", "SKIPPED", "TextEncoder", "TextEncoders", "TextStates", "learned_tokens"]
+__all__ = [
+    "DEFAULT_LENGTH",
+    "LAYER",
+    "SKIPPED",
+    "TextEncoder",
+    "TextEncoders",
+    "TextStates",
+    "fitted",
+    "learned_tokens",
+    "penultimate_output",
+]
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -75,7 +85,7 @@ class TextEncoder:
         self._comma = next((piece.ids for piece in tokenizer.pieces(",")), ())
         self._encoder = encoder.create_infer_request()
         self._input = _port(encoder.inputs, "input_ids", "text encoder")
-        name = _penultimate(encoder) if penultimate else "last_hidden_state"
+        name = penultimate_output(encoder.outputs) if penultimate else "last_hidden_state"
         self._output = _port(encoder.outputs, name, "text encoder")
         self._pooled = next((port for port in encoder.outputs if pooled in port.names), None)
         self._skipped = next((port for port in encoder.outputs if SKIPPED in port.names), None)
@@ -89,8 +99,7 @@ class TextEncoder:
 
     def fitted(self, prompts: Sequence[str]) -> Ids:
         """Return a row of token ids for each prompt, (prompts, length): cut before its end token, or padded."""
-        rows = [[id_ for piece in self._tokenizer.pieces(text) for id_ in piece.ids] for text in prompts]
-        return np.stack([self._row(row[: self.room]) for row in rows])
+        return fitted(self._tokenizer, prompts, self._length)
 
     def weighted(self, spans: Sequence[Span], *, chunks: bool, wrap: bool = False) -> tuple[Ids, Array]:
         """Return token ids and weights, both (chunks, length); one chunk, cut, if `chunks` is false.
@@ -121,17 +130,11 @@ class TextEncoder:
                     comma = None
                 content[-1].append((token, span.weight))
         content = content if chunks else content[:1]
-        ids = np.stack([self._row([token for token, _ in tokens]) for tokens in content])
+        ids = np.stack([_row(self._tokenizer, [token for token, _ in tokens], self._length) for tokens in content])
         weights = np.ones((len(content), self._length), np.float32)
         for number, tokens in enumerate(content):
             weights[number, 1 : len(tokens) + 1] = [weight for _, weight in tokens]
         return ids, weights
-
-    def _row(self, content: Sequence[int]) -> Ids:
-        """Return what the encoder reads, (length,): the start token, content, the end token, padding."""
-        row = np.full(self._length, self._tokenizer.padding, np.int64)
-        row[: len(content) + 2] = [self._tokenizer.start, *content, self._tokenizer.end]
-        return row
 
     def _pieces(self, spans: Sequence[Span]) -> Iterator[tuple[Piece | None, Span, int]]:
         """Give each piece, its span, and where the span begins in the joined text; None ends a chunk."""
@@ -188,6 +191,19 @@ class TextEncoder:
         """Return the learned words that token ids hold."""
         there = set(ids.ravel().tolist())
         return [word for word, own in self.learned.items() if there.intersection(own)]
+
+
+def fitted(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Ids:
+    """Return a row of token ids for each prompt, (prompts, length): cut before its end token, or padded."""
+    rows = [[id_ for piece in tokenizer.pieces(text) for id_ in piece.ids] for text in prompts]
+    return np.stack([_row(tokenizer, row[: length - 2], length) for row in rows])
+
+
+def _row(tokenizer: Tokenizer, content: Sequence[int], length: int) -> Ids:
+    """Return what an encoder reads, (length,): the start token, content, the end token, padding."""
+    row = np.full(length, tokenizer.padding, np.int64)
+    row[: len(content) + 2] = [tokenizer.start, *content, tokenizer.end]
+    return row
 
 
 class TextEncoders:
@@ -295,9 +311,9 @@ def _emphasize(states: Array, weights: Array) -> None:
     states *= before / states.mean()
 
 
-def _penultimate(encoder: ov.CompiledModel) -> str:
-    """Return the name of the states that go into the last layer."""
-    names = [name for port in encoder.outputs for name in port.names if name.startswith(LAYER)]
+def penultimate_output(ports: Sequence[ov.ConstOutput]) -> str:
+    """Return the name of the output for the states that go into the last layer. Raises ModelError if there is none."""
+    names = [name for port in ports for name in port.names if name.startswith(LAYER)]
     last = max((int(name.rpartition(".")[2]) for name in names), default=0)
     if not last:
         raise ModelError(

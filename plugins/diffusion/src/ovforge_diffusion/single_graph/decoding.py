@@ -1,0 +1,50 @@
+"""From the last latents to pictures, inside a graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from ovforge_diffusion.architectures.base import Architecture, Scale
+from ovforge_diffusion.single_graph.joining import constant, converted, join, reshaped
+
+__all__ = ["packed", "pictures"]
+
+
+def packed(architecture: Architecture, latents: ov.Output, size: tuple[int, int]) -> ov.Output:
+    """Return latents, (pictures, channels, height, width), as the denoiser has them; `size` is (height, width)."""
+    shape = (architecture.latent_channels, *size)
+    places = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
+    return _moved(latents, architecture.pack(places).astype(np.int64))
+
+
+def pictures(architecture: Architecture, decoder: ov.Model, latents: ov.Output, size: tuple[int, int]) -> ov.Output:
+    """Return pictures, uint8 (pictures, height, width, 3), of the denoiser's last latents."""
+    shape = architecture.packed_shape(1, *size)
+    places = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    latents = _moved(latents, architecture.unpack(places, *size).astype(np.int64))
+    sample = _unscaled(latents, architecture.decoding)
+    made = converted(join(decoder, "vae_decoder", {"latent_sample": sample}).values[0], ov.Type.f32)
+    half = constant(np.array([0.5], np.float32))
+    pixels = ops.clamp(ops.add(ops.multiply(made, half), half), 0.0, 1.0)
+    whole = ops.round(ops.multiply(pixels, constant(np.array([255], np.float32))), "half_to_even")
+    return ops.convert(ops.transpose(whole, constant([0, 2, 3, 1])), "u8").output(0)
+
+
+def _moved(value: ov.Output, places: np.ndarray) -> ov.Output:
+    """Return each picture's numbers at other places, (1, ...): where each comes from. Layouts are just that."""
+    order = places.ravel()
+    if (order == np.arange(len(order))).all() and len(places.shape) == len(value.get_partial_shape()):
+        return value
+    flat = reshaped(value, (-1, len(order)))
+    return reshaped(ops.gather(flat, constant(order), constant(1)).output(0), (-1, *places.shape[1:]))
+
+
+def _unscaled(latents: ov.Output, scale: Scale) -> ov.Output:
+    """Return the autoencoder's latents of the denoiser's."""
+    factor, shift = np.array([scale.factor], np.float32), np.array([scale.shift], np.float32)
+    if scale.mean and scale.deviation:
+        mean, deviation = (np.array(each, np.float32)[:, None, None] for each in (scale.mean, scale.deviation))
+        factor, shift = factor / deviation, mean
+    return ops.add(ops.divide(latents, constant(factor)), constant(shift)).output(0)

@@ -1,0 +1,165 @@
+"""Prompts inside a graph: strings to token ids by the model's OpenVINO tokenizer, and ids to what text encoders say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+
+from ovforge.errors import ModelError
+from ovforge.model import ModelBundle, core
+from ovforge_diffusion.architectures.base import tokenizer_of
+from ovforge_diffusion.sequence import SequenceTokenizer
+from ovforge_diffusion.single_graph.joining import Joined, constant, converted, join, part, reshaped, rows_of
+from ovforge_diffusion.text import DEFAULT_LENGTH, SKIPPED, fitted, penultimate_output
+from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, has_files
+
+__all__ = ["Texts"]
+
+Ids = NDArray[np.int64]
+Reader = Callable[[Sequence[str]], Ids]
+"""Returns the token ids of texts that the pipeline itself would read, (texts, length)."""
+
+_SAMPLES = (
+    "a beautiful pink unicorn, 8k", "", "A Photo of the Eiffel Tower at night -- highly detailed (35mm), f/1.8",
+    "it's 3 o'clock;  they'll   say\tthat\nthe café's naïve façade costs 1234.5 €", "ein schöner Tag in München",
+    "красный дом у моря", "漢字とかな", "👍 a smiling cat 🐈", "word" * 40, "the quick brown fox jumps, " * 20,
+)  # fmt: skip
+"""Texts that a tokenizer's graph must read as the pipeline does: case, accents, scripts, signs, and too many words."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """How a text encoder takes tokens: so many, filled up with `padding`, and cut before `end`."""
+
+    length: int
+    padding: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The prompts of a graph: strings, (pictures,), or of those to avoid and those to follow, one after the other.
+
+    `examples` are further texts whose tokens are checked.
+    """
+
+    bundle: ModelBundle
+    strings: Sequence[ov.Output]
+    pictures: int | None
+    learned: dict[str, Learned]
+    examples: Sequence[str]
+
+    @property
+    def rows(self) -> ov.Output:
+        """How many texts there are, int64 (1,)."""
+        each = rows_of(self.strings[0])
+        return each if len(self.strings) == 1 else ops.multiply(each, constant(len(self.strings))).output(0)
+
+    def clip(self, role: str, *, penultimate: bool, pooled: str | None = None) -> tuple[ov.Output, ov.Output | None]:
+        """Return states of one of CLIP's text encoders, (rows, tokens, width), and its output `pooled`."""
+        model, tokenizer = self.bundle.models[role], tokenizer_of(role)
+        length = _tokens_of(model, role) or DEFAULT_LENGTH
+        reader = self._clip_reader(tokenizer)
+        row = _Row(length, reader.padding, reader.end)
+        ids, _ = self._ids(tokenizer, lambda texts: fitted(reader, texts, length), row)
+        made = join(model, role, {"input_ids": ids})
+        name = penultimate_output(made.ports) if penultimate else "last_hidden_state"
+        states = self._with_skipped(made, made.named(name))
+        if self.pictures is not None:  # so that what follows is compiled for one shape
+            states = reshaped(states, (self.pictures * len(self.strings), length, -1))
+        return states, None if pooled is None else made.named(pooled)
+
+    def sequence(self, role: str, length: int) -> ov.Output:
+        """Return states of a T5, (rows, length, width)."""
+        model, tokenizer = self.bundle.models[role], tokenizer_of(role)
+        reader = SequenceTokenizer(self.bundle.assets, tokenizer)
+
+        def read(texts: Sequence[str]) -> Ids:
+            return np.stack([reader.padded(reader.cut(text, length)[0], length) for text in texts])
+
+        end, padding = reader.padded(reader.cut("", 2)[0], 2).tolist()
+        ids, mask = self._ids(tokenizer, read, _Row(length, padding, end))
+        takes_mask = any("attention_mask" in port.names for port in model.inputs)
+        inputs = {"input_ids": ids, **({"attention_mask": mask} if takes_mask else {})}
+        return join(model, role, inputs).named("last_hidden_state")
+
+    def _with_skipped(self, made: Joined, states: ov.Output) -> ov.Output:
+        """Return states: those of the prompts to follow leave layers out, if the transform clip-skip is there."""
+        if SKIPPED not in made.names:
+            return states
+        skipped = made.named(SKIPPED)
+        if len(self.strings) == 1:
+            return skipped
+        halves = [ops.split(value, constant(0), 2).output(half) for half, value in enumerate((states, skipped))]
+        return ops.concat(halves, 0).output(0)
+
+    def _clip_reader(self, role: str) -> FileTokenizer | GraphTokenizer:
+        learned = self.learned.get(role)
+        if has_files(self.bundle.assets, role):
+            return FileTokenizer(self.bundle.assets, role, learned)
+        return GraphTokenizer(core().compile_model(self._tokenizer(role), "CPU"), learned)
+
+    def _tokenizer(self, role: str) -> ov.Model:
+        if role not in self.bundle.models:
+            raise ModelError(
+                "the model has no OpenVINO tokenizer, which reads prompts inside the graph",
+                where=role,
+                hint="Convert the model with ovforge or optimum-intel, which write one.",
+            )
+        return self.bundle.models[role]
+
+    def _ids(self, role: str, read: Reader, row: _Row) -> tuple[ov.Output, ov.Output]:
+        """Return token ids and which of them count, both int64 (rows, length), checked against the pipeline's."""
+        model = self._tokenizer(role)
+        _check_tokens(model, role, read, row, [*_SAMPLES, *self.examples, *self.learned.get(role, ())])
+        each = [_fitted(model, role, text, row) for text in self.strings]
+        ids, mask = (ops.concat([pair[n] for pair in each], 0).output(0) for n in (0, 1))
+        if self.pictures is None:
+            return ids, mask
+        shape = (self.pictures * len(self.strings), row.length)
+        return reshaped(ids, shape), reshaped(mask, shape)
+
+
+def _tokens_of(model: ov.Model, role: str) -> int | None:
+    """Return how many tokens a text encoder takes; None if any number."""
+    for port in model.inputs:
+        if "input_ids" in port.names:
+            tokens = port.get_partial_shape()[1]
+            return int(tokens.get_length()) if tokens.is_static else None
+    raise ModelError("the text encoder has no input 'input_ids'", where=role, hint="Convert the model again.")
+
+
+def _fitted(model: ov.Model, role: str, text: ov.Output, row: _Row) -> tuple[ov.Output, ov.Output]:
+    """Return a tokenizer's ids and mask of strings, both int64 (strings, length): cut before the end, or filled up."""
+    # A tokenizer's states are options, such as whether to cut, that are made when it is converted.
+    made = join(model, role, {next(iter(model.inputs[0].names)): text}, settle=True)
+    target = ops.concat([rows_of(text), constant([row.length])], 0)
+    # One more row's length is put behind, so that what is cut off, or is not there, has a place to be looked at.
+    ids, mask = (
+        ops.concat([converted(made.named(name), ov.Type.i64), ops.broadcast(constant(value), target)], 1).output(0)
+        for name, value in (("input_ids", row.padding), ("attention_mask", 0))
+    )
+    goes_on = ops.equal(part(mask, row.length, row.length + 1, 1), constant(1))
+    last = ops.select(goes_on, constant([row.end]), part(ids, row.length - 1, row.length, 1))
+    return ops.concat([part(ids, 0, row.length - 1, 1), last], 1).output(0), part(mask, 0, row.length, 1)
+
+
+def _check_tokens(model: ov.Model, role: str, read: Reader, row: _Row, texts: Sequence[str]) -> None:
+    """Raise ModelError if a tokenizer's graph reads a text in another way than the pipeline does."""
+    strings = ops.parameter([-1], ov.Type.string)
+    ids, _ = _fitted(model, role, strings.output(0), row)
+    compiled = core().compile_model(ov.Model([ids], [strings], role), "CPU")
+    found = compiled([ov.Tensor(np.array(list(texts), dtype=str))])[0]
+    for text, ours, theirs in zip(texts, read(texts), found, strict=True):
+        if (ours != theirs).any():
+            raise ModelError(
+                f"the OpenVINO tokenizer reads {text[:40]!r} as other tokens than the pipeline does",
+                where=role,
+                hint="A single graph has that tokenizer alone. Convert the model again, with the newest "
+                "openvino_tokenizers; that of a T5 may differ with every version.",
+            )
