@@ -166,7 +166,7 @@ def store(array: NDArray[Any]) -> Any:
     """Return a Constant of a numpy array."""
     from openvino import opset13 as ops
 
-    return ops.constant(np.ascontiguousarray(array))
+    return ops.constant(np.asarray(array, order="C"))
 
 
 def constant_bytes(model: ov.Model) -> int:

@@ -159,7 +159,7 @@ def _fitting(record: Record, model: ov.Model, where: str) -> Record:
             )
         if real and not np.isfinite(array).all():
             raise ConfigError(f"{name} holds NaN or infinity", where=f"calibration.file: {where}")
-        fitting[name] = np.ascontiguousarray(array, kind.to_dtype())
+        fitting[name] = np.asarray(array, kind.to_dtype(), order="C")
     return fitting
 
 

@@ -118,7 +118,7 @@ def _encoded(record: Record) -> bytes:
     import numpy as np
     from safetensors.numpy import save
 
-    data: bytes = save({name: np.ascontiguousarray(array) for name, array in record.items()})
+    data: bytes = save({name: np.asarray(array, order="C") for name, array in record.items()})
     return data
 
 

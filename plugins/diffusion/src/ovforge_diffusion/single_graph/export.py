@@ -16,7 +16,7 @@ from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.inputs import DiffusionOptions, TextToImageInputs
 from ovforge_diffusion.request import Request, make_request
-from ovforge_diffusion.shallow import SHALLOW
+from ovforge_diffusion.shallow import shallow_role
 from ovforge_diffusion.single_graph.conditions import check_family, conditions, constants
 from ovforge_diffusion.single_graph.decoding import packed, pictures
 from ovforge_diffusion.single_graph.denoising import Guided, Network, in_a_loop, one_after_another
@@ -107,7 +107,7 @@ def _check(pipe: Pipeline, architecture: Architecture, options: DiffusionOptions
             f"{', '.join([*bundle.adapters, *bundle.controls])} can be set while the pipeline runs, and a graph "
             "stays as it is", where="transform", hint='Fuse adapters: the transform\'s mode = "fuse".',
         )  # fmt: skip
-    if SHALLOW in bundle.models:
+    if shallow_role(architecture.denoiser) in bundle.models:
         raise ConfigError(
             "it runs another graph in most steps, and the loop's body is one", where="transform: step-cache",
             hint="Take the transform from the config.",
