@@ -207,13 +207,15 @@ def test_t5_may_be_left_out(folder: Folder, session_cache: Cache, tmp_path: Path
 def kontext_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Kontext see pictures of a thirtieth of its sizes, since this autoencoder makes few of many pixels."""
     from diffusers.pipelines.flux import pipeline_flux_kontext as original
+    from diffusers.pipelines.flux import pipeline_flux_kontext_inpaint as inpainting
 
     from ovforge_diffusion.architectures import flux
 
     assert list(flux.KONTEXT_SIZES) == original.PREFERRED_KONTEXT_RESOLUTIONS
     small = [(width // 30, height // 30) for width, height in flux.KONTEXT_SIZES]
     monkeypatch.setattr(flux, "KONTEXT_SIZES", small)
-    monkeypatch.setattr(original, "PREFERRED_KONTEXT_RESOLUTIONS", small)
+    for module in (original, inpainting):
+        monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", small)
 
 
 @pytest.mark.parametrize("guidance", ["joint", "split"])

@@ -67,7 +67,8 @@ def theirs(folder: Path, family: str, prompts: list[str], seeds: list[int], prep
     if prepare is not None:
         prepare(pipe.transformer)
     given = {"num_inference_steps": STEPS, **CALL, **call}
-    return pipe(prompt=prompts if len(prompts) > 1 else prompts[0], generator=seeded(seeds), **given).images
+    texts = list(prompts) if len(prompts) > 1 else prompts[0]  # Z-Image's pipeline writes into the list
+    return pipe(prompt=texts, generator=seeded(seeds), **given).images
 
 
 class Rule:
