@@ -272,6 +272,16 @@ def test_kontext_paints_in_a_picture_that_it_sees(
     made = ours(folder("kontext"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, **call)
     agree(made, wanted)
     assert made.images[0].size == wanted[0].size != (70, 31), "of a size that Kontext was trained on"
+    other = picture(33, 90)
+    wanted = theirs(
+        "kontext", "inpainting", folder("kontext"), seeds=[5], prompt=PROMPT, mask_image=mask, num_inference_steps=2,
+        image_reference=other, **call,
+    )  # fmt: skip
+    pipe = ours(folder("kontext"), session_cache, "inpainting")
+    again = pipe(PROMPT, mask=mask, steps=2, seed=5, reference=other, **call)
+    agree(again, wanted)
+    with pytest.raises(InputError, match="no other picture to see"):
+        ours(folder("flux"), session_cache, "inpainting")(PROMPT, image=image, mask=mask, reference=other)
 
 
 def test_sizes_that_do_not_fit(folder: Folder, session_cache: Cache) -> None:
