@@ -207,13 +207,15 @@ def test_t5_may_be_left_out(folder: Folder, session_cache: Cache, tmp_path: Path
 def kontext_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Kontext see pictures of a thirtieth of its sizes, since this autoencoder makes few of many pixels."""
     from diffusers.pipelines.flux import pipeline_flux_kontext as original
+    from diffusers.pipelines.flux import pipeline_flux_kontext_inpaint as inpainting
 
     from ovforge_diffusion.architectures import flux
 
     assert list(flux.KONTEXT_SIZES) == original.PREFERRED_KONTEXT_RESOLUTIONS
     small = [(width // 30, height // 30) for width, height in flux.KONTEXT_SIZES]
     monkeypatch.setattr(flux, "KONTEXT_SIZES", small)
-    monkeypatch.setattr(original, "PREFERRED_KONTEXT_RESOLUTIONS", small)
+    for module in (original, inpainting):
+        monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", small)
 
 
 @pytest.mark.parametrize("guidance", ["joint", "split"])
@@ -270,6 +272,16 @@ def test_kontext_paints_in_a_picture_that_it_sees(
     made = ours(folder("kontext"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, **call)
     agree(made, wanted)
     assert made.images[0].size == wanted[0].size != (70, 31), "of a size that Kontext was trained on"
+    other = picture(33, 90)
+    wanted = theirs(
+        "kontext", "inpainting", folder("kontext"), seeds=[5], prompt=PROMPT, mask_image=mask, num_inference_steps=2,
+        image_reference=other, **call,
+    )  # fmt: skip
+    pipe = ours(folder("kontext"), session_cache, "inpainting")
+    again = pipe(PROMPT, mask=mask, steps=2, seed=5, reference=other, **call)
+    agree(again, wanted)
+    with pytest.raises(InputError, match="no other picture to see"):
+        ours(folder("flux"), session_cache, "inpainting")(PROMPT, image=image, mask=mask, reference=other)
 
 
 def test_sizes_that_do_not_fit(folder: Folder, session_cache: Cache) -> None:

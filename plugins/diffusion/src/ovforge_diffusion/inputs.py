@@ -218,6 +218,9 @@ class InpaintingInputs(DiffusionInputs):
         description="How far to go from what is there. By default 1; 0.6 for SD 3, FLUX.1 (Kontext: 1) and "
         "Qwen-Image, 0.8 for FLUX.2.",
     )
+    reference: Picture | None = Field(
+        None, description="FLUX.1 Kontext: the picture that the model sees, in place of the one to change."
+    )
     paste: bool = Field(
         False,
         description="Put the picture's own pixels back where the mask is black: the autoencoder alone changes them.",

@@ -76,7 +76,7 @@ class Request:
         written = {
             name: value for name in self.given.model_fields_set if (value := getattr(self.given, name)) is not None
         }
-        for name in ("image", "mask", "latents"):
+        for name in ("image", "mask", "reference", "latents"):
             if name in written:
                 value = written[name]
                 written[name] = [_name(item) for item in value] if isinstance(value, list) else _name(value)

@@ -197,9 +197,22 @@ class Inpainting(TextToImage):
 
     def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
         request, adapters = super()._requested(inputs)
-        if self.architecture.references:  # it sees the picture that it paints in
-            request = replace(request, references=((request.width, request.height),))
+        seen = self._reference(inputs)
+        if self.architecture.references:  # it sees the picture that it paints in, or another one
+            request = replace(request, references=(seen.size if seen else (request.width, request.height),))
         return request, adapters
+
+    def _reference(self, inputs: Any) -> Image.Image | None:
+        """Return the picture that the denoiser sees in place of the one to paint in, if there is one."""
+        if inputs.reference is None:
+            return None
+        if self.architecture.references != 1:
+            raise InputError(
+                f"{self.architecture.name} takes no other picture to see in inpainting",
+                where="reference",
+                hint="It is for FLUX.1 Kontext: leave it out.",
+            )
+        return self.architecture.shown(open_picture(inputs.reference, "reference"))
 
     def _picture(self, inputs: Any) -> Image.Image:
         """Return the picture to paint in, before it gets the size that is made."""
@@ -236,6 +249,9 @@ class Inpainting(TextToImage):
             if architecture.references:
                 latents = autoencoder.likeliest(autoencoder.encode(pixels))
                 original = seen = pack(np.stack([latents] * pictures))
+                if (other := self._reference(inputs)) is not None:
+                    latents = autoencoder.likeliest(autoencoder.encode(pixels_of(other)))
+                    seen = pack(np.stack([latents] * pictures))
             elif not (full and architecture.masked):
                 original = pack(autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng))
             noise = pack(self._noise(request, rng))
