@@ -45,6 +45,7 @@ def test_pictures_with_an_adapter(family: str, torch_lcm: Path, session_cache: C
     pipe = getattr(diffusers, FAMILIES[family][1]).from_pretrained(source)
     pipe.set_progress_bar_config(disable=True)
     layers = ["to_q", "to_k", "to_v", "to_out.0", "to_add_out", "to_qkv_mlp_proj"]
+    layers += ["img_mlp.net.2", "txt_mlp.net.2", "img_mod.1"]
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=layers)
     torch.manual_seed(1)
     pipe.transformer.add_adapter(config)
