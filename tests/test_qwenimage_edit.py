@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from families import agree, maker, seeded
 from families import pipeline as ours
+from ovforge import Use
 from ovforge.errors import InputError, ModelError
 from ovforge.model.sources import FileSource
 from ovforge.store.cache import Cache
@@ -194,10 +196,25 @@ def test_edited_pictures(
     given = [picture(*size, seed) for seed, size in enumerate(images)]
     shown = given[0] if kind == "one" else list(given)
     wanted = theirs(folder(kind), kind, image=shown, prompt=PROMPT, steps=2, seeds=[5], **call)
-    agree(ours(folder(kind), session_cache, "image-to-image")(PROMPT, image=given, steps=2, seed=5, **call), wanted)
+    pipe = ours(folder(kind), session_cache, Use("image-to-image", low_memory=kind == "several"))
+    agree(pipe(PROMPT, image=given, steps=2, seed=5, **call), wanted)
 
 
-def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_cache: Cache) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_pixels": 2**40, "max_pixels": 2**41}, "pixels at most"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "must not be zero"),
+        ({"image_mean": [0.5]}, "cannot be used"),
+        ({"size": 7}, "cannot be used"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        PictureProcessor.of({"processor/preprocessor_config.json": json.dumps(settings).encode()}, {})
+
+
+def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_cache: Cache, tmp_path: Path) -> None:
     code = importlib.import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus")
     for width, height in ((1500, 1001), (64, 90), (4000, 300)):
         for area in (1024 * 1024, 384 * 384):
@@ -215,3 +232,8 @@ def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_c
             pipe(PROMPT, steps=2, width=16, height=16, **inputs)
     with pytest.raises(ModelError, match="changes pictures that it sees"):
         ours(folder("one"), session_cache)(PROMPT, steps=2)
+    strange = shutil.copytree(folder("one"), tmp_path / "strange")
+    path = strange / "text_encoder/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_id": 3}))
+    with pytest.raises(ModelError, match="its image_token_id is 3"):
+        ours(strange, session_cache, "image-to-image")(PROMPT, image=picture(40, 40), steps=2)

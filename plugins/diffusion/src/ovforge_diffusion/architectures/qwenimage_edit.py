@@ -135,6 +135,12 @@ class _Prompts(PromptEncoder):
         self._tokenizer, self._encoder, self._vision = tokenizer, encoder, vision
         self._architecture, self._weighted = architecture, weighted
         self._picture = tokenizer.word(_PICTURE)
+        known = architecture.configs.get(_QWEN, {}).get("image_token_id")
+        if known != self._picture:
+            raise ModelError(
+                f"its image_token_id is {known!r}, and the tokenizer's {_PICTURE} has the number {self._picture}",
+                where=f"{_QWEN}/config.json", hint="Take text encoder and tokenizer of one model.",
+            )  # fmt: skip
 
     def encode(
         self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
