@@ -38,6 +38,7 @@ SETTINGS = {
     "image_std": [0.3, 0.2, 0.25],
 }
 KINDS = {"one": "QwenImageEditPipeline", "several": "QwenImageEditPlusPipeline"}
+MASKED = "QwenImageEditInpaintPipeline"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_states_of_pictures_and_text(folder: Callable[[str], Path]) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let both make pictures of 96 x 96 pixels instead of a megapixel, and show Qwen2.5-VL 64 x 64 of several."""
-    for name in ("edit", "edit_plus"):
+    for name in ("edit", "edit_plus", "edit_inpaint"):
         code = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")
         own = code.calculate_dimensions
         monkeypatch.setattr(
@@ -163,7 +164,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(source: Path, kind: str, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
-    pipe = getattr(diffusers, KINDS[kind])(
+    pipe = getattr(diffusers, MASKED if "mask_image" in call else KINDS[kind])(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(source / "scheduler"),
         vae=diffusers.AutoencoderKLQwenImage.from_pretrained(source / "vae"),
         text_encoder=text_encoder(source),
@@ -200,6 +201,17 @@ def test_edited_pictures(
     agree(pipe(PROMPT, image=given, steps=2, seed=5, **call), wanted)
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting(folder: Callable[[str], Path], session_cache: Cache, small: None, strength: float) -> None:
+    """It sees the picture, too, and paints in one of the size that it is trained on."""
+    hole = np.zeros((60, 100), np.uint8)
+    hole[20:41, 10:50] = 255
+    image, mask = picture(100, 60), Image.fromarray(hole)
+    call: dict[str, Any] = {"image": image, "strength": strength, "negative_prompt": " ", "true_cfg_scale": 2.0}
+    wanted = theirs(folder("one"), "one", mask_image=mask, prompt=PROMPT, steps=4, seeds=[5], **call)
+    agree(ours(folder("one"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, **call), wanted)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -232,6 +244,8 @@ def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_c
             pipe(PROMPT, steps=2, width=16, height=16, **inputs)
     with pytest.raises(ModelError, match="changes pictures that it sees"):
         ours(folder("one"), session_cache)(PROMPT, steps=2)
+    with pytest.raises(ModelError, match="those of this kind as a whole"):
+        ours(folder("several"), session_cache, "inpainting")(PROMPT, image=picture(9, 9), mask=picture(9, 9), steps=2)
     strange = shutil.copytree(folder("one"), tmp_path / "strange")
     path = strange / "text_encoder/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_id": 3}))

@@ -234,8 +234,12 @@ class Inpainting(TextToImage):
         seen: Array | None = None
         with timings.span("vae_encoder"):
             if architecture.references:
-                latents = autoencoder.likeliest(autoencoder.encode(pixels))
-                original = seen = pack(np.stack([latents] * pictures))
+                encoded = autoencoder.encode(pixels)
+                if architecture.draws_references:
+                    latents = autoencoder.sample([encoded] * pictures, rng)
+                else:
+                    latents = np.stack([autoencoder.likeliest(encoded)] * pictures)
+                original = seen = pack(latents)
             elif not (full and architecture.masked):
                 original = pack(autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng))
             noise = pack(self._noise(request, rng))

@@ -183,6 +183,9 @@ class Architecture(ABC):
 
     1 means one for each prompt, more that all of them are shown with each prompt."""
 
+    draws_references: ClassVar[bool] = False
+    """Whether the latents of a picture that is painted in are drawn, where the denoiser sees it, too."""
+
     def __init__(self, context: TaskContext, task: Task) -> None:
         bundle = context.bundle
         vae = bundle.configs.get("vae_decoder", {})
