@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from families import agree, maker, seeded
 from families import pipeline as ours
+from ovforge import Use
 from ovforge.errors import InputError, ModelError
 from ovforge.model.sources import FileSource
 from ovforge.store.cache import Cache
@@ -36,6 +38,7 @@ SETTINGS = {
     "image_std": [0.3, 0.2, 0.25],
 }
 KINDS = {"one": "QwenImageEditPipeline", "several": "QwenImageEditPlusPipeline"}
+MASKED = "QwenImageEditInpaintPipeline"
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_states_of_pictures_and_text(folder: Callable[[str], Path]) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let both make pictures of 96 x 96 pixels instead of a megapixel, and show Qwen2.5-VL 64 x 64 of several."""
-    for name in ("edit", "edit_plus"):
+    for name in ("edit", "edit_plus", "edit_inpaint"):
         code = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")
         own = code.calculate_dimensions
         monkeypatch.setattr(
@@ -161,7 +164,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(source: Path, kind: str, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
-    pipe = getattr(diffusers, KINDS[kind])(
+    pipe = getattr(diffusers, MASKED if "mask_image" in call else KINDS[kind])(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(source / "scheduler"),
         vae=diffusers.AutoencoderKLQwenImage.from_pretrained(source / "vae"),
         text_encoder=text_encoder(source),
@@ -194,10 +197,36 @@ def test_edited_pictures(
     given = [picture(*size, seed) for seed, size in enumerate(images)]
     shown = given[0] if kind == "one" else list(given)
     wanted = theirs(folder(kind), kind, image=shown, prompt=PROMPT, steps=2, seeds=[5], **call)
-    agree(ours(folder(kind), session_cache, "image-to-image")(PROMPT, image=given, steps=2, seed=5, **call), wanted)
+    pipe = ours(folder(kind), session_cache, Use("image-to-image", low_memory=kind == "several"))
+    agree(pipe(PROMPT, image=given, steps=2, seed=5, **call), wanted)
 
 
-def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_cache: Cache) -> None:
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting(folder: Callable[[str], Path], session_cache: Cache, small: None, strength: float) -> None:
+    """It sees the picture, too, and paints in one of the size that it is trained on."""
+    hole = np.zeros((60, 100), np.uint8)
+    hole[20:41, 10:50] = 255
+    image, mask = picture(100, 60), Image.fromarray(hole)
+    call: dict[str, Any] = {"image": image, "strength": strength, "negative_prompt": " ", "true_cfg_scale": 2.0}
+    wanted = theirs(folder("one"), "one", mask_image=mask, prompt=PROMPT, steps=4, seeds=[5], **call)
+    agree(ours(folder("one"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, **call), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_pixels": 2**40, "max_pixels": 2**41}, "pixels at most"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "must not be zero"),
+        ({"image_mean": [0.5]}, "cannot be used"),
+        ({"size": 7}, "cannot be used"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        PictureProcessor.of({"processor/preprocessor_config.json": json.dumps(settings).encode()}, {})
+
+
+def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_cache: Cache, tmp_path: Path) -> None:
     code = importlib.import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus")
     for width, height in ((1500, 1001), (64, 90), (4000, 300)):
         for area in (1024 * 1024, 384 * 384):
@@ -213,5 +242,12 @@ def test_a_megapixel_and_what_cannot_be(folder: Callable[[str], Path], session_c
     ):
         with pytest.raises(InputError, match=message):
             pipe(PROMPT, steps=2, width=16, height=16, **inputs)
-    with pytest.raises(ModelError, match="changes pictures that it sees"):
+    with pytest.raises(ModelError, match="from a picture or a masked picture alone"):
         ours(folder("one"), session_cache)(PROMPT, steps=2)
+    with pytest.raises(ModelError, match="changes pictures as a whole"):
+        ours(folder("several"), session_cache, "inpainting")(PROMPT, image=picture(9, 9), mask=picture(9, 9), steps=2)
+    strange = shutil.copytree(folder("one"), tmp_path / "strange")
+    path = strange / "text_encoder/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_id": 3}))
+    with pytest.raises(ModelError, match="its image_token_id is 3"):
+        ours(strange, session_cache, "image-to-image")(PROMPT, image=picture(40, 40), steps=2)

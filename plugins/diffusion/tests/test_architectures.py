@@ -44,6 +44,7 @@ def opened(
 
 
 FLUX = {"_class_name": "FluxTransformer2DModel", "in_channels": 64, "guidance_embeds": True}
+QWEN = {"_class_name": "QwenImageTransformer2DModel", "in_channels": 64}
 SD3 = {"_class_name": "SD3Transformer2DModel", "in_channels": 16, "patch_size": 2}
 
 
@@ -51,6 +52,9 @@ def test_a_model_is_known_by_its_configs() -> None:
     assert [opened(config).name for config in (FLUX, SD3)] == ["FLUX.1", "Stable Diffusion 3 and 3.5"]
     assert opened({**FLUX, "in_channels": 384}, "inpainting").masked
     assert opened(SD3).decoding.shift == 0.0609
+    assert opened(QWEN, _class_name="QwenImageInpaintPipeline").name == "Qwen-Image"
+    with pytest.raises(ModelError, match="Qwen-Image-Edit shows pictures to it"):
+        opened(QWEN, "image-to-image", _class_name="QwenImageEditPlusPipeline")
     assert opened(SD3, "inpainting").decoding.shift == 0, "diffusers' pipeline for inpainting leaves the shift out"
     defaults = [opened(FLUX, "image-to-image").defaults, opened({**FLUX, "in_channels": 384}, "inpainting").defaults]
     assert [(each.steps, each.guidance_scale, each.strength) for each in defaults] == [(28, 7.0, 0.6), (50, 30.0, 1.0)]
@@ -63,6 +67,7 @@ def test_a_model_is_known_by_its_configs() -> None:
         ({}, {}, "None is not one that this task knows"),
         ({**FLUX, "in_channels": 128}, {}, "128 input channels"),
         ({**SD3, "in_channels": 17}, {}, "17 input channels"),
+        ({**QWEN, "in_channels": 16}, {}, "16 input channels"),
         ({**FLUX, "in_channels": "many"}, {}, "cannot be used"),
     ],
 )
@@ -80,6 +85,17 @@ def test_packed_latents_are_tokens_of_two_by_two(pictures: int, height: int, wid
     assert packed.shape == flux.packed_shape(pictures, 2 * height, 2 * width) == (pictures, height * width, 64)
     np.testing.assert_array_equal(flux.unpack(packed, 2 * height, 2 * width), latents)
     np.testing.assert_array_equal(packed[:, -1].reshape(pictures, 16, 2, 2), latents[:, :, -2:, -2:])
+
+
+def test_guided_predictions_that_keep_their_norms() -> None:
+    """For each token, as diffusers' QwenImagePipeline computes it; a prediction of zeros stays one."""
+    rng = np.random.default_rng(1)
+    without, along = (rng.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(2))
+    without[0, 0] = along[0, 0] = 0
+    made = Guidance(2, 4.0, np.ones((1, 2), np.float32), norm_axis=2).combine({0: without, 1: along})
+    guided = without + 4 * (along - without)
+    wanted, found = (np.linalg.norm(each, axis=2, keepdims=True) for each in (along, guided))
+    np.testing.assert_allclose(made, guided * wanted / np.maximum(found, 1e-9), rtol=1e-5, atol=1e-6)
 
 
 def test_skipped_layers_count_in_a_part_of_the_steps() -> None:

@@ -58,7 +58,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_diffusion.tasks:Inpainting",
         roles=("vae_encoder", "vae_decoder"),
         one_of=_DENOISERS,
-        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_PREVIEW),
+        optional_roles=(*_SHALLOW, *_TEXT, *_VISION, *_CONTROLS, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
         tunings=_INTERVALS,

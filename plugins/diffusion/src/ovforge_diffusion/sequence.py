@@ -134,15 +134,17 @@ class SequenceEncoder:
     def states(self, ids: Ids, more: Mapping[str, NDArray[Any]]) -> Array:
         """Return the states of one text's tokens, float32 (tokens, width); `more` are its further inputs by name.
 
-        Raises ModelError for a model that lacks one of them.
+        Raises ModelError for a model that lacks one of them, or takes another shape.
         """
-        missing = [name for name in more if name not in self._inputs]
-        if missing:
-            raise ModelError(
-                f"the text encoder has no input {missing[0]!r}",
-                where=self._role,
-                hint="Convert the model with ovforge.",
-            )
+        hint = "Convert the model with ovforge, all of its parts."
+        for name, value in more.items():
+            if name not in self._inputs:
+                raise ModelError(f"the text encoder has no input {name!r}", where=self._role, hint=hint)
+            shape, given = self._inputs[name].get_partial_shape(), list(value.shape)
+            if not shape.compatible(ov.PartialShape(given)):
+                raise ModelError(
+                    f"the text encoder takes {name} of shape {shape}, not {given}", where=self._role, hint=hint
+                )
         return self._alone(ids, more={self._inputs[name]: value for name, value in more.items()})
 
     def _alone(self, ids: Ids, *, both: bool = False, more: Mapping[ov.Output, NDArray[Any]] | None = None) -> Array:

@@ -206,7 +206,7 @@ class Inpainting(TextToImage):
         """Return the picture that the denoiser sees in place of the one to paint in, if there is one."""
         if inputs.reference is None:
             return None
-        if self.architecture.references != 1:
+        if self.architecture.references != 1 or self.architecture.image_encoders:
             raise InputError(
                 f"{self.architecture.name} takes no other picture to see in inpainting",
                 where="reference",
@@ -247,11 +247,9 @@ class Inpainting(TextToImage):
         seen: Array | None = None
         with timings.span("vae_encoder"):
             if architecture.references:
-                latents = autoencoder.likeliest(autoencoder.encode(pixels))
-                original = seen = pack(np.stack([latents] * pictures))
+                original = seen = self._to_see(pixels, pictures, rng)
                 if (other := self._reference(inputs)) is not None:
-                    latents = autoencoder.likeliest(autoencoder.encode(pixels_of(other)))
-                    seen = pack(np.stack([latents] * pictures))
+                    seen = self._to_see(pixels_of(other), pictures, rng)
             elif not (full and architecture.masked):
                 original = pack(autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng))
             noise = pack(self._noise(request, rng))
@@ -271,6 +269,13 @@ class Inpainting(TextToImage):
         where = pack(np.broadcast_to(architecture.kept(mask), shape))
         blend = _Blend(original, noise, where, sampling)
         return Start(latents, sampling.first, extra=seen, blend=blend, finish=finish)
+
+    def _to_see(self, pixels: Array, pictures: int, rng: BatchGenerator) -> Array:
+        """Return packed latents of what the denoiser sees, for each picture."""
+        encoded = self.autoencoder.encode(pixels)
+        if self.architecture.draws_references:
+            return self.architecture.pack(self.autoencoder.sample([encoded] * pictures, rng))
+        return self.architecture.pack(np.stack([self.autoencoder.likeliest(encoded)] * pictures))
 
 
 class _Blend:

@@ -19,6 +19,7 @@ from PIL import Image
 from ovforge.errors import InputError, ModelError
 from ovforge.store import parse_object
 from ovforge_diffusion.damage import explained
+from ovforge_diffusion.network import Network
 
 __all__ = ["Patches", "PictureProcessor", "VisionEncoder", "token_places"]
 
@@ -30,6 +31,8 @@ _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258
 _LEAST, _MOST = 56 * 56, 28 * 28 * 1280
 _LONGEST = 200
 """The greatest ratio of a picture's sides."""
+_WIDEST, _LARGEST = 4096, 2**24
+"""Pixels a side of a window, and of a picture, at most: configs come from others."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,16 @@ class PictureProcessor:
             mean=np.array(own.get("image_mean") or _MEAN, np.float32),
             deviation=np.array(own.get("image_std") or _DEVIATION, np.float32),
         )
-        if min(made.patch, made.merge, made.frames, made.least) < 1 or made.window < made.patch * made.merge:
+        token = made.patch * made.merge
+        if min(made.patch, made.merge, made.frames) < 1 or not token <= made.window <= _WIDEST or made.frames > token:
             raise ValueError("sizes of patches and windows must be positive, and windows hold a token")
-        if not made.mean.shape == made.deviation.shape == (3,) or not made.deviation.all():
+        if not token**2 <= made.least <= made.most <= _LARGEST:
+            raise ValueError(f"pictures must have a token at least, and {_LARGEST} pixels at most")
+        numbers = np.concatenate([made.mean, made.deviation, [made.factor]])
+        if not made.mean.shape == made.deviation.shape == (3,) or not np.isfinite(numbers).all():
             raise ValueError("image_mean and image_std must be three numbers each")
+        if not made.deviation.all():
+            raise ValueError("image_std must not be zero")
         return made
 
     def cut(self, image: Image.Image) -> Patches:
@@ -132,14 +141,19 @@ class VisionEncoder:
 
     def __init__(self, model: ov.CompiledModel, role: str) -> None:
         self._role = role
-        self._request = model.create_infer_request()
+        self._network = Network(model, role)
 
     def __call__(self, patches: Patches) -> Array:
         """Return states, float32 (tokens, width), row by row. Raises ModelError if they are not finite."""
-        self._request.infer(
-            {"pixel_values": patches.pixels, "attention_mask": patches.mask, "position_ids": patches.places}
-        )
-        made = self._request.get_output_tensor(0).data
+        inputs: dict[str, NDArray[Any]] = {
+            "pixel_values": patches.pixels,
+            "attention_mask": patches.mask,
+            "position_ids": patches.places,
+        }
+        for name, value in inputs.items():
+            self._network.allocate(name, value.shape).data[...] = value
+        self._network.run()
+        made = self._network.request.get_output_tensor(0).data
         states: Array = made.reshape(-1, made.shape[-1])[patches.order].astype(np.float32)
         if not np.isfinite(states).all():
             raise ModelError(

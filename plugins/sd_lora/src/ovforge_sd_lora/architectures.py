@@ -16,7 +16,7 @@ from ovforge_sd_lora.adapter import Module
 from ovforge_sd_lora.names import aliases, flat
 from ovforge_sd_lora.relative import RELATIVE
 
-__all__ = ["Place", "family_of", "parts", "places"]
+__all__ = ["Place", "family_of", "is_idle", "parts", "places"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -38,12 +38,15 @@ class Architecture:
 
     `{n}` is the number of a block. `swaps` are layers of AdaLayerNormContinuous: scale first, where releases have
     shift first. Such a layer has two rows for each input; of the same name with more rows, nothing is swapped.
+    `idle` are flat names of layers whose results nothing takes, so that converted models lack them; `{n}` is there the
+    number of the last block.
     """
 
     family: str
     mark: str
     rules: tuple[tuple[str, ...], ...]
     swaps: tuple[str, ...] = ()
+    idle: str = ""
 
 
 def _streams(block: str) -> tuple[tuple[str, ...], ...]:
@@ -178,7 +181,12 @@ _SD3 = Architecture(
 )
 
 
-_QWEN = Architecture("Qwen-Image", r"transformer_blocks_\d+_img_mod_1", ())
+_QWEN = Architecture(
+    "Qwen-Image",
+    r"transformer_blocks_\d+_img_mod_1",
+    (),
+    idle=r"transformer_blocks_{n}_(attn_to_add_out|txt_mlp_net_.+)",
+)
 
 _SERIES = ("layers.{n}", "noise_refiner.{n}", "context_refiner.{n}")
 
@@ -260,6 +268,15 @@ def places(shapes: Shapes) -> dict[str, Place]:
             if all(path in shapes for path in paths):
                 known.setdefault(flat(theirs.format(n=number)), Place(paths, _swapped(architecture, paths, shapes)))
     return known
+
+
+def is_idle(name: str, shapes: Shapes) -> bool:
+    """Say whether a name is that of a layer whose result nothing takes: an adapter of it changes no picture."""
+    architecture = _architecture(shapes)
+    if architecture is None or not architecture.idle:
+        return False
+    last = max(int(block[1]) for path in shapes if (block := re.match(r"transformer_blocks\.(\d+)\.", path)))
+    return re.fullmatch(architecture.idle.format(n=last), flat(name)) is not None
 
 
 def _swapped(architecture: Architecture, paths: tuple[str, ...], shapes: Shapes) -> bool:

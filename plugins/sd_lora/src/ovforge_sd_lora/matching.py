@@ -11,7 +11,7 @@ from ovforge.contracts import Skipped
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, Module, family_name
-from ovforge_sd_lora.architectures import Place, family_of, parts, places
+from ovforge_sd_lora.architectures import Place, family_of, is_idle, parts, places
 from ovforge_sd_lora.names import ROLES, flat, reads_as_t5
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.relative import RELATIVE
@@ -78,8 +78,12 @@ def preflight(
         shapes = {path: target.shape for path, target in targets.items()}
         names = places(shapes)
         found.names[role] = _names_by_path(names)
+        idle: list[Module] = []
         for module in _with_sizes(of_role[role], names, targets):
             place = names.get(flat(module.name))
+            if place is None and is_idle(module.name, shapes):
+                idle.append(module)
+                continue
             if place is None:
                 found.skipped.append(Skipped(_shown(module, role), "the model has no such layer"))
                 continue
@@ -91,6 +95,8 @@ def preflight(
                     found.matches.append(Match(role, part, targets[path]))
         paths = {match.target.path for match in found.of(role)}
         found.notes += _named_twice(role, found.of(role))
+        if idle:
+            found.notes.append(f"{role}: nothing takes what {len(idle)} of the file's layers give ({idle[0].name})")
         sizes = {path: math.prod(shape) for path, shape in shapes.items()}
         found.touched[role] = sum(sizes[path] for path in paths), sum(sizes.values())
     return found

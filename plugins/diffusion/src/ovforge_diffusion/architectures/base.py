@@ -192,9 +192,12 @@ class Architecture(ABC):
 
     1 means one for each prompt, more that all of them are shown with each prompt."""
 
+    draws_references: ClassVar[bool] = False
+    """Whether the latents of a picture that is painted in are drawn, where the denoiser sees it, too."""
+
     def __init__(self, context: TaskContext, task: Task) -> None:
         if task not in self.tasks:
-            ways = {"text-to-image": "text", "image-to-image": "a picture"}
+            ways = {"text-to-image": "text", "image-to-image": "a picture", "inpainting": "a masked picture"}
             raise ModelError(
                 f"{self.name} makes pictures from {' or '.join(ways[known] for known in self.tasks)} alone",
                 where=f"{self.denoiser}/config.json",

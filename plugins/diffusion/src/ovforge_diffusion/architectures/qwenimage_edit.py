@@ -50,23 +50,25 @@ class QwenImageEdit(QwenImage):
     """Qwen-Image-Edit, which sees one picture, and from 2509 on (Plus) several."""
 
     name = "Qwen-Image-Edit"
+    tasks = ("image-to-image", "inpainting")
+    draws_references = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
-        if task != "image-to-image":
+        bundle = context.bundle
+        self._several = "Plus" in str(bundle.index.get("_class_name"))
+        if task == "inpainting" and self._several:
             raise ModelError(
-                f"{self.name} changes pictures that it sees",
+                f"{self.name} of this kind changes pictures as a whole",
                 where="model_index.json",
                 hint='Set task = "image-to-image", or take Qwen-Image.',
             )
-        bundle = context.bundle
         if _VISION not in bundle:
             raise ModelError(
                 "the model has none, and Qwen-Image-Edit shows pictures to it",
                 where=_VISION,
                 hint="Convert the diffusers folder with ovforge.",
             )
-        self._several = "Plus" in str(bundle.index.get("_class_name"))
         self.references = 10 if self._several else 1
         self.image_encoders = (_VISION,)
         self._processor = PictureProcessor.of(bundle.assets, bundle.configs.get(_QWEN, {}))
@@ -77,8 +79,8 @@ class QwenImageEdit(QwenImage):
         return super().matches(bundle) and str(bundle.index.get("_class_name")).startswith("QwenImageEdit")
 
     def usual(self, task: Task) -> Defaults:
-        """Return the defaults of QwenImageEditPipeline and QwenImageEditPlusPipeline."""
-        return Defaults(50, 4.0, 1.0)
+        """Return the defaults of QwenImageEditPipeline and its kin."""
+        return Defaults(50, 4.0, 0.6 if task == "inpainting" else 1.0)
 
     def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
         """Return Qwen2.5-VL, which sees the pictures and reads what is to become of them."""
@@ -96,6 +98,8 @@ class QwenImageEdit(QwenImage):
     def shown(self, image: Image.Image) -> Image.Image:
         """Return it with a megapixel."""
         return scaled(image, *_size(image, _AREA))
+
+    limited = shown
 
     def size_beside(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """Make pictures of the size of the last one."""
@@ -135,17 +139,23 @@ class _Prompts(PromptEncoder):
         self._tokenizer, self._encoder, self._vision = tokenizer, encoder, vision
         self._architecture, self._weighted = architecture, weighted
         self._picture = tokenizer.word(_PICTURE)
+        known = architecture.configs.get(_QWEN, {}).get("image_token_id")
+        if known != self._picture:
+            raise ModelError(
+                f"its image_token_id is {known!r}, and the tokenizer's {_PICTURE} has the number {self._picture}",
+                where=f"{_QWEN}/config.json", hint="Take text encoder and tokenizer of one model.",
+            )  # fmt: skip
 
     def encode(
         self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
     ) -> tuple[dict[str, NDArray[Any]], list[str]]:
         """Return states, (prompts, tokens, width), and 1 for each that counts, (prompts, tokens)."""
-        images: Any = request.given
+        images: Any = getattr(request.given, "image", None)
         words, lost = unweighted([each[0] for each in texts], self._weighted, self._architecture.name)
         if any(_PICTURE in text for text in words):
             raise InputError(f"holds {_PICTURE}, which stands for a picture", where="prompt", hint="Remove it.")
         with timings.span("vision_encoder"):
-            cut = self._architecture.cut(images.image)
+            cut = self._architecture.cut(images if isinstance(images, list) else [images])
             seen = np.concatenate([self._vision(patches) for patches in cut])
         grids = [patches.grid for patches in cut]
         with timings.span("text_encoder"):
