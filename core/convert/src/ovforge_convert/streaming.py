@@ -277,16 +277,17 @@ def _reserve(handle: int, begin: int, size: int, folder: str | None = None) -> N
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, begin, size)
-        else:
-            os.ftruncate(handle, begin + size)
+            return
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise ModelError(
+                f"converting this model takes {size / 2**30:.1f} GiB of room for temporary files, and there is less",
+                where=folder or tempfile.gettempdir(),
+                hint="Make room there, or set the variable TMPDIR to a folder on a larger disk.",
+            ) from error
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot reserve
             raise
-        raise ModelError(
-            f"converting this model takes {size / 2**30:.1f} GiB of room for temporary files, and there is less",
-            where=folder or tempfile.gettempdir(),
-            hint="Make room there, or set the variable TMPDIR to a folder on a larger disk.",
-        ) from error
+    os.ftruncate(handle, begin + size)
 
 
 def _decompressions(count: int) -> list[ov.Node]:
