@@ -4,10 +4,10 @@
 
 The architecture is FLUX.1's at its true width (3072), with few blocks, all of one stream, and random weights, of two
 depths: what both take alike (libraries, the graph, activations) goes out of the difference, which is then what each
-further parameter takes. A quantizer's own work on one matrix hides a part of it in models of these sizes, so that no less
-is taken than its result, which it holds, has for each parameter. FLUX.1 has 11.9 billion. Each stage is a process of its own, and is looked at from outside, 50
-times a second: memory of its own (anonymous), and pages of files that it has mapped, which the system drops when memory
-is short.
+further parameter takes. A quantizer's work on one matrix hides a part of it in models of these sizes, so that no less is
+taken than its result, which it holds, has for each parameter. FLUX.1 has 11.9 billion. Each stage is a process of its
+own, and is looked at from outside, 50 times a second: memory of its own (anonymous), and pages of files that it has
+mapped, which the system drops when memory is short.
 """
 
 from __future__ import annotations
@@ -146,6 +146,11 @@ def prepare_models(work: Path, singles: list[int]) -> list[tuple[Path, int]]:
     return found
 
 
+def weights_of(folder: Path) -> int:
+    """Return the bytes of a written model's weights."""
+    return sum(file.stat().st_size for file in folder.rglob("*.bin"))
+
+
 _CELLS = (("own", 1e9, 2), ("seconds", 1, 0))
 """Figures of both depths in a row of the table: their units, and decimals."""
 
@@ -172,8 +177,8 @@ def main() -> None:
     results = {}
     for name in arguments.stages:
         one, two = (watched([sys.executable, __file__, "--work", ".", "--one", name, str(f)]) for f, _ in models)
-        held = [sum(file.stat().st_size for file in (f / name).rglob("*.bin")) for f, _ in models if name in QUANTIZERS]
-        grown = (held[1] - held[0]) / (many - few) if held else 0.0
+        small, large = (weights_of(folder / name) if name in QUANTIZERS else 0 for folder, _ in models)
+        grown = (large - small) / (many - few)
         each = max((two["own"] - one["own"]) / (many - few), grown)
         whole = two["own"] + each * (WHOLE - many)
         mapped = (two["mapped"] - one["mapped"]) / (many - few)
