@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ovforge.errors import ModelError, PluginError
 from ovforge.model import Source
 from ovforge.store import parse_object, scratch_folder
-from ovforge_convert.streaming import EXACT, SMALL, Stored, Weight, noting_layers, place_weights
+from ovforge_convert.streaming import (
+    EXACT,
+    SMALL,
+    Stored,
+    Weight,
+    keeping_compressed,
+    noting_layers,
+    place_weights,
+)
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -34,7 +42,7 @@ __all__ = [
     "settle_names",
 ]
 
-_COUNTED = re.compile(r"[A-Z]\w*_\d+(\.\d+)*")
+_COUNTED = re.compile(r"[A-Z]\w*_\d+(\.\d+)*(_compressed)?")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 
@@ -230,7 +238,8 @@ def convert_module(
         module.forward = own
     if values:
         place_weights(model, values, weights, ran, disk=disk)
-    apply_moc_transformations(model, cf=False)
+    with keeping_compressed(model):
+        apply_moc_transformations(model, cf=False)
     for given, port in zip(model.inputs, inputs, strict=True):
         given.get_tensor().set_names({port.name})  # and no names of what the transformations took out
     for result, name in zip(model.outputs, outputs, strict=True):

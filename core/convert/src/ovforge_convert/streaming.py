@@ -7,13 +7,16 @@ graph is replaced by what its `Weight` gives: float16 that is read straight from
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ovforge.errors import PluginError
+from ovforge.errors import ModelError, PluginError
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -25,6 +28,7 @@ __all__ = [
     "Stored",
     "TensorWeight",
     "Weight",
+    "keeping_compressed",
     "noting_layers",
     "place_weights",
     "streamed_names",
@@ -40,6 +44,15 @@ EXACT = ("/scale", "/zero_point")
 
 LARGE = 4 * 2**30
 """Bytes of weights from which on they are kept in a file that has no name, and not in memory of their own."""
+
+_LASTING = "/var/tmp"
+"""Where systems keep large temporary files."""
+
+_DECOMPRESSION = "decompression_0"
+"""The name of OpenVINO's mark of conversions of weights to float32."""
+
+_UNFOLDED = "DisableConstantFolding_0"
+"""The name of OpenVINO's mark of operations whose values are not computed beforehand. It counts by being there."""
 
 _ROOTS = ("self.", "self.model.")
 """What OpenVINO puts before the name of a parameter: the second where it wraps a module that leaves out arguments."""
@@ -165,8 +178,8 @@ def place_weights(
                 found[name] = node
     if lost := [names for names in ran if names & weights.keys() and not names & found.keys()]:
         raise PluginError(f"the traced graph has no {min(lost[0])}, which the module uses", hint="Please report this.")
-    total = sum(int(np.prod(node.shape)) for node in found.values())
-    allocate = _allocator(total * (2 if stored == "f16" else 4), disk)
+    width = 2 if stored == "f16" else 4
+    allocate = _allocator([width * int(np.prod(node.shape)) for node in found.values()], disk)
     converts = iter(_decompressions(len(found) if stored == "f16" else 0))
     for name, node in found.items():
         weight = weights[name]
@@ -177,6 +190,23 @@ def place_weights(
         for user in users:
             user.replace_source_output(value)
     model.validate_nodes_and_infer_types()
+
+
+@contextlib.contextmanager
+def keeping_compressed(model: ov.Model) -> Iterator[None]:
+    """Keep transformations of a graph, inside, from making float32 of constants that are stored in float16.
+
+    They compute whatever depends on constants alone, and would hold all weights in float32 at once.
+    """
+    converts = [node for node in model.get_ops() if _DECOMPRESSION in node.get_rt_info()]
+    for node in converts:
+        node.get_rt_info()[_UNFOLDED] = True
+    try:
+        yield
+    finally:
+        for node in model.get_ops():
+            if _UNFOLDED in (marks := node.get_rt_info()):
+                del marks[_UNFOLDED]
 
 
 def _value(weight: Weight, stored: Stored, allocate: _Allocate, converts: Iterator[ov.Node], name: str) -> ov.Output:
@@ -207,24 +237,57 @@ def _constant(data: np.ndarray, name: str) -> ov.Output:
 _Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 
 
-def _allocator(total: int, disk: bool) -> _Allocate:
-    """Return a function that makes arrays: in memory, or mapped from a file if `total` bytes of them are many.
+def _allocator(sizes: Sequence[int], disk: bool) -> _Allocate:
+    """Return a function that makes arrays: in memory, or mapped from a file if all `sizes`, bytes, are many together.
 
     The system writes pages of the file to the disk when memory is short. It has no name, so it goes with the arrays.
     """
-    if total < LARGE or not disk:
+    if sum(sizes) < LARGE or not disk:
         return np.empty
-    file = tempfile.TemporaryFile(prefix="ovforge-")  # noqa: SIM115 - the arrays' maps keep it
+    file = _reserved(sum(map(_whole_pages, sizes)))
     end = 0
 
     def allocate(shape: tuple[int, ...], kind: Any) -> np.ndarray:
         nonlocal end
         begin, size = end, int(np.prod(shape)) * np.dtype(kind).itemsize
-        end = begin + -(-size // 4096) * 4096
-        file.truncate(end)
+        end = begin + _whole_pages(size)
+        if end > os.fstat(file.fileno()).st_size:  # a weight that float16 cannot hold takes twice its bytes
+            _reserve(file.fileno(), begin, end - begin)
         return np.memmap(file, kind, "r+", begin, shape)
 
     return allocate
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _reserved(size: int) -> Any:
+    """Return an open file without a name that has `size` bytes. Raises ModelError if there is no room for it."""
+    # On many systems /tmp is in memory, and /var/tmp is not. What the user sets counts first.
+    chosen = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    folder = _LASTING if not chosen and os.access(_LASTING, os.W_OK) else None
+    file = tempfile.TemporaryFile(prefix="ovforge-", dir=folder)  # noqa: SIM115 - the arrays' maps keep it
+    _reserve(file.fileno(), 0, size, folder)
+    return file
+
+
+def _reserve(handle: int, begin: int, size: int, folder: str | None = None) -> None:
+    """Make room in a file: writing to a map that has none would end the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, begin, size)
+            return
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise ModelError(
+                f"converting this model takes {size / 2**30:.1f} GiB of room for temporary files, and there is less",
+                where=folder or tempfile.gettempdir(),
+                hint="Make room there, or set the variable TMPDIR to a folder on a larger disk.",
+            ) from error
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot reserve
+            raise
+    os.ftruncate(handle, begin + size)
 
 
 def _decompressions(count: int) -> list[ov.Node]:
