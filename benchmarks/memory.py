@@ -3,9 +3,10 @@
     python benchmarks/memory.py --work FOLDER [--singles 1 4] [--stages weights-int8 weights-int4]
 
 The architecture is FLUX.1's at its true width (3072), with few blocks, all of one stream, and random weights, of two
-depths: what both take alike (libraries, the graph, activations) goes out of the difference, which is then what each
-further parameter takes. A quantizer's work on one matrix hides a part of it in models of these sizes, so that no less is
-taken than its result, which it holds, has for each parameter. FLUX.1 has 11.9 billion. Each stage is a process of its
+depths: what both take alike (libraries, the graph, activations) goes out of the difference, which is what each further
+parameter takes. A quantizer's work on one matrix hides a part of it in models of these sizes, so that no less is taken
+than its result, which it holds, has for each parameter.
+FLUX.1 has 11.9 billion. Each stage is a process of its
 own, and is looked at from outside, 50 times a second: memory of its own (anonymous), and pages of files that it has
 mapped, which the system drops when memory is short.
 """
