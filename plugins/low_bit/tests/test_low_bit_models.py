@@ -385,6 +385,17 @@ def test_layers_are_kept_as_asked() -> None:
     assert set(untouched) == {"second", "third"}
 
 
+def test_places_times_frequencies_are_no_layer() -> None:
+    """As rotary positions are computed: frequencies in few bits would turn tokens by another angle, or not at all."""
+    places = ops.parameter([-1, 1], np.float32, name="places")
+    angles = ops.matmul(places, ops.constant(weights(1, 64)), False, False, name="angles")
+    out = ops.matmul(ops.cos(angles), ops.constant(weights(8, 64)), False, True, name="linear")
+    changed = bundle(lambda: ov.Model([out], [places]))
+    report = quantize("auto-round", changed, iterations=0)
+    assert report.layers == {"unet": ["linear"]}
+    assert not report.skipped
+
+
 def test_weights_that_cannot_be_changed_are_skipped_with_the_reason() -> None:
     x = ops.parameter([2, 4, 8], np.float32, name="x")
     shared = ops.constant(weights(8, 8))

@@ -108,12 +108,25 @@ def find_layers(model: ov.Model, options: ScopeOptions, keep: Collection[str], r
         sides = [value.get_node().get_name() in constants for value in op.input_values()]
         if not any(sides):
             continue  # a product of activations
+        if _is_outer(op):
+            continue  # places times frequencies: a product that sums nothing up has no weights
         found = _layer(op, sides)
         if isinstance(found, Layer):
             layers.append(found)
         else:
             report.skipped.append(Skipped(op.get_friendly_name(), found))
     return layers
+
+
+def _is_outer(op: Any) -> bool:
+    """Say whether it is a MatMul of a column and a row, as rotary positions are made of."""
+    if op.get_type_name() != "MatMul":
+        return False
+    shape = op.input_value(0).get_partial_shape()
+    if shape.rank.is_dynamic or len(shape) < 2:
+        return False
+    summed = shape[len(shape) - (2 if op.get_attributes()["transpose_a"] else 1)]
+    return bool(summed.is_static and summed.get_length() == 1)
 
 
 def _layer(op: Any, sides: list[bool]) -> Layer | str:

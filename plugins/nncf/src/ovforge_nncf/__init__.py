@@ -51,6 +51,55 @@ def ovforge_quantizers() -> Iterator[QuantizerExtension | RecipeExtension]:
     yield from _RECIPES
 
 
+_CONDITIONS = {"parts": ["embeddings", "modulation", "first", "last"], "check": False}
+"""What the search keeps of diffusion transformers: see docs/plugins/nncf.md."""
+_FOUR_BITS = {"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"}
+
+_TRANSFORMERS = (
+    RecipeExtension(
+        name="transformer-int8",
+        summary="Recipe: diffusion transformers, weights in INT8, no data",
+        quantizer="nncf-weights",
+        options={"roles": ["transformer"]},
+        tunings=({},),
+    ),
+    # The last layer is among those that keep 8 bits, so that all_layers has no other layer keep them in its place.
+    RecipeExtension(
+        name="transformer-int4",
+        summary="Recipe: diffusion transformers, weights in INT4; modulation and embeddings in INT8; no data",
+        quantizer="nncf-weights",
+        options={"roles": ["transformer"], **_FOUR_BITS, "all_layers": True, "backup_scope": _CONDITIONS},
+        tunings=({},),
+    ),
+    RecipeExtension(
+        name="transformer-ptq",
+        summary="Recipe: diffusion transformers in INT8; positions, modulation and embeddings exact",
+        quantizer="nncf-ptq",
+        options={
+            "roles": ["transformer"],
+            "model_type": "transformer",
+            "preset": "mixed",
+            "bias_correction": "off",
+            "ignored_scope": _CONDITIONS,
+        },
+        tunings=({},),
+    ),
+    RecipeExtension(
+        name="text-encoders-int8",
+        summary="Recipe: all text encoders, weights in INT8, no data",
+        quantizer="nncf-weights",
+        options={"roles": ["text_encoder*"]},
+        tunings=({},),
+    ),
+    RecipeExtension(
+        name="text-encoders-int4",
+        summary="Recipe: all text encoders, weights of matrices in INT4, embeddings in INT8, no data",
+        quantizer="nncf-weights",
+        options={"roles": ["text_encoder*"], **_FOUR_BITS},
+        tunings=({},),
+    ),
+)
+
 _RECIPES = (
     # Fast bias correction draws artifacts into pictures. Stable Diffusion takes many steps, nearly all in the UNet.
     RecipeExtension(
@@ -80,9 +129,10 @@ _RECIPES = (
         name="weights-int4",
         summary="Recipe: weights of matrices in INT4, the rest in INT8, no data",
         quantizer="nncf-weights",
-        options={"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"},
+        options=_FOUR_BITS,
         tunings=({},),
     ),
+    *_TRANSFORMERS,
     # Without model_type NNCF quantizes sums between layers, which this runtime cannot compile in some detectors; fast
     # bias correction fails where pictures, and with them inputs of matrix products, differ in shape.
     RecipeExtension(

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["CONVOLUTIONS", "LOW", "Lowered", "constant_bytes", "counted", "float_bytes", "is_quantized", "lowered"]
+__all__ = [
+    "CONVOLUTIONS",
+    "LOW",
+    "PASSING",
+    "Lowered",
+    "constant_bytes",
+    "counted",
+    "float_bytes",
+    "is_quantized",
+    "lowered",
+]
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
 
@@ -24,7 +34,7 @@ _LEVELS = {2: "INT1", 4: "INT2", 15: "INT4", 16: "INT4", 255: "INT8", 256: "INT8
 _FAKE = ("FakeQuantize", "FakeConvert")
 _DECOMPRESSION = {"Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Squeeze", "Unsqueeze", *_FAKE}
 """Operations between a compressed constant and the operation that it belongs to."""
-_PASSING = {
+PASSING = {
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "StridedSlice", "Slice", "Concat", "Pad",
     "MaxPool", "ReduceMax", "Tile", "Broadcast", "ShuffleChannels", "DepthToSpace", "SpaceToDepth", "Relu", "ReLU",
     "Interpolate", "ScatterUpdate",
@@ -161,7 +171,7 @@ def _sinks(op: Any) -> Iterator[Any]:
             if (name := user.get_friendly_name()) in seen:
                 continue
             seen.add(name)
-            if user.get_type_name() in _PASSING:
+            if user.get_type_name() in PASSING:
                 waiting.append(user)
             elif user.get_type_name() not in ("Result", "ShapeOf", *_FAKE):
                 yield user

@@ -10,6 +10,7 @@ from ovforge.contracts import Calibration, Report, Skipped
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle
 from ovforge_nncf.graph import CONVOLUTIONS, constant_bytes, counted, float_bytes, is_quantized, lowered
+from ovforge_nncf.parts import positions_of
 from ovforge_nncf.ptq_options import PtqBase, PtqOptions
 from ovforge_nncf.running import (
     check_memory,
@@ -98,14 +99,18 @@ def describe(
     report.applied.append(f"{role}: {counted(found)}")
     report.bytes_before = (report.bytes_before or 0) + constant_bytes(before)
     report.bytes_after = (report.bytes_after or 0) + constant_bytes(after)
-    done = {op.name for op in found}
+    done, exact, ignored = {op.name for op in found}, positions_of(before), options.ignored_scope.found_in(before)
+    if exact:
+        report.notes.append(f"{role}: {len(exact)} operations that compute places and steps stay exact")
     why: dict[str, Counter[str]] = {}
     for op in before.get_ops():
         name, kind = op.get_friendly_name(), op.get_type_name()
         if kind in ("MatMul", *CONVOLUTIONS) and name not in done:
             if name in keep:
                 reason = "kept for quality"
-            elif options.ignored_scope.matches(name, kind):
+            elif name in exact:
+                reason = "computes places or steps"
+            elif name in ignored:
                 reason = "in ignored_scope"
             elif options.ignored_scope.subgraphs:
                 reason = "in ignored_scope.subgraphs, or left by NNCF"

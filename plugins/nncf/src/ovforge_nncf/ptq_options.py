@@ -99,7 +99,9 @@ class PtqBase(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     NAME: ClassVar[str]
     roles: tuple[str, ...] = Field(
-        (), description="Models to quantize; by default those of each step (unet, transformer, controlnet), else all."
+        (),
+        description="Models to quantize, * for any text; by default those of each step (unet, transformer, "
+        "controlnet), else all.",
     )
     preset: Preset | None = Field(
         None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +40,21 @@ GIB = 2**30
 def chosen_roles(wanted: Sequence[str], bundle: ModelBundle, where: str, *, stepped: bool) -> list[str]:
     """Return the roles to quantize: those wanted, else all, or with `stepped` the ones of each step if there are some.
 
-    Raises ConfigError for a role that there is not.
+    A `*` in what is wanted stands for anything, as in "text_encoder*". Raises ConfigError if no role fits.
     """
     own = [role for role in bundle.models if not role.startswith(("tokenizer", "detokenizer"))]
-    for role in wanted:
-        if role not in own:
+    found: list[str] = []
+    for pattern in wanted:
+        fitting = [role for role in own if role == pattern or ("*" in pattern and fnmatchcase(role, pattern))]
+        if not fitting:
             raise ConfigError(
-                f"the model has no {role!r} to quantize.{did_you_mean(role, own)}",
+                f"the model has no {pattern!r} to quantize.{did_you_mean(pattern, own)}",
                 where=f"{where}.roles",
                 hint=f"It has: {', '.join(own)}.",
             )
+        found += fitting
     steps = [role for role in own if role in STEPPED] if stepped else []
-    return list(dict.fromkeys(wanted)) or steps or own
+    return list(dict.fromkeys(found)) or steps or own
 
 
 def models_of(
@@ -62,7 +66,7 @@ def models_of(
 ) -> dict[str, ov.Model]:
     """Return role -> model, with the ignored scope and what is to be kept checked. Raises ConfigError."""
     models = {role: bundle.models[role] for role in roles}
-    scope.check_in(models, where)
+    scope.check_in(models, f"{where}.ignored_scope")
     for role, names in keep.items():
         known = {op.get_friendly_name() for op in models[role].get_ops()} if role in models else set(names)
         if missing := sorted(set(names) - known):

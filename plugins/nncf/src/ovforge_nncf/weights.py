@@ -12,6 +12,7 @@ from ovforge.errors import ConfigError
 from ovforge.model import ModelBundle, core
 from ovforge_nncf.graph import CONVOLUTIONS, Lowered, constant_bytes, counted, float_bytes, lowered
 from ovforge_nncf.running import check_memory, chosen_roles, dataset, in_plain_words, models_of, quiet
+from ovforge_nncf.scope import IgnoredScope
 from ovforge_nncf.weights_options import WeightsOptions
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class WeightCompression:
         if note := runs_here(options, where):
             report.notes.append(note)
         models = models_of(roles, bundle, options.ignored_scope, keep, where)
+        options.backup_scope.check_in(models, f"{where}.backup_scope")
         for role, model in models.items():
             self._check_groups(role, model, keep.get(role, ()), where)
             if options.uses_data:
@@ -71,13 +73,16 @@ class WeightCompression:
         ordered = [op for op in model.get_ordered_ops() if op.get_friendly_name() in {each.name for each in found}]
         matrices = [op.get_friendly_name() for op in ordered if op.get_type_name() == "MatMul"]
         group = options.group
+        backed = options.backup_scope.found_in(model)
         why: dict[str, list[str]] = {}
         for op in ordered:
             name, kind = op.get_friendly_name(), op.get_type_name()
             if name not in wider:
                 continue
             row = _row(op)
-            if kind in CONVOLUTIONS:
+            if name in backed:
+                reason = "in backup_scope"
+            elif kind in CONVOLUTIONS:
                 reason = f"NNCF gives convolutions no {options.mode}"
             elif kind != "MatMul":
                 reason = "embeddings keep 8 bits unless all_layers = true"
@@ -99,9 +104,9 @@ class WeightCompression:
         options = self.options
         if not options.groups_backup:
             return
+        left = {*keep, *options.ignored_scope.found_in(model)}
         for op in model.get_ops():
-            name, kind = op.get_friendly_name(), op.get_type_name()
-            if kind in CONVOLUTIONS and name not in keep and not options.ignored_scope.matches(name, kind):
+            if op.get_type_name() in CONVOLUTIONS and op.get_friendly_name() not in left:
                 raise ConfigError(
                     f"{options.mode} gives convolutions groups of 8-bit floats, which NNCF has for matrices alone",
                     where=f"{where}, role {role}",
@@ -114,7 +119,8 @@ class WeightCompression:
         import nncf
 
         options = self.options
-        arguments = {**options.arguments(), "ignored_scope": options.ignored_scope.to_nncf(model, keep)}
+        backed = options.backup_scope.found_in(model) - {*keep, *options.ignored_scope.found_in(model)}
+        arguments = {**options.arguments(), "ignored_scope": options.ignored_scope.to_nncf(model, {*keep, *backed})}
         if options.uses_data:
             arguments["dataset"], _ = dataset(calibration, role, options.subset_size, where)
         with in_plain_words(where, role):
@@ -130,6 +136,12 @@ class WeightCompression:
                     hint="Set group_size to a number that does, -1 for whole rows, or group_size_fallback to 'ignore'"
                     " or 'adjust'.",
                 ) from error
+            if backed:
+                # A constant that is named is ignored wherever it is used, so that only what takes it is named.
+                users = (op for op in compressed.get_ops() if op.get_type_name() != "Constant")
+                rest = {op.get_friendly_name() for op in users} - backed
+                scope = IgnoredScope(names=tuple(sorted(rest))).to_nncf(compressed)
+                compressed = nncf.compress_weights(compressed, ignored_scope=scope, **options.backup_arguments())
         return compressed
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ovforge.contracts import Need
-from ovforge_nncf.scope import IgnoredScope
+from ovforge_nncf.scope import IgnoredScope, Scope
 
 __all__ = ["AdvancedWeights", "WeightsOptions"]
 
@@ -21,6 +21,8 @@ Sensitivity = Literal[
 ]  # fmt: skip
 
 _FIXED_GROUPS = {"mxfp4": 32, "mxfp8_e4m3": 32, "nvfp4": 16}
+_FLOATS = {"mxfp4": "mxfp8_e4m3", "mxfp8_e4m3": "mxfp8_e4m3", "fp4": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3"}
+"""Mode -> NNCF's backup of it, if that is not int8_asym."""
 _NO_CORRECTION = ("mxfp4", "mxfp8_e4m3", "fp8_e4m3", "fp4", "nvfp4")
 _FROM_DATA = ("scale_estimation", "gptq", "lora_correction")
 
@@ -92,7 +94,7 @@ class WeightsOptions(BaseModel):
     NAME: ClassVar[str] = "nncf-weights"
 
     mode: Mode = Field("int8_sym", description="Type of the weights; modes below 8 bits keep a part of them in 8.")
-    roles: tuple[str, ...] = Field((), description="Models to compress; by default all but tokenizers.")
+    roles: tuple[str, ...] = Field((), description="Models to compress, * for any text; by default all but tokenizers.")
     ratio: float | None = Field(None, gt=0, le=1, description="Below 8 bits: part of the weights; default: 1.")
     group_size: int | None = Field(
         None,
@@ -108,6 +110,9 @@ class WeightsOptions(BaseModel):
     all_layers: bool = Field(False, description="Below 8 bits: also embeddings and the last layer.")
     backup_mode: Literal["none", "int8_sym", "int8_asym", "fp8_e4m3", "mxfp8_e4m3"] | None = Field(
         None, description="What the rest gets; by default int8_asym, for floats their own 8 bits."
+    )
+    backup_scope: Scope = Field(
+        default_factory=Scope, description="Below 8 bits: what gets backup_mode, whatever `ratio` leaves."
     )
     sensitivity_metric: Sensitivity | None = Field(
         None, description="What decides on the rest where ratio is below 1; all but the first need data."
@@ -145,8 +150,12 @@ class WeightsOptions(BaseModel):
     @property
     def groups_backup(self) -> bool:
         """Whether what is not in `mode` gets groups of 8-bit floats."""
-        own = {"mxfp4": "mxfp8_e4m3", "mxfp8_e4m3": "mxfp8_e4m3", "fp4": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3"}
-        return (self.backup_mode or own.get(self.mode)) in ("fp8_e4m3", "mxfp8_e4m3") and self.group_size != -1
+        return self.backup in ("fp8_e4m3", "mxfp8_e4m3") and self.group_size != -1
+
+    @property
+    def backup(self) -> str:
+        """The mode of what does not get `mode`; NNCF's own if it is not said."""
+        return self.backup_mode or _FLOATS.get(self.mode, "int8_asym")
 
     @property
     def uses_data(self) -> bool:
@@ -170,12 +179,16 @@ class WeightsOptions(BaseModel):
             "group_size_fallback",
             "all_layers",
             "backup_mode",
+            "backup_scope",
             "sensitivity_metric",
         )
         lower += ("awq", *_FROM_DATA, "data")
         for name in lower if self.is_int8 else ():
-            if getattr(self, name) not in (None, False, type(self).model_fields[name].default):
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name) not in (None, False, default):
                 raise ValueError(f"{name} is for modes below 8 bits, and mode is {self.mode}")
+        if self.backup_mode == "none" and self.backup_scope != Scope():
+            raise ValueError("backup_scope is what gets backup_mode, and that is none: name it in ignored_scope")
         if self.group_size == 0:
             raise ValueError("group_size is -1, or 1 and more")
         fixed = _FIXED_GROUPS.get(self.mode)
@@ -238,6 +251,22 @@ class WeightsOptions(BaseModel):
         if self.sensitivity_metric:
             arguments["sensitivity_metric"] = nncf.SensitivityMetric(self.sensitivity_metric)
         return {**arguments, "advanced_parameters": self._advanced_parameters()}
+
+    def backup_arguments(self) -> dict[str, Any]:
+        """Return the arguments of nncf.compress_weights for `backup_scope`, but for the model and the ignored scope."""
+        import nncf
+
+        arguments: dict[str, Any] = {"mode": nncf.CompressWeightsMode(self.backup)}
+        if self.backup.startswith("int8"):
+            return arguments
+        group = _FIXED_GROUPS.get(self.backup, self.group)
+        parameters = nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.quantization.advanced_parameters.GroupSizeFallbackMode(
+                self.group_size_fallback
+            ),
+            min_adjusted_group_size=self.advanced.min_group_size,
+        )
+        return {**arguments, "group_size": group, "all_layers": True, "advanced_parameters": parameters}
 
     def _advanced_parameters(self) -> Any:
         import numpy as np

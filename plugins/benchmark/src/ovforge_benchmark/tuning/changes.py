@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ovforge import PipelineConfig, Plugins
@@ -93,7 +94,8 @@ def changes_for(config: PipelineConfig, roles: Collection[str], plugins: Plugins
             given = set(config.input) if kind == "task" else set(named.options) if named and kind == "device" else set()
             for options in tables:
                 wanted = set(options.get("roles", ())) or meant
-                if given & set(options) or (wanted and not wanted & set(roles)):
+                fitting = any(fnmatchcase(role, pattern) for role in roles for pattern in wanted)
+                if given & set(options) or (wanted and not fitting):
                     continue
                 doers = {each.plugin: each.version for each in (offer, offer.worker) if each is not None}
                 by = ", ".join(f"{name} {version}" for name, version in doers.items())
