@@ -295,6 +295,24 @@ def test_the_example_in_cpp(folder: Path, tmp_path: Path) -> None:
 PENCIL = "package:ovforge_sd_lora/examples/pencil.safetensors"
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_was_done_to_the_models_is_in_the_graph(session_cache: Cache, merged: bool) -> None:
+    """A fused adapter, text states of an earlier layer, weights in INT8; merged tokens, which take no fixed shape."""
+    pytest.importorskip("ovforge_nncf")
+    size = {"steps": 2, "width": 64, "height": 64}
+    merging = Use("token-merging", max_downsample=2)
+    steps = [Use("lora", path=PENCIL), Use("clip-skip", layers=1), *([merging] if merged else [])]
+    weights = [Use("nncf-weights", mode="int8_sym")]
+    pipe = loaded(EMBEDDED, session_cache, size, transforms=steps, quantize=weights)
+    pictures = run(single_graph(pipe, pictures_at_once=None if merged else 1), [7], [PROMPT])
+    equal(pictures, pipe(PROMPT, seed=7))
+    with pytest.raises(AssertionError):
+        equal(pictures, loaded(EMBEDDED, session_cache, size)(PROMPT, seed=7))
+    if merged:
+        with pytest.raises(OvforgeError, match="unet: it computes sizes from values"):
+            single_graph(pipe)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,7 +15,7 @@ from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import STATES, StableDiffusion, StableDiffusionXL
 from ovforge_diffusion.request import Request
-from ovforge_diffusion.single_graph.joining import constant, part, reshaped, shape_of, zeros
+from ovforge_diffusion.single_graph.joining import constant, part, reshaped, rows_of, shape_of, zeros
 from ovforge_diffusion.single_graph.texts import Texts
 
 __all__ = ["check_family", "conditions", "constants"]
@@ -91,23 +91,31 @@ def _of_three(architecture: Architecture, texts: Texts, request: Request) -> Val
 
 
 def constants(
-    architecture: Architecture, request: Request, halves: int, pictures: ov.Output, ranks: Mapping[str, int | None]
+    architecture: Architecture,
+    request: Request,
+    halves: int,
+    texts: Texts,
+    ranks: Mapping[str, int | None],
 ) -> Values:
-    """Return what a denoiser takes that holds for every prompt; `request` is for one picture, of `pictures`, (1,).
+    """Return what a denoiser takes that holds for every prompt; `request` is for one picture.
 
     `ranks` are those of the denoiser's inputs, None if not known: some models take what all rows share for each row.
+    There is a row for each string that a call brings. As constants, OpenVINO 2026.4's CPU would compute ahead with
+    them, and fail to compile where they meet compressed weights.
     """
     rows, held = architecture.constants(request, halves)
+    count = -1 if texts.pictures is None else texts.pictures * halves
     values: Values = {}
     for name, array in rows.items():
         if name in ranks:
-            shape = ops.concat([constant([halves]), pictures, constant(list(array.shape[1:]))], 0)
+            shape = ops.concat([constant([halves]), rows_of(texts.strings[0]), constant(list(array.shape[1:]))], 0)
             each = ops.broadcast(constant(np.ascontiguousarray(array[:, None])), shape).output(0)
-            values[name] = reshaped(each, (-1, *array.shape[1:]))
+            values[name] = reshaped(each, (count, *array.shape[1:]))
     for name, array in held.items():
         if ranks.get(name) == array.ndim + 1:
-            shape = ops.concat([ops.multiply(pictures, constant([halves])), constant(list(array.shape))], 0)
-            values[name] = ops.broadcast(constant(array[None]), shape).output(0)
+            all_rows = ops.multiply(rows_of(texts.strings[0]), constant([halves]))
+            whole = ops.concat([all_rows, constant(list(array.shape))], 0)
+            values[name] = reshaped(ops.broadcast(constant(array[None]), whole).output(0), (count, *array.shape))
         elif name in ranks:
             values[name] = constant(array)
     return values

@@ -161,14 +161,15 @@ class _Graph:
         rows = -1 if self._count is None else self._count
         denoiser = Network(bundle.models[architecture.denoiser], architecture, self._halves)
         denoiser.check(self._sampler.timesteps)
-        values = self._conditions()
+        denoiser.check_shapes(self._count)
+        texts = self._texts()
+        values = self._conditions(texts)
         latents = self._input("latents", [rows, architecture.latent_channels, *self._size])
         noise = None
         if self._sampler.draws:
             noise = self._input("noise", [self._sampler.draws, rows, *architecture.packed_shape(1, *self._size)[1:]])
-        pictures_now = rows_of(latents)
         ranks = {name: _rank(port) for port in denoiser.model.inputs for name in port.names}
-        values |= constants(architecture, self._request, self._halves, pictures_now, ranks)
+        values |= constants(architecture, self._request, self._halves, texts, ranks)
         scale = self._input("guidance_scale", [1]) if guidance_input else None
         if scale is not None and _GUIDANCE in values:
             values[_GUIDANCE] = ops.broadcast(scale, rows_of(values[_GUIDANCE])).output(0)
@@ -188,18 +189,20 @@ class _Graph:
         result.set_friendly_name("image")
         return ov.Model([result], self._parameters, "ovforge_single_graph")
 
-    def _conditions(self) -> dict[str, ov.Output]:
-        """Return what the denoiser takes of the prompts."""
+    def _texts(self) -> Texts:
+        """Return the prompts, which are inputs."""
         # Of any number, whatever the rest of the graph is made for: tokenizers split strings into more of them.
         prompt = self._input("prompt", [-1], ov.Type.string)
-        empty = self._request.guided and self._request.negatives is None  # zeros stand for the prompt to avoid
         strings = [prompt]
-        if self._request.guided and not empty:
+        if self._request.guided and self._request.negatives is not None:
             strings = [self._input("negative_prompt", [-1], ov.Type.string), prompt]
         learned = learned_tokens(self._bundle.assets)
-        texts = Texts(self._bundle, strings, self._count, learned, self._examples)
+        return Texts(self._bundle, strings, self._count, learned, self._examples)
+
+    def _conditions(self, texts: Texts) -> dict[str, ov.Output]:
+        """Return what the denoiser takes of the prompts."""
         values = conditions(self._architecture, texts, self._request)
-        if empty:
+        if self._request.guided and self._request.negatives is None:  # zeros stand for the prompt to avoid
             values = {
                 name: ops.concat([zeros(shape_of(value)), converted(value, ov.Type.f32)], 0).output(0)
                 for name, value in values.items()
