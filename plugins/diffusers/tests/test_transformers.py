@@ -145,7 +145,9 @@ def families(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def run(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.Core().compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
+    )
     result = compiled({name: value.numpy() for name, value in inputs.items()})
     return {port.any_name: result[port] for port in compiled.outputs}
 

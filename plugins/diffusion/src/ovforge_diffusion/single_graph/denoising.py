@@ -56,12 +56,12 @@ class Network:
                 hint="Leave optimize = false out, or add the transform 'fractional-timesteps'.",
             )
 
-    def check_shapes(self, pictures: int | None) -> None:
-        """Raise ModelError for sizes that depend on values, at which OpenVINO 2026.4's CPU crashes in a fixed shape."""
-        if pictures is not None and any(node.get_type_name() == "NonZero" for node in self.model.get_ops()):
+    def check_shapes(self) -> None:
+        """Raise ModelError for sizes that depend on values: OpenVINO 2026.4's CPU crashes at them in such a graph."""
+        if any(node.get_type_name() == "NonZero" for node in self.model.get_ops()):
             raise ModelError(
-                "it computes sizes from values, as token-merging makes it do, which needs a graph for any number of "
-                "pictures", where=self.role, hint="Add --batch 0.",
+                "it computes sizes from values, as token-merging makes it do, and OpenVINO's CPU crashes at that in a "
+                "graph of several steps", where=self.role, hint="Take the transform token-merging from the config.",
             )  # fmt: skip
 
     def predict(

@@ -161,7 +161,7 @@ class _Graph:
         rows = -1 if self._count is None else self._count
         denoiser = Network(bundle.models[architecture.denoiser], architecture, self._halves)
         denoiser.check(self._sampler.timesteps)
-        denoiser.check_shapes(self._count)
+        denoiser.check_shapes()
         texts = self._texts()
         values = self._conditions(texts)
         latents = self._input("latents", [rows, architecture.latent_channels, *self._size])
