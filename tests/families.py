@@ -24,6 +24,8 @@ TRANSFORMERS = {
     "flux2": ("test_flux2", "Flux2KleinPipeline"),
     "sana": ("test_sana", "SanaPipeline"),
     "qwenimage": ("test_qwenimage", "QwenImagePipeline"),
+    "pixart": ("test_pixart", "PixArtSigmaPipeline"),
+    "lumina2": ("test_lumina2", "Lumina2Pipeline"),
 }
 """Family of transformers -> the tests that make its model, diffusers' pipeline."""
 
