@@ -33,6 +33,7 @@ EULER: dict[str, dict[str, Any]] = {
     "step-cache 3": {"transforms": [("step-cache", {"interval": 3})]},
     "step-cache 3, depth 2": {"transforms": [("step-cache", {"interval": 3, "depth": 2})]},
     "step-cache 5, depth 2": {"transforms": [("step-cache", {"interval": 5, "depth": 2})]},
+    "step-cache 5, order 1": {"transforms": [("step-cache", {"interval": 5, "order": 1})]},
     "step-cache 3 + guidance_stop": {
         "transforms": [("step-cache", {"interval": 3})], "input": {"guidance_stop": 0.5},
     },
