@@ -29,6 +29,7 @@ from ovforge_diffusion.single_graph.export import SingleGraph, single_graph
 from ovforge_diffusion.single_graph.sampler import linear_sampler
 
 ROOT = Path(__file__).parents[1]
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 EMBEDDED = "package:ovforge_lcm/model"
 PROMPT = "a beautiful pink unicorn, 8k"
 Folder = Callable[[str], Path]
@@ -109,7 +110,7 @@ def run(
     inputs["latents"] = stream.randn(shape)
     if made.sampler.draws:
         inputs["noise"] = np.stack([stream.randn(shape) for _ in range(made.sampler.draws)])
-    compiled = core().compile_model(made.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(made.model, "CPU", EXACT)
     assert {port.any_name for port in compiled.inputs} == inputs.keys()
     pictures: np.ndarray = compiled(inputs)["image"]
     return pictures
@@ -246,7 +247,7 @@ def test_the_command_writes_what_the_pipeline_does(folder: Path) -> None:
 
 def test_the_graph_alone_makes_the_pipelines_picture(folder: Path, session_cache: Cache) -> None:
     """Any caller's noise; without anything of ovforge but the library of operations that the process has loaded."""
-    compiled = core().compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(folder / "model.xml", "CPU", EXACT)
     stream = BatchGenerator([7])
     latents = stream.randn((1, 4, 12, 8))
     noise = np.stack([stream.randn((1, 4, 12, 8)) for _ in range(2)])

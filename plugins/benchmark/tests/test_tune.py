@@ -214,7 +214,8 @@ def test_a_model_is_tuned_and_a_second_run_measures_nothing(tmp_path: Path, monk
     arguments = ["tune", str(config), "--trust", "--for", "memory", "--min-score", "0.3", "--samples", "1", "--json"]
     for name in ("cpu", "weights-int4", "weights-int8", "lcm-int8", "sd-int8-hybrid", "text-to-image"):
         arguments += ["--without", name]
-    others = {change.use for change in changes_for(PipelineConfig.read(config), ["unet", "vae_decoder"], Plugins())}
+    roles = ["text_encoder", "unet", "vae_decoder"]
+    others = {change.use for change in changes_for(PipelineConfig.read(config), roles, Plugins())}
     for name in others - {"weights-int8"}:
         arguments += ["--without", name]
     done = CliRunner().invoke(app, [*arguments], catch_exceptions=False)

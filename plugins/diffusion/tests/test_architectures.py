@@ -92,7 +92,7 @@ def test_guided_predictions_that_keep_their_norms() -> None:
     rng = np.random.default_rng(1)
     without, along = (rng.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(2))
     without[0, 0] = along[0, 0] = 0
-    made = Guidance(2, 4.0, np.ones((1, 2), np.float32), norm_axis=2).combine({0: without, 1: along})
+    made = Guidance(2, 4.0, np.ones((1, 2), np.float32), keeps_norm=True).combine({0: without, 1: along})
     guided = without + 4 * (along - without)
     wanted, found = (np.linalg.norm(each, axis=2, keepdims=True) for each in (along, guided))
     np.testing.assert_allclose(made, guided * wanted / np.maximum(found, 1e-9), rtol=1e-5, atol=1e-6)

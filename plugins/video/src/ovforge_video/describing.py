@@ -100,9 +100,11 @@ class Describer:
         (model,) = models.values()
         try:
             prepared = _prepared(model, description, path.name)
-            self._model: ov.CompiledModel = core().compile_model(
-                prepared, options.device, {"PERFORMANCE_HINT": "THROUGHPUT"}
-            )
+            hints = {"PERFORMANCE_HINT": "THROUGHPUT"}
+            if options.device.startswith("CPU"):
+                # In bfloat16 OpenVINO 2026.4 makes NaN of some convolutions behind an input of open size.
+                hints["INFERENCE_PRECISION_HINT"] = "f32"
+            self._model: ov.CompiledModel = core().compile_model(prepared, options.device, hints)
         except OPENVINO_ERRORS as error:
             raise ModelError(f"it cannot be compiled: {reason_of(error)}", where=str(path)) from error
         for place, output in enumerate(description.output_postproc):
