@@ -44,6 +44,11 @@ LCM: dict[str, dict[str, Any]] = {
     "lcm-int8 + vae-int8": {"folder": "vae-int8"},
     "lcm-int8 + tiny decoder": {"folder": "lcm-int8", "decoder": "tiny"},
     "lcm-int8 + vae-int8 + step-cache 2": {"folder": "vae-int8", "transforms": [("step-cache", {"interval": 2})]},
+    "lcm-int8 + tiny decoder + step-cache 2": {
+        "folder": "lcm-int8",
+        "decoder": "tiny",
+        "transforms": [("step-cache", {"interval": 2})],
+    },
 }
 """What is run of the folder `lcm-FOLDER`, with the decoder of another one."""
 
