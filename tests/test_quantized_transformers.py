@@ -12,7 +12,7 @@ import openvino as ov
 import pytest
 
 import ovforge_nncf
-from families import maker
+from families import make_transformer
 from families import pipeline as ours
 from ovforge import Use, testing
 from ovforge.config.options import validate_options
@@ -51,11 +51,7 @@ def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
     def give(family: str) -> Path:
         if family not in made:
-            target = tmp_path_factory.mktemp(family) / "pipeline"
-            if family in ("sd3", "flux"):
-                made[family] = maker("test_transformers").make_transformer_pipeline(target, torch_lcm, family)
-            else:
-                made[family] = getattr(maker(f"test_{family}"), f"make_{family}_pipeline")(target)
+            made[family] = make_transformer(tmp_path_factory.mktemp(family) / "pipeline", family, torch_lcm)
         return made[family]
 
     return give

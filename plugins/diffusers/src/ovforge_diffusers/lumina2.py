@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ovforge_convert import Port
-from ovforge_diffusers.ports import SCALE, Sizes, Submodel
-from ovforge_diffusers.rotation import attending, rotated, rotation
+from ovforge_diffusers.ports import Sizes, Submodel
+from ovforge_diffusers.rotation import rotated, rotation
+from ovforge_diffusers.single_stream import single_stream
 
 __all__ = ["lumina2"]
 
@@ -22,42 +22,12 @@ def lumina2(module: Any, latent: Sizes) -> Submodel:
     Places are (text token, row, column); encoder_attention_mask has 0 for what fills up a text.
     """
     config = module.config
-    rows = latent.batch and 2 * latent.batch
-    patch, channels, width, axes = (
-        config.patch_size, config.in_channels, config.cap_feat_dim, len(config.axes_dim_rope)
-    )  # fmt: skip
+    patch = config.patch_size
     tokens = latent.height and latent.width and (latent.height // patch) * (latent.width // patch)
     module.rope_embedder = rotation(config.axes_dim_rope, _THETA)
     attentions = [block.attn for block in (*module.noise_refiner, *module.context_refiner, *module.layers)]
-
-    def forward(
-        hidden_states: Any,
-        timestep: Any,
-        encoder_hidden_states: Any,
-        encoder_attention_mask: Any,
-        txt_ids: Any,
-        img_ids: Any,
-    ) -> tuple[Any, ...]:
-        with attending(attentions, _Attention()):
-            return (
-                _predict(
-                    module, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, txt_ids, img_ids
-                ),
-            )
-
-    return Submodel(
-        forward,
-        (
-            Port("hidden_states", (rows, channels, latent.height, latent.width), (2, channels, 4 * patch, 3 * patch)),
-            Port("timestep", (rows,), (2,)),
-            Port("encoder_hidden_states", (rows, None, width), (2, 7, width)),
-            Port("encoder_attention_mask", (rows, None), (2, 7)),
-            Port("txt_ids", (rows, None, axes), (2, 7, axes), "i64"),
-            Port("img_ids", (rows, tokens, axes), (2, 12, axes), "i64"),
-        ),
-        ("sample",),
-        SCALE,
-    )
+    example = (4 * patch, 3 * patch, 7, 12)
+    return single_stream(module, _predict, attentions, _Attention(), len(config.axes_dim_rope), latent, tokens, example)
 
 
 def _predict(module: Any, latents: Any, timestep: Any, states: Any, mask: Any, txt_ids: Any, img_ids: Any) -> Any:

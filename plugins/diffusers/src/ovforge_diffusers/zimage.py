@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from ovforge.errors import ModelError
-from ovforge_convert import Port
-from ovforge_diffusers.ports import SCALE, Sizes, Submodel
-from ovforge_diffusers.rotation import attending, rotated, rotation
+from ovforge_diffusers.ports import Sizes, Submodel
+from ovforge_diffusers.rotation import rotated, rotation
+from ovforge_diffusers.single_stream import single_stream
 
 __all__ = ["MULTIPLE", "zimage"]
 
@@ -34,41 +34,12 @@ def zimage(module: Any, latent: Sizes) -> Submodel:
             where="transformer/config.json: all_patch_size",
             hint="diffusers' pipelines for Z-Image take no other patches either.",
         )
-    rows = latent.batch and 2 * latent.batch
     tokens = latent.height and latent.width and (latent.height // _PATCH) * (latent.width // _PATCH)
     filled = tokens and tokens + -tokens % MULTIPLE
-    channels, width, axes = config.in_channels, config.cap_feat_dim, len(config.axes_dims)
     module.rope_embedder = rotation(config.axes_dims, config.rope_theta)
     attentions = [block.attention for block in (*module.noise_refiner, *module.context_refiner, *module.layers)]
-
-    def forward(
-        hidden_states: Any,
-        timestep: Any,
-        encoder_hidden_states: Any,
-        encoder_attention_mask: Any,
-        txt_ids: Any,
-        img_ids: Any,
-    ) -> tuple[Any, ...]:
-        with attending(attentions, _Attention()):
-            return (
-                _predict(
-                    module, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, txt_ids, img_ids
-                ),
-            )
-
-    return Submodel(
-        forward,
-        (
-            Port("hidden_states", (rows, channels, latent.height, latent.width), (2, channels, 6, 4)),
-            Port("timestep", (rows,), (2,)),
-            Port("encoder_hidden_states", (rows, None, width), (2, MULTIPLE, width)),
-            Port("encoder_attention_mask", (rows, None), (2, MULTIPLE)),
-            Port("txt_ids", (rows, None, axes), (2, MULTIPLE, axes), "i64"),
-            Port("img_ids", (rows, filled, axes), (2, MULTIPLE, axes), "i64"),
-        ),
-        ("sample",),
-        SCALE,
-    )
+    example = (6, 4, MULTIPLE, MULTIPLE)
+    return single_stream(module, _predict, attentions, _Attention(), len(config.axes_dims), latent, filled, example)
 
 
 def _predict(module: Any, latents: Any, timestep: Any, states: Any, mask: Any, txt_ids: Any, img_ids: Any) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovforge.contracts import Progress, Sampling, TaskContext, ignore_progress
-from ovforge.errors import InputError, ModelError
+from ovforge.errors import InputError
 from ovforge.model import BatchGenerator, ImagesResult, Timings
 from ovforge_diffusion.architectures import architecture_of
 from ovforge_diffusion.architectures.base import PREVIEW, PromptEncoder, Task, tokenizer_of
@@ -24,6 +24,7 @@ from ovforge_diffusion.examples import edges
 from ovforge_diffusion.guidance import Guidance, SkipLayers
 from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_diffusion.models import Models
+from ovforge_diffusion.network import not_finite
 from ovforge_diffusion.prediction import Prediction
 from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.scheduling import Scheduling
@@ -238,10 +239,9 @@ class Diffusion:
     def _check(self, output: Array, latents: Array, number: int, steps: int) -> None:
         """Raise ModelError for what is not a number."""
         if not np.isfinite(latents).all():
-            raise ModelError(
+            raise not_finite(
+                self.architecture.denoiser if not np.isfinite(output).all() else "scheduler",
                 f"step {number + 1} of {steps} gave numbers that are not finite",
-                where=self.architecture.denoiser if not np.isfinite(output).all() else "scheduler",
-                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
             )
 
     def _preview(self, request: Request, sampling: Sampling, latents: Array, index: int) -> list[Image.Image]:

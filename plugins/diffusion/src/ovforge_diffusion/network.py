@@ -8,7 +8,14 @@ import openvino as ov
 
 from ovforge.errors import InputError, ModelError
 
-__all__ = ["Network"]
+__all__ = ["Network", "not_finite"]
+
+
+def not_finite(where: str, what: str = "gave numbers that are not finite") -> ModelError:
+    """Return the error for a role whose results are not all numbers."""
+    return ModelError(
+        what, where=where, hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged."
+    )
 
 
 class Network:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ovforge.errors import InputError, ModelError, PluginError
 from ovforge.model import Timings
 from ovforge.store import parse_object
+from ovforge_diffusion.network import not_finite
 
 if TYPE_CHECKING:
     import tokenizers
@@ -175,11 +176,7 @@ class SequenceEncoder:
         each = [self._request.get_tensor(port).data.astype(np.float32) for port in self._outputs]
         states: Array = each[0] if len(each) == 1 else np.concatenate(each, axis=2)
         if not np.isfinite(states).all():
-            raise ModelError(
-                "gave numbers that are not finite",
-                where=self._role,
-                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
-            )
+            raise not_finite(self._role)
         return states
 
     def _notes(self, length: int, cuts: Sequence[str | None]) -> list[str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge.store import parse_object
+from ovforge_diffusion.network import not_finite
 from ovforge_diffusion.prompts import Span, parse
 from ovforge_diffusion.tokenizer import END, Learned, Piece, Tokenizer
 
@@ -156,11 +157,7 @@ class TextEncoder:
         if self._skipped is not None and not whole.all():
             states[~whole] = self._encoder.get_tensor(self._skipped).data[~whole]
         if not np.isfinite(states).all():
-            raise ModelError(
-                "gave numbers that are not finite",
-                where="text_encoder",
-                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
-            )
+            raise not_finite("text_encoder")
         pooled = None if self._pooled is None else self._encoder.get_tensor(self._pooled).data.astype(np.float32)
         return states, pooled
 

@@ -12,6 +12,7 @@ from PIL import Image
 from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Scale
+from ovforge_diffusion.network import not_finite
 from ovforge_diffusion.resizing import filling
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
@@ -60,11 +61,7 @@ class Autoencoder:
         factor //= folding
         sample = _tiled(_unfolded(_unscaled(latents, scale), folding), decoder, side and side // factor, factor)
         if not np.isfinite(sample).all():
-            raise ModelError(
-                "the decoder gave numbers that are not finite",
-                where="vae_decoder",
-                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
-            )
+            raise not_finite("vae_decoder", "the decoder gave numbers that are not finite")
         return to_image(sample if size is None else filling(sample, *size))
 
     def encode(self, pixels: Array) -> Array:

@@ -16,10 +16,10 @@ import openvino as ov
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovforge.errors import InputError, ModelError
+from ovforge.errors import InputError
 from ovforge.store import parse_object
 from ovforge_diffusion.damage import explained
-from ovforge_diffusion.network import Network
+from ovforge_diffusion.network import Network, not_finite
 
 __all__ = ["Patches", "PictureProcessor", "VisionEncoder", "token_places"]
 
@@ -156,11 +156,7 @@ class VisionEncoder:
         made = self._network.request.get_output_tensor(0).data
         states: Array = made.reshape(-1, made.shape[-1])[patches.order].astype(np.float32)
         if not np.isfinite(states).all():
-            raise ModelError(
-                "gave numbers that are not finite",
-                where=self._role,
-                hint="Set device.precision = 'f32'; if it stays, the model's weights are damaged.",
-            )
+            raise not_finite(self._role)
         return states
 
 

@@ -24,7 +24,7 @@ from ovforge.contracts import Calibration, Report
 from ovforge.errors import ModelError
 from ovforge.model import ModelBundle
 from ovforge_low_bit.activations import results
-from ovforge_low_bit.layers import left_alone, roles_of, store
+from ovforge_low_bit.layers import constants_of, left_alone, roles_of, store
 from ovforge_low_bit.options import HalfRangeOptions
 from ovforge_low_bit.stage import recorded
 
@@ -130,7 +130,7 @@ def peaks(model: ov.Model, records: Sequence[Mapping[str, Array]], role: str) ->
     from openvino import opset13 as ops
 
     copy = model.clone()
-    fixed, squares = _constants(copy), _squares(copy)
+    fixed, squares = constants_of(copy), _squares(copy)
     ports: list[Port] = []
     for op in copy.get_ordered_ops():
         name = op.get_friendly_name()
@@ -177,7 +177,7 @@ class _Scaling:
 
     def __init__(self, model: ov.Model, over: set[Port], factor: float) -> None:
         self._model, self._over, self._factor = model, over, factor
-        self._fixed = _constants(model)
+        self._fixed = constants_of(model)
         self._powers: dict[Port, Fraction] = {}
         self._made: dict[tuple[str, int, Fraction], Any] = {}
 
@@ -269,15 +269,6 @@ class _Scaling:
 
 _VALUES = 2
 """The input of attention that its result is a mean of."""
-
-
-def _constants(model: ov.Model) -> set[str]:
-    """Return the names of operations that follow from constants alone."""
-    found: set[str] = set()
-    for op in model.get_ordered_ops():
-        if op.get_type_name() not in _IGNORED[:2] and all(v.get_node().get_name() in found for v in op.input_values()):
-            found.add(op.get_name())
-    return found
 
 
 def _squares(model: ov.Model) -> set[str]:

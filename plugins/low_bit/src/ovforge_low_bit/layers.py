@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ovforge_low_bit.options import RolesOptions, ScopeOptions
 
-__all__ = ["Layer", "constant_bytes", "find_layers", "left_alone", "roles_of", "store"]
+__all__ = ["Layer", "constant_bytes", "constants_of", "find_layers", "left_alone", "roles_of", "store"]
 
 _REAL = ("f32", "f16", "bf16", "f64")
 
@@ -92,18 +92,11 @@ def find_layers(model: ov.Model, options: ScopeOptions, keep: Collection[str], r
 
     Those whose weights cannot be changed go to report.skipped, with the reason; those to be left alone to its notes.
     """
-    constants: set[str] = set()
+    constants = constants_of(model)
     layers: list[Layer] = []
     kept = left_alone(model, options, keep, report)
     for op in model.get_ordered_ops():
-        if op.get_type_name() in ("ReadValue", "Assign"):
-            continue
-        if all(value.get_node().get_name() in constants for value in op.input_values()) and (
-            op.get_type_name() not in ("Parameter", "Result")
-        ):
-            constants.add(op.get_name())
-            continue
-        if op.get_type_name() not in options.types or op.get_friendly_name() in kept:
+        if op.get_name() in constants or op.get_type_name() not in options.types or op.get_friendly_name() in kept:
             continue
         sides = [value.get_node().get_name() in constants for value in op.input_values()]
         if not any(sides):
@@ -116,6 +109,18 @@ def find_layers(model: ov.Model, options: ScopeOptions, keep: Collection[str], r
         else:
             report.skipped.append(Skipped(op.get_friendly_name(), found))
     return layers
+
+
+def constants_of(model: ov.Model) -> set[str]:
+    """Return the names of the operations whose results follow from constants alone."""
+    found: set[str] = set()
+    for op in model.get_ordered_ops():
+        if op.get_type_name() not in _CHANGING and all(v.get_node().get_name() in found for v in op.input_values()):
+            found.add(op.get_name())
+    return found
+
+
+_CHANGING = ("Parameter", "Result", "ReadValue", "Assign")
 
 
 def _is_outer(op: Any) -> bool:

@@ -14,7 +14,7 @@ from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import SIDE, begin_flow, packed, sequence_length, unpacked
 from ovforge_diffusion.prompts import unweighted
-from ovforge_diffusion.sequence import SequenceEncoder
+from ovforge_diffusion.sequence import SequenceEncoder, stacked
 
 if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
@@ -148,9 +148,5 @@ class _Prompts(PromptEncoder):
 
 def filled(read: Sequence[Array]) -> dict[str, NDArray[Any]]:
     """Return the denoiser's inputs of the states of each text, (tokens, width), filled up to the longest."""
-    states = np.zeros((len(read), max(map(len, read)), read[0].shape[1]), np.float32)
-    mask = np.zeros(states.shape[:2], np.int64)
-    for number, row in enumerate(read):
-        states[number, : len(row)] = row
-        mask[number, : len(row)] = 1
-    return {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask}
+    states, mask = stacked(read)
+    return {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask.astype(np.int64)}

@@ -106,7 +106,7 @@ class _Walk:
                 return sums[::-1], node
 
     def _kept(self, node: ov.Node) -> ov.Node | None:
-        """Return x of x + f(x); also if it is x + f(x) + g(x), where it is x + f(x)."""
+        """Return x of x + f(x), and x + f(x) of x + f(x) + g(x); None for other operations."""
         if node.get_type_name() != "Add":
             return None
         kept = kept_operand(node, self._places)
