@@ -61,6 +61,14 @@ class Running:
         """Return what lies among its temporary files."""
         return sorted(str(path.relative_to(self.scratch)) for path in self.scratch.rglob("*"))
 
+    def uploads(self) -> list[str]:
+        """Return what is left of files that were sent, once what is removed after an answer has had its time."""
+        for _ in range(200):
+            if not (left := [name for name in self.left() if not name.startswith(".") and "/" in name]):
+                break
+            time.sleep(0.05)
+        return left
+
 
 @pytest.fixture(scope="session")
 def self_signed() -> Callable[[Path], tuple[Path, Path]]:

@@ -10,6 +10,8 @@ import http.server
 import json
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -541,3 +543,22 @@ def test_an_answer_does_not_wait_for_the_clients_confirmation() -> None:
         listening.accept()[0] as connection,
     ):
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_what_libraries_say_is_json_too() -> None:
+    program = """
+import logging, warnings
+from ovforge_serve.log import Log
+Log().take_others()
+logging.getLogger("some.library").info("nothing of interest")
+warnings.warn("old\\nfile")
+try:
+    1 / 0
+except ZeroDivisionError:
+    logging.getLogger("asyncio").exception("never %s", "retrieved")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    warning, error = (json.loads(line) for line in done.stderr.splitlines())
+    assert (warning["event"], warning["message"]) == ("warning", "old\nfile")
+    assert (error["event"], error["source"], error["message"]) == ("error", "asyncio", "never retrieved")
+    assert "ZeroDivisionError" in error["error"]

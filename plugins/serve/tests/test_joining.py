@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import ovforge
@@ -22,7 +24,7 @@ from ovforge_serve.joining import Joinable
 from ovforge_serve.metrics import Metrics
 from ovforge_serve.pipelines import Pipelines, Served
 from ovforge_serve.queue import Queue
-from ovforge_serve.settings import Settings
+from ovforge_serve.settings import HttpError, Settings
 
 
 def told(result: Result) -> dict[str, Any]:
@@ -112,15 +114,19 @@ class Client:
         return {"type": "http.disconnect"}
 
 
+def queue_of(pipeline: Doubler) -> tuple[Queue, Served, Metrics]:
+    served = Served(name="x", config=None, base=Path(), task=None, content=pipeline)  # type: ignore[arg-type]
+    every: Any = Pipelines([])
+    every._served["x"] = served
+    metrics = Metrics(every)
+    return Queue(every, Settings(batch=3, timeout=20), metrics), served, metrics
+
+
 def test_what_waits_runs_together_and_fails_alone() -> None:
     pipeline = Doubler()
 
     async def ask_all() -> list[Any]:
-        served = Served(name="x", config=None, base=Path(), task=None, content=pipeline)  # type: ignore[arg-type]
-        every: Any = Pipelines([])
-        every._served["x"] = served
-        metrics = Metrics(every)
-        queue = Queue(every, Settings(batch=3, timeout=20), metrics)
+        queue, served, metrics = queue_of(pipeline)
         asks, clients = [], []
         for x in (0, 1, 2, -1, 3, 4, 5, 13, 0):
             clients.append(Client())
@@ -143,6 +149,30 @@ def test_what_waits_runs_together_and_fails_alone() -> None:
     assert isinstance(answers[7], InputError)
     # 0 was running; then three of one sign, then what waited longest; 13 spoils a batch, and only itself.
     assert pipeline.runs == [[0], [1, 2, 4], [-1], [5, 13], [5], [13], [0]]
+
+
+def test_nobody_complains_of_a_call_that_failed_when_its_client_had_left() -> None:
+    """asyncio writes of exceptions that nobody looked at when it forgets them."""
+    pipeline, complaints = Doubler(), []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        queue, served, _ = queue_of(pipeline)
+        client = Client()
+        ask: Any = queue.join(client, served, {"x": 13}, lambda result: result)  # type: ignore[arg-type]
+        call = asyncio.create_task(ask)
+        while not pipeline.runs:
+            await asyncio.sleep(0.01)
+        client.left.set()
+        with pytest.raises(HttpError):
+            await call
+        pipeline.go.set()
+        while queue._turns["x"].locked():
+            await asyncio.sleep(0.01)
+
+    asyncio.run(leave())
+    gc.collect()
+    assert complaints == []
 
 
 def test_nobody_can_cancel_what_others_wait_for() -> None:

@@ -288,7 +288,7 @@ def test_the_ending_of_a_file_is_not_a_path(client: httpx.Client, server: Any, e
     assert set(server.scratch.parent.rglob("*")) == before
 
 
-def test_pictures_that_are_bombs_or_programs_are_refused(client: httpx.Client, photo: bytes) -> None:
+def test_pictures_that_are_bombs_or_programs_are_refused(client: httpx.Client, server: Any, photo: bytes) -> None:
     bomb = bytearray(encoded(Image.new("1", (8, 8))))
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # IHDR: width, height, and the checksum of the whole
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
@@ -304,6 +304,7 @@ def test_pictures_that_are_bombs_or_programs_are_refused(client: httpx.Client, p
         assert answer.status_code == 400, answer.text
         assert words in answer.text
         assert "/scratch/" not in answer.text
+    assert server.uploads() == []
 
 
 def test_pages_and_hosts_of_others_are_refused(client: httpx.Client) -> None:

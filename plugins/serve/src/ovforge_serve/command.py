@@ -86,6 +86,7 @@ def serve(
     """
     from ovforge.cli import check_trust, find_engine, is_loopback, split_name
     from ovforge_serve.keys import Keys
+    from ovforge_serve.log import Log
     from ovforge_serve.pipelines import absolute, is_config
     from ovforge_serve.remote import origin_of
     from ovforge_serve.run import Address, listen
@@ -137,7 +138,9 @@ def serve(
         serving.server()  # which refuses what cannot be served, before other machines are asked
         elsewhere.serve(serving, address)
         return
-    listen(serving.server(), address, connections=connections or _CONNECTIONS, preload=preload)
+    log = Log()
+    log.take_others()
+    listen(serving.server(log), address, connections=connections or _CONNECTIONS, preload=preload)
 
 
 def _bound(text: str) -> tuple[str, int]:

@@ -138,8 +138,8 @@ class Sent:
             ) from error
 
     def _stored(self, data: bytes, where: str) -> Path:
-        self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / f"{len(self._names)}{self._suffix(data, where)}"
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         self._names[str(path)] = f"sha256:{hashlib.sha256(data).hexdigest()}"
         path.write_bytes(data)
         return path

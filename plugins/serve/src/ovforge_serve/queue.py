@@ -63,6 +63,7 @@ class Queue:
         async def first() -> T:
             """Take a turn, unless another call's turn brings the answer."""
             done = asyncio.wrap_future(call.done)
+            done.add_done_callback(_looked_at)  # the turn tells the same error, and a client that left needs none
             turn = asyncio.create_task(self._turn(served, stop, run, lambda: waiting.remove(call)))
             try:
                 await asyncio.wait({turn, done}, return_when=asyncio.FIRST_COMPLETED)
@@ -120,8 +121,7 @@ class Queue:
             turns.release()
             self._running.discard(stop)
             self._metrics.running.labels(served.name).dec()
-            if not done.cancelled():
-                done.exception()  # nobody may be left to look at it
+            _looked_at(done)
 
         # The turn lasts until the thread ends, whether or not somebody still waits for it.
         run.add_done_callback(end)
@@ -157,6 +157,12 @@ class Queue:
 
 class _Taken(Exception):
     """Another call's thread runs this one, too."""
+
+
+def _looked_at(done: asyncio.Future[Any]) -> None:
+    """Look at the exception of what ended: nobody else may, and asyncio complains of those that nobody looked at."""
+    if not done.cancelled():
+        done.exception()
 
 
 async def _disconnected(request: Request) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +54,6 @@ class _Uvicorn(uvicorn.Server):
 
 def listen(server: Server, address: Address, *, connections: int = 1000, preload: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. Raises ConfigError if the address or the certificate cannot be used."""
-    logging.getLogger("uvicorn").addHandler(logging.NullHandler())
     _allow_files(connections + _OTHER_FILES)
     listening = _listening(address)
     if preload:
