@@ -130,12 +130,12 @@ def ovforge(folder: Path, precision: str, size: int, cache: Path) -> tuple[Gener
     """Our pipeline."""
     import ovforge as package
 
-    pipeline = package.Pipeline("text-to-image", source=folder, device=package.Use("cpu", precision=precision))
+    foreseen = {"width": size, "height": size, "guidance_scale": GUIDANCE}
+    device = package.Use("cpu", precision=precision)
+    pipeline = package.Pipeline("text-to-image", source=folder, device=device, input=foreseen)
 
     def call(steps: int) -> Any:
-        return pipeline(
-            PROMPT, negative_prompt=NEGATIVE, steps=steps, guidance_scale=GUIDANCE, seed=SEED, width=size, height=size
-        ).images[0]
+        return pipeline(PROMPT, negative_prompt=NEGATIVE, steps=steps, seed=SEED).images[0]
 
     return call, lambda: pipeline.provenance()["precision"]["transformer"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +198,61 @@ def test_whole_timesteps_give_the_same_of_either_type(torch_sd: Path, session_ca
     dpm2 = pipeline(torch_sd, session_cache, scheduler="dpm2", optimize=False)
     with pytest.raises(InputError, match="have fractions, and the unet takes i64"):
         dpm2("a cat", **call)
+
+
+MAPPED = """
+import json, sys
+import ovforge
+pipeline = ovforge.load(json.loads(sys.argv[1]), cache=ovforge.Cache(sys.argv[2]))
+image = pipeline("a red apple", steps=1, seed=1).images[0]
+image.save(sys.argv[3])
+cached, sizes, ours = [role.cached for _, role in pipeline.compiled.all()], {}, False
+for line in open("/proc/self/smaps"):
+    name, *values = line.split()
+    if not name.endswith(":"):
+        ours = line.strip().endswith("compiled.blob")
+    elif ours and values[-1] == "kB":
+        sizes[name] = sizes.get(name, 0) + int(values[0])
+print(json.dumps([cached, sizes]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is mapped")
+@pytest.mark.parametrize(
+    "more",
+    [{"device": {"use": "cpu", "precision": "f32"}}, {}, {"quantize": ["weights-int8"]}],
+    ids=["f32", "auto", "int8"],
+)
+def test_compiled_models_are_read_from_the_cache_and_let_go(tmp_path: Path, more: dict[str, Any]) -> None:
+    """What the device wrote to a mapped model would be lost with its pages: it writes to none."""
+    config = {"task": "text-to-image", "load": "package:ovforge_lcm/model", "scheduler": "lcm", **more}
+    told = []
+    for n in range(2):
+        command = [
+            sys.executable,
+            "-c",
+            MAPPED,
+            json.dumps(config),
+            str(tmp_path / "cache"),
+            str(tmp_path / f"{n}.png"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+    (cached, none), (again, sizes) = told
+    assert (any(cached), none) == (False, {})
+    assert all(again)
+    assert sizes["Private_Dirty:"] == 0
+    assert sizes["Rss:"] < sizes["Size:"] / 2
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
+def test_a_size_that_was_foreseen_and_is_never_asked_for_takes_no_memory(session_cache: Cache) -> None:
+    pipeline = ovforge.load(
+        {"task": "text-to-image", "load": "package:ovforge_lcm/model", "scheduler": "lcm"}, cache=session_cache
+    )
+    for size in (64, 128):  # 128 is the model's own
+        pipeline("a red apple", steps=1, width=size, height=size)
+        foreseen, any_size = [role.model for name, role in pipeline.compiled.all() if name == "unet"]
+        assert (foreseen is None) == (size == 64)
+        assert any_size is not None

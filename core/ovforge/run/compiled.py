@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import mmap
 import threading
 import time
 import warnings
@@ -93,6 +94,7 @@ class CompiledBundle:
         self._pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
         self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
         self._released: dict[tuple[str, str], CompiledRole] = {}
+        self._used: set[tuple[str, str]] = set()
         self._observe, self._lock = observe, threading.Lock()
         self._eager = True
         self._adjustable = {control.role for control in bundle.controls.values()}
@@ -111,6 +113,7 @@ class CompiledBundle:
         if (role, shapes) not in self.wanted:
             self.wanted.append((role, shapes))
         if self._execute:
+            self._released.pop(key, None)
             self._futures[key] = self._pool.submit(compile_model, self.source, role, self._plan, self._cache, shapes)
 
     def on_demand(self) -> None:
@@ -150,6 +153,9 @@ class CompiledBundle:
         """Return a role's compiled model, for fixed shapes or any."""
         model = self.compiled(role, shapes).model
         assert model is not None
+        if (key := _variant(role, shapes)) not in self._used:  # those that were used before have packed their weights
+            self._used.add(key)
+            _forget_read()
         observe = self._observe if not is_tokenizer(role) else None
         if observe is None and role not in self._adjustable:
             return model
@@ -373,17 +379,34 @@ class _Into(io.BytesIO):
 
 def _import(entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
     """Read a compiled model; its weights stay in the file, or in the tensor that it was decrypted into."""
-    if sealed is None:
-        path = entry.checked(_BLOB)
-        status = path.stat()
-        tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
-    else:
+    if sealed is not None:
         tensor = tensor_of(sealed.open(entry.path, entry.key), _BLOB)
-    return core().import_model(tensor, device, dict(properties))
+        return core().import_model(tensor, device, dict(properties))
+    path = entry.checked(_BLOB)
+    status = path.stat()
+    pages, tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
+    model = core().import_model(tensor, device, dict(properties))
+    if device == "CPU" and hasattr(mmap, "MADV_DONTNEED"):
+        _read_once.append(pages)
+        _forget_read()
+    return model
+
+
+_read_once: list[mmap.mmap] = []
+"""Mapped models of the CPU, which packs most weights anew when it reads a model, and others at the first inference."""
+
+
+def _forget_read() -> None:
+    """Take what was read of mapped models out of memory; what is used again comes back from the system's cache.
+
+    A page that was written to would be lost: the CPU writes to none, which a test sees to.
+    """
+    for pages in _read_once:
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 @functools.cache
-def _mapped(path: Path, inode: int, modified: int) -> ov.Tensor:
+def _mapped(path: Path, inode: int, modified: int) -> tuple[mmap.mmap, ov.Tensor]:
     """Return a file as a tensor that is mapped, not read: a start takes a quarter of the time, and half the memory.
 
     It stays mapped for as long as the process runs, for requests may outlive their model. That costs no memory: pages
@@ -392,7 +415,9 @@ def _mapped(path: Path, inode: int, modified: int) -> ov.Tensor:
     import numpy as np
     import openvino as ov
 
-    return ov.Tensor(np.memmap(path, np.uint8, mode="c"), shared_memory=True)
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return pages, ov.Tensor(np.frombuffer(pages, np.uint8), shared_memory=True)
 
 
 def _precision(model: ov.CompiledModel) -> str:

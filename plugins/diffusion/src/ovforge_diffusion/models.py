@@ -122,6 +122,8 @@ class Models:
         key = (halves, calls, pictures, *size, *(side for each in beside for side in each))
         if self._denoiser is None or self._denoiser[0] != key:
             shapes = None if beside else self._denoiser_shapes((pictures * halves // calls, *size))
+            if shapes is None and self._expected and self._denoiser is None:
+                self._bundle.release(architecture.denoiser)  # nobody has asked for the size that was foreseen
             model = self._bundle.get(architecture.denoiser, shapes)
             latents = architecture.packed_shape(pictures, *size)
             denoiser = Denoiser(model, architecture, shape, latents, halves, calls)
