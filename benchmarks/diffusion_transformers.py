@@ -37,6 +37,9 @@ MEDIUM = {
     "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
     "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
 }  # fmt: skip
+LENGTH = 77
+"""Places of T5's states, zeros without it: openvino-genai's number. diffusers and ovforge have 256 by default."""
+
 LAYERS, DUAL = 24, 13
 """Blocks of Stable Diffusion 3.5 medium, and how many of them, from the first on, have a second attention."""
 
@@ -130,7 +133,7 @@ def ovforge(folder: Path, precision: str, size: int, cache: Path) -> tuple[Gener
     """Our pipeline."""
     import ovforge as package
 
-    foreseen = {"width": size, "height": size, "guidance_scale": GUIDANCE}
+    foreseen = {"width": size, "height": size, "guidance_scale": GUIDANCE, "max_sequence_length": LENGTH}
     device = package.Use("cpu", precision=precision)
     pipeline = package.Pipeline("text-to-image", source=folder, device=device, input=foreseen)
 
@@ -171,7 +174,7 @@ def optimum(folder: Path, precision: str, size: int, cache: Path) -> tuple[Gener
     def call(steps: int) -> Any:
         return pipeline(
             PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=GUIDANCE, height=size,
-            width=size, generator=torch.Generator("cpu").manual_seed(SEED),
+            width=size, max_sequence_length=LENGTH, generator=torch.Generator("cpu").manual_seed(SEED),
         ).images[0]  # fmt: skip
 
     return call, lambda: precision
@@ -211,7 +214,7 @@ def shares(work: Path, row: str, size: int) -> None:
     model = open_model(work / folder, cache=None).models["transformer"]
     side = size // 8
     model.reshape(
-        {"hidden_states": [2, 16, side, side], "timestep": [2], "encoder_hidden_states": [2, 77 + 256, 4096],
+        {"hidden_states": [2, 16, side, side], "timestep": [2], "encoder_hidden_states": [2, 77 + LENGTH, 4096],
          "pooled_projections": [2, 2048]}
     )  # fmt: skip
     compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "PERF_COUNT": True})
