@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
 from PIL import Image
 
+import ovforge
 from families import agree, maker, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
@@ -154,3 +157,27 @@ def test_what_cannot_be_is_said(folder: Folder, session_cache: Cache) -> None:
     pipe = ours(folder(True), session_cache, "inpainting")
     with pytest.raises(InputError, match="is 24x16, and the picture is 16x24"):
         pipe(PROMPT, image=picture(16, 24), mask=hole(24, 16), steps=1)
+
+
+def test_an_export_of_optimum_gives_the_same_picture(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
+    """optimum-intel 2.2 names the states of each layer by the number of the one before it."""
+    ovforge.open_model(folder(False), cache=session_cache, options={"weights": "f32"}).save(tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours", tmp_path / "optimum")
+    encoder = tmp_path / "ours" / "text_encoder" / "openvino_model.xml"
+    model = ovforge.model.core().read_model(encoder)
+    count = json.loads(encoder.with_name("config.json").read_text())["num_hidden_layers"]
+    names = [f"hidden_states.{layer}" for layer in range(count + 1)]
+    sources = [model.output(name).get_node().input_value(0) for name in names]
+    results = [ops.result(source) for source in sources]
+    early = ov.Model(results, model.get_parameters())
+    for port, name in zip(early.outputs, ["last_hidden_state", *names[:-1]], strict=True):
+        port.get_tensor().set_names({name})
+    ov.save_model(early, tmp_path / "optimum" / "text_encoder" / "openvino_model.xml", compress_to_fp16=False)
+    device, call = Use("cpu", precision="f32"), {"width": 32, "height": 32, "guidance_scale": 1.0}
+    made = [
+        ovforge.Pipeline("text-to-image", source=tmp_path / name, device=device, cache=session_cache)(
+            PROMPT, steps=2, seed=3, **call
+        )
+        for name in ("ours", "optimum")
+    ]
+    assert np.array_equal(made[0].latents, made[1].latents)

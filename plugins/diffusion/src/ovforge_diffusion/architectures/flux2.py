@@ -21,6 +21,8 @@ from ovforge_diffusion.resizing import scaled
 from ovforge_diffusion.sequence import SequenceEncoder
 
 if TYPE_CHECKING:
+    import openvino as ov
+
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
@@ -29,8 +31,8 @@ __all__ = ["Flux2"]
 Array = NDArray[np.float32]
 
 _QWEN = "text_encoder"
-_LAYERS = tuple(f"hidden_states.{layer}" for layer in (9, 18, 27))
-"""States that the transformer takes, one beside the other."""
+_LAYERS = (9, 18, 27)
+"""Layers of Qwen3 whose states the transformer takes, one beside the other."""
 _APART = 10
 """How far pictures lie apart, as the first of a token's four places."""
 _LARGEST, _SHORTEST, _LONGEST = 1024 * 1024, 64, 8
@@ -65,6 +67,7 @@ class Flux2(Architecture):
         self.negatives = not context.bundle.index.get("is_distilled", False)
         self._embeds = bool(self.config.get("guidance_embeds", False))
         self._assets = context.bundle.assets
+        self._encoder_config = context.bundle.configs.get(_QWEN, {})
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -79,7 +82,8 @@ class Flux2(Architecture):
         """Return Qwen3, which reads a prompt as what somebody says."""
         tokenizer, model, _ = opened(_QWEN)
         chat = ChatTemplate(self._assets, "tokenizer")
-        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN, _LAYERS), chat, options.prompts == "weighted")
+        encoder = SequenceEncoder(tokenizer, model, _QWEN, _states(model, self._encoder_config))
+        return _Prompts(encoder, chat, options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
         """Guide away from the negative prompt, which is empty by default, unless the model is distilled."""
@@ -169,6 +173,17 @@ class Flux2(Architecture):
     def notes(self) -> list[str]:
         """Return nothing: every model of the family has statistics of latents."""
         return []
+
+
+def _states(model: ov.CompiledModel, config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the states that the transformer takes.
+
+    optimum-intel 2.2 calls the embeddings of a Qwen3ForCausalLM `last_hidden_state`, and each layer's states by the
+    number of the layer before it. Its own pipeline reads them by these names, and so takes states of other layers.
+    """
+    names, layers = {name for port in model.outputs for name in port.names}, config.get("num_hidden_layers")
+    early = f"hidden_states.{layers}" not in names and f"hidden_states.{int(layers or 0) - 1}" in names
+    return [f"hidden_states.{layer - early}" for layer in _LAYERS]
 
 
 def _shift(tokens: int, steps: int) -> float:
