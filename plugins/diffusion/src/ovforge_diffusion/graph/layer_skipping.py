@@ -1,10 +1,13 @@
 """Give the transformer of Stable Diffusion 3 an input that says which layers a row of the batch leaves out.
 
 Skip-layer guidance compares a prediction with one in which some layers were left out. Both streams of a layer, picture
-and text, then keep what went into it. Nothing is computed in another way for rows that leave nothing out.
+and text, then keep what went into it: the gates of what the layer adds are zero for such rows, and multiplied by one for all
+others. Nothing of a picture's size is computed beside what the transformer computes anyway.
 """
 
 from __future__ import annotations
+
+from itertools import islice, pairwise
 
 import openvino as ov
 from openvino import opset13 as ops
@@ -41,16 +44,18 @@ class LayerSkipping:
         layers, dual = int(config.get("num_layers", 18)), set(config.get("dual_attention_layers") or ())
         # Each layer adds to the picture twice, and once more if it has an attention of the picture alone; it adds to
         # the text twice, but the last layer only reads it.
-        picture = _stream(model, "hidden_states", [2 + (number in dual) for number in range(layers)])
-        text = _stream(model, "encoder_hidden_states", [2] * (layers - 1))
+        picture = _gates(model, "hidden_states", [2 + (number in dual) for number in range(layers)])
+        text = _gates(model, "encoder_hidden_states", [2] * (layers - 1))
         if picture is None or text is None:
             return Report(notes=[f"{_ROLE}: stays as it is, because its layers cannot be told apart"])
         parameter = ops.parameter(ov.PartialShape([-1, layers]), ov.Type.boolean, name=SKIPPED_LAYERS)
         parameter.output(0).get_tensor().set_names({SKIPPED_LAYERS})
+        kept = ops.convert(ops.logical_not(parameter), picture[0][0].get_element_type())
         for stream in (picture, text):
-            before = stream[0].output(0)
-            for number, node in enumerate(stream[1:]):
-                before = _choose(parameter, number, before, node)
+            for number, gates in enumerate(stream):
+                column = ops.unsqueeze(ops.gather(kept, ops.constant(number), ops.constant(1)), ops.constant([1, 2]))
+                for gate in gates:
+                    gate.replace_source_output(ops.multiply(gate.get_source_output(), column).output(0))
         model.add_parameters([parameter])
         model.validate_nodes_and_infer_types()
         bundle.models[_ROLE] = model
@@ -58,19 +63,8 @@ class LayerSkipping:
         return Report(roles=(_ROLE,), applied=[f"{_ROLE}: {layers} layers can be left out by rows"])
 
 
-def _choose(parameter: ov.Node, number: int, before: ov.Output, node: ov.Node) -> ov.Output:
-    """Let what follows a layer take what went into it, for the rows that leave it out."""
-    users = node.output(0).get_target_inputs()
-    column = ops.gather(parameter, ops.constant(number), ops.constant(1))
-    skipped = ops.unsqueeze(column, ops.constant([1, 2]))
-    chosen = ops.select(skipped, before, node.output(0))
-    for port in users:
-        port.replace_source_output(chosen.output(0))
-    return chosen.output(0)
-
-
-def _stream(model: ov.Model, name: str, counts: list[int]) -> list[ov.Node] | None:
-    """Return what goes into the first layer, and what each layer gives, of the stream that begins at an input.
+def _gates(model: ov.Model, name: str, counts: list[int]) -> list[list[ov.Input]] | None:
+    """Return the gates of each layer in the stream that begins at an input: factors of what the layer adds to it.
 
     A stream is a row of sums, each taking the one before it as it is; layers add to it as often as `counts` say. None
     if there is no such row.
@@ -82,7 +76,20 @@ def _stream(model: ov.Model, name: str, counts: list[int]) -> list[ov.Node] | No
         reached.add(node.get_name())
         sums = _sums(node) if node.get_type_name() == "Add" else []
         if len(sums) == sum(counts) + 1:
-            return [sums[sum(counts[:number])] for number in range(len(counts) + 1)]
+            gates = [_gate(before, after) for before, after in pairwise(sums)]
+            found = iter([gate for gate in gates if gate is not None])
+            return None if None in gates else [list(islice(found, count)) for count in counts]
+    return None
+
+
+def _gate(before: ov.Node, after: ov.Node) -> ov.Input | None:
+    """Return what multiplies all tokens alike in what a sum adds to the one before it."""
+    for added in operands(after):
+        if added.get_name() != before.get_name() and added.get_type_name() == "Multiply":
+            for port in added.inputs():
+                shape = port.get_partial_shape()
+                if shape.rank.is_static and len(shape) == 3 and shape[1] == 1:
+                    return port
     return None
 
 
