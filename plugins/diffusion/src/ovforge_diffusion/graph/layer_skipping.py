@@ -1,8 +1,8 @@
 """Give the transformer of Stable Diffusion 3 an input that says which layers a row of the batch leaves out.
 
 Skip-layer guidance compares a prediction with one in which some layers were left out. Both streams of a layer, picture
-and text, then keep what went into it: the gates of what the layer adds are zero for such rows, and multiplied by one for all
-others. Nothing of a picture's size is computed beside what the transformer computes anyway.
+and text, then keep what went into it: the gates of what the layer adds are zero for such rows, and multiplied by one
+for all others. Nothing of a picture's size is computed beside what the transformer computes anyway.
 """
 
 from __future__ import annotations
