@@ -160,11 +160,17 @@ def _lone(source: Source) -> dict[str, str]:
         if kind in LONE:
             found[LONE[kind]] = kind
     if "tokenizer_config.json" in source.files() and found.keys() <= {"text_encoder"}:
-        kind = str(read_json(source, "tokenizer_config.json").get("tokenizer_class"))
-        names = {path for path in source.files() if "/" not in path}
-        if kind in TOKENIZERS and fits_kind(kind, names):
+        kind = _tokenizer_class(read_json(source, "tokenizer_config.json"))
+        if kind in TOKENIZERS and fits_kind(kind, {path for path in source.files() if "/" not in path}):
             found["tokenizer"] = kind
     return found
+
+
+def _tokenizer_class(config: dict[str, Any]) -> str:
+    """Return the class that a tokenizer's config names; old ones of CLIP name none, and are known by a token."""
+    first = config.get("bos_token")
+    first = first.get("content") if isinstance(first, dict) else first
+    return str(config.get("tokenizer_class", "CLIPTokenizer" if first == "<|startoftext|>" else None))
 
 
 def _components(index: dict[str, Any], source: Source) -> dict[str, str]:

@@ -99,7 +99,9 @@ def find_parts(shapes: Shapes) -> dict[str, Part]:
         for prefix in prefixes:
             if component not in found and all(prefix + mark in shapes for mark in marks):
                 found[component] = Part(kind, prefix, naming)
-    if "vae" in found and not _latents_of_four(shapes, found["vae"].prefix + "decoder.conv_in.weight"):
+    if (vae := found.get("vae")) and (
+        not _latents_of_four(shapes, vae.prefix + "decoder.conv_in.weight") or f"{vae.prefix}bn.running_mean" in shapes
+    ):
         del found["vae"]
     models = {"unet", "vae", "controlnet"} & found.keys()
     return found if models else {}
@@ -159,7 +161,7 @@ _MODELS = (
 
 
 def _latents_of_four(shapes: Shapes, name: str) -> bool:
-    """Say whether a decoder takes latents of four channels, as all of the family do; Flux and video models do not."""
+    """Say whether a decoder takes latents of four channels, as all of the family do; FLUX and video models do not."""
     return len(shapes[name]) == 4 and shapes[name][1] == 4
 
 

@@ -50,9 +50,9 @@ def check_layers(source: Source, path: str, contents: Contents) -> dict[str, str
     layers: dict[str, Any] = {}
     try:
         if text := contents.metadata.get("_quantization_metadata"):
-            layers |= parse_object(str(text).encode(), "_quantization_metadata").get("layers", {})
+            layers |= parse_object(str(text).encode(), f"{source.name}: _quantization_metadata").get("layers", {})
         for name, tensor in read_weights(source, [path], {name: name for name in said}.get).items():
-            layers[name.removesuffix(_LAYER)] = parse_object(tensor.numpy().tobytes(), name)
+            layers[name.removesuffix(_LAYER)] = parse_object(tensor.numpy().tobytes(), f"{source.name}: {name}")
         forms = {layer: str(form["format"] if isinstance(form, dict) else form) for layer, form in layers.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
