@@ -113,7 +113,7 @@ def read_gguf(source: Source, path: str, names: Mapping[str, str]) -> dict[str, 
 
 
 def dequantized(entries: Mapping[str, Entry], rows: Mapping[str, list[Slice]] | None) -> dict[str, list[str]]:
-    """Return type -> names, of quantized tensors that do not stay so: what is no matrix, or is put together anew.
+    """Return type -> names, of quantized tensors that do not stay so: those that are not matrices, or put together.
 
     `entries` are a GGUF file's by the names that `rows` takes them by, which may be None: then nothing is taken apart.
     """
