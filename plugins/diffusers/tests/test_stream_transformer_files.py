@@ -177,7 +177,11 @@ def _check_float8(folder: Path, own: Tensors) -> None:
         scale, stem = tensor.abs().max() / 400, name.removesuffix(".weight")
         file[name] = (tensor / scale).to(torch.float8_e4m3fn)
         rounded[name] = file[name].float() * scale
-        file |= {f"{stem}.weight_scale": scale, f"{stem}.input_scale": torch.ones(()), f"{stem}.comfy_quant": mark}
+        file |= {
+            f"{stem}.weight_scale": scale,
+            f"{stem}.input_scale": torch.ones(()),
+            f"{stem}.comfy_quant": mark.clone(),
+        }
     save_file(file, folder / "fp8.safetensors")
     save_file(rounded, folder / "rounded.safetensors")
     wanted = outcome(load(folder / "rounded.safetensors"))
@@ -241,8 +245,10 @@ def test_what_is_not_known_of_flux2_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="by its name it is not"):
         bundle = load(tmp_path / "flux-2-klein-base-4b.safetensors")
     assert bundle.index["is_distilled"] is False
-    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
-    (tmp_path / "pipe").mkdir()
+    make("Flux2Transformer2DModel").save_config(tmp_path / "pipe/transformer")
+    index = {
+        "_class_name": "Flux2KleinPipeline", "is_distilled": True, "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    }  # fmt: skip
     (tmp_path / "pipe/model_index.json").write_text(json.dumps(index))
     assert load(tmp_path / "flux-2-klein-base-4b.safetensors", config=tmp_path / "pipe").index["is_distilled"] is True
 
