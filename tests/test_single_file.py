@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import ovforge
+from families import maker
 from ovforge import Use
 from ovforge.contracts.stages import Match
 from ovforge.errors import ConfigError, ModelError
@@ -48,6 +49,8 @@ from ovforge_diffusers.weights import fill_weights  # noqa: E402
 
 Folder = Callable[[str], Path]
 Tensors = dict[str, Any]
+
+vae_to_original = maker("foreign_names").vae_to_original
 
 # -- the original naming, written down apart from the code under test ------------------------------------------------
 
@@ -96,27 +99,6 @@ def unet_to_original(state: Mapping[str, Any], layers: int) -> Tensors:
         return f"{RESNET[module]}.{kind}"
 
     return {rename(name): tensor for name, tensor in state.items()}
-
-
-def vae_to_original(state: Mapping[str, Any], levels: int) -> Tensors:
-    """Rename an autoencoder's tensors to CompVis' names; its attention was made of 1x1 convolutions."""
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-
-    def rename(name: str) -> str:
-        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
-        name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
-        name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
-        name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-        for new, old in attention.items():
-            name = name.replace(f"mid_block.attentions.0.{new}.", f"mid.attn_1.{old}.")
-        return name
-
-    return {
-        rename(name): tensor[:, :, None, None] if "attentions" in name and tensor.ndim == 2 else tensor
-        for name, tensor in state.items()
-    }
 
 
 def clip_to_open_clip(state: Mapping[str, Any], *, unused_layer: bool) -> Tensors:
@@ -821,7 +803,7 @@ OTHERS: dict[str, Tensors] = {
     "an embedding of SDXL": {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
     "a text encoder": {"text_model.embeddings.token_embedding.weight": torch.zeros(8, 4)},
     "a model of another kind": {"model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": torch.zeros(4, 4)},
-    "an autoencoder of Flux": {
+    "a half of an autoencoder of FLUX.1": {
         "encoder.down.0.block.0.conv1.weight": torch.zeros(4, 4, 3, 3), "decoder.conv_in.weight": torch.zeros(4, 16, 3, 3),
     },
     "nothing": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -53,9 +54,13 @@ def walk(pipeline: ResolvedPipeline, visitor: Visitor, progress: Callable[[Progr
 def _put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> None:
     """Give `bundle` another model for `role`: the one of that role in `part`, or the only one that `part` has.
 
-    Of several, a "preview_decoder" may be the only one whose name ends in "_decoder". A tokenizer brings its files.
+    Of several, a "preview_decoder" may be the only one whose name ends in "_decoder". A part that is not a pipeline
+    does not know its number: its "text_encoder" may be a "text_encoder_2". A tokenizer brings its files.
     """
+    stem = re.sub(r"_\d+$", "", role)
     alike = [name for name in part.models if name.rpartition("_")[2] == role.rpartition("_")[2]]
+    if not alike and not part.index and stem in part.models:
+        alike = [stem]
     named = [role] if role in part.models else alike if len(part.models) > 1 else list(part.models)
     chosen = named[0] if len(named) == 1 else None
     if chosen is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovforge.errors import ModelError
 from ovforge.model import Source, read_json
+from ovforge_diffusers.tokenization import TOKENIZERS, fits_kind
 from ovforge_diffusers.weights import read_weights, weight_files
 
 if TYPE_CHECKING:
@@ -18,16 +19,30 @@ __all__ = ["INCOMPLETE", "INDEX", "LONE", "Folder", "lone_component"]
 INDEX = "model_index.json"
 INCOMPLETE = "The folder may be an incomplete download: fetch it again."
 LONE = {
+    **dict.fromkeys(
+        (
+            "CLIPTextModel",
+            "CLIPTextModelWithProjection",
+            "T5EncoderModel",
+            "Qwen3Model",
+            "Qwen3ForCausalLM",
+            "Gemma2Model",
+            "Qwen2_5_VLForConditionalGeneration",
+        ),
+        "text_encoder",
+    ),
     "ControlNetModel": "controlnet",
     "UNet2DConditionModel": "unet",
     "SD3Transformer2DModel": "transformer",
     "FluxTransformer2DModel": "transformer",
+    "Flux2Transformer2DModel": "transformer",
     "ZImageTransformer2DModel": "transformer",
     "SanaTransformer2DModel": "transformer",
     "PixArtTransformer2DModel": "transformer",
     "Lumina2Transformer2DModel": "transformer",
     "QwenImageTransformer2DModel": "transformer",
     "AutoencoderKL": "vae",
+    "AutoencoderKLFlux2": "vae",
     "AutoencoderDC": "vae",
     "AutoencoderKLQwenImage": "vae",
     "AutoencoderTiny": "vae",
@@ -37,12 +52,16 @@ LONE = {
 CONTROLNET = "ControlNetModel"
 SEVERAL = "MultiControlNetModel"
 ASSET_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
+_OF_A_MODEL = ("config.json", "generation_config.json")
+"""Small files of a text encoder, which lie beside those of its tokenizer if both are alone."""
 # Where a model came from is its owner's business, often a path of their machine.
 PRIVATE = frozenset({"_name_or_path"})
 
 
 class Folder:
     """A pipeline (model_index.json and a folder for each component), or one component alone (config.json).
+
+    A text encoder alone may have its tokenizer beside it, and a tokenizer may be all there is.
 
     `components` maps their names to their classes; several ControlNets are controlnet, controlnet_1, ...
     """
@@ -57,8 +76,7 @@ class Folder:
         self.index: dict[str, Any] = {}
         self.alone = INDEX not in source.files()
         if self.alone:
-            kind = str(read_json(source, "config.json").get("_class_name"))
-            self.components = {LONE[kind]: kind}
+            self.components = _lone(source)
         else:
             index = read_json(source, INDEX)
             self.index = {key: value for key, value in index.items() if key not in PRIVATE}
@@ -91,10 +109,13 @@ class Folder:
 
     def assets(self, component: str) -> dict[str, bytes]:
         """Return a component's small files, which go along as they are."""
+        inside = "" if self.alone else f"{component}/"
         found = {
-            path: self._source.read(path)
+            f"{component}/{path.removeprefix(inside)}": self._source.read(path)
             for path in self._source.files()
-            if path.startswith(f"{component}/") and PurePosixPath(path).suffix in ASSET_SUFFIXES
+            if path.startswith(inside)
+            and PurePosixPath(path).suffix in ASSET_SUFFIXES
+            and not (self.alone and ("/" in path or path in _OF_A_MODEL or path.endswith(".index.json")))
         }
         if not found:
             raise ModelError(
@@ -122,13 +143,34 @@ class Folder:
 
 
 def lone_component(source: Source) -> bool:
-    """Say whether a folder's config.json at the top is that of a component that may stand alone."""
-    if "config.json" not in source.files():
-        return False
+    """Say whether a folder is a component that may stand alone, by what is at its top."""
     try:
-        return read_json(source, "config.json").get("_class_name") in LONE
+        return bool(_lone(source))
     except ModelError:
         return False
+
+
+def _lone(source: Source) -> dict[str, str]:
+    """Return what stands alone in a folder: a model by its config.json, a tokenizer by its tokenizer_config.json."""
+    found: dict[str, str] = {}
+    if "config.json" in source.files():
+        config = read_json(source, "config.json")
+        named = config.get("architectures")
+        kind = config.get("_class_name", named[0] if isinstance(named, list) and named else None)
+        if kind in LONE:
+            found[LONE[kind]] = kind
+    if "tokenizer_config.json" in source.files() and found.keys() <= {"text_encoder"}:
+        kind = _tokenizer_class(read_json(source, "tokenizer_config.json"))
+        if kind in TOKENIZERS and fits_kind(kind, {path for path in source.files() if "/" not in path}):
+            found["tokenizer"] = kind
+    return found
+
+
+def _tokenizer_class(config: dict[str, Any]) -> str:
+    """Return the class that a tokenizer's config names; old ones of CLIP name none, and are known by a token."""
+    first = config.get("bos_token")
+    first = first.get("content") if isinstance(first, dict) else first
+    return str(config.get("tokenizer_class", "CLIPTokenizer" if first == "<|startoftext|>" else None))
 
 
 def _components(index: dict[str, Any], source: Source) -> dict[str, str]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ovforge.errors import ModelError
 from ovforge.model import Source
 from ovforge_diffusers.gguf_blocks import BLOCKS
@@ -47,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says it holds."""
+    """What a GGUF file says it holds. Lists of numbers in its metadata are arrays of numpy."""
 
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, Any]
@@ -102,8 +104,10 @@ class _Reader:
         if kind != _ARRAY or inside:
             raise ValueError(f"a value of the unknown kind {kind}")
         element = self.number("I")
-        least = struct.calcsize(_NUMBERS[element]) if element in _NUMBERS else 8
-        return [self.value(element, inside=True) for _ in range(self.count(least))]
+        if element in _NUMBERS:  # as numpy has them: lists of numbers would take many times their bytes
+            number = np.dtype(_NUMBERS[element]).newbyteorder("<")
+            return np.frombuffer(self.take(self.count(number.itemsize) * number.itemsize), number)
+        return [self.value(element, inside=True) for _ in range(self.count(8))]
 
 
 def _parse(reader: _Reader, size: int) -> GgufHeader:
@@ -162,6 +166,7 @@ def _shape(name: str, stored: tuple[int, ...], metadata: Mapping[str, Any]) -> t
     original = metadata.get(_ORIGINAL + name)
     if original is None:
         return stored
+    original = original.tolist() if isinstance(original, np.ndarray) else original
     if not isinstance(original, list) or math.prod(original) != math.prod(stored) or min(original, default=0) < 1:
         raise ValueError(f"{name} has the shape {original}, stored as {list(stored)}")
     return tuple(original)

@@ -11,7 +11,7 @@ from ovforge.errors import ModelError
 from ovforge.model import Source
 from ovforge.store import parse_object
 
-__all__ = ["Header", "Part", "Shapes", "checkpoint_file", "find_parts", "read_header"]
+__all__ = ["Header", "Part", "Shapes", "checkpoint_file", "find_parts", "is_adapter", "read_header"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,7 +36,8 @@ class Header:
 class Part:
     """A submodel in a checkpoint: its class, the prefix of its tensors' names, and whose naming they follow.
 
-    `naming` is "original" (CompVis' and Stability's), "open_clip", or "diffusers" (also for CLIP of transformers).
+    `naming` is "original" (its makers'), "open_clip", "diffusers" (also for CLIP of transformers), or, for text
+    encoders of diffusion transformers, "transformers" or "llama.cpp".
     """
 
     kind: str
@@ -91,18 +92,25 @@ def find_parts(shapes: Shapes) -> dict[str, Part]:
 
     That is a UNet, an autoencoder or a ControlNet, alone or with text encoders; never an adapter or an embedding.
     """
-    marked = sum(any(mark in name for mark in _ADAPTERS) for name in shapes)
-    if marked > _SHARE * len(shapes) or any(mark in name for name in shapes for mark in _ADDITIONS):
+    if is_adapter(shapes):
         return {}
     found = _text_encoders(shapes)
     for component, kind, naming, prefixes, marks in _MODELS:
         for prefix in prefixes:
             if component not in found and all(prefix + mark in shapes for mark in marks):
                 found[component] = Part(kind, prefix, naming)
-    if "vae" in found and not _latents_of_four(shapes, found["vae"].prefix + "decoder.conv_in.weight"):
+    if (vae := found.get("vae")) and (
+        not _latents_of_four(shapes, vae.prefix + "decoder.conv_in.weight") or f"{vae.prefix}bn.running_mean" in shapes
+    ):
         del found["vae"]
     models = {"unet", "vae", "controlnet"} & found.keys()
     return found if models else {}
+
+
+def is_adapter(shapes: Shapes) -> bool:
+    """Say whether tensors are those of an adapter, or of what is added to a model, rather than of a whole one."""
+    marked = sum(any(mark in name for mark in _ADAPTERS) for name in shapes)
+    return marked > _SHARE * len(shapes) or any(mark in name for name in shapes for mark in _ADDITIONS)
 
 
 _MODELS = (
@@ -153,7 +161,7 @@ _MODELS = (
 
 
 def _latents_of_four(shapes: Shapes, name: str) -> bool:
-    """Say whether a decoder takes latents of four channels, as all of the family do; Flux and video models do not."""
+    """Say whether a decoder takes latents of four channels, as all of the family do; FLUX and video models do not."""
     return len(shapes[name]) == 4 and shapes[name][1] == 4
 
 

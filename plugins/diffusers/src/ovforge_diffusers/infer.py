@@ -67,8 +67,8 @@ def controlnet_config(part: Part, shapes: Shapes, *, text_width: int | None) -> 
     }
 
 
-def vae_config(part: Part, shapes: Shapes, *, scaling_factor: float, size: int) -> dict[str, Any]:
-    """Return the config of an autoencoder for pictures of `size` a side."""
+def vae_config(part: Part, shapes: Shapes, *, scaling_factor: float | None, size: int) -> dict[str, Any]:
+    """Return the config of an autoencoder for pictures of `size` a side; a `scaling_factor` of None is not known."""
     own = part.strip(shapes)
     block = "encoder.down.{}.block.{}" if part.naming == "original" else "encoder.down_blocks.{}.resnets.{}"
     levels = _count(own, block.format("{}", 0) + ".conv1.weight")
@@ -86,8 +86,8 @@ def vae_config(part: Part, shapes: Shapes, *, scaling_factor: float, size: int) 
         "layers_per_block": layers,
         "norm_num_groups": _groups(channels),
         "mid_block_add_attention": attention in own,
-        "use_quant_conv": "quant_conv.weight" in own,
-        "use_post_quant_conv": "post_quant_conv.weight" in own,
+        "use_quant_conv": bool({"quant_conv.weight", "encoder.quant_conv.weight"} & own.keys()),
+        "use_post_quant_conv": bool({"post_quant_conv.weight", "decoder.post_quant_conv.weight"} & own.keys()),
         "sample_size": size,
         "scaling_factor": scaling_factor,
     }

@@ -13,20 +13,16 @@ from ovforge.contracts import Match
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle, Source
 from ovforge_diffusers.checkpoint import Checkpoint
+from ovforge_diffusers.components import find_components, is_gguf, read_contents
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INDEX, Folder, lone_component
-from ovforge_diffusers.header import checkpoint_file, find_parts
+from ovforge_diffusers.header import Shapes, checkpoint_file, find_parts
 from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
 from ovforge_diffusers.qwen2_5_vl import CLASS as QWEN2_5_VL
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import VISION, describe
 from ovforge_diffusers.tokenization import TOKENIZERS, TokenizerFolder
-from ovforge_diffusers.transformer_checkpoint import (
-    TransformerCheckpoint,
-    find_transformer,
-    is_gguf,
-    tensor_shapes,
-)
+from ovforge_diffusers.transformer_checkpoint import TransformerCheckpoint
 from ovforge_diffusers.weights import STATISTICS, fill_weights, folded_statistics
 
 if TYPE_CHECKING:
@@ -70,22 +66,22 @@ PROCESSORS = frozenset(
 
 
 class DiffusersLoader:
-    """Converts the components that model_index.json names, by their classes; or a component that stands alone."""
+    """Converts the components that model_index.json names, by their classes; or what stands alone."""
 
     def __init__(self, options: LoaderOptions) -> None:
         self.options = options
 
     def can_load(self, source: Source) -> Match:
         """Say yes to a checkpoint, by its tensors' names; and to a folder of torch weights with model_index.json, or
-        with config.json of a class that may stand alone.
+        with config.json of a class that may stand alone; and to a tokenizer's folder.
 
         A folder that holds OpenVINO models already is not ours. A file that cannot be read, or a pickle, may be: `load`
         says what is wrong with it.
         """
         if (path := checkpoint_file(source)) is not None:
             try:
-                shapes = tensor_shapes(source, path)
-                return Match.YES if find_transformer(shapes) or find_parts(shapes) else Match.NO
+                shapes = read_contents(source, path).shapes
+                return Match.YES if find_components(shapes) or find_parts(shapes) else Match.NO
             except ModelError:
                 return Match.MAYBE
         files = [PurePosixPath(path) for path in source.files()]
@@ -93,9 +89,10 @@ class DiffusersLoader:
             return Match.NO
         if _pickle(source):
             return Match.MAYBE
-        depth = 2 if PurePosixPath(INDEX) in files else 1
-        weights = any(len(file.parts) == depth and file.suffix in (".safetensors", ".bin") for file in files)
-        return Match.YES if weights and (depth == 2 or lone_component(source)) else Match.NO
+        if PurePosixPath(INDEX) not in files:
+            return Match.YES if lone_component(source) else Match.NO
+        weights = any(len(file.parts) == 2 and file.suffix in (".safetensors", ".bin") for file in files)
+        return Match.YES if weights else Match.NO
 
     def load(self, source: Source) -> ModelBundle:
         """Return the bundle: configs and assets read, weights' files found, each model converted on first use.
@@ -112,13 +109,19 @@ class DiffusersLoader:
         for module in ("torch", "diffusers", "transformers", "safetensors"):
             need(module, PURPOSE)
         if (path := checkpoint_file(source)) is not None:
-            if is_gguf(path) or find_transformer(tensor_shapes(source, path)):
+            if is_gguf(path) or _of_transformers(read_contents(source, path).shapes):
                 return Conversion(TransformerCheckpoint(source, self.options), self.options).bundle()
             return Conversion(Checkpoint(source, self.options), self.options).bundle()
         for name in CHECKPOINT_OPTIONS:
             if getattr(self.options, name):
                 raise ConfigError("is for a single-file checkpoint; a folder says it itself", where=f"load.{name}")
         return Conversion(Folder(source, self.options.variant), self.options).bundle()
+
+
+def _of_transformers(shapes: Shapes) -> bool:
+    """Say whether a file is for the pipelines of diffusion transformers, rather than for those of UNets."""
+    found = find_components(shapes)
+    return "transformer" in found or (bool(found) and not find_parts(shapes))
 
 
 def _pickle(source: Source) -> bool:
@@ -171,7 +174,7 @@ class Conversion:
         config = self._full_config(component, kind)
         read = self.parts.weights(component)
         if kind == "AutoencoderKLFlux2":
-            assert isinstance(self.parts, Folder)  # no single file is known to hold one
+            assert not isinstance(self.parts, Checkpoint)  # which holds older autoencoders
             config |= folded_statistics(self.parts.tensors(component, STATISTICS), config, self.parts.where(component))
 
         def lazy(role: str) -> None:
@@ -184,7 +187,8 @@ class Conversion:
     def _roles(self, component: str, kind: str) -> tuple[str, ...]:
         if component == "vae":
             return ("vae_encoder", "vae_decoder")
-        return (component, VISION) if kind == QWEN2_5_VL and self._sees() else (component,)
+        sees = self._sees() or self.parts.alone
+        return (component, VISION) if kind == QWEN2_5_VL and sees else (component,)
 
     def _sees(self) -> bool:
         """Say whether the pipeline shows pictures to its text encoder, and beside the latents."""
@@ -248,7 +252,8 @@ class Conversion:
             "patch": self._patch(),
             "tokens": self._tokens(),
             "prediction_type": scheduler.get("prediction_type"),
-            # What stands alone may be put into a pipeline of either kind.
+            # What stands alone may be put into a pipeline of any kind.
+            "alone": self.parts.alone,
             "beside": self.parts.alone or self._sees(),
         }
 

@@ -32,7 +32,7 @@ class LoaderOptions(BaseModel):
         ("safety_checker", "image_encoder"), description="Components to leave out, with a warning."
     )
     tokenizer: InputFile | None = Field(
-        None, description="A checkpoint's tokenizer: a folder with CLIP's vocab.json and merges.txt."
+        None, description="A checkpoint's tokenizers: a folder that holds one, or a diffusers folder."
     )
     config: InputFile | None = Field(
         None, description="A diffusers folder whose configs, and not weights, a checkpoint is to have."

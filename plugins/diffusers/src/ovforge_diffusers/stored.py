@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ import numpy as np
 
 from ovforge.errors import ModelError
 from ovforge.model import Source
-from ovforge_convert import Rows, TensorWeight, Weight
+from ovforge.store import parse_object
+from ovforge_convert import SMALL, Rows, TensorWeight, Weight
+from ovforge_diffusers.components import Contents
 from ovforge_diffusers.gguf_blocks import BLOCKS, FLOATS, Groups, read_groups
 from ovforge_diffusers.gguf_file import Entry, read_gguf_header
 from ovforge_diffusers.requirements import need
@@ -20,7 +23,7 @@ from ovforge_diffusers.weights import read_weights
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["SCALES", "GgufWeight", "joined", "read_gguf", "read_scaled"]
+__all__ = ["SCALES", "GgufWeight", "check_layers", "dequantized", "joined", "read_gguf", "read_scaled"]
 
 SCALES = (".scale_weight", ".weight_scale")
 """What a float8 weight is to be multiplied with, by the names of ComfyUI and its successors, instead of `.weight`."""
@@ -29,8 +32,51 @@ _ROWS = 1024
 """Rows that are dequantized at once."""
 
 
-def read_scaled(source: Source, path: str, names: Mapping[str, str]) -> dict[str, Weight]:
-    """Read the tensors that `names` (name in the file -> name) lists, times the scales beside them."""
+_LAYER = ".comfy_quant"
+_LAYER_LIMIT = 4096
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+"""Forms of layers, by ComfyUI's names, that are one scale times float8 values."""
+
+
+def check_layers(source: Source, path: str, contents: Contents) -> dict[str, str]:
+    """Return layer -> form, of the layers that a safetensors file says ComfyUI is to compute in fewer bits.
+
+    It says so in a tensor `comfy_quant` beside a weight, which holds JSON, or in its metadata. Raises ModelError for a
+    form that is not one scale times float8 values.
+    """
+    said = [name for name, shape in contents.shapes.items() if name.endswith(_LAYER)]
+    if any(math.prod(contents.shapes[name]) > _LAYER_LIMIT for name in said):
+        raise ModelError(f"{said[0]} has more bytes than a layer's form", where=source.name)
+    layers: dict[str, Any] = {}
+    try:
+        if text := contents.metadata.get("_quantization_metadata"):
+            layers |= parse_object(str(text).encode(), f"{source.name}: _quantization_metadata").get("layers", {})
+        for name, tensor in read_weights(source, [path], {name: name for name in said}.get).items():
+            layers[name.removesuffix(_LAYER)] = parse_object(tensor.numpy().tobytes(), f"{source.name}: {name}")
+        forms = {layer: str(form["format"] if isinstance(form, dict) else form) for layer, form in layers.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"it does not say in which form its layers are: {error!r}",
+            where=source.name,
+            hint="The file may be damaged: fetch it again.",
+        ) from error
+    for layer, form in forms.items():
+        if form not in _FLOAT8:
+            raise ModelError(
+                f"{layer} is stored as {form}, which is not read",
+                where=source.name,
+                hint=f"Take a file in bfloat16, float16 or float8 ({', '.join(_FLOAT8)}), or a GGUF file.",
+            )
+    return forms
+
+
+def read_scaled(
+    source: Source, path: str, names: Mapping[str, str], forms: Mapping[str, str] | None = None
+) -> dict[str, Weight]:
+    """Read the tensors that `names` (name in the file -> name) lists, times the scales beside them.
+
+    `forms` are those of `check_layers`: they tell float8 values that are stored as plain bytes.
+    """
     scales = {
         stem + suffix: new.removesuffix(".weight")
         for stored, new in names.items()
@@ -39,6 +85,10 @@ def read_scaled(source: Source, path: str, names: Mapping[str, str]) -> dict[str
         for stem in (stored.removesuffix(".weight"),)
     }
     tensors = read_weights(source, [path], lambda name: names.get(name) or (name if name in scales else None))
+    for stored, new in names.items():
+        tensor, form = tensors.get(new), (forms or {}).get(stored.removesuffix(".weight"))
+        if form and stored.endswith(".weight") and tensor is not None and tensor.element_size() == 1:
+            tensors[new] = tensor.view(getattr(need("torch", "converting a checkpoint"), form))
     found = {}
     for name in scales.keys() & tensors.keys():
         if tensors[name].numel() != 1:
@@ -60,6 +110,21 @@ def read_gguf(source: Source, path: str, names: Mapping[str, str]) -> dict[str, 
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
     where = source.name
     return {new: _weight(entries[name], data, f"{where}: {name}") for name, new in names.items()}
+
+
+def dequantized(entries: Mapping[str, Entry], rows: Mapping[str, list[Slice]] | None) -> dict[str, list[str]]:
+    """Return type -> names, of quantized tensors that do not stay so: those that are not matrices, or put together.
+
+    `entries` are a GGUF file's by the names that `rows` takes them by, which may be None: then nothing is taken apart.
+    """
+    together = {stored for slices in (rows or {}).values() if len(slices) > 1 for stored, _, _ in slices}
+    found: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        whole = len(entry.shape) == 2 and entry.shape[-1] % BLOCKS[entry.type][0] == 0
+        small = math.prod(entry.shape) <= SMALL
+        if entry.type not in FLOATS and (not whole or small or name in together):
+            found.setdefault(entry.type, []).append(name)
+    return found
 
 
 def _weight(entry: Entry, data: np.ndarray, where: str) -> Weight:

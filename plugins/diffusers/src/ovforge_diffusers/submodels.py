@@ -2,6 +2,8 @@
 
 text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output (, hidden_states.0, ...)
                with projection: text_embeds, last_hidden_state (, hidden_states.0, ...); T5: last_hidden_state
+               alone: whatever a pipeline may take of it, which are text_embeds, last_hidden_state, pooler_output and
+               hidden_states.0, ... of CLIP, and last_hidden_state and hidden_states.0, ... of Qwen3 and Gemma 2
                Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Z-Image of the last layer
                but one; for FLUX.2 of the last, with hidden_states.0, ...)
                Gemma 2, Qwen2.5-VL: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Lumina-Image
@@ -68,7 +70,8 @@ def describe(
     """Describe a role of a torch module.
 
     `context` has what belongs to other components: vae_factor, patch (latents that a denoiser takes as one, a side),
-    tokens (or None), prediction_type, beside (whether a denoiser may see pictures beside the latents).
+    tokens (or None), prediction_type, alone (whether it may be put into a pipeline of any kind), beside (whether a
+    denoiser may see pictures beside the latents).
     Raises ModelError for a variety of the class that is not supported, ConfigError for a size that cannot be.
     """
     factor = context["vae_factor"]
@@ -77,7 +80,7 @@ def describe(
     if kind == QWEN2_5_VL:
         return vision_encoder(module) if role == VISION else language_model(module, pictures=context["beside"])
     if kind in TEXT_ENCODERS:
-        return text_encoder(module, hidden_states=_wants_states(module, index))
+        return text_encoder(module, hidden_states=_wants_states(module, index), alone=context["alone"])
     latent = Sizes(
         options.batch,
         options.height and options.height // factor,

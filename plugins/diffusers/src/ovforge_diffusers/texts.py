@@ -15,10 +15,12 @@ _MASKED = tuple(Port(name, (None, None), (2, 12), "i64") for name in ("input_ids
 """What encoders take whose texts are filled up: [batch, tokens] both."""
 
 
-def text_encoder(module: Any, *, hidden_states: bool) -> Submodel:
+def text_encoder(module: Any, *, hidden_states: bool, alone: bool = False) -> Submodel:
     """Describe a text encoder; `hidden_states` gives those of all layers, too, if it is a CLIP, and of a Gemma 2 those
-    before its last layer.
+    before its last layer. One that is `alone` gives whatever a pipeline may take of it.
     """
+    if alone and (describe := _ALONE.get(type(module).__name__)):
+        return describe(module)
     return TEXT_ENCODERS[type(module).__name__](module, hidden_states)
 
 
@@ -40,6 +42,27 @@ def _clip(module: Any, hidden_states: bool) -> Submodel:
         forward,
         (Port("input_ids", (None, None), (2, tokens), "i64"),),
         first + (layers if hidden_states else ()),
+    )
+
+
+def _clip_alone(module: Any) -> Submodel:
+    """Describe a CLIP with what it pools before its projection and after, and the states of all layers."""
+    model = getattr(module, "text_model", module)
+    project = getattr(module, "text_projection", None)
+    run = type(model).forward
+    layers = tuple(f"hidden_states.{i}" for i in range(module.config.num_hidden_layers + 1))
+
+    def forward(input_ids: Any) -> tuple[Any, ...]:
+        result = run(model, input_ids, output_hidden_states=True, return_dict=True)
+        pooled = result.pooler_output
+        embeds = project(pooled) if project is not None else pooled * 1.0
+        return (embeds, result.last_hidden_state * 1.0, pooled, *result.hidden_states)
+
+    tokens = module.config.max_position_embeddings
+    return Submodel(
+        forward,
+        (Port("input_ids", (None, None), (2, tokens), "i64"),),
+        ("text_embeds", "last_hidden_state", "pooler_output", *layers),
     )
 
 
@@ -79,14 +102,14 @@ def _qwen3(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
-def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
+def _qwen3_layers(module: Any, hidden_states: bool = True) -> Submodel:
     """Describe Qwen3 as FLUX.2 reads it: the states of all layers, the last ones normalized.
 
     A token sees itself and those before it, of those that attention_mask has 1 for: what fills up sees the text alone.
     """
     import torch
 
-    model = module.model
+    model = getattr(module, "model", module)
     check_windows(module.config)
     layers = tuple(f"hidden_states.{i}" for i in range(len(model.layers) + 1))
 
@@ -110,11 +133,16 @@ def _qwen3_layers(module: Any, hidden_states: bool) -> Submodel:
     )
 
 
-def _gemma2(module: Any, hidden_states: bool) -> Submodel:
+def _gemma2_alone(module: Any) -> Submodel:
+    """Describe Gemma 2 with the normalized states that Sana takes, and those of all layers."""
+    return _gemma2(module, hidden_states=False, layers=True)
+
+
+def _gemma2(module: Any, hidden_states: bool, *, layers: bool = False) -> Submodel:
     """Describe Gemma 2 (Gemma Team 2024): a token sees those before it that attention_mask has 1 for.
 
     Every other layer sees a window of the last ones only. With `hidden_states`, the states are those before the last
-    layer, which Lumina-Image 2.0 takes: hidden_states[-2].
+    layer, which Lumina-Image 2.0 takes: hidden_states[-2]. With `layers`, those of all layers come besides.
     """
     import torch
 
@@ -127,15 +155,19 @@ def _gemma2(module: Any, hidden_states: bool) -> Submodel:
         distance, seen = before(places, attention_mask)
         near = seen & (distance < window)
         masks = {"full_attention": _added(seen), "sliding_attention": _added(near)}
-        layers = list(zip(kinds, module.layers, strict=True))
-        for kind, layer in layers[:-1] if hidden_states else layers:
-            states = layer(states, attention_mask=masks[kind], position_embeddings=turns)
-        return (states if hidden_states else module.norm(states),)
+        each = [states]
+        for kind, layer in list(zip(kinds, module.layers, strict=True))[: -1 if hidden_states else None]:
+            each.append(layer(each[-1], attention_mask=masks[kind], position_embeddings=turns))
+        if hidden_states:
+            return (each[-1],)
+        last = module.norm(each.pop())
+        return (last, *each, last * 1.0) if layers else (last,)
 
+    names = tuple(f"hidden_states.{i}" for i in range(len(module.layers) + 1)) if layers else ()
     return Submodel(
         forward,
         _MASKED,
-        ("last_hidden_state",),
+        ("last_hidden_state", *names),
         SCALE,
     )
 
@@ -159,3 +191,12 @@ TEXT_ENCODERS: dict[str, Callable[[Any, bool], Submodel]] = {
     "Qwen3ForCausalLM": _qwen3_layers,
 }
 """Class -> what describes it."""
+
+_ALONE: dict[str, Callable[[Any], Submodel]] = {
+    "CLIPTextModel": _clip_alone,
+    "CLIPTextModelWithProjection": _clip_alone,
+    "Qwen3Model": _qwen3_layers,
+    "Qwen3ForCausalLM": _qwen3_layers,
+    "Gemma2Model": _gemma2_alone,
+}
+"""The same, for those that pipelines take different things of."""

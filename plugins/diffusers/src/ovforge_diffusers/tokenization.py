@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ovforge_diffusers.requirements import need
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["TOKENIZERS", "TokenizerFolder"]
+__all__ = ["TOKENIZERS", "TokenizerFolder", "fits_kind"]
 
 PURPOSE = "converting a tokenizer"
 CLIP = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
@@ -33,6 +33,11 @@ _UNLIMITED = 2**17
 """A model_max_length from here on is transformers' way to say that there is none."""
 
 
+def fits_kind(kind: str, names: Collection[str]) -> bool:
+    """Say whether a folder with files of these names may be a tokenizer of transformers' class `kind`."""
+    return any(choice <= set(names) for choice in _FILES[kind in CLIP])
+
+
 class TokenizerFolder:
     """A tokenizer's small files, by their paths, of transformers' class `kind`.
 
@@ -44,8 +49,8 @@ class TokenizerFolder:
         self._component, self._kind, self._files = component, kind, dict(files)
         self._where, self._protected = where, protected
         names = {PurePosixPath(path).name for path in files}
-        choices = _FILES[kind in CLIP]
-        if not any(choice <= names for choice in choices):
+        if not fits_kind(kind, names):
+            choices = _FILES[kind in CLIP]
             wanted = ", or ".join(" and ".join(sorted(choice, reverse=True)) for choice in choices)
             raise ModelError(
                 f"{component} needs {wanted}",

@@ -1,111 +1,60 @@
-"""A single file with a diffusion transformer, seen as a diffusers folder: safetensors of any float type, or GGUF."""
+"""A single file of a diffusion transformer, or of models that belong to one, seen as a diffusers folder.
+
+Such a file holds a transformer, an autoencoder and text encoders, all of them or one alone: safetensors of any float
+type, or GGUF.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ovforge import open_file
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import Source
-from ovforge_diffusers import infer
+from ovforge.store import parse_object
+from ovforge_convert import TensorWeight
+from ovforge_diffusers.autoencoders import autoencoder_config, autoencoder_names, autoencoder_weights
+from ovforge_diffusers.components import CLIP, TEXT_ENCODERS, find_components, is_gguf, read_contents
+from ovforge_diffusers.file_tokenizers import (
+    SENTENCEPIECE,
+    TOKENIZER_CLASSES,
+    folder_files,
+    gguf_files,
+    sentencepiece_files,
+)
 from ovforge_diffusers.folder import Folder
 from ovforge_diffusers.gguf_file import read_gguf_header
-from ovforge_diffusers.header import Part, Shapes, checkpoint_file, read_header
-from ovforge_diffusers.naming import original_name, to_diffusers
+from ovforge_diffusers.header import Part, Shapes, checkpoint_file
 from ovforge_diffusers.options import LoaderOptions
-from ovforge_diffusers.stored import SCALES, joined, read_gguf, read_scaled
+from ovforge_diffusers.requirements import need
+from ovforge_diffusers.stored import SCALES, check_layers, dequantized, joined, read_gguf, read_scaled
+from ovforge_diffusers.text_configs import text_encoder_config, text_encoder_names, uses_projection
 from ovforge_diffusers.transformer_configs import ZERO_TIMESTEP, scheduler_config, transformer_config
+from ovforge_diffusers.transformer_families import FAMILIES, Family, stored_as
 from ovforge_diffusers.transformer_names import diffusers_rows
+from ovforge_diffusers.vocabulary import packaged_files
 from ovforge_diffusers.weights import check_file, read_weights
 
-__all__ = ["TransformerCheckpoint", "find_transformer", "is_gguf", "tensor_shapes"]
+if TYPE_CHECKING:
+    from ovforge_diffusers.transformer_names import Slice
 
-GGUF_SUFFIX = ".gguf"
+__all__ = ["TransformerCheckpoint"]
 
-_FORMS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    (
-        "FluxTransformer2DModel",
-        "original",
-        ("model.diffusion_model.", ""),
-        ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight", "img_in.weight", "txt_in.weight"),
-    ),
-    (
-        "FluxTransformer2DModel",
-        "diffusers",
-        ("", "transformer."),
-        ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight"),
-    ),
-    (
-        "SD3Transformer2DModel",
-        "original",
-        ("model.diffusion_model.", ""),
-        ("joint_blocks.0.context_block.attn.qkv.weight", "y_embedder.mlp.0.weight", "pos_embed"),
-    ),
-    (
-        "SD3Transformer2DModel",
-        "diffusers",
-        ("", "transformer."),
-        ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.pos_embed", "norm_out.linear.weight"),
-    ),
-    (
-        "QwenImageTransformer2DModel",
-        "diffusers",
-        ("model.diffusion_model.", "", "transformer."),
-        ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight", "proj_out.weight"),
-    ),
+_BESIDE = re.compile(
+    rf"(.*\.)?scaled_fp8$|.*\.(scale_input|input_scale|comfy_quant)$|(.*\.)?logit_scale$|.*position_ids$"
+    rf"|(.*\.)?norm_final\.weight$|{ZERO_TIMESTEP}$"
 )
-"""Class, naming, possible prefixes, and names that tell."""
+"""What float8 files hold for programs that compute in float8, marks of ComfyUI, and what is of training only."""
 
-_VAES = ("first_stage_model.", "vae.")
-_BESIDE = re.compile(rf"scaled_fp8$|.*\.(scale_input|input_scale)$|{ZERO_TIMESTEP}$")
-"""What float8 files hold for programs that compute in float8, and marks of ComfyUI."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Latents:
-    """Facts of an autoencoder that its tensors do not tell."""
-
-    pipeline: str
-    scaling_factor: float
-    shift_factor: float
-
-
-_LATENTS = {
-    "FluxTransformer2DModel": _Latents("FluxPipeline", 0.3611, 0.1159),
-    "SD3Transformer2DModel": _Latents("StableDiffusion3Pipeline", 1.5305, 0.0609),
-    "QwenImageTransformer2DModel": _Latents("QwenImagePipeline", 1.0, 0.0),
-}
-
-
-def is_gguf(path: str) -> bool:
-    """Say whether a file is GGUF, by its name."""
-    return PurePosixPath(path).suffix == GGUF_SUFFIX
-
-
-def tensor_shapes(source: Source, path: str) -> Shapes:
-    """Return the shapes of a checkpoint's tensors. Raises ModelError for a file that is damaged."""
-    if is_gguf(path):
-        return {name: entry.shape for name, entry in read_gguf_header(source, path).tensors.items()}
-    return read_header(source, path).shapes
-
-
-def find_transformer(shapes: Shapes) -> Part | None:
-    """Return the diffusion transformer among a checkpoint's tensors, None if there is none."""
-    for kind, naming, prefixes, marks in _FORMS:
-        for prefix in prefixes:
-            if all(prefix + mark in shapes for mark in marks):
-                return Part(kind, prefix, naming)
-    return None
+_PROJECTION = "text_projection.weight"
 
 
 class TransformerCheckpoint:
-    """A file of a transformer, alone or with its autoencoder, in its makers' names or in diffusers'.
+    """A file of a transformer, an autoencoder or text encoders, or of several of them, in any of their namings.
 
     Configs are those of `options.config`, a diffusers folder, or inferred from shapes. Raises ModelError for a file
     that is damaged or of another kind, ConfigError for an option that it has no use for.
@@ -116,37 +65,38 @@ class TransformerCheckpoint:
     def __init__(self, source: Source, options: LoaderOptions) -> None:
         self.name = source.name
         self.protected = source.protection is not None
-        for option in ("tokenizer", "prediction_type", "ema"):
-            if getattr(options, option):
-                raise ConfigError("is for checkpoints of Stable Diffusion 1, 2 and XL", where=f"load.{option}")
-        self._source = source
+        self._source, self._options = source, options
         self._path = checkpoint_file(source) or ""
         if not is_gguf(self._path):
             check_file(source, self._path)
-        shapes = tensor_shapes(source, self._path)
-        part = find_transformer(shapes)
-        if part is None:
-            raise ModelError("it holds no diffusion transformer that is known", where=source.name)
-        self._part, self._vae = part, _find_vae(shapes)
-        self.alone = self._vae is None
-        self._own = {n: s for n, s in part.strip(shapes).items() if not n.endswith(SCALES) and not _BESIDE.match(n)}
-        if part.prefix == "":
-            others = (*_VAES, "text_encoders.")
-            self._own = {name: shape for name, shape in self._own.items() if not name.startswith(others)}
-        self._rows = None if part.naming == "diffusers" else self._renamed()
+        self._contents = read_contents(source, self._path)
+        self._shapes = self._contents.shapes
+        self._forms = {} if is_gguf(self._path) else check_layers(source, self._path, self._contents)
+        found = find_components(self._shapes)
+        if not found:
+            raise ModelError(
+                "it holds no diffusion transformer that is known, nor an autoencoder or a text encoder of one",
+                where=source.name,
+                hint="It may be an adapter, or a model of another kind. A GGUF file of Qwen2.5-VL lacks what sees "
+                "pictures: take its .safetensors.",
+            )
+        self._family = FAMILIES[found["transformer"].kind] if "transformer" in found else None
+        self._parts, self.components = self._assigned(found)
+        self.alone = len(self._parts) == 1
+        self._check_options()
         self._folder = Folder(open_file(options.config), None) if options.config else None
-        self.components = {"transformer": part.kind, **({"vae": "AutoencoderKL"} if self._vae else {})}
-        self._configs = {component: self._config(component, shapes) for component in self.components}
-        self._warn_of_rest(shapes)
-        scheduler = scheduler_config(part.kind, self._configs["transformer"])
-        if self._folder and "scheduler" in self._folder.components:
-            scheduler = self._folder.optional("scheduler", "scheduler_config.json")
-        self._scheduler = scheduler
-        self.components["scheduler"] = str(scheduler["_class_name"])
-        self.index = {
-            "_class_name": _LATENTS[part.kind].pipeline,
-            **{name: ["diffusers", kind] for name, kind in self.components.items()},
-        }
+        self._names: dict[str, dict[str, str]] = {}
+        self._rows: dict[str, list[Slice]] | None = None
+        self._configs = {component: self._read_config(component) for component in self._parts}
+        self.index: dict[str, Any] = {}
+        self._assets: dict[str, dict[str, bytes]] = {}
+        self._warn_of_rest()
+        self._warn_of_dequantized()
+        for component in [name for name in self._parts if name.startswith("text_encoder")]:
+            self._add_tokenizer(component)
+        if self._family is not None:
+            self._add_scheduler()
+            self.index = self._make_index(self._family)
 
     def where(self, component: str) -> str:
         """Name a component in messages."""
@@ -157,88 +107,314 @@ class TransformerCheckpoint:
         return self._configs[component]
 
     def optional(self, component: str, name: str) -> dict[str, Any]:
-        """Return the scheduler's config; {} for what a file does not hold."""
-        return self._scheduler if component == "scheduler" else {}
+        """Return a JSON file of the scheduler or a tokenizer; {} for what a file does not hold."""
+        path = f"{component}/{name}"
+        return parse_object(self._assets.get(component, {}).get(path, b"{}"), path)
 
     def assets(self, component: str) -> dict[str, bytes]:
-        """Return the scheduler's config."""
-        return {"scheduler/scheduler_config.json": json.dumps(self._scheduler, indent=2).encode()}
+        """Return the small files of the scheduler or a tokenizer."""
+        return self._assets[component]
 
     def file(self, path: str) -> bytes | None:
         """Return None: there is nothing beside the file."""
         return None
 
+    def tensors(self, component: str, names: Collection[str]) -> dict[str, Any]:
+        """Read some of a component's tensors alone, by the names that they have in it."""
+        prefix = self._parts[component].prefix
+        return self._plain({prefix + name: name for name in names if prefix + name in self._shapes})
+
     def weights(self, component: str) -> Callable[[], Mapping[str, Any]]:
-        """Return a function that reads a component's weights, in diffusers' naming."""
-        return self._read_vae if component == "vae" else self._read
+        """Return a function that reads a component's weights, in the naming of its class."""
+        return lambda: self._read(component)
 
-    def _read(self) -> Mapping[str, Any]:
-        names = {self._part.prefix + name: name for name in self._own}
-        read = read_gguf if is_gguf(self._path) else read_scaled
-        weights = read(self._source, self._path, names)
-        return weights if self._rows is None else joined(weights, self._rows)
+    # -- what the file is -----------------------------------------------------------------------------------------
 
-    def _read_vae(self) -> Mapping[str, Any]:
-        part, config = self._vae, self._configs["vae"]
-        assert part is not None  # the component is there only then
-        names = {
-            part.prefix + name: original_name(part, name, config)
-            for name in part.strip(tensor_shapes(self._source, self._path))
+    def _assigned(self, found: Mapping[str, Part]) -> tuple[dict[str, Part], dict[str, str]]:
+        """Return the parts by their roles, and the classes that these roles have.
+
+        Of two CLIPs the first is OpenAI's, the second OpenCLIP's, which is wider. Text encoders that the family does
+        not take are left over.
+        """
+        parts = {name: found[name] for name in ("transformer", "vae") if name in found}
+        kinds = {name: part.kind for name, part in parts.items()}
+        texts = sorted((part for part in found.values() if part.kind in TEXT_ENCODERS), key=self._by_width)
+        if self._family is None:
+            if len(texts) > 1:
+                raise ModelError(
+                    "it holds several text encoders, and no transformer that tells their roles",
+                    where=self.name,
+                    hint="Take files of one text encoder each: [load.parts] text_encoder = FILE, ...",
+                )
+            for text in texts:
+                parts["text_encoder"], kinds["text_encoder"] = text, text.kind
+            return parts, kinds
+        for role, kind in self._family.encoders.items():
+            if fitting := [text for text in texts if text.kind == stored_as(kind)]:
+                texts.remove(fitting[0])
+                parts[role], kinds[role] = fitting[0], kind
+        return parts, kinds
+
+    def _by_width(self, part: Part) -> tuple[bool, int]:
+        marks = ("text_model.embeddings.position_embedding.weight", "embeddings.position_embedding.weight")
+        shapes = [self._shapes[part.prefix + mark] for mark in marks if part.prefix + mark in self._shapes]
+        return "clip_g" in part.prefix, shapes[0][-1] if shapes and shapes[0] else 0
+
+    def _check_options(self) -> None:
+        for option in ("prediction_type", "ema"):
+            if getattr(self._options, option):
+                raise ConfigError("is for checkpoints of Stable Diffusion 1, 2 and XL", where=f"load.{option}")
+        if self._options.tokenizer and not any(name.startswith("text_encoder") for name in self._parts):
+            raise ConfigError(
+                "is for a file that holds a text encoder, and this one holds none",
+                where="load.tokenizer",
+                hint="Name it beside its text encoder: [load.parts] tokenizer = FOLDER",
+            )
+
+    def _own(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a part's tensors by their names without its prefix; not what lies beside them."""
+        part = self._parts[component]
+        others = tuple(
+            prefix
+            for prefix in (
+                *(each.prefix for each in self._parts.values()),
+                "first_stage_model.",
+                "vae.",
+                "text_encoders.",
+            )
+            if prefix != part.prefix and prefix.startswith(part.prefix)
+        )
+        return {
+            name.removeprefix(part.prefix): shape
+            for name, shape in self._shapes.items()
+            if name.startswith(part.prefix)
+            and not name.startswith(others)
+            and not name.endswith(SCALES)
+            and not _BESIDE.match(name)
+            and name != SENTENCEPIECE
         }
-        tensors = read_weights(self._source, [self._path], names.get)
-        try:
-            return to_diffusers(part, tensors, config)
-        except ModelError as error:
-            raise ModelError(error.what, where=self.where("vae"), hint=self.misfit) from error
 
-    def _renamed(self) -> dict[str, list[tuple[str, int, int]]]:
-        try:
-            return diffusers_rows(self._part.kind, self._own)
-        except ModelError as error:
-            raise ModelError(error.what, where=self.name, hint=self.misfit) from error
+    # -- configs ----------------------------------------------------------------------------------------------------
 
-    def _config(self, component: str, shapes: Shapes) -> dict[str, Any]:
-        if self._folder is not None and component in self._folder.components:
-            return self._folder.config(component)
-        latents = _LATENTS[self._part.kind]
+    def _read_config(self, component: str) -> dict[str, Any]:
+        """Return a component's config, and note which of its tensors have which names."""
         try:
-            if component == "vae" and self._vae is not None:
-                config = infer.vae_config(self._vae, shapes, scaling_factor=latents.scaling_factor, size=1024)
-                return config | {"shift_factor": latents.shift_factor}
-            own = self._own
-            if self._rows is not None:
-                own = {
-                    new: (sum(end - begin for _, begin, end in slices), *self._own[slices[0][0]][1:])
-                    for new, slices in self._rows.items()
-                }
-            marks = {name: () for name in (ZERO_TIMESTEP,) if self._part.prefix + name in shapes}
-            return transformer_config(self._part.kind, {**own, **marks})
+            own = self._own(component)
+            if component == "transformer":
+                return self._transformer_config(own)
+            if component == "vae":
+                return self._vae_config(own)
+            return self._text_config(component, own)
         except (ModelError, LookupError, ValueError, TypeError, ArithmeticError) as error:  # shapes that no model has
+            if isinstance(error, ModelError) and error.where:
+                raise
             what = error.what if isinstance(error, ModelError) else f"its tensors have shapes of no model: {error}"
             raise ModelError(what, where=self.where(component), hint=self.misfit) from error
 
-    def _warn_of_rest(self, shapes: Shapes) -> None:
-        """Say which tensors belong to no submodel."""
-        known = {self._part.prefix + name for name in self._own}
-        prefix = self._vae.prefix if self._vae else None
-        rest = [
-            name
-            for name in shapes
-            if name not in known
-            and not (prefix and name.startswith(prefix))
-            and not name.endswith(SCALES)
-            and not _BESIDE.match(name)
+    def _transformer_config(self, own: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        part = self._parts["transformer"]
+        self._names["transformer"] = {part.prefix + name: name for name in own}
+        named: Shapes = own
+        if part.naming != "diffusers":
+            self._rows = diffusers_rows(part.kind, own)
+            named = {
+                new: (sum(end - begin for _, begin, end in slices), *own[slices[0][0]][1:])
+                for new, slices in self._rows.items()
+            }
+        if given := self._given("transformer", part.kind):
+            return given
+        marks = {name: () for name in (ZERO_TIMESTEP,) if part.prefix + name in self._shapes}
+        return transformer_config(part.kind, {**named, **marks})
+
+    def _vae_config(self, own: Shapes) -> dict[str, Any]:
+        part = self._parts["vae"]
+        given = self._given("vae", part.kind)
+        latents = self._family.latents if self._family else None
+        config = given or autoencoder_config(part, {part.prefix + name: shape for name, shape in own.items()}, latents)
+        self._names["vae"] = autoencoder_names(part, {part.prefix + name: shape for name, shape in own.items()}, config)
+        if part.kind == "AutoencoderKL" and config.get("scaling_factor") is None:
+            self._say(
+                "an autoencoder of 16 channels does not say whether it is that of FLUX.1 or of Stable Diffusion 3, "
+                "which scale latents by other factors: the transformer beside it decides. Alone, its config.json says "
+                "scaling_factor = null; the option config = FOLDER, with a diffusers folder, gives it"
+            )
+        return config
+
+    def _text_config(self, component: str, own: Shapes) -> dict[str, Any]:
+        part, kind = self._parts[component], self.components[component]
+        names = text_encoder_names(part, {part.prefix + name: () for name in own})
+        inferred = text_encoder_config(part, {new: self._shapes[name] for name, new in names.items()}, self._metadata)
+        config = self._given(component, kind, inferred) or {**inferred, "architectures": [kind]}
+        if kind == "CLIPTextModel" or (part.kind == CLIP and not uses_projection(part, config)):
+            unused = [name for name, new in names.items() if new == _PROJECTION]
+            self._warn_of_projection(part, unused)
+            names = {name: new for name, new in names.items() if name not in unused}
+        if kind == "Qwen3Model":
+            names = {name: new for name, new in names.items() if new != "lm_head.weight"}
+        self._names[component] = names
+        return config
+
+    @property
+    def _metadata(self) -> Mapping[str, Any]:
+        return self._contents.metadata if is_gguf(self._path) else {}
+
+    def _given(self, component: str, kind: str, inferred: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Return the config of the option's folder, if it has a component of this class; of several, one that fits.
+
+        A file of one part alone may be any of a pipeline's: its class counts, and the width of its states.
+        """
+        folder = self._folder
+        if folder is None:
+            return None
+        fitting = [name for name, its in folder.components.items() if stored_as(its) == stored_as(kind)]
+        if self._family is not None:
+            fitting = [name for name in fitting if name == component]
+        if not fitting:
+            if self.alone:
+                raise ModelError(f"it has no {kind}", where=f"load.config: {folder.name}")
+            return None
+        configs = [folder.config(name) for name in fitting]
+        widths = ("hidden_size", "d_model")
+        alike = [
+            config for config in configs if inferred and all(config.get(name) == inferred.get(name) for name in widths)
         ]
-        if rest:
-            warnings.warn(
-                f"{self.name}: {len(rest)} tensors belong to no submodel and are left out: {', '.join(rest[:3])}... "
-                "Text encoders come from another model: [load.parts]",
-                stacklevel=6,
+        return (alike or configs)[0]
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def _read(self, component: str) -> Mapping[str, Any]:
+        part, names = self._parts[component], self._names[component]
+        if component == "vae":
+            try:
+                return autoencoder_weights(part, self._plain(names), self._configs["vae"])
+            except ModelError as error:
+                raise ModelError(error.what, where=self.where("vae"), hint=self.misfit) from error
+        if is_gguf(self._path):
+            weights = read_gguf(self._source, self._path, names)
+        else:
+            weights = read_scaled(self._source, self._path, names, self._forms)
+        if component == "transformer":
+            return weights if self._rows is None else joined(weights, self._rows)
+        if self.components[component] == CLIP and _PROJECTION not in weights:
+            eye = need("torch", "converting a checkpoint").eye(self._configs[component]["projection_dim"])
+            return {**weights, _PROJECTION: TensorWeight(eye)}  # as diffusers fills it in: what is pooled is taken
+        return weights
+
+    def _plain(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """Read tensors of torch, also from GGUF."""
+        if not is_gguf(self._path):
+            return read_weights(self._source, [self._path], names.get)
+        torch = need("torch", "converting a checkpoint")
+        found = {}
+        for name, weight in read_gguf(self._source, self._path, names).items():
+            found[name] = torch.empty(weight.shape, dtype=torch.float32)
+            weight.fill(found[name].numpy())
+        return found
+
+    # -- tokenizers and the scheduler -----------------------------------------------------------------------------
+
+    def _add_tokenizer(self, encoder: str) -> None:
+        """Find an encoder's tokenizer: by the options, in the file, beside it, or in an installed package."""
+        part, component = self._parts[encoder], encoder.replace("text_encoder", "tokenizer")
+        kind = TOKENIZER_CLASSES[part.kind]
+        files = self._tokenizer_files(part, component, kind, self._configs[encoder])
+        if files is not None:
+            self._assets[component] = files
+            self.components[component] = kind
+        elif self._family is not None:
+            self._say(
+                f"it brings no {component}: name a folder that holds it, by [load.parts] {component} = FOLDER, or by "
+                "the option tokenizer = FOLDER, which may be a diffusers folder of the family"
             )
 
+    def _tokenizer_files(
+        self, part: Part, component: str, kind: str, config: Mapping[str, Any]
+    ) -> dict[str, bytes] | None:
+        if given := self._options.tokenizer:
+            if files := folder_files(component, kind, open_file(given), top=True):
+                return files
+            if self.alone:
+                raise ModelError(f"it holds no {kind}", where=f"load.tokenizer: {given}")
+        if kind == "GemmaTokenizer" and SENTENCEPIECE in self._shapes:
+            return sentencepiece_files(component, self._source, self._path, self._shapes[SENTENCEPIECE])
+        if files := gguf_files(component, kind, self._metadata, self.name):
+            return files
+        folder = self._options.config
+        if folder and (files := folder_files(component, kind, open_file(folder), top=True)):
+            return files
+        if files := folder_files(component, kind, self._source, top=False):
+            return files
+        if kind == "CLIPTokenizer":
+            pad = "!" if config["hidden_act"] == "gelu" else "<|endoftext|>"
+            return packaged_files(component, config["vocab_size"], config["max_position_embeddings"], pad)
+        return None
 
-def _find_vae(shapes: Shapes) -> Part | None:
-    for prefix in _VAES:
-        if prefix + "decoder.conv_in.weight" in shapes and prefix + "encoder.down.0.block.0.conv1.weight" in shapes:
-            return Part("AutoencoderKL", prefix, "original")
-    return None
+    def _add_scheduler(self) -> None:
+        kind = self._parts["transformer"].kind
+        scheduler = scheduler_config(kind, self._configs["transformer"])
+        if self._folder and "scheduler" in self._folder.components:
+            scheduler = self._folder.optional("scheduler", "scheduler_config.json")
+        self._assets["scheduler"] = {"scheduler/scheduler_config.json": json.dumps(scheduler, indent=2).encode()}
+        self.components["scheduler"] = str(scheduler["_class_name"])
+
+    def _make_index(self, family: Family) -> dict[str, Any]:
+        """Return model_index.json: that of the option's folder counts for what the file does not say."""
+        index: dict[str, Any] = {"_class_name": family.pipeline}
+        if self._folder and family.has(self._folder.index.get("_class_name")):
+            own = self._folder.index
+            index = {name: value for name, value in own.items() if not isinstance(value, list)}
+        elif family.pipeline == "Flux2KleinPipeline":
+            index["is_distilled"] = distilled = "base" not in self.name.rpartition("/")[2].lower()
+            self._say(
+                f"it does not say whether it is distilled: by its name it is{'' if distilled else ' not'}. "
+                "The option config = FOLDER, with a diffusers folder, makes it certain"
+            )
+        libraries = {"CLIPTextModel", "Qwen3ForCausalLM", *TEXT_ENCODERS, *TOKENIZER_CLASSES.values()}
+        return index | {
+            name: ["transformers" if kind in libraries else "diffusers", kind] for name, kind in self.components.items()
+        }
+
+    # -- what is said ---------------------------------------------------------------------------------------------
+
+    def _warn_of_rest(self) -> None:
+        """Say which tensors belong to no submodel."""
+        known = {name for names in self._names.values() for name in names} | {SENTENCEPIECE}
+        known |= {part.prefix + _PROJECTION for part in self._parts.values() if part.kind == CLIP}
+        if "vae" in self._parts:  # what an autoencoder's training leaves is left out, as in all checkpoints
+            prefix = self._parts["vae"].prefix
+            known |= {name for name in self._shapes if prefix and name.startswith(prefix)}
+        if any(kind == "Qwen3Model" for kind in self.components.values()):
+            known |= {name for name in self._shapes if name.endswith(("lm_head.weight", "output.weight"))}
+        rest = [
+            name for name in self._shapes if name not in known and not name.endswith(SCALES) and not _BESIDE.match(name)
+        ]
+        if rest:
+            others = any(name.startswith("text_encoders.") for name in rest)
+            advice = " Text encoders come from another model: [load.parts]" if others else ""
+            self._say(f"{len(rest)} tensors belong to no submodel and are left out: {', '.join(rest[:3])}...{advice}")
+
+    def _warn_of_projection(self, part: Part, names: list[str]) -> None:
+        """Say that a projection is left out that would change something: pipelines take what CLIP pools as it is."""
+        for tensor in read_weights(self._source, [self._path], {name: name for name in names}.get).values():
+            eye = need("torch", "converting a checkpoint").eye(*tensor.shape)
+            if tensor.ndim != 2 or not (tensor.float() == eye).all():
+                self._say("its text_projection is left out: pipelines take what this text encoder pools as it is")
+
+    def _warn_of_dequantized(self) -> None:
+        """Say which quantized tensors of a GGUF file do not stay compressed."""
+        if not is_gguf(self._path) or self._options.weights == "f32":
+            return
+        entries = read_gguf_header(self._source, self._path).tensors
+        found: dict[str, list[str]] = {}
+        for component, names in self._names.items():
+            if component == "vae":  # whose convolutions were never to stay compressed
+                continue
+            rows = self._rows if component == "transformer" else None
+            own = {new: entries[name] for name, new in names.items()}
+            for kind, each in dequantized(own, rows).items():
+                found.setdefault(kind, []).extend(each)
+        for kind, several in found.items():
+            self._say(f"{len(several)} tensors of {kind} do not stay compressed: {', '.join(several[:3])}...")
+
+    def _say(self, what: str) -> None:
+        warnings.warn(f"{self.name}: {what}", stacklevel=6)

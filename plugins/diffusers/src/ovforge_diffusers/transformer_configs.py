@@ -85,7 +85,70 @@ def _qwenimage(own: Shapes) -> dict[str, Any]:
     }
 
 
+def _flux2(own: Shapes) -> dict[str, Any]:
+    head = own["transformer_blocks.0.attn.norm_q.weight"][0]
+    hidden, channels = own["x_embedder.weight"][:2]
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": own["proj_out.weight"][0] if own["proj_out.weight"][0] != channels else None,
+        "num_layers": _blocks(own, "transformer_blocks"),
+        "num_single_layers": _blocks(own, "single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": own["context_embedder.weight"][1],
+        "timestep_guidance_channels": own["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
+        "mlp_ratio": own["transformer_blocks.0.ff.linear_out.weight"][1] / hidden,
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in own,
+        "axes_dims_rope": [head // 4] * 4,
+    }
+
+
+def _zimage(own: Shapes) -> dict[str, Any]:
+    head = own["layers.0.attention.norm_q.weight"][0]
+    hidden, patch = own["all_x_embedder.2-1.weight"][:2]
+    return {
+        "in_channels": patch // 4,
+        "dim": hidden,
+        "n_layers": _blocks(own, "layers"),
+        "n_refiner_layers": _blocks(own, "noise_refiner"),
+        "n_heads": hidden // head,
+        "n_kv_heads": own["layers.0.attention.to_k.weight"][0] // head,
+        "cap_feat_dim": own["cap_embedder.1.weight"][1],
+        # A quarter of a head's channels for the first place, the rest in halves for rows and columns: 32, 48, 48.
+        "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],
+    }
+
+
+def _lumina2(own: Shapes) -> dict[str, Any]:
+    head = own["layers.0.attn.norm_q.weight"][0]
+    hidden, patch = own["x_embedder.weight"][:2]
+    inner = own["layers.0.feed_forward.linear_1.weight"][0]
+    rounded = 256 * -(-4 * hidden // 256)
+    return {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": patch // 4,
+        "out_channels": own["norm_out.linear_2.weight"][0] // 4
+        if own["norm_out.linear_2.weight"][0] != patch
+        else None,
+        "hidden_size": hidden,
+        "num_layers": _blocks(own, "layers"),
+        "num_refiner_layers": _blocks(own, "noise_refiner"),
+        "num_attention_heads": hidden // head,
+        "num_kv_heads": own["layers.0.attn.to_k.weight"][0] // head,
+        # Four times the width, as published, or a multiplier that gives the width there is.
+        "multiple_of": 256 if inner == rounded else 1,
+        "ffn_dim_multiplier": None if inner == rounded else (inner + 0.5) / (4 * hidden),
+        "axes_dim_rope": [head // 3] * 3,
+        "cap_feat_dim": own["time_caption_embed.caption_embedder.1.weight"][1],
+    }
+
+
 _CONFIGS = {
+    "Flux2Transformer2DModel": _flux2,
+    "ZImageTransformer2DModel": _zimage,
+    "Lumina2Transformer2DModel": _lumina2,
     "FluxTransformer2DModel": _flux,
     "SD3Transformer2DModel": _sd3,
     "QwenImageTransformer2DModel": _qwenimage,
@@ -100,12 +163,16 @@ def _blocks(own: Shapes, stem: str) -> int:
 def scheduler_config(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return scheduler_config.json of the published models: FLUX.1 schnell is the one without guidance."""
     plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    shifts = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
     if kind == "QwenImageTransformer2DModel":
         return {**plain, **_QWENIMAGE_SHIFTS}
+    if kind == "Lumina2Transformer2DModel":
+        return {**plain, "shift": 6.0}
+    if kind == "Flux2Transformer2DModel":
+        return {**plain, **shifts, "use_dynamic_shifting": True, "time_shift_type": "exponential"}
     if kind != "FluxTransformer2DModel":
         return plain
     dynamic = config["guidance_embeds"]
-    shifts = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
     return {**plain, **shifts, "shift": 3.0 if dynamic else 1.0, "use_dynamic_shifting": dynamic}
 
 

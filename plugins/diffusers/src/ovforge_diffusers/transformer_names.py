@@ -7,7 +7,7 @@ last modulation lie the other way round. Both are matters of whole rows, so that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ovforge.errors import ModelError
 from ovforge_diffusers.header import Shapes
@@ -42,14 +42,78 @@ _FLUX_DOUBLE = {
     "txt_attn.proj": "attn.to_add_out",
 }
 _FLUX_NORMS = {
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-    "norm.query_norm.scale": "attn.norm_q.weight",
-    "norm.key_norm.scale": "attn.norm_k.weight",
+    f"{old}.{each}": f"{new}.weight"
+    for old, new in {
+        "img_attn.norm.query_norm": "attn.norm_q",
+        "img_attn.norm.key_norm": "attn.norm_k",
+        "txt_attn.norm.query_norm": "attn.norm_added_q",
+        "txt_attn.norm.key_norm": "attn.norm_added_k",
+        "norm.query_norm": "attn.norm_q",
+        "norm.key_norm": "attn.norm_k",
+    }.items()
+    for each in ("scale", "weight")  # ComfyUI stores the second
 }
 _FLUX_SINGLE = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
+
+_FLUX2 = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
+}
+_FLUX2_DOUBLE = {
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_FLUX2_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+
+_STREAMS = ("layers", "noise_refiner", "context_refiner")
+"""Blocks of Lumina-Image 2.0, and of Z-Image, which is built like it."""
+
+_ZIMAGE = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1")},
+    **{name: name for name in ("x_pad_token", "cap_pad_token")},
+}
+_ZIMAGE_BLOCK = {
+    "attention.out": "attention.to_out.0",
+    "attention.q_norm": "attention.norm_q",
+    "attention.k_norm": "attention.norm_k",
+    "adaLN_modulation.0": "adaLN_modulation.0",
+    **{f"{name}{number}": f"{name}{number}" for name in ("attention_norm", "ffn_norm") for number in (1, 2)},
+    **{f"feed_forward.w{number}": f"feed_forward.w{number}" for number in (1, 2, 3)},
+}
+_LUMINA2 = {
+    "x_embedder": "x_embedder",
+    "cap_embedder.0": "time_caption_embed.caption_embedder.0",
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+    "final_layer.linear": "norm_out.linear_2",
+}
+_LUMINA2_BLOCK = {
+    "attention.out": "attn.to_out.0",
+    "attention.q_norm": "attn.norm_q",
+    "attention.k_norm": "attn.norm_k",
+    "adaLN_modulation.1": "norm1.linear",
+    "attention_norm1": "norm1.norm",
+    "attention_norm2": "norm2",
+    **{f"ffn_norm{number}": f"ffn_norm{number}" for number in (1, 2)},
+    **{f"feed_forward.w{number}": f"feed_forward.linear_{number}" for number in (1, 2, 3)},
+}
 
 _SD3 = {
     "x_embedder.proj": "pos_embed.proj",
@@ -113,8 +177,8 @@ def _flux(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
         new, inside = f"transformer_blocks.{block[1]}.", block[2]
         if inside in _FLUX_DOUBLE:
             yield new + _FLUX_DOUBLE[inside] + suffix, 0, rows
-        elif inside in _FLUX_NORMS:
-            yield new + _FLUX_NORMS[inside], 0, rows
+        elif inside + suffix in _FLUX_NORMS:
+            yield new + _FLUX_NORMS[inside + suffix], 0, rows
         elif inside == "img_attn.qkv":
             yield from _split([f"{new}attn.to_{each}{suffix}" for each in _QKV], [rows // 3] * 3)
         elif inside == "txt_attn.qkv":
@@ -123,12 +187,62 @@ def _flux(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
         new, inside = f"single_transformer_blocks.{block[1]}.", block[2]
         if inside in _FLUX_SINGLE:
             yield new + _FLUX_SINGLE[inside] + suffix, 0, rows
-        elif inside in _FLUX_NORMS:
-            yield new + _FLUX_NORMS[inside], 0, rows
+        elif inside + suffix in _FLUX_NORMS:
+            yield new + _FLUX_NORMS[inside + suffix], 0, rows
         elif inside == "linear1":
             width = own.get("img_in.bias", (0,))[0]
             names = [*(f"{new}attn.to_{each}{suffix}" for each in _QKV), f"{new}proj_mlp{suffix}"]
             yield from _split(names, [width, width, width, rows - 3 * width])
+
+
+def _flux2(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
+    """Yield where a tensor of Black Forest Labs' FLUX.2 goes, and which of its rows."""
+    if stem in _FLUX2:
+        yield _FLUX2[stem] + suffix, 0, rows
+    elif stem == "final_layer.adaLN_modulation.1":
+        yield from _swapped("norm_out.linear" + suffix, rows)
+    elif block := re.fullmatch(r"double_blocks\.(\d{1,4})\.(.+)", stem):
+        new, inside = f"transformer_blocks.{block[1]}.", block[2]
+        if inside in _FLUX2_DOUBLE:
+            yield new + _FLUX2_DOUBLE[inside] + suffix, 0, rows
+        elif inside + suffix in _FLUX_NORMS:
+            yield new + _FLUX_NORMS[inside + suffix], 0, rows
+        elif inside == "img_attn.qkv":
+            yield from _split([f"{new}attn.to_{each}{suffix}" for each in _QKV], [rows // 3] * 3)
+        elif inside == "txt_attn.qkv":
+            yield from _split([f"{new}attn.add_{each}_proj{suffix}" for each in _QKV], [rows // 3] * 3)
+    elif block := re.fullmatch(r"single_blocks\.(\d{1,4})\.(.+)", stem):
+        new, inside = f"single_transformer_blocks.{block[1]}.", block[2]
+        if inside in _FLUX2_SINGLE:
+            yield new + _FLUX2_SINGLE[inside] + suffix, 0, rows
+        elif inside + suffix in _FLUX_NORMS:
+            yield new + _FLUX_NORMS[inside + suffix], 0, rows
+
+
+def _zimage(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
+    """Yield where a tensor of Z-Image goes in the names of ComfyUI, which has queries, keys and values as one."""
+    yield from _of_streams(stem, suffix, rows, own, _ZIMAGE, _ZIMAGE_BLOCK, "attention")
+
+
+def _lumina2(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
+    """Yield where a tensor of Alpha-VLLM's Lumina-Image 2.0 goes, and which of its rows."""
+    for new, begin, end in _of_streams(stem, suffix, rows, own, _LUMINA2, _LUMINA2_BLOCK, "attn"):
+        yield new.replace(".norm1.norm.", ".norm1.") if new.startswith("context_refiner.") else new, begin, end
+
+
+def _of_streams(
+    stem: str, suffix: str, rows: int, own: Shapes, whole: Mapping[str, str], inner: Mapping[str, str], attention: str
+) -> Placed:
+    if stem in whole:
+        yield whole[stem] + suffix, 0, rows
+    elif block := re.fullmatch(rf"({'|'.join(_STREAMS)})\.(\d{{1,4}})\.(.+)", stem):
+        new, inside = f"{block[1]}.{block[2]}.", block[3]
+        if inside in inner:
+            yield new + inner[inside] + suffix, 0, rows
+        elif inside == "attention.qkv":
+            width = own.get("x_embedder.weight", (0,))[0]  # several heads of queries may share keys and values
+            shared = (rows - width) // 2
+            yield from _split([f"{new}{attention}.to_{each}{suffix}" for each in _QKV], [width, shared, shared])
 
 
 def _sd3(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
@@ -166,6 +280,9 @@ def _swapped(name: str, rows: int) -> Placed:
 
 
 _NAMINGS: dict[str, Callable[[str, str, int, Shapes], Placed]] = {
+    "Flux2Transformer2DModel": _flux2,
+    "ZImageTransformer2DModel": _zimage,
+    "Lumina2Transformer2DModel": _lumina2,
     "FluxTransformer2DModel": _flux,
     "SD3Transformer2DModel": _sd3,
 }

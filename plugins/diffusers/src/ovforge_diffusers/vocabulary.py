@@ -15,7 +15,7 @@ from ovforge.errors import ModelError
 from ovforge.model import Source
 from ovforge.store import parse_object
 
-__all__ = ["clip_files", "packaged_merges", "tokenizer_files"]
+__all__ = ["clip_files", "packaged_files", "packaged_merges", "tokenizer_files"]
 
 PACKAGES = ("open_clip", "clip")
 """Packages that bring OpenAI's list of merges (MIT licence), as `bpe_simple_vocab_16e6.txt.gz`."""
@@ -58,6 +58,19 @@ def tokenizer_files(
     known = _words(files)
     if known is not None and known != words:
         raise ModelError(f"the tokenizer knows {known} words, and the text encoder {words}", where=where)
+    return _configured(component, files, length=length, pad=pad, where=where)
+
+
+def packaged_files(component: str, words: int, length: int, pad: str) -> dict[str, bytes] | None:
+    """Return the files of CLIP's tokenizer from an installed package; None if there is none, or of other words."""
+    files = _packaged()
+    if _words(files or {"vocab.json": b"{}"}) != words:
+        return None
+    return _configured(component, files, length=length, pad=pad, where=component)
+
+
+def _configured(component: str, files: dict[str, bytes], *, length: int, pad: str, where: str) -> dict[str, bytes]:
+    """Return the files below the component's folder, with a config that says what the family takes."""
     config = _object(files.get("tokenizer_config.json", b"{}"))
     said = config.get("pad_token")
     said = said.get("content") if isinstance(said, dict) else said

@@ -13,11 +13,12 @@ from ovforge.errors import InputError, ModelError, PluginError
 from ovforge.model import Timings
 from ovforge.store import parse_object
 from ovforge_diffusion.network import not_finite
+from ovforge_diffusion.text import LAYER, penultimate_output
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["SequenceEncoder", "SequenceTokenizer", "stacked"]
+__all__ = ["SequenceEncoder", "SequenceTokenizer", "before_last", "stacked"]
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -166,8 +167,17 @@ class SequenceEncoder:
         inputs: dict[ov.Output, NDArray[np.generic]] = {self._ids: self._tokenizer.padded(ids, room)[None]}
         if self._mask is not None:
             inputs[self._mask] = (np.arange(room) < len(ids))[None]
-        inputs |= more or {}
+        inputs |= self._no_pictures(room) if more is None else more
         return self._states(inputs)[0, : len(ids)]
+
+    def _no_pictures(self, length: int) -> dict[ov.Output, NDArray[np.generic]]:
+        """Return what an encoder that may see pictures takes if there are none: places in a row, and nothing seen."""
+        inputs: dict[ov.Output, NDArray[np.generic]] = {}
+        if (places := self._inputs.get("position_ids")) is not None:
+            inputs[places] = np.broadcast_to(np.arange(length), (3, 1, length))
+        if (seen := self._inputs.get("visual_states")) is not None:
+            inputs[seen] = np.zeros((1, length, seen.get_partial_shape()[2].get_length()), np.float32)
+        return inputs
 
     def _states(self, inputs: Mapping[ov.Output, NDArray[np.generic]]) -> Array:
         self._request.infer(
@@ -185,6 +195,16 @@ class SequenceEncoder:
             for cut in dict.fromkeys(cuts)
             if cut
         ]
+
+
+def before_last(model: ov.CompiledModel) -> tuple[str, ...]:
+    """Return the output for the states before the last layer.
+
+    Encoders that were converted for a pipeline that takes them have them as last_hidden_state. Those that were
+    converted alone have the states of all layers, by transformers' names.
+    """
+    numbered = any(name.startswith(LAYER) for port in model.outputs for name in port.names)
+    return (penultimate_output(model.outputs),) if numbered else ("last_hidden_state",)
 
 
 def stacked(rows: Sequence[Array]) -> tuple[Array, Array]:
@@ -206,7 +226,8 @@ def _read(assets: Mapping[str, bytes], role: str) -> tokenizers.Tokenizer:
         raise ModelError(
             "the model has no tokenizer.json, without which its tokens cannot be exactly those of transformers",
             where=role,
-            hint=f"Put the original model's {path} into that folder, or convert the model with ovforge.",
+            hint=f"Put the original model's {path} into that folder, or convert the model with ovforge; or name a "
+            f"folder that holds the tokenizer: [load.parts] {role} = FOLDER",
         )
     try:
         from tokenizers import Tokenizer

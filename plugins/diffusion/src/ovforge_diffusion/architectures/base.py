@@ -71,13 +71,25 @@ class Scale:
     deviation: tuple[float, ...] | None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Scale:
-        """Read an autoencoder's config.json. Defaults are those of its class."""
+    def of(cls, config: Mapping[str, Any], family: tuple[float, float] | None = None) -> Scale:
+        """Read an autoencoder's config.json. Defaults are those of its class.
+
+        A scaling_factor of null is one that its file does not tell: factor and shift are then those of the `family`.
+        Raises ModelError if that has none.
+        """
         if (mean := _numbers(config.get("bn_running_mean_data"))) and (
             variance := _numbers(config.get("bn_running_var_data"))
         ):  # of FLUX.2, whose statistics are those of a batch normalization
             spread = np.sqrt(np.array(variance, np.float32) + np.float32(config.get("bn_eps", 1e-4)))
             return cls(factor=1.0, shift=0.0, mean=mean, deviation=tuple(spread.tolist()))
+        if config.get("scaling_factor", 1.0) is None:
+            if family is None:
+                raise ModelError(
+                    "its scaling_factor is null: the file that it was made of does not tell it",
+                    where="vae_decoder/config.json",
+                    hint="Convert it again with the option config = FOLDER, a diffusers folder of the same model.",
+                )
+            return cls(factor=family[0], shift=family[1], mean=None, deviation=None)
         plain = config.get("_class_name") in _UNSCALED
         return cls(
             factor=float(config.get("scaling_factor", 1.0 if plain else 0.18215)),
@@ -142,6 +154,9 @@ class Architecture(ABC):
 
     default_size: ClassVar[int] = 64
     """Side of latents if the config does not say."""
+
+    latent_scale: ClassVar[tuple[float, float] | None] = None
+    """Factor and shift of latents, for an autoencoder whose file does not tell them; None if the family has several."""
 
     noise_at_full_strength: ClassVar[bool] = True
     """Whether inpainting at strength 1 begins with noise alone, rather than with a picture noised by the scheduler."""
@@ -228,9 +243,9 @@ class Architecture(ABC):
                 hint="Bring one, with its tokenizer, by [load.parts]: text_encoder = FOLDER and tokenizer = FOLDER, "
                 "where FOLDER is a converted model of the same family.",
             )
-        self.encoding = Scale.of(bundle.configs.get("vae_encoder", vae))
-        self.decoding = Scale.of(vae)
-        self.previewing = Scale.of(bundle.configs.get(PREVIEW, {})) if PREVIEW in bundle else None
+        self.encoding = Scale.of(bundle.configs.get("vae_encoder", vae), self.latent_scale)
+        self.decoding = Scale.of(vae, self.latent_scale)
+        self.previewing = Scale.of(bundle.configs.get(PREVIEW, {}), self.latent_scale) if PREVIEW in bundle else None
         """Of the decoder for previews; None if there is none of its own."""
 
         self.train_timesteps = int(bundle.scheduler_config().get("num_train_timesteps", 1000))

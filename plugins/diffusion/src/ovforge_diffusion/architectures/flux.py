@@ -49,6 +49,7 @@ class Flux(Architecture):
     sequence_encoders = (_T5,)
     prompts = 2
     default_size = 128
+    latent_scale = (0.3611, 0.1159)
     length = 512
     guided_by = "true_cfg_scale"
     rounds_sizes = True

@@ -14,7 +14,7 @@ from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
 from ovforge_diffusion.prompts import unweighted
-from ovforge_diffusion.sequence import SequenceEncoder, stacked
+from ovforge_diffusion.sequence import SequenceEncoder, before_last, stacked
 
 if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionOptions
@@ -40,6 +40,7 @@ class Lumina2(Architecture):
     text_encoders = (_GEMMA,)
     sequence_encoders = (_GEMMA,)
     default_size = 128
+    latent_scale = (0.3611, 0.1159)
     length = 256
     keeps_norm = True
 
@@ -62,7 +63,8 @@ class Lumina2(Architecture):
 
     def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
         """Return Gemma 2, whose states before the last layer count."""
-        encoder = SequenceEncoder(*opened(_GEMMA)[:2], _GEMMA)
+        tokenizer, model, _ = opened(_GEMMA)
+        encoder = SequenceEncoder(tokenizer, model, _GEMMA, before_last(model))
         return _Prompts(encoder, self, weighted=options.prompts == "weighted")
 
     def timestep(self, timestep: float) -> float:

@@ -36,6 +36,7 @@ class StableDiffusion3(Architecture):
     text_encoders = (*_CLIPS, _T5)
     sequence_encoders = (_T5,)
     default_size = 128
+    latent_scale = (1.5305, 0.0609)
     length = 256
 
     def __init__(self, context: TaskContext, task: Task) -> None:

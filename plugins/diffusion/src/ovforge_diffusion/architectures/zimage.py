@@ -14,7 +14,7 @@ from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEnc
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
 from ovforge_diffusion.chat import ChatTemplate
 from ovforge_diffusion.prompts import unweighted
-from ovforge_diffusion.sequence import SequenceEncoder
+from ovforge_diffusion.sequence import SequenceEncoder, before_last
 from ovforge_sampling import linspace
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ZImage(Architecture):
     text_encoders = (_QWEN,)
     sequence_encoders = (_QWEN,)
     default_size = 128
+    latent_scale = (0.3611, 0.1159)
     length = 512
 
     def __init__(self, context: TaskContext, task: Task) -> None:
@@ -61,7 +62,8 @@ class ZImage(Architecture):
         """Return Qwen3, which reads a prompt as what somebody says."""
         tokenizer, model, _ = opened(_QWEN)
         chat = ChatTemplate(self._assets, "tokenizer")
-        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN), chat, self, weighted=options.prompts == "weighted")
+        encoder = SequenceEncoder(tokenizer, model, _QWEN, before_last(model))
+        return _Prompts(encoder, chat, self, weighted=options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
         """Return the way from one half to the other: diffusers counts it from the prompt on, so that 0 means none."""
