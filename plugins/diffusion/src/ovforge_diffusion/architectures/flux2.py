@@ -41,6 +41,7 @@ class Flux2(Architecture):
     """FLUX.2 klein: guided, or distilled, which then takes neither a guidance scale nor a negative prompt."""
 
     name = "FLUX.2 klein"
+    normalizes_latents = True
     channel_axis = 2
     text_encoders = (_QWEN,)
     sequence_encoders = (_QWEN,)
@@ -53,7 +54,7 @@ class Flux2(Architecture):
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
-        self.size = self.default_size * self.factor
+        self.sides = (self.default_size * self.factor,) * 2
         self.channels = int(self.config.get("in_channels", 128))
         self.check_channels()
         if self.decoding.mean is None:
