@@ -29,8 +29,8 @@ __all__ = ["Flux2"]
 Array = NDArray[np.float32]
 
 _QWEN = "text_encoder"
-_LAYERS = tuple(f"hidden_states.{layer}" for layer in (9, 18, 27))
-"""States that the transformer takes, one beside the other."""
+_LAYERS = 9, 18, 27
+"""Layers of Qwen3 after which the transformer takes its states, one beside the other."""
 _APART = 10
 """How far pictures lie apart, as the first of a token's four places."""
 _LARGEST, _SHORTEST, _LONGEST = 1024 * 1024, 64, 8
@@ -63,6 +63,14 @@ class Flux2(Architecture):
                 where="vae_decoder/config.json",
                 hint="Convert the model as optimum-intel or ovforge does.",
             )
+        layers = self.configs.get(_QWEN, {}).get("num_hidden_layers")
+        if isinstance(layers, int) and layers < max(_LAYERS):
+            raise ModelError(
+                f"has {layers} layers, and FLUX.2 klein takes the states after layers "
+                f"{', '.join(map(str, _LAYERS[:-1]))} and {_LAYERS[-1]}",
+                where=_QWEN,
+                hint="Take the text encoder of the same model.",
+            )
         self.negatives = not context.bundle.index.get("is_distilled", False)
         self._embeds = bool(self.config.get("guidance_embeds", False))
         self._assets = context.bundle.assets
@@ -80,7 +88,8 @@ class Flux2(Architecture):
         """Return Qwen3, which reads a prompt as what somebody says."""
         tokenizer, model, _ = opened(_QWEN)
         chat = ChatTemplate(self._assets, "tokenizer")
-        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN, _LAYERS), chat, options.prompts == "weighted")
+        states = [f"hidden_states.{layer}" for layer in _LAYERS]
+        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN, states), chat, options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
         """Guide away from the negative prompt, which is empty by default, unless the model is distilled."""
