@@ -134,6 +134,19 @@ def test_from_a_picture(folder: Folder, session_cache: Cache, family: str, task:
     agree(ours(folder(family), session_cache, task)(PROMPT, steps=7, seed=5, **masks[1], **call), wanted)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_texts_of_a_length_that_was_not_foreseen(folder: Folder, session_cache: Cache, family: str) -> None:
+    """Models are compiled for what the config says; a call may say another length, and the first one again."""
+    size: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0}
+    pipe = ours(folder(family), session_cache, input={"width": 24, "height": 16})
+    for length in (None, 17, None):
+        more = {} if length is None else {"max_sequence_length": length}
+        wanted = theirs(
+            family, "text-to-image", folder(family), PROMPT, num_inference_steps=2, seeds=[3], **size, **more
+        )
+        agree(pipe(PROMPT, steps=2, seed=3, **size, **more), wanted)
+
+
 @pytest.mark.parametrize("layers", [[0], [1, 2]])
 def test_guidance_away_from_skipped_layers(folder: Folder, session_cache: Cache, layers: list[int]) -> None:
     """Of a picture's and a text's stream, of layers with one attention and with two, in a part of the steps."""

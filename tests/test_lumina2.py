@@ -47,6 +47,16 @@ def test_a_batch_with_a_long_prompt(folder: Path, session_cache: Cache, guidance
     assert len([warning for warning in said_of_call(pipe, made) if "cut off" in warning]) == 1
 
 
+@pytest.mark.parametrize("system", ["", "Be short, and\nplain."])
+def test_another_system_prompt(folder: Path, session_cache: Cache, system: str) -> None:
+    call: dict[str, Any] = {"width": 16, "height": 32, "guidance_scale": 3.0}
+    wanted = theirs(folder, prompt=PROMPT, steps=3, seeds=[5], system_prompt=system, **call)
+    pipe = ours(folder, session_cache)
+    made = pipe(PROMPT, steps=3, seed=5, instruction=system, **call)
+    agree(made, wanted)
+    assert (pipe(PROMPT, steps=3, seed=5, **call).latents != made.latents).any()
+
+
 def test_without_guidance(folder: Path, session_cache: Cache) -> None:
     call: dict[str, Any] = {"width": 16, "height": 32, "guidance_scale": 1.0}
     wanted = theirs(folder, prompt=PROMPT, steps=3, seeds=[5], **call)

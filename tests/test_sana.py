@@ -75,6 +75,23 @@ def test_a_batch_with_a_long_prompt(folder: Path, session_cache: Cache, guidance
     assert (pipe([PROMPT, LONG], steps=3, seed=[1, 2], **call).latents != made.latents).any()
 
 
+@pytest.mark.parametrize("lines", [None, ["Draw what follows.", "In few colours: "]])
+@pytest.mark.parametrize("kind", ["SanaPipeline", "SanaSprintPipeline"])
+def test_another_instruction(
+    folder: Path, sprint: Path, session_cache: Cache, kind: str, lines: list[str] | None
+) -> None:
+    """Prompts that fit and that are cut, in a batch."""
+    source = folder if kind == "SanaPipeline" else sprint
+    call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0, "max_sequence_length": 60}
+    prompts = {"prompt": [PROMPT, LONG], "complex_human_instruction": lines}
+    wanted = theirs(source, steps=2, seeds=[3, 4], kind=kind, **call, **prompts)
+    pipe = ours(source, session_cache)
+    told = "\n".join(lines or [])
+    made = pipe([PROMPT, LONG], steps=2, seed=[3, 4], instruction=told, **call)
+    agree(made, wanted)
+    assert (pipe([PROMPT, LONG], steps=2, seed=[3, 4], **call).latents != made.latents).any()
+
+
 def test_another_scheduler(folder: Path, session_cache: Cache) -> None:
     call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 2.0}
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

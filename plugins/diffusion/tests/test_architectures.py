@@ -76,6 +76,22 @@ def test_what_cannot_run_is_said(config: dict[str, Any], index: dict[str, Any], 
         opened(config, **index)
 
 
+def test_a_text_encoder_of_too_few_layers_is_said() -> None:
+    vae = {"latent_channels": 2, "bn_running_mean_data": [0.0] * 8, "bn_running_var_data": [1.0] * 8}
+    transformer = {"_class_name": "Flux2Transformer2DModel", "in_channels": 8}
+
+    def flux2(layers: int) -> Architecture:
+        configs: dict[str, Any] = {"transformer": transformer, "vae_decoder": vae}
+        bundle: Any = Bundle({**configs, "text_encoder": {"num_hidden_layers": layers}}, {})
+        return architecture_of(TaskContext(bundle=bundle, scheduler=lambda: None), "text-to-image")  # type: ignore[arg-type]
+
+    assert flux2(28).name == "FLUX.2 klein"
+    with pytest.raises(
+        ModelError, match="text_encoder: has 2 layers, and FLUX.2 klein takes the states after layers 9, 18 and 27"
+    ):
+        flux2(2)
+
+
 @settings(deadline=None, max_examples=30)
 @given(pictures=st.integers(1, 3), height=st.integers(1, 6), width=st.integers(1, 6))
 def test_packed_latents_are_tokens_of_two_by_two(pictures: int, height: int, width: int) -> None:

@@ -28,7 +28,7 @@ BOUNDS = {
     "clip_sample_range": st.sampled_from([1.0, 2.5]),
     "thresholding": st.booleans(),
     "dynamic_thresholding_ratio": st.sampled_from([0.9, 0.995]),
-    "sample_max_value": st.sampled_from([1.0, 2.0]),
+    "sample_max_value": st.sampled_from([0.5, 1.0, 2.0]),
     "rescale_betas_zero_snr": st.booleans(),
 }
 RUNS = {

@@ -28,7 +28,7 @@ COMMON = {
     "solver_order": st.sampled_from([1, 2, 3]),
     "thresholding": RARE,
     "dynamic_thresholding_ratio": st.sampled_from([0.9, 0.995]),
-    "sample_max_value": st.sampled_from([1.0, 2.0]),
+    "sample_max_value": st.sampled_from([0.5, 1.0, 2.0]),
     "lower_order_final": st.booleans(),
     "use_karras_sigmas": RARE,
     "use_exponential_sigmas": RARE,

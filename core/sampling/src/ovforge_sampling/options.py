@@ -86,7 +86,7 @@ class ThresholdOptions(Options):
 
     thresholding: bool = False
     dynamic_thresholding_ratio: float = Field(0.995, ge=0, le=1)
-    sample_max_value: float = Field(1.0, ge=1)
+    sample_max_value: float = Field(1.0, gt=0)
 
 
 class ClipOptions(Options):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ovforge_convert as conversion
+from ovforge.errors import ModelError
 from ovforge_diffusers.ports import Submodel
 from ovforge_diffusers.requirements import need
 
@@ -69,20 +70,29 @@ def convert(
 ) -> ov.Model:
     """Trace and convert; the result owns or maps its weights and nothing else of torch.
 
-    `values` are put in last, and lie on the `disk` while they are not used if they are large.
+    `values` are put in last, and lie on the `disk` while they are not used if they are large. Raises ModelError for a
+    module that cannot be traced.
     """
-    with quiet():
-        model = conversion.convert_module(
-            role,
-            module,
-            submodel.forward,
-            submodel.inputs,
-            submodel.outputs,
-            weights,
-            exact=_is_frequency,
-            values=values,
-            disk=disk,
-        )
+    try:
+        with quiet():
+            model = conversion.convert_module(
+                role,
+                module,
+                submodel.forward,
+                submodel.inputs,
+                submodel.outputs,
+                weights,
+                exact=_is_frequency,
+                values=values,
+                disk=disk,
+            )
+    except RuntimeError as error:  # what torch and OpenVINO raise for a module that cannot run, or be traced
+        kind, cause = type(module).__name__, error.__cause__ or error.__context__ or error
+        raise ModelError(
+            f"a {kind} of this config cannot be converted: {str(cause).strip().splitlines()[0]}",
+            where=f"{role}/config.json",
+            hint="Expected are the kinds of blocks that published models have. If this is one, please report it.",
+        ) from error
     for name, value in submodel.runtime_options:
         model.set_rt_info(value, ["runtime_options", name])
     return model

@@ -89,6 +89,11 @@ def _check_conditions(config: Any, kind: str) -> None:
     for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type"):
         if config.get(name) is not None and not (xl and name == "addition_embed_type"):
             raise ModelError(f"a {kind} with {name} = {config[name]!r} cannot be converted", where="config.json")
+    if config.get("dual_cross_attention"):
+        raise ModelError(
+            f"a {kind} with dual_cross_attention cannot be converted: diffusers has no pipeline that runs it",
+            where="config.json",
+        )
     if not isinstance(config.cross_attention_dim, int):
         raise ModelError(f"a {kind} with a cross_attention_dim for each block cannot be converted", where="config.json")
 

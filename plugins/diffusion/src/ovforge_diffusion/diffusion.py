@@ -228,7 +228,7 @@ class Diffusion:
         what = len(request.prompts), self._size(request), schedule.halves
         factor = self.architecture.factor
         beside = [(height // factor, width // factor) for width, height in request.references]
-        denoiser = self._models.denoiser(*what, split=split, beside=beside)
+        denoiser = self._models.denoiser(*what, split=split, beside=beside, length=given.max_sequence_length)
         controlnets = partial(self._models.controlnets, *what, split=split)
         prediction = Prediction(denoiser, self.architecture, request, schedule, guidance, controlnets)
         denoiser.check(sampling.timesteps)

@@ -114,6 +114,12 @@ class DiffusionInputs(BaseModel):
         description="Tokens that T5, a Qwen or Gemma 2 reads: by default 256 for SD 3 and Lumina 2, 300 for Sana and "
         "PixArt, 512 for FLUX, Z-Image and Qwen-Image. At most 512, and 1024 for Qwen-Image.",
     )
+    instruction: str | None = Field(
+        None,
+        max_length=100_000,
+        description="Sana and Lumina 2: what the language model is told before each prompt, in place of the "
+        'instruction of diffusers\' pipelines. "" tells Sana nothing.',
+    )
     skip_guidance_layers: list[int] | None = Field(
         None,
         min_length=1,
@@ -220,6 +226,13 @@ class InpaintingInputs(DiffusionInputs):
     )
     reference: Picture | None = Field(
         None, description="FLUX.1 Kontext: the picture that the model sees, in place of the one to change."
+    )
+    padding_mask_crop: int | None = Field(
+        None,
+        ge=0,
+        le=16384,
+        description="Paint in a part of the picture: what is around the mask, with so many pixels on each side, is cut "
+        "out, made at width and height, and put back, so that small things get all of the model's detail.",
     )
     paste: bool = Field(
         False,

@@ -109,26 +109,30 @@ class Models:
         *,
         split: bool,
         beside: Sequence[tuple[int, int]] = (),
+        length: int | None = None,
     ) -> Denoiser:
         """Return the denoiser for pictures of a size (height, width) in latents; `split` runs each half by itself.
 
-        `beside` are the sizes of the pictures that it sees beside them.
+        `beside` are the sizes of the pictures that it sees beside them, `length` the tokens of text that a call asks
+        for, None for the usual number.
         """
         architecture = self._architecture
         calls = halves if split else 1
         shape = architecture.sample_shape(pictures, *size)
         if beside:
             shape = architecture.widened(shape, beside)
-        key = (halves, calls, pictures, *size, *(side for each in beside for side in each))
+        usual = architecture.length
+        foreseen = not beside and (length or usual) == (self._inputs.get("max_sequence_length") or usual)
+        key = (foreseen, halves, calls, pictures, *size, *(side for each in beside for side in each))
         if self._denoiser is None or self._denoiser[0] != key:
-            shapes = None if beside else self._denoiser_shapes((pictures * halves // calls, *size))
+            shapes = self._denoiser_shapes((pictures * halves // calls, *size)) if foreseen else None
             if shapes is None and self._expected and self._denoiser is None:
                 self._bundle.release(architecture.denoiser)  # nobody has asked for the size that was foreseen
             model = self._bundle.get(architecture.denoiser, shapes)
             latents = architecture.packed_shape(pictures, *size)
             denoiser = Denoiser(model, architecture, shape, latents, halves, calls)
             if (outer := shallow_role(architecture.denoiser)) in self._bundle:
-                shapes = None if beside else self._shallow_shapes((pictures * halves // calls, *size))
+                shapes = self._shallow_shapes((pictures * halves // calls, *size)) if foreseen else None
                 denoiser.cache_steps(self._bundle.get(outer, shapes), StepRule.of(self._bundle.configs[outer]))
             self._denoiser = (key, denoiser)
         return self._denoiser[1]
@@ -183,7 +187,7 @@ class Models:
         architecture, inputs = self._architecture, self._inputs
         width, height, count = (
             inputs.get(name) or default
-            for name, default in (("width", architecture.size), ("height", architecture.size), ("count", 1))
+            for name, default in (*zip(("width", "height"), architecture.sides, strict=True), ("count", 1))
         )
         if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
             return None

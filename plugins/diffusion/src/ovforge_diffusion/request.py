@@ -137,7 +137,7 @@ def make_request(
     guidance = architecture.guidance(inputs, scale)
     binning = _binning(inputs, architecture)
     floored = size if binning or size is None else _floor(size, multiple)
-    default_width, default_height = floored or (architecture.size, architecture.size)
+    default_width, default_height = floored or architecture.sides
     asked = inputs.width or default_width, inputs.height or default_height
     made = binned(*asked, binning) if binning else asked
     _check_prompts(inputs, architecture)
@@ -150,6 +150,12 @@ def make_request(
     if inputs.max_sequence_length is not None and architecture.length is None:
         raise InputError(
             "counts the tokens of T5, which the model has not", where="max_sequence_length", hint="Leave it out."
+        )
+    if inputs.instruction is not None and not architecture.instructed:
+        raise InputError(
+            "is for models that are told something before each prompt: Sana and Lumina-Image 2.0",
+            where="instruction",
+            hint="Leave it out.",
         )
     if inputs.guidance_rescale and guidance is None:
         raise InputError("no effect without guidance", where="guidance_rescale", hint="Set guidance_scale above 1.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, ImagesResult, Timings, open_picture
 from ovforge_diffusion.architectures.base import Task
 from ovforge_diffusion.batching import joined, key_of, parts_of
+from ovforge_diffusion.cropping import Crop
 from ovforge_diffusion.diffusion import Diffusion, Start
 from ovforge_diffusion.examples import drawing, hole, prompts
 from ovforge_diffusion.inputs import DiffusionInputs, ImageToImageInputs, InpaintingInputs, TextToImageInputs
@@ -237,10 +238,8 @@ class Inpainting(TextToImage):
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         architecture, autoencoder = self.architecture, self.autoencoder
         pack = architecture.pack
-        image = scaled(self._picture(inputs), request.width, request.height)
-        pixels = pixels_of(image)
-        mask = _mask(inputs.mask, request)
-        finish = _Paste(image, mask) if inputs.paste else Start.finish
+        image, grey, finish = self._to_paint(inputs, request)
+        pixels, mask = pixels_of(image), _mask(grey)
         shape, pictures = self.latents_shape(request), len(request.prompts)
         full = request.strength == 1.0 and architecture.noise_at_full_strength
         original: Array | None = None
@@ -269,6 +268,26 @@ class Inpainting(TextToImage):
         where = pack(np.broadcast_to(architecture.kept(mask), shape))
         blend = _Blend(original, noise, where, sampling)
         return Start(latents, sampling.first, extra=seen, blend=blend, finish=finish)
+
+    def _to_paint(
+        self, inputs: Any, request: Request
+    ) -> tuple[Image.Image, Image.Image, Callable[[Image.Image], Image.Image]]:
+        """Return the picture and the mask at the size that is made, and what is done with each picture made."""
+        size = request.width, request.height
+        if inputs.padding_mask_crop is None:
+            image = scaled(self._picture(inputs), *size)
+            grey = resized_mask(inputs.mask, "mask", *size)
+            return image, grey, _Paste(image, _mask(grey)) if inputs.paste else Start.finish
+        if self.architecture.references:
+            raise InputError(
+                f"{self.architecture.name} sees the whole picture that it paints in",
+                where="padding_mask_crop",
+                hint="Leave it out.",
+            )
+        whole = open_picture(inputs.image, "image")
+        mask = resized_mask(inputs.mask, "mask", *whole.size)
+        crop = Crop.around(whole, mask, inputs.padding_mask_crop, size)
+        return crop.seen(whole, *size), crop.seen(mask, *size), crop.put_back
 
     def _to_see(self, pixels: Array, pictures: int, rng: BatchGenerator) -> Array:
         """Return packed latents of what the denoiser sees, for each picture."""
@@ -301,7 +320,6 @@ class _Paste:
         return Image.composite(image, self._original, self._painted)
 
 
-def _mask(image: Any, request: Request) -> Array:
+def _mask(grey: Image.Image) -> Array:
     """Return a mask, float32 (1, height, width): 1 where the picture is painted anew, else 0."""
-    grey = resized_mask(image, "mask", request.width, request.height)
     return (np.asarray(grey, np.float32)[None] / np.float32(255) >= 0.5).astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -191,6 +191,15 @@ class Architecture(ABC):
     given_channels: int | None = None
     """Channels that the denoiser gives, if it gives more than those of the latents, which come first."""
 
+    shifts_latents: ClassVar[bool] = True
+    """Whether the autoencoder's shift_factor counts in diffusers' pipelines for the family."""
+
+    normalizes_latents: ClassVar[bool] = False
+    """Whether its latents_mean and latents_std count there."""
+
+    instructed: ClassVar[bool] = False
+    """Whether a language model is told something before each prompt that is followed."""
+
     bins: int | None = None
     """Pixels a side of the square in the list of sizes that the model was trained on; None if there is no list."""
 
@@ -243,18 +252,24 @@ class Architecture(ABC):
                 hint="Bring one, with its tokenizer, by [load.parts]: text_encoder = FOLDER and tokenizer = FOLDER, "
                 "where FOLDER is a converted model of the same family.",
             )
-        self.encoding = Scale.of(bundle.configs.get("vae_encoder", vae), self.latent_scale)
-        self.decoding = Scale.of(vae, self.latent_scale)
-        self.previewing = Scale.of(bundle.configs.get(PREVIEW, {}), self.latent_scale) if PREVIEW in bundle else None
+        self.encoding = self._counting(Scale.of(bundle.configs.get("vae_encoder", vae), self.latent_scale))
+        self.decoding = self._counting(Scale.of(vae, self.latent_scale))
+        preview = Scale.of(bundle.configs.get(PREVIEW, {}), self.latent_scale) if PREVIEW in bundle else None
+        self.previewing = preview and self._counting(preview)
         """Of the decoder for previews; None if there is none of its own."""
 
         self.train_timesteps = int(bundle.scheduler_config().get("num_train_timesteps", 1000))
-        if isinstance(size := self.config.get("sample_size", self.default_size), list | tuple):
-            size = max(size)
-        self.size = int(size) * self.factor
-        """Pixels a side of the pictures that the model was trained on."""
+        size = self.config.get("sample_size") or self.default_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        self.sides: tuple[int, int] = int(width) * self.factor, int(height) * self.factor
+        """(width, height) in pixels of the pictures that the model was trained on."""
 
         self.defaults = self.own_defaults(context, self.usual(task))
+
+    def _counting(self, scale: Scale) -> Scale:
+        """Return what of an autoencoder's scale diffusers' pipelines for the family look at."""
+        scale = scale if self.shifts_latents else replace(scale, shift=0.0)
+        return scale if self.normalizes_latents else replace(scale, mean=None, deviation=None)
 
     def check_channels(self, expected: int | None = None) -> None:
         """Raise ModelError for a denoiser of other channels than `expected`, by default those of the latents."""
@@ -386,6 +401,11 @@ class Architecture(ABC):
         return 1 if not self.negatives or (isinstance(scale, int | float) and scale <= 1) else 2
 
     @property
+    def size(self) -> int:
+        """Pixels of the longer side of the pictures that the model was trained on."""
+        return max(self.sides)
+
+    @property
     def grid(self) -> int:
         """Pixels that the denoiser itself wants of sides, for models that were converted without free sizes."""
         return self.multiple
@@ -402,8 +422,15 @@ class Architecture(ABC):
 
     def notes(self) -> list[str]:
         """Return what plans and results should say of this model."""
-        applied = self.decoding.mean and self.decoding.deviation
-        return ["the autoencoder's latents_mean and latents_std are applied"] if applied else []
+        said = Scale.of(self.configs.get("vae_decoder", {}))
+        notes = []
+        if self.decoding.mean and self.decoding.deviation:
+            notes.append("the autoencoder's latents_mean and latents_std are applied")
+        elif said.mean and said.deviation:
+            notes.append("the autoencoder's latents_mean and latents_std do not count, as in diffusers' pipeline")
+        if said.shift and not self.shifts_latents:
+            notes.append("the autoencoder's shift_factor does not count, as in diffusers' pipeline")
+        return notes
 
 
 class _Own(BaseModel):

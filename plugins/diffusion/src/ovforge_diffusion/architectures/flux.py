@@ -58,7 +58,7 @@ class Flux(Architecture):
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
         self.multiple = self.factor * SIDE
-        self.size = self.default_size * self.factor
+        self.sides = (self.default_size * self.factor,) * 2
         plain = self.latent_channels * SIDE**2
         self.channels = int(self.config.get("in_channels", 64))
         filling = 2 * plain + (self.factor * SIDE) ** 2

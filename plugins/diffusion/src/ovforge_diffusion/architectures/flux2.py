@@ -43,6 +43,7 @@ class Flux2(Architecture):
     """FLUX.2 klein: guided, or distilled, which then takes neither a guidance scale nor a negative prompt."""
 
     name = "FLUX.2 klein"
+    normalizes_latents = True
     channel_axis = 2
     text_encoders = (_QWEN,)
     sequence_encoders = (_QWEN,)
@@ -55,7 +56,7 @@ class Flux2(Architecture):
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
-        self.size = self.default_size * self.factor
+        self.sides = (self.default_size * self.factor,) * 2
         self.channels = int(self.config.get("in_channels", 128))
         self.check_channels()
         if self.decoding.mean is None:
@@ -64,10 +65,17 @@ class Flux2(Architecture):
                 where="vae_decoder/config.json",
                 hint="Convert the model as optimum-intel or ovforge does.",
             )
+        layers = self.configs.get(_QWEN, {}).get("num_hidden_layers")
+        if isinstance(layers, int) and layers < max(_LAYERS):
+            raise ModelError(
+                f"has {layers} layers, and FLUX.2 klein takes the states after layers "
+                f"{', '.join(map(str, _LAYERS[:-1]))} and {_LAYERS[-1]}",
+                where=_QWEN,
+                hint="Take the text encoder of the same model.",
+            )
         self.negatives = not context.bundle.index.get("is_distilled", False)
         self._embeds = bool(self.config.get("guidance_embeds", False))
         self._assets = context.bundle.assets
-        self._encoder_config = context.bundle.configs.get(_QWEN, {})
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -82,7 +90,7 @@ class Flux2(Architecture):
         """Return Qwen3, which reads a prompt as what somebody says."""
         tokenizer, model, _ = opened(_QWEN)
         chat = ChatTemplate(self._assets, "tokenizer")
-        encoder = SequenceEncoder(tokenizer, model, _QWEN, _states(model, self._encoder_config))
+        encoder = SequenceEncoder(tokenizer, model, _QWEN, _states(model, self.configs.get(_QWEN, {})))
         return _Prompts(encoder, chat, options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:

@@ -27,9 +27,10 @@ Array = NDArray[np.float32]
 _GEMMA = "text_encoder"
 _SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
-    "on textual prompts or user prompts. <Prompt Start> "
+    "on textual prompts or user prompts."
 )
 """What stands before each prompt that is followed: system_prompt of diffusers' Lumina2Pipeline."""
+_BEGIN = " <Prompt Start> "
 
 
 class Lumina2(Architecture):
@@ -43,6 +44,7 @@ class Lumina2(Architecture):
     latent_scale = (0.3611, 0.1159)
     length = 256
     keeps_norm = True
+    instructed = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
@@ -116,7 +118,9 @@ class _Prompts(PromptEncoder):
         """Return states, (prompts, tokens, width), which of them count, and places, (prompts, tokens, 3)."""
         length = self._architecture.words(request)
         words, lost = unweighted([each[0] for each in texts], self._weighted, "Lumina-Image 2.0")
-        asked = [text if avoided else _SYSTEM + text for text, avoided in zip(words, negative, strict=True)]
+        given = request.given.instruction
+        told = (_SYSTEM if given is None else given) + _BEGIN
+        asked = [text if avoided else told + text for text, avoided in zip(words, negative, strict=True)]
         with timings.span("text_encoder"):
             read, notes = self._encoder.encode_each(asked, length, timings)
         states, mask = stacked(read)

@@ -32,6 +32,7 @@ class PixArt(Architecture):
     """PixArt-Sigma, from text."""
 
     name = "PixArt-Sigma"
+    shifts_latents = False
     tasks: ClassVar[tuple[Task, ...]] = ("text-to-image",)
     text_encoders = (_T5,)
     sequence_encoders = (_T5,)

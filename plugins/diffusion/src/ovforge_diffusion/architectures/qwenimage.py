@@ -39,6 +39,7 @@ class QwenImage(Architecture):
     """Qwen-Image. A negative prompt, which may be empty, switches guidance on; `true_cfg_scale` says how far."""
 
     name = "Qwen-Image"
+    normalizes_latents = True
     channel_axis = 2
     text_encoders = (_QWEN,)
     sequence_encoders = (_QWEN,)
@@ -52,7 +53,7 @@ class QwenImage(Architecture):
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
         self.multiple = self.factor * SIDE
-        self.size = self.default_size * self.factor
+        self.sides = (self.default_size * self.factor,) * 2
         self.channels = int(self.config.get("in_channels", 64))
         self.check_channels(self.latent_channels * SIDE**2)
 

@@ -56,11 +56,13 @@ class Sana(Architecture):
     """Sana, from text."""
 
     name = "Sana"
+    shifts_latents = False
     tasks: ClassVar[tuple[Task, ...]] = ("text-to-image",)
     text_encoders = (_GEMMA,)
     sequence_encoders = (_GEMMA,)
     default_size = 32
     length = 300
+    instructed = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
@@ -179,8 +181,7 @@ class _Prompts(PromptEncoder):
     """Gemma 2's states of each prompt: of its first token, and of those after the instruction."""
 
     def __init__(self, tokenizer: SequenceTokenizer, encoder: SequenceEncoder, *, weighted: bool) -> None:
-        self._encoder, self._weighted = encoder, weighted
-        self._instruction = len(tokenizer.cut(_INSTRUCTION, _LONGEST_INSTRUCTION)[0])
+        self._tokenizer, self._encoder, self._weighted = tokenizer, encoder, weighted
 
     def encode(
         self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
@@ -190,6 +191,8 @@ class _Prompts(PromptEncoder):
         What fills up a prompt of diffusers' is masked, and changes nothing: it is left out here.
         """
         length = sequence_length(request.given.max_sequence_length, Sana.length)
+        given = request.given.instruction
+        instruction = _INSTRUCTION if given is None else given
         plain, lost = unweighted([each[0] for each in texts], self._weighted, "Sana")
         words = [text.lower().strip() for text in plain]
         rows: list[Array | None] = [None] * len(words)
@@ -197,7 +200,8 @@ class _Prompts(PromptEncoder):
         with timings.span("text_encoder"):
             for avoided in (False, True):
                 mine = [number for number, each in enumerate(negative) if bool(each) == avoided]
-                read, said = self._read([words[number] for number in mine], length, timings, instructed=not avoided)
+                told = "" if avoided else instruction
+                read, said = self._read([words[number] for number in mine], length, timings, told)
                 notes += said
                 for number, row in zip(mine, read, strict=True):
                     rows[number] = row
@@ -205,15 +209,15 @@ class _Prompts(PromptEncoder):
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}, notes + lost
 
     def _read(
-        self, words: Sequence[str], length: int, timings: Timings, *, instructed: bool
+        self, words: Sequence[str], length: int, timings: Timings, instruction: str
     ) -> tuple[list[Array], list[str]]:
-        """Return states of up to `length` tokens for each text, and warnings of what did not fit."""
+        """Return states of up to `length` tokens for each text after an instruction, and what did not fit."""
         if not words:
             return [], []
-        if not instructed:
+        if not instruction:
             return self._encoder.encode_each(words, length, timings)
         # The last token of the instruction counts as the prompt's own, as in diffusers.
-        begin = self._instruction - 1
-        asked = [_INSTRUCTION + text for text in words]
+        begin = len(self._tokenizer.cut(instruction, _LONGEST_INSTRUCTION)[0]) - 1
+        asked = [instruction + text for text in words]
         read, notes = self._encoder.encode_each(asked, begin + length - 1, timings)
         return [np.concatenate([row[:1], row[begin:]])[:length] for row in read], notes

@@ -6,6 +6,7 @@ Models with guidance built in (latent consistency models) take an embedding of i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -38,6 +39,7 @@ class StableDiffusion(Architecture):
     denoiser = "unet"
     sample = "sample"
     timestep_rows = False
+    shifts_latents = False
     penultimate: ClassVar[bool] = False
     """Whether text states are those before the last layer."""
 
@@ -56,6 +58,8 @@ class StableDiffusion(Architecture):
         self._context = width if isinstance(width, int) else None
         self._guidance_width: int | None = self.config.get("time_cond_proj_dim")
         self._embed = _guidance_embedder(context) if self._guidance_width else None
+        pipeline = str(context.bundle.index.get("_class_name") or "LatentConsistencyModelPipeline")
+        self._consistency = bool(self._guidance_width) and "LatentConsistency" in pipeline
         self.negatives = not self._guidance_width
         self.prompts = len(self.encoders)
         self.controlnets = tuple(role for role in CONTROLNETS if role in context.bundle)
@@ -97,6 +101,8 @@ class StableDiffusion(Architecture):
         """Return the UNet's shapes, with those of what ControlNets add."""
         if self._context is None or options.long_prompts == "chunks":  # states of any length
             return None
+        if self.config.get("resnet_time_scale_shift") == "scale_shift":
+            return None  # for fixed shapes in float32, OpenVINO 2026.4 ends the process while it compiles such a UNet
         sample = (rows, self.channels, *size)
         length = self.configs.get(self.encoders[0], {}).get("max_position_embeddings", DEFAULT_LENGTH)
         shapes: dict[str, tuple[int, ...]] = {"sample": sample, "timestep": (1,), STATES: (rows, length, self._context)}
@@ -137,18 +143,18 @@ class StableDiffusion(Architecture):
 
     def overrides(self, config: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
         """Return what the pipelines of Stable Diffusion 1 and 2 repair of a scheduler's config."""
-        if not config or self._guidance_width or self.controlnets:
+        if not config or self._consistency or self.controlnets:
             return {}
         return overridden(config, inpainting=self.task == "inpainting", own=own)
 
     def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
         """Begin a run.
 
-        Latent consistency sampling spreads its steps over the part of the run only for models with guidance built in,
-        as diffusers' latent consistency pipeline does; for other models its first steps are left out, as for any
-        scheduler.
+        Latent consistency sampling spreads its steps over the part of the run only for latent consistency models, as
+        their pipeline in diffusers does; in other pipelines its first steps are left out, as for any scheduler, whether
+        the UNet has its guidance built in or not.
         """
-        if strength == 1 or self._guidance_width or not getattr(scheduler, "spreads_steps", False):
+        if strength == 1 or self._consistency or not getattr(scheduler, "spreads_steps", False):
             return scheduler.start(steps, strength)
         sampling = scheduler.start(steps)
         sampling.first = steps - min(int(steps * strength), steps)
@@ -163,12 +169,16 @@ class StableDiffusionXL(StableDiffusion):
     """SDXL, base and refiner: two text encoders, and numbers that tell of sizes."""
 
     name = "Stable Diffusion XL"
+    normalizes_latents = True
     penultimate = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
         bundle = context.bundle
         aesthetic = bool(bundle.index.get("requires_aesthetics_score", False))
+        if task == "inpainting":  # these pipelines of diffusers look at fewer of the autoencoder's statistics
+            self.encoding = replace(self.encoding, mean=None, deviation=None)
+            self.decoding = replace(self.decoding, mean=None, deviation=None) if self.controlnets else self.decoding
         self._numbers = 5 if aesthetic else 6  # that tell of sizes, or of sizes and an aesthetic score
         self.zero_negative = bool(bundle.index.get("force_zeros_for_empty_prompt", True))
 
