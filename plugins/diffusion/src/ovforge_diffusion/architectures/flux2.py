@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["Flux2"]
+__all__ = ["LAYERS", "Flux2"]
 
 Array = NDArray[np.float32]
 
 _QWEN = "text_encoder"
-_LAYERS = tuple(f"hidden_states.{layer}" for layer in (9, 18, 27))
+LAYERS = tuple(f"hidden_states.{layer}" for layer in (9, 18, 27))
 """States that the transformer takes, one beside the other."""
 _APART = 10
 """How far pictures lie apart, as the first of a token's four places."""
@@ -79,7 +79,7 @@ class Flux2(Architecture):
         """Return Qwen3, which reads a prompt as what somebody says."""
         tokenizer, model, _ = opened(_QWEN)
         chat = ChatTemplate(self._assets, "tokenizer")
-        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN, _LAYERS), chat, options.prompts == "weighted")
+        return _Prompts(SequenceEncoder(tokenizer, model, _QWEN, LAYERS), chat, options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
         """Guide away from the negative prompt, which is empty by default, unless the model is distilled."""

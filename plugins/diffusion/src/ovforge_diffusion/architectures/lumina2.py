@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["Lumina2"]
+__all__ = ["SYSTEM", "Lumina2"]
 
 Array = NDArray[np.float32]
 
 _GEMMA = "text_encoder"
-_SYSTEM = (
+SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. <Prompt Start> "
 )
@@ -114,7 +114,7 @@ class _Prompts(PromptEncoder):
         """Return states, (prompts, tokens, width), which of them count, and places, (prompts, tokens, 3)."""
         length = self._architecture.words(request)
         words, lost = unweighted([each[0] for each in texts], self._weighted, "Lumina-Image 2.0")
-        asked = [text if avoided else _SYSTEM + text for text, avoided in zip(words, negative, strict=True)]
+        asked = [text if avoided else SYSTEM + text for text, avoided in zip(words, negative, strict=True)]
         with timings.span("text_encoder"):
             read, notes = self._encoder.encode_each(asked, length, timings)
         states, mask = stacked(read)
