@@ -155,7 +155,7 @@ def steps(arguments: argparse.Namespace) -> dict[str, float]:
     model = compiled(fixed(bundle.models["unet"], arguments.side), arguments.precision)
     variables = Variables()
     adapters = Adapters(bundle.adapters, variables, lambda use: None)  # type: ignore[arg-type, return-value]
-    request, without = variables.given_to("unet", model).create_infer_request(), plain.create_infer_request()
+    request, without, given = model.create_infer_request(), plain.create_infer_request(), variables.for_request("unet")
     load = timed(lambda: adapters.add(running_adapter(options, bundle)))[0]
     second = LoraOptions(path=options.path, name="second", mode="runtime", scale=0.3)
     swap = timed(lambda: adapters.add(running_adapter(second, bundle)))[0]
@@ -174,7 +174,7 @@ def steps(arguments: argparse.Namespace) -> dict[str, float]:
 
     def switch(name: str, weights: dict[str, float]) -> None:
         set_ = timed(lambda: adapters.set(weights))[0]
-        give.setdefault(name, []).append(set_ + timed(request._give)[0])
+        give.setdefault(name, []).append(set_ + timed(lambda: given(request))[0])
 
     for _ in range(arguments.rounds + 1):
         take("plain", without)

@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ovforge
-from families import agree, maker, seeded
+from families import TRANSFORMERS, agree, make_transformer, maker, seeded
 from ovforge import Use
 from ovforge.cli import app
 from ovforge.errors import ConfigError, OvforgeError
@@ -141,6 +141,7 @@ CASES = [
         {"guidance_rescale": 0.7, "guidance_start": 0.2, "guidance_stop": 0.8},
     ),
     ("sd", "heun", {"unroll": True}, {"steps": 2}),
+    ("sd2", "ddim", {}, {}),
     ("xl", "unipc", {}, {"negative_prompt": ""}),
     ("xl", "ddim", {"pictures_at_once": 2}, {"crop": [4, 8]}),
 ]
@@ -189,6 +190,76 @@ def test_pictures_are_those_of_diffusers(torch_sd: Path, session_cache: Cache) -
     pipe = loaded(torch_sd, session_cache, call, scheduler=Use("pndm", skip_prk_steps=True))
     pictures = run(single_graph(pipe), [5], [PROMPT], ["photo"])
     agree(SimpleNamespace(images=[Image.fromarray(each) for each in pictures]), wanted)  # type: ignore[arg-type]
+
+
+FLOWS = [
+    # family, options of the graph, what the config says of a call, what the graph's call gives beside the prompts
+    ("flux", {"pictures_at_once": 2}, {"guidance_scale": 2.0}, {}),
+    ("flux", {"guidance_input": True}, {"guidance_scale": 1.5}, {"guidance_scale": 2.0}),
+    ("flux", {"unroll": True}, {"true_cfg_scale": 2.0, "negative_prompt": "photo", "max_sequence_length": 40}, {}),
+    ("sd3", {"pictures_at_once": None}, {"guidance_scale": 3.0}, {}),
+    ("flux2", {}, {"guidance_scale": 3.0}, {}),
+    ("zimage", {"pictures_at_once": 2}, {"guidance_scale": 2.0, "max_sequence_length": 70}, {}),
+    ("zimage", {"guidance_input": True}, {"guidance_scale": 1.5}, {"guidance_scale": 2.0}),
+    ("lumina2", {"pictures_at_once": 2}, {"guidance_scale": 3.0}, {}),
+    ("qwenimage", {}, {"true_cfg_scale": 3.0, "negative_prompt": "photo"}, {}),
+]
+
+
+@pytest.fixture(scope="module")
+def transformer(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Return a function that gives the diffusers folder of a family of transformers, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = make_transformer(tmp_path_factory.mktemp(family) / "pipeline", family, torch_lcm)
+        return made[family]
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "inputs", "more"), FLOWS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_pictures_of_transformers_are_the_pipelines(
+    transformer: Folder,
+    session_cache: Cache,
+    family: str,
+    options: dict[str, Any],
+    inputs: dict[str, Any],
+    more: dict[str, float],
+) -> None:
+    call = {"steps": 3, "width": 24, "height": 16, **inputs}
+    pipe = loaded(transformer(family), session_cache, call)
+    made = single_graph(pipe, **options)
+    several = options.get("pictures_at_once", 1) != 1
+    prompts = ["  a  <extra_id_3>\tpink unicorn,\n 8k</s> ", "the blue cat!!"][: 2 if several else 1]
+    seeds = [7, 8][: len(prompts)]
+    guided = family != "flux" or "true_cfg_scale" in inputs
+    negative = ["photo", ""][: len(prompts)] if guided else None
+    given = {name: np.array([value], np.float32) for name, value in more.items()}
+    wanted = pipe(prompts, seed=seeds, **({"negative_prompt": negative} if guided else {}), **more)
+    equal(run(made, seeds, prompts, negative, **given), wanted)
+
+
+def test_pictures_of_flux_are_those_of_diffusers(transformer: Folder, session_cache: Cache) -> None:
+    """A prompt of blanks, of a token of T5's, and longer than T5 is to read."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FluxPipeline.from_pretrained(transformer("flux"))
+    theirs.set_progress_bar_config(disable=True)
+    size = {"width": 48, "height": 32, "guidance_scale": 2.5, "max_sequence_length": 16}
+    prompt = f"{PROMPT}  and\t\ta <extra_id_1> cat that sits on a mat and looks at a bird on a wire"
+    wanted = theirs(prompt, num_inference_steps=4, generator=seeded([5]), **size).images
+    pictures = run(single_graph(loaded(transformer("flux"), session_cache, {"steps": 4, **size})), [5], [prompt])
+    agree(SimpleNamespace(images=[Image.fromarray(each) for each in pictures]), wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", sorted(set(TRANSFORMERS) - {family for family, *_ in FLOWS}))
+def test_families_that_are_not_written_are_refused(transformer: Folder, session_cache: Cache, family: str) -> None:
+    with pytest.raises(OvforgeError, match="in lower case"):
+        single_graph(loaded(transformer(family), session_cache, {"steps": 2}))
 
 
 def test_a_flow_model_without_t5(torch_lcm: Path, session_cache: Cache, tmp_path: Path) -> None:

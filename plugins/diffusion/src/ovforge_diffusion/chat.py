@@ -10,6 +10,9 @@ from ovforge.store import parse_object
 
 __all__ = ["ChatTemplate"]
 
+_SAYING = "\ufdd0"
+"""Stands for what somebody says: a code point that stands for nothing."""
+
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -45,6 +48,20 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can fail in any way
             raise self._damaged(error) from error
         return written
+
+    def around(self, *, thinking: bool = True) -> tuple[str, str]:
+        """Return what stands before and after whatever a user says.
+
+        Raises ModelError for a template that fails, or changes what they say.
+        """
+        before, found, after = self.question(_SAYING, thinking=thinking).partition(_SAYING)
+        if not found or self.question("", thinking=thinking) != before + after:
+            raise ModelError(
+                "the chat template does not take what somebody says as it is",
+                where=self._where,
+                hint="Run the pipeline itself, which applies the template to each prompt.",
+            )
+        return before, after
 
     def _compiled(self, source: str) -> Any:
         try:

@@ -59,7 +59,7 @@ class Autoencoder:
         factor, folding = self._architecture.factor, self._architecture.folding
         side = self.tile(latents.shape[1] * factor, latents.shape[2] * factor)
         factor //= folding
-        sample = _tiled(_unfolded(_unscaled(latents, scale), folding), decoder, side and side // factor, factor)
+        sample = _tiled(unfolded(_unscaled(latents, scale), folding), decoder, side and side // factor, factor)
         if not np.isfinite(sample).all():
             raise not_finite("vae_decoder", "the decoder gave numbers that are not finite")
         return to_image(sample if size is None else filling(sample, *size))
@@ -119,7 +119,7 @@ def _folded(latents: Array, side: int) -> Array:
     return squares.reshape(channels * side**2, height // side, width // side)
 
 
-def _unfolded(latents: Array, side: int) -> Array:
+def unfolded(latents: Array, side: int) -> Array:
     """Return what `_folded` made of latents."""
     channels, height, width = latents.shape
     squares = latents.reshape(channels // side**2, side, side, height, width).transpose(0, 3, 1, 4, 2)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["Flux2"]
+__all__ = ["Flux2", "states_of"]
 
 Array = NDArray[np.float32]
 
@@ -90,7 +90,7 @@ class Flux2(Architecture):
         """Return Qwen3, which reads a prompt as what somebody says."""
         tokenizer, model, _ = opened(_QWEN)
         chat = ChatTemplate(self._assets, "tokenizer")
-        encoder = SequenceEncoder(tokenizer, model, _QWEN, _states(model, self.configs.get(_QWEN, {})))
+        encoder = SequenceEncoder(tokenizer, model, _QWEN, states_of(model, self.configs.get(_QWEN, {})))
         return _Prompts(encoder, chat, options.prompts == "weighted")
 
     def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
@@ -183,7 +183,7 @@ class Flux2(Architecture):
         return []
 
 
-def _states(model: ov.CompiledModel, config: Mapping[str, Any]) -> list[str]:
+def states_of(model: ov.Model | ov.CompiledModel, config: Mapping[str, Any]) -> list[str]:
     """Return the names of the states that the transformer takes.
 
     optimum-intel 2.2 calls the embeddings of a Qwen3ForCausalLM `last_hidden_state`, and each layer's states by the

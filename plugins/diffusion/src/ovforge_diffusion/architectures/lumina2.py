@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["Lumina2"]
+__all__ = ["Lumina2", "before"]
 
 Array = NDArray[np.float32]
 
@@ -106,6 +106,11 @@ class Lumina2(Architecture):
         return places
 
 
+def before(instruction: str | None) -> str:
+    """Return what stands before a prompt that is followed; None for the instruction of diffusers' pipeline."""
+    return (_SYSTEM if instruction is None else instruction) + _BEGIN
+
+
 class _Prompts(PromptEncoder):
     """Gemma 2's states of each prompt, and the places of all tokens, which depend on the prompt's length."""
 
@@ -118,8 +123,7 @@ class _Prompts(PromptEncoder):
         """Return states, (prompts, tokens, width), which of them count, and places, (prompts, tokens, 3)."""
         length = self._architecture.words(request)
         words, lost = unweighted([each[0] for each in texts], self._weighted, "Lumina-Image 2.0")
-        given = request.given.instruction
-        told = (_SYSTEM if given is None else given) + _BEGIN
+        told = before(request.given.instruction)
         asked = [text if avoided else told + text for text, avoided in zip(words, negative, strict=True)]
         with timings.span("text_encoder"):
             read, notes = self._encoder.encode_each(asked, length, timings)

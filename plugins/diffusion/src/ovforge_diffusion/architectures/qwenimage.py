@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["QwenImage"]
+__all__ = ["DROPPED", "LONGEST", "TEMPLATE", "QwenImage"]
 
 Array = NDArray[np.float32]
 
 _QWEN = "text_encoder"
-_TEMPLATE = (
+TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 """What a prompt is put into: prompt_template_encode of diffusers' QwenImagePipeline."""
-_DROPPED = 34
+DROPPED = 34
 """Tokens before the prompt, whose states the transformer does not see."""
-_LONGEST = 1024
+LONGEST = 1024
 
 
 class QwenImage(Architecture):
@@ -139,11 +139,11 @@ class _Prompts(PromptEncoder):
         self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
     ) -> tuple[dict[str, NDArray[Any]], list[str]]:
         """Return states, (prompts, tokens, width), and 1 for each that counts, (prompts, tokens)."""
-        length = sequence_length(request.given.max_sequence_length, QwenImage.length, _LONGEST)
+        length = sequence_length(request.given.max_sequence_length, QwenImage.length, LONGEST)
         words, lost = unweighted([each[0] for each in texts], self._weighted, QwenImage.name)
         with timings.span("text_encoder"):
-            asked = [_TEMPLATE.format(text) for text in words]
-            read, notes = self._encoder.encode_each(asked, length, timings, dropped=_DROPPED)
+            asked = [TEMPLATE.format(text) for text in words]
+            read, notes = self._encoder.encode_each(asked, length, timings, dropped=DROPPED)
         return filled(read), notes + lost
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["ZImage"]
+__all__ = ["MULTIPLE", "ZImage", "filled"]
 
 Array = NDArray[np.float32]
 
@@ -29,7 +29,7 @@ _QWEN = "text_encoder"
 _SIDE = 2
 """Latents along each side of what is one token."""
 
-_MULTIPLE = 32
+MULTIPLE = 32
 """Tokens of a picture, and of a text, are filled up to a multiple of it by learned ones."""
 
 
@@ -94,7 +94,7 @@ class ZImage(Architecture):
         """
         height, width = request.height // self.multiple, request.width // self.multiple
         tokens = height * width
-        places = np.zeros((len(texts), _filled(tokens), 3), np.int64)
+        places = np.zeros((len(texts), filled(tokens), 3), np.int64)
         places[:, :tokens, 0] = np.array(texts)[:, None] + 1
         places[:, :tokens, 1] = np.repeat(np.arange(height), width)
         places[:, :tokens, 2] = np.tile(np.arange(width), height)
@@ -115,7 +115,7 @@ class _Prompts(PromptEncoder):
         words, lost = unweighted([each[0] for each in texts], self._weighted, "Z-Image")
         with timings.span("text_encoder"):
             read, notes = self._encoder.encode_each([self._chat.question(text) for text in words], length, timings)
-        full = [_filled(len(row)) for row in read]
+        full = [filled(len(row)) for row in read]
         shape = len(read), max(full)
         states = np.zeros((*shape, read[0].shape[1]), np.float32)
         mask = np.full(shape, np.finfo(np.float32).min, np.float32)
@@ -132,5 +132,6 @@ class _Prompts(PromptEncoder):
         }, notes + lost
 
 
-def _filled(tokens: int) -> int:
-    return tokens + -tokens % _MULTIPLE
+def filled(tokens: int) -> int:
+    """Return how many tokens a text or a picture of so many is filled up to."""
+    return tokens + -tokens % MULTIPLE

@@ -12,10 +12,13 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.architectures.flow import sequence_length
 from ovforge_diffusion.architectures.flux import Flux
+from ovforge_diffusion.architectures.pixart import PixArt
+from ovforge_diffusion.architectures.sana import Sana
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import STATES, StableDiffusion, StableDiffusionXL
 from ovforge_diffusion.request import Request
 from ovforge_diffusion.single_graph.joining import constant, part, reshaped, rows_of, shape_of, zeros
+from ovforge_diffusion.single_graph.language import LANGUAGE_MODELS, read_by_language_model
 from ovforge_diffusion.single_graph.texts import Texts
 
 __all__ = ["check_family", "conditions", "constants"]
@@ -23,15 +26,17 @@ __all__ = ["check_family", "conditions", "constants"]
 Values = dict[str, ov.Output]
 """By the name of the denoiser's input, each with a row for each picture of each half, the one to avoid first."""
 
-_FAMILIES = (StableDiffusion, StableDiffusion3, Flux)
+_FAMILIES = (StableDiffusion, StableDiffusion3, Flux, *LANGUAGE_MODELS)
 
 
 def check_family(architecture: Architecture) -> None:
     """Raise ModelError for a family whose prompts are not read inside a graph."""
     if not isinstance(architecture, _FAMILIES):
         raise ModelError(
-            f"{architecture.name} has a language model that reads prompts, with a template and tokens of any number, "
-            "which is not done inside a graph",
+            f"{architecture.name} reads prompts in lower case, and as many tokens as there are, which is not done "
+            "inside a graph"
+            if isinstance(architecture, Sana | PixArt)
+            else f"{architecture.name} sees a picture",
             where="model_index.json",
             hint=f"Single graphs are made of: {', '.join(family.name for family in (StableDiffusionXL, *_FAMILIES))}.",
         )
@@ -52,10 +57,10 @@ def conditions(architecture: Architecture, texts: Texts, request: Request) -> Va
             _, pooled_output = texts.clip("text_encoder", penultimate=False, pooled="pooler_output")
             assert pooled_output is not None
             return {
-                "encoder_hidden_states": texts.sequence("text_encoder_2", length),
+                "encoder_hidden_states": texts.sequence("text_encoder_2", length)[0],
                 "pooled_projections": pooled_output,
             }
-    raise AssertionError(architecture.name)
+    return read_by_language_model(architecture, texts, request)
 
 
 def _side_by_side(architecture: Architecture, texts: Texts, *, penultimate: bool) -> tuple[ov.Output, list[ov.Output]]:
@@ -81,7 +86,7 @@ def _of_three(architecture: Architecture, texts: Texts, request: Request) -> Val
     filling = zeros(ops.concat([part(shape_of(states), 0, 2, 0), constant([width])], 0).output(0))
     states = part(ops.concat([states, filling], 2).output(0), 0, width, 2)
     if (t5 := "text_encoder_3") in architecture.encoders:
-        last = texts.sequence(t5, length)
+        last, _ = texts.sequence(t5, length)
     else:
         last = zeros(ops.concat([texts.rows, constant([length, width])], 0).output(0))
     return {
@@ -116,6 +121,6 @@ def constants(
             all_rows = ops.multiply(rows_of(texts.strings[0]), constant([halves]))
             whole = ops.concat([all_rows, constant(list(array.shape))], 0)
             values[name] = reshaped(ops.broadcast(constant(array[None]), whole).output(0), (count, *array.shape))
-        elif name in ranks:
-            values[name] = constant(array)
+        elif name in ranks:  # one number may be a list of one, which some models take without it
+            values[name] = constant(array.reshape(()) if ranks[name] == 0 and array.size == 1 else array)
     return values

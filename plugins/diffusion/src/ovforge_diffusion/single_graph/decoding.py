@@ -8,6 +8,7 @@ from openvino import opset13 as ops
 
 from ovforge_diffusion.architectures.base import Architecture, Scale
 from ovforge_diffusion.single_graph.joining import constant, converted, join, reshaped
+from ovforge_diffusion.vae import unfolded
 
 __all__ = ["packed", "pictures"]
 
@@ -25,7 +26,14 @@ def pictures(architecture: Architecture, decoder: ov.Model, latents: ov.Output, 
     places = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     latents = _moved(latents, architecture.unpack(places, *size).astype(np.int64))
     sample = _unscaled(latents, architecture.decoding)
-    made = converted(join(decoder, "vae_decoder", {"latent_sample": sample}).values[0], ov.Type.f32)
+    if architecture.folding > 1:
+        shape = (1, architecture.latent_channels, *size)
+        places = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        sample = _moved(sample, unfolded(places[0], architecture.folding)[None].astype(np.int64))
+    framed = decoder.inputs[0].get_partial_shape().rank.get_length() == 5  # one for videos, to which it is a frame
+    seen = ops.unsqueeze(sample, constant([2])).output(0) if framed else sample
+    made = converted(join(decoder, "vae_decoder", {"latent_sample": seen}).values[0], ov.Type.f32)
+    made = ops.squeeze(made, constant([2])).output(0) if framed else made
     half = constant(np.array([0.5], np.float32))
     pixels = ops.clamp(ops.add(ops.multiply(made, half), half), 0.0, 1.0)
     whole = ops.round(ops.multiply(pixels, constant(np.array([255], np.float32))), "half_to_even")

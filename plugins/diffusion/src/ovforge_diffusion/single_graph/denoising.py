@@ -81,6 +81,8 @@ class Network:
             ratio = ops.divide(_deviation(along), _deviation(guided.output(0)))
             factor = ops.add(ops.multiply(ratio, _single(rescale)), _single(1 - rescale))
             guided = ops.multiply(guided, factor)
+        if self.architecture.keeps_norm:
+            guided = ops.multiply(guided, ops.divide(_norm(along), _norm(guided.output(0))))
         return guided.output(0)
 
     def _timestep(self) -> ov.Output:
@@ -272,6 +274,12 @@ def _column(numbers: Array, rank: int) -> ov.Output:
 
 def _single(number: float) -> ov.Output:
     return constant(np.array([number], np.float32))
+
+
+def _norm(value: ov.Output) -> ov.Output:
+    """Return the norm along the last axis, (..., 1)."""
+    total = ops.reduce_sum(ops.multiply(value, value), constant([-1]), True)
+    return ops.maximum(ops.sqrt(total), _single(float(np.finfo(np.float32).tiny))).output(0)
 
 
 def _deviation(value: ov.Output) -> ov.Output:

@@ -171,6 +171,8 @@ class _Graph:
         ranks = {name: _rank(port) for port in denoiser.model.inputs for name in port.names}
         values |= constants(architecture, self._request, self._halves, texts, ranks)
         scale = self._input("guidance_scale", [1]) if guidance_input else None
+        if scale is not None and (beyond := (self._request.guidance or 0) - self._request.guidance_scale) > 0:
+            scale = ops.add(scale, constant(np.array([beyond], np.float32))).output(0)  # of Z-Image, counted from 0
         if scale is not None and _GUIDANCE in values:
             values[_GUIDANCE] = ops.broadcast(scale, rows_of(values[_GUIDANCE])).output(0)
         elif scale is not None and not (self._halves == 2 and architecture.guided_by == "guidance_scale"):

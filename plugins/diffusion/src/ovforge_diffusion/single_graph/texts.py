@@ -1,4 +1,6 @@
-"""Prompts inside a graph: strings to token ids by the model's OpenVINO tokenizer, and ids to what text encoders say."""
+"""Prompts inside a graph: strings to token ids, by CLIP's OpenVINO tokenizer or by a graph of any other's file, and ids
+to what text encoders say.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ from ovforge.model import ModelBundle, core
 from ovforge_diffusion.architectures.base import tokenizer_of
 from ovforge_diffusion.sequence import SequenceTokenizer
 from ovforge_diffusion.single_graph.joining import Joined, constant, converted, join, part, reshaped, rows_of
+from ovforge_diffusion.single_graph.token_graph import put_between, token_graph
 from ovforge_diffusion.text import DEFAULT_LENGTH, SKIPPED, fitted, penultimate_output
 from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, has_files
 
-__all__ = ["Texts"]
+__all__ = ["Frame", "Texts"]
 
 Ids = NDArray[np.int64]
 Reader = Callable[[Sequence[str]], Ids]
@@ -28,17 +31,27 @@ _SAMPLES = (
     "a beautiful pink unicorn, 8k", "", "A Photo of the Eiffel Tower at night -- highly detailed (35mm), f/1.8",
     "it's 3 o'clock;  they'll   say\tthat\nthe café's naïve façade costs 1234.5 €", "ein schöner Tag in München",
     "красный дом у моря", "漢字とかな", "👍 a smiling cat 🐈", "word" * 40, "the quick brown fox jumps, " * 20,
+    "  two  blanks \n\n and   a line\u3000", "ﬁne print ½",
 )  # fmt: skip
 """Texts that a tokenizer's graph must read as the pipeline does: case, accents, scripts, signs, and too many words."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """How a text encoder takes tokens: so many, filled up with `padding`, and cut before `end`."""
+    """How a text encoder takes tokens: so many, filled up with `padding`, and cut before `end` if it ends texts."""
 
     length: int
     padding: int
-    end: int
+    end: int | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Constant texts that are read around a prompt, and `ask`, which puts a prompt there as the pipeline does."""
+
+    before: str = ""
+    after: str = ""
+    ask: Callable[[str], str] = str
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Texts:
         length = _tokens_of(model, role) or DEFAULT_LENGTH
         reader = self._clip_reader(tokenizer)
         row = _Row(length, reader.padding, reader.end)
-        ids, _ = self._ids(tokenizer, lambda texts: fitted(reader, texts, length), row)
+        ids, _ = self._ids(self._tokenizer(tokenizer), tokenizer, lambda texts: fitted(reader, texts, length), row)
         made = join(model, role, {"input_ids": ids})
         name = penultimate_output(made.ports) if penultimate else "last_hidden_state"
         states = self._with_skipped(made, made.named(name))
@@ -74,19 +87,29 @@ class Texts:
             states = reshaped(states, (self.pictures * len(self.strings), length, -1))
         return states, None if pooled is None else made.named(pooled)
 
-    def sequence(self, role: str, length: int) -> ov.Output:
-        """Return states of a T5, (rows, length, width)."""
+    def sequence(
+        self,
+        role: str,
+        length: int,
+        frames: Sequence[Frame] = (),
+        outputs: Sequence[str] = ("last_hidden_state",),
+    ) -> tuple[ov.Output, ov.Output]:
+        """Return states of a text encoder other than CLIP, (rows, length, width), and which count, i64 (rows, length).
+
+        `frames` stand around each of the strings' prompts; several `outputs` stand one beside the other.
+        """
         model, tokenizer = self.bundle.models[role], tokenizer_of(role)
-        reader = SequenceTokenizer(self.bundle.assets, tokenizer)
+        reader, graph = SequenceTokenizer(self.bundle.assets, tokenizer), token_graph(self.bundle.assets, tokenizer)
 
         def read(texts: Sequence[str]) -> Ids:
             return np.stack([reader.padded(reader.cut(text, length)[0], length) for text in texts])
 
-        end, padding = reader.padded(reader.cut("", 2)[0], 2).tolist()
-        ids, mask = self._ids(tokenizer, read, _Row(length, padding, end))
+        padding = int(reader.padded(np.zeros(0, np.int64), 1)[0])
+        ids, mask = self._ids(graph.model, tokenizer, read, _Row(length, padding, graph.end), frames, graph.words)
         takes_mask = any("attention_mask" in port.names for port in model.inputs)
-        inputs = {"input_ids": ids, **({"attention_mask": mask} if takes_mask else {})}
-        return join(model, role, inputs).named("last_hidden_state")
+        made = join(model, role, {"input_ids": ids, **({"attention_mask": mask} if takes_mask else {})})
+        states = [made.named(name) for name in outputs]
+        return states[0] if len(states) == 1 else ops.concat(states, 2).output(0), mask
 
     def _with_skipped(self, made: Joined, states: ov.Output) -> ov.Output:
         """Return states: those of the prompts to follow leave layers out, if the transform clip-skip is there."""
@@ -113,11 +136,21 @@ class Texts:
             )
         return self.bundle.models[role]
 
-    def _ids(self, role: str, read: Reader, row: _Row) -> tuple[ov.Output, ov.Output]:
+    def _ids(
+        self,
+        model: ov.Model,
+        role: str,
+        read: Reader,
+        row: _Row,
+        frames: Sequence[Frame] = (),
+        words: Sequence[str] = (),
+    ) -> tuple[ov.Output, ov.Output]:
         """Return token ids and which of them count, both int64 (rows, length), checked against the pipeline's."""
-        model = self._tokenizer(role)
-        _check_tokens(model, role, read, row, [*_SAMPLES, *self.examples, *self.learned.get(role, ())])
-        each = [_fitted(model, role, text, row) for text in self.strings]
+        texts = [*_SAMPLES, *self.examples, *self.learned.get(role, ()), *words]
+        frames = frames or [Frame()] * len(self.strings)
+        for frame in dict.fromkeys(frames):
+            _check_tokens(model, role, read, row, texts, frame)
+        each = [_fitted(model, role, text, row, frame) for text, frame in zip(self.strings, frames, strict=True)]
         ids, mask = (ops.concat([pair[n] for pair in each], 0).output(0) for n in (0, 1))
         if self.pictures is None:
             return ids, mask
@@ -134,32 +167,43 @@ def _tokens_of(model: ov.Model, role: str) -> int | None:
     raise ModelError("the text encoder has no input 'input_ids'", where=role, hint="Convert the model again.")
 
 
-def _fitted(model: ov.Model, role: str, text: ov.Output, row: _Row) -> tuple[ov.Output, ov.Output]:
+def _fitted(model: ov.Model, role: str, text: ov.Output, row: _Row, frame: Frame) -> tuple[ov.Output, ov.Output]:
     """Return a tokenizer's ids and mask of strings, both int64 (strings, length): cut before the end, or filled up."""
+    framed = put_between(frame.before, text, frame.after)
     # A tokenizer's states are options, such as whether to cut, that are made when it is converted.
-    made = join(model, role, {next(iter(model.inputs[0].names)): text}, settle=True)
+    made = join(model, role, {next(iter(model.inputs[0].names)): framed}, settle=True)
     target = ops.concat([rows_of(text), constant([row.length])], 0)
     # One more row's length is put behind, so that what is cut off, or is not there, has a place to be looked at.
     ids, mask = (
         ops.concat([converted(made.named(name), ov.Type.i64), ops.broadcast(constant(value), target)], 1).output(0)
         for name, value in (("input_ids", row.padding), ("attention_mask", 0))
     )
-    goes_on = ops.equal(part(mask, row.length, row.length + 1, 1), constant(1))
-    last = ops.select(goes_on, constant([row.end]), part(ids, row.length - 1, row.length, 1))
+    ids = ops.select(ops.equal(mask, constant(1)), ids, constant(row.padding)).output(0)
+    last = part(ids, row.length - 1, row.length, 1)
+    if row.end is not None:
+        goes_on = ops.equal(part(mask, row.length, row.length + 1, 1), constant(1))
+        last = ops.select(goes_on, constant([row.end]), last).output(0)
     return ops.concat([part(ids, 0, row.length - 1, 1), last], 1).output(0), part(mask, 0, row.length, 1)
 
 
-def _check_tokens(model: ov.Model, role: str, read: Reader, row: _Row, texts: Sequence[str]) -> None:
+def _check_tokens(model: ov.Model, role: str, read: Reader, row: _Row, texts: Sequence[str], frame: Frame) -> None:
     """Raise ModelError if a tokenizer's graph reads a text in another way than the pipeline does."""
     strings = ops.parameter([-1], ov.Type.string)
-    ids, _ = _fitted(model, role, strings.output(0), row)
-    compiled = core().compile_model(ov.Model([ids], [strings], role), "CPU")
-    found = compiled([ov.Tensor(np.array(list(texts), dtype=str))])[0]
-    for text, ours, theirs in zip(texts, read(texts), found, strict=True):
-        if (ours != theirs).any():
+    ids, _ = _fitted(model, role, strings.output(0), row, frame)
+    try:
+        compiled = core().compile_model(ov.Model([ids], [strings], role), "CPU")
+        found = compiled([ov.Tensor(np.array(list(texts), dtype=str))])[0]
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(
+            f"OpenVINO cannot run the tokenizer's graph: {reason}", where=role, hint="Fetch the tokenizer again."
+        ) from error
+    wanted = read([frame.ask(text) for text in texts])
+    for text, theirs, ours in zip(texts, wanted, found, strict=True):
+        if (theirs != ours).any():
             raise ModelError(
-                f"the OpenVINO tokenizer reads {text[:40]!r} as other tokens than the pipeline does",
+                f"the tokenizer's graph reads {text[:40]!r} as other tokens than the pipeline does",
                 where=role,
-                hint="A single graph has that tokenizer alone. Convert the model again, with the newest "
-                "openvino_tokenizers; that of a T5 may differ with every version.",
+                hint="Run the pipeline itself. If it is CLIP's, convert the model again, with the newest "
+                "openvino_tokenizers.",
             )

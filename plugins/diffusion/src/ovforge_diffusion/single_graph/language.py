@@ -1,0 +1,136 @@
+"""What conditions a denoiser if a language model reads the prompt: states of as many tokens as a prompt may have.
+
+Of a prompt's own tokens, the pipeline gives a denoiser no more than there are. Here the rest is there, and masked, so
+that one graph serves prompts of any length; a model that reads from left to right gives the same states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.architectures.flow import sequence_length
+from ovforge_diffusion.architectures.flux2 import Flux2, states_of
+from ovforge_diffusion.architectures.lumina2 import Lumina2, before
+from ovforge_diffusion.architectures.qwenimage import DROPPED, LONGEST, TEMPLATE, QwenImage
+from ovforge_diffusion.architectures.zimage import MULTIPLE, ZImage, filled
+from ovforge_diffusion.chat import ChatTemplate
+from ovforge_diffusion.request import Request
+from ovforge_diffusion.single_graph.joining import constant, converted, part, rows_of, shape_of, zeros
+from ovforge_diffusion.single_graph.texts import Frame, Texts
+
+__all__ = ["LANGUAGE_MODELS", "read_by_language_model"]
+
+Values = dict[str, ov.Output]
+
+LANGUAGE_MODELS = (Flux2, ZImage, Lumina2, QwenImage)
+"""Families whose prompts a language model reads, as far as a graph can."""
+
+_ROLE = "text_encoder"
+
+
+def read_by_language_model(architecture: Architecture, texts: Texts, request: Request) -> Values:
+    """Return what a denoiser of one of `LANGUAGE_MODELS` takes of prompts."""
+    given = request.given.max_sequence_length
+    match architecture:
+        case Flux2():
+            # Its transformer sees what fills up a prompt, too.
+            frames, length = _chat(texts, thinking=False), sequence_length(given, Flux2.length)
+            layers = states_of(texts.bundle.models[_ROLE], texts.bundle.configs.get(_ROLE, {}))
+            return {"encoder_hidden_states": texts.sequence(_ROLE, length, frames, layers)[0]}
+        case ZImage():
+            return _zimage(architecture, texts, request)
+        case Lumina2():
+            return _lumina2(architecture, texts, request)
+        case QwenImage():
+            length = DROPPED + sequence_length(given, QwenImage.length, LONGEST)
+            before, after = TEMPLATE.split("{}")
+            frames = [Frame(before, after, TEMPLATE.format)] * len(texts.strings)
+            states, mask = (part(value, DROPPED, length, 1) for value in texts.sequence(_ROLE, length, frames))
+            return {"encoder_hidden_states": _masked(states, mask), "encoder_hidden_states_mask": mask}
+    raise AssertionError(architecture.name)
+
+
+def _chat(texts: Texts, *, thinking: bool = True) -> list[Frame]:
+    chat = ChatTemplate(texts.bundle.assets, "tokenizer")
+
+    def ask(text: str) -> str:
+        return chat.question(text, thinking=thinking)
+
+    return [Frame(*chat.around(thinking=thinking), ask)] * len(texts.strings)
+
+
+def _zimage(architecture: ZImage, texts: Texts, request: Request) -> Values:
+    """Return states, which of them are words, and the places of all tokens: what stands at 0 is hidden."""
+    length = sequence_length(request.given.max_sequence_length, ZImage.length)
+    states, mask = texts.sequence(_ROLE, length, _chat(texts))
+    room = filled(length)
+    states, mask = _longer(_masked(states, mask), room), _longer(mask, room)
+    tokens = ops.reduce_sum(mask, constant([1]), True)
+    # Without a division: the CPU's gives fractions of whole numbers, too.
+    above = ops.add(tokens, constant(MULTIPLE - 1))
+    full = ops.subtract(above, ops.floor_mod(above, constant(MULTIPLE)))
+    numbers = constant(np.arange(1, room + 1, dtype=np.int64)[None])
+    first = ops.select(ops.less_equal(numbers, full), numbers, constant(0))
+    return {
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": ops.select(
+            ops.equal(mask, constant(1)),
+            constant(np.zeros(1, np.float32)),
+            constant(np.array([np.finfo(np.float32).min], np.float32)),
+        ).output(0),
+        "txt_ids": _first_of_three(first),
+        "img_ids": _after_texts(lambda text: architecture.places(request, [text])[0], full),
+    }
+
+
+def _lumina2(architecture: Lumina2, texts: Texts, request: Request) -> Values:
+    length = architecture.words(request)
+    told = before(request.given.instruction)
+    asked = Frame(told, "", lambda text: told + text)
+    states, mask = texts.sequence(_ROLE, length, [Frame(), asked][-len(texts.strings) :])
+    numbers = ops.broadcast(constant(np.arange(length, dtype=np.int64)[None]), shape_of(mask))
+    return {
+        "encoder_hidden_states": _masked(states, mask),
+        "encoder_attention_mask": converted(mask, ov.Type.f32),
+        "txt_ids": _first_of_three(numbers),
+        "img_ids": _after_texts(
+            lambda text: architecture.places(request, [text])[0], ops.reduce_sum(mask, constant([1]), True)
+        ),
+    }
+
+
+def _masked(states: ov.Output, mask: ov.Output) -> ov.Output:
+    """Return states, zero where a mask is."""
+    seen = ops.unsqueeze(ops.equal(mask, constant(1)), constant([2]))
+    return ops.select(seen, converted(states, ov.Type.f32), constant(np.zeros(1, np.float32))).output(0)
+
+
+def _longer(value: ov.Output, length: int) -> ov.Output:
+    """Return a value with zeros behind it along the second axis."""
+    shape = value.get_partial_shape()
+    if (missing := length - shape[1].get_length()) == 0:
+        return value
+    rest = ops.concat([rows_of(value), constant([missing]), part(shape_of(value), 2, len(shape), 0)], 0).output(0)
+    return ops.concat([value, converted(zeros(rest), value.get_element_type())], 1).output(0)
+
+
+def _first_of_three(numbers: ov.Node) -> ov.Output:
+    """Return places (rows, tokens, 3) of which the first number is given, (rows, tokens), and the others are 0."""
+    unit = constant(np.array([1, 0, 0], np.int64))
+    return ops.multiply(ops.unsqueeze(numbers, constant([2])), unit).output(0)
+
+
+def _after_texts(places: Callable[[int], np.ndarray], tokens: ov.Node) -> ov.Output:
+    """Return the places of a picture's tokens, i64 (rows, tokens, 3), after texts of so many, (rows, 1).
+
+    `places` returns those of one picture after a text of so many tokens, of which they are a linear function.
+    """
+    origin = places(0)
+    way = constant((places(1) - origin)[None])
+    after = ops.multiply(ops.unsqueeze(tokens, constant([2])), way)
+    return ops.add(after, constant(origin[None])).output(0)
