@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
+from peers import Generate
 from random_weights import write_random
 from side_by_side import child, peak_mib, report, take_turns
 
@@ -45,9 +47,6 @@ LAYERS, DUAL = 24, 13
 
 FOLDERS = {"f32": ("openvino", "f32"), "bf16": ("openvino", "bf16"), "int8": ("int8", "bf16"), "int4": ("int4", "bf16")}
 """Row -> folder, and the precision that is computed in."""
-
-Generate = Callable[[int], Any]
-"""Makes one picture in a number of steps."""
 
 
 # -- the models --------------------------------------------------------------------------------------------------------
@@ -144,40 +143,18 @@ def ovforge(folder: Path, precision: str, size: int, cache: Path) -> tuple[Gener
 
 
 def genai(folder: Path, precision: str, size: int, cache: Path) -> tuple[Generate, Callable[[], str]]:
-    """openvino-genai, reshaped to one size, with a cache of compiled models."""
-    import openvino_genai as package
-
-    pipeline = package.Text2ImagePipeline(str(folder))
-    pipeline.reshape(1, size, size, GUIDANCE)
-    pipeline.compile("CPU", CACHE_DIR=str(cache), INFERENCE_PRECISION_HINT=precision)
-
-    def call(steps: int) -> Any:
-        return pipeline.generate(
-            PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=GUIDANCE, width=size,
-            height=size, rng_seed=SEED,
-        ).data[0]  # fmt: skip
-
-    return call, lambda: precision
+    """openvino-genai."""
+    return peers.genai(folder, precision, cache, _wanted(size)), lambda: precision
 
 
 def optimum(folder: Path, precision: str, size: int, cache: Path) -> tuple[Generate, Callable[[], str]]:
-    """optimum-intel, reshaped to one size, as its documentation advises for speed, with a cache of compiled models."""
-    import torch
-    from optimum.intel import OVDiffusionPipeline
+    """optimum-intel."""
+    made = peers.optimum(folder, precision, cache, _wanted(size), max_sequence_length=LENGTH)
+    return made, lambda: precision
 
-    options = {"INFERENCE_PRECISION_HINT": precision, "CACHE_DIR": str(cache)}
-    pipeline = OVDiffusionPipeline.from_pretrained(folder, ov_config=options, compile=False, local_files_only=True)
-    pipeline.reshape(batch_size=1, height=size, width=size, num_images_per_prompt=1)
-    pipeline.compile()
-    pipeline.set_progress_bar_config(disable=True)
 
-    def call(steps: int) -> Any:
-        return pipeline(
-            PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=GUIDANCE, height=size,
-            width=size, max_sequence_length=LENGTH, generator=torch.Generator("cpu").manual_seed(SEED),
-        ).images[0]  # fmt: skip
-
-    return call, lambda: precision
+def _wanted(size: int) -> peers.Wanted:
+    return peers.Wanted(PROMPT, size, GUIDANCE, SEED, NEGATIVE)
 
 
 TOOLS = {"ovforge": ovforge, "genai": genai, "optimum-intel": optimum}

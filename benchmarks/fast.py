@@ -1,14 +1,15 @@
-"""What approximations bring: time at Stable Diffusion 1.5's size, and how close pictures of the embedded model stay.
+"""What approximations bring: time at Stable Diffusion's size, and how close pictures of the embedded model stay.
 
     python benchmarks/fast.py --quality [--pictures 8] [--tiny FOLDER]
-    python benchmarks/fast.py --work FOLDER [--lcm] [--size 512] [--rounds 3] [--genai-python PY]
+    python benchmarks/fast.py --work FOLDER [--family sdxl | --lcm] [--size 512] [--rounds 3] [--genai-python PY]
     python benchmarks/fast.py --transformer [--blocks 6] [--size 256] [--steps 20] [--rounds 3]
 
 Times are of random weights, which they do not depend on: 20 Euler steps with guidance 7.5, or, with --lcm, 4 steps of a
-latent consistency model. Each variant is a process of its own, and they take turns; genai runs the same folder without
-approximations (FOLDER keeps it: 7 GB). Pictures are the embedded model's, in float32, of prompts that nothing was
-calibrated with. The transformer has the width of Stable Diffusion 3.5 medium's, fewer blocks and random weights; its
-whole and its outer part take turns in one process, in processor time.
+latent consistency model. Each variant is a process of its own, and they take turns; other tools run the same folder
+without approximations, if --genai-python or --optimum-python names an interpreter that has them. FOLDER keeps it: 7 GB,
+or 19 for Stable Diffusion XL. Pictures are the embedded model's, in float32, of prompts that nothing was calibrated
+with. The transformer has the width of Stable Diffusion 3.5 medium's, fewer blocks and random weights; its whole and its
+outer part take turns in one process, in processor time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import peers
 import quantized_lcm
 import stable_diffusion
 from side_by_side import peak_mib, report, take_turns
@@ -52,6 +54,8 @@ LCM: dict[str, dict[str, Any]] = {
 }
 """What is run of the folder `lcm-FOLDER`, with the decoder of another one."""
 
+PEERS = {"genai": peers.genai, "optimum-intel": peers.optimum}
+
 EMBEDDED = "package:ovforge_lcm/model"
 SAMPLERS = {"lcm": (4, 8, 20), "euler": (20,)}
 """Steps by sampler. The model's own one adds noise at each step; by Euler's method its pictures are blurred."""
@@ -62,7 +66,7 @@ SAMPLERS = {"lcm": (4, 8, 20), "euler": (20,)}
 
 def measure(variant: str, arguments: argparse.Namespace, cache: Path, started: float) -> dict[str, Any]:
     """Make a picture of one variant in this process, after one of a few steps; seconds, and MiB at its peak."""
-    call = genai(arguments, cache) if variant == "genai" else ours(variant, arguments)
+    call = peer(variant, arguments, cache) if variant in PEERS else ours(variant, arguments)
     call(2)
     ready = time.time() - started
     start = time.perf_counter()
@@ -85,18 +89,10 @@ def ours(variant: str, arguments: argparse.Namespace) -> Any:
     return lambda steps: pipe(stable_diffusion.PROMPT, steps=steps, seed=stable_diffusion.SEED)
 
 
-def genai(arguments: argparse.Namespace, cache: Path) -> Any:
-    """Return the same by openvino-genai."""
-    import openvino_genai
-
-    size, scale = arguments.size, guidance(arguments)
-    pipe = openvino_genai.Text2ImagePipeline(str(plain(arguments)))
-    pipe.reshape(1, size, size, scale)
-    pipe.compile("CPU", CACHE_DIR=str(cache))
-    return lambda steps: pipe.generate(
-        stable_diffusion.PROMPT, num_inference_steps=steps, guidance_scale=scale, width=size, height=size,
-        rng_seed=stable_diffusion.SEED,
-    )  # fmt: skip
+def peer(tool: str, arguments: argparse.Namespace, cache: Path) -> Any:
+    """Return the same by another tool."""
+    wanted = peers.Wanted(stable_diffusion.PROMPT, arguments.size, guidance(arguments), stable_diffusion.SEED)
+    return PEERS[tool](plain(arguments), "auto", cache, wanted)
 
 
 def guidance(arguments: argparse.Namespace) -> float:
@@ -105,7 +101,7 @@ def guidance(arguments: argparse.Namespace) -> float:
 
 def plain(arguments: argparse.Namespace) -> Path:
     """Return the folder without approximations."""
-    folder: Path = arguments.work / ("lcm-openvino" if arguments.lcm else "sd15-openvino")
+    folder: Path = arguments.work / f"{'lcm' if arguments.lcm else arguments.family}-openvino"
     return folder
 
 
@@ -235,11 +231,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6, help="blocks of the transformer")
     parser.add_argument("--work", type=Path, help="where the model of full size is kept")
     parser.add_argument("--lcm", action="store_true", help="4 steps of a latent consistency model")
+    parser.add_argument("--family", choices=tuple(stable_diffusion.SIZES), default="sd15")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--steps", type=int, help="20, or 4 with --lcm")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="*", metavar="VARIANT", help="some of them, by their names in the table")
     parser.add_argument("--genai-python", help="an interpreter that has openvino-genai")
+    parser.add_argument("--optimum-python", help="an interpreter that has optimum-intel")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quality:
@@ -263,10 +261,11 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     prepare(arguments)
     shared = ["--work", str(arguments.work), "--size", str(arguments.size), "--steps", str(arguments.steps)]
-    shared += ["--lcm"] if arguments.lcm else []
+    shared += ["--lcm"] if arguments.lcm else ["--family", arguments.family]
     commands = {one: [sys.executable, __file__, *shared, "--child", one] for one in variants}
-    if arguments.genai_python:
-        commands["genai"] = [arguments.genai_python, __file__, *shared, "--child", "genai"]
+    for tool, python in (("genai", arguments.genai_python), ("optimum-intel", arguments.optimum_python)):
+        if python:
+            commands[tool] = [python, __file__, *shared, "--child", tool]
     with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
         results = take_turns(commands, Path(scratch), arguments.rounds, uncounted=0)
     columns = {

@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import peers
+from peers import Generate
 from side_by_side import child, peak_mib, report, take_turns
 from stable_diffusion import convert, make
 
@@ -29,9 +31,7 @@ PROMPT, SEED, STEPS, GUIDANCE, SIZE = "a beautiful pink unicorn, 8k", 1234567, 4
 RECIPES = ("weights-int8", "lcm-int8", "sd-int8-hybrid")
 RECORDS = 4
 """Of one picture: neither time nor memory depends on how many there are."""
-
-Generate = Callable[[int], Any]
-"""Makes one picture in a number of steps."""
+WANTED = peers.Wanted(PROMPT, SIZE, GUIDANCE, SEED)
 
 
 # -- the models --------------------------------------------------------------------------------------------------------
@@ -119,41 +119,13 @@ def diffusers(folder: Path, precision: str, cache: Path) -> tuple[Generate, Call
 
 
 def optimum(folder: Path, precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
-    """optimum-intel, reshaped to one size, as its documentation advises for speed."""
-    import torch
-    from optimum.intel import OVLatentConsistencyModelPipeline
-
-    options = {"INFERENCE_PRECISION_HINT": precision, "CACHE_DIR": str(cache)}
-    pipeline = OVLatentConsistencyModelPipeline.from_pretrained(
-        folder, ov_config=options, compile=False, local_files_only=True
-    )
-    pipeline.reshape(batch_size=1, height=SIZE, width=SIZE, num_images_per_prompt=1)
-    pipeline.compile()
-    pipeline.set_progress_bar_config(disable=True)
-
-    def call(steps: int) -> Any:
-        return pipeline(
-            PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, height=SIZE, width=SIZE,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-        ).images[0]  # fmt: skip
-
-    return call, lambda: precision
+    """optimum-intel."""
+    return peers.optimum(folder, precision, cache, WANTED), lambda: precision
 
 
 def genai(folder: Path, precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
-    """openvino-genai, reshaped to one size."""
-    import openvino_genai as package
-
-    pipeline = package.Text2ImagePipeline(str(folder))
-    pipeline.reshape(1, SIZE, SIZE, GUIDANCE)
-    pipeline.compile("CPU", CACHE_DIR=str(cache), INFERENCE_PRECISION_HINT=precision)
-
-    def call(steps: int) -> Any:
-        return pipeline.generate(
-            PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE, width=SIZE, height=SIZE, rng_seed=SEED
-        ).data[0]
-
-    return call, lambda: precision
+    """openvino-genai."""
+    return peers.genai(folder, precision, cache, WANTED), lambda: precision
 
 
 TOOLS = {"ovforge": ovforge, "diffusers": diffusers, "optimum-intel": optimum, "genai": genai}

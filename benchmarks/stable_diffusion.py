@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
+from peers import Generate
 from side_by_side import child, peak_mib, report, take_turns
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +34,6 @@ EULER = {
     "timestep_spacing": "leading",
 }  # fmt: skip
 SIZES = {"sd15": 512, "sdxl": 1024}
-
-Generate = Callable[[int], Any]
-"""Makes one picture in a number of steps."""
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -155,44 +154,17 @@ def diffusers(folder: Path, precision: str, cache: Path) -> tuple[Generate, Call
 
 
 def optimum(folder: Path, precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
-    """optimum-intel, reshaped to one size, as its documentation advises for speed."""
-    import torch
-    from optimum.intel import OVDiffusionPipeline
-
-    options = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
-    options["CACHE_DIR"] = str(cache)
-    pipeline = OVDiffusionPipeline.from_pretrained(folder, ov_config=options, compile=False, local_files_only=True)
-    size = SIZES[family_of(folder)]
-    pipeline.reshape(batch_size=1, height=size, width=size, num_images_per_prompt=1)
-    pipeline.compile()
-    pipeline.set_progress_bar_config(disable=True)
-
-    def call(steps: int) -> Any:
-        return pipeline(
-            PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=GUIDANCE, height=size,
-            width=size, generator=torch.Generator("cpu").manual_seed(SEED),
-        ).images[0]  # fmt: skip
-
-    return call, lambda: precision
+    """optimum-intel."""
+    return peers.optimum(folder, precision, cache, _wanted(folder)), lambda: precision
 
 
 def genai(folder: Path, precision: str, cache: Path) -> tuple[Generate, Callable[[], str]]:
-    """openvino-genai, reshaped to one size."""
-    import openvino_genai as package
+    """openvino-genai."""
+    return peers.genai(folder, precision, cache, _wanted(folder)), lambda: precision
 
-    size = SIZES[family_of(folder)]
-    options = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
-    pipeline = package.Text2ImagePipeline(str(folder))
-    pipeline.reshape(1, size, size, GUIDANCE)
-    pipeline.compile("CPU", CACHE_DIR=str(cache), **options)
 
-    def call(steps: int) -> Any:
-        return pipeline.generate(
-            PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=GUIDANCE, width=size,
-            height=size, rng_seed=SEED,
-        ).data[0]  # fmt: skip
-
-    return call, lambda: precision
+def _wanted(folder: Path) -> peers.Wanted:
+    return peers.Wanted(PROMPT, SIZES[family_of(folder)], GUIDANCE, SEED, NEGATIVE)
 
 
 TOOLS: dict[str, Callable[[Path, str, Path], tuple[Generate, Callable[[], str]]]] = {

@@ -75,7 +75,9 @@ def test_a_diffusion_pipeline_becomes_one_servable(
     servers = json.loads((tmp_path / "out" / "config.json").read_text())
     assert servers == {"model_config_list": [], "mediapipe_config_list": [{"name": "lcm", "base_path": "lcm"}]}
     options = options_of((tmp_path / "out" / "lcm" / "graph.pbtxt").read_text(), pool)
-    assert json.loads(options.plugin_config) == {"INFERENCE_PRECISION_HINT": "f32"}
+    assert json.loads(options.plugin_config) == {
+        "INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY",
+    }  # fmt: skip
     assert (options.device, options.models_path, options.default_resolution) == ("CPU", "./", "64x96")
     assert options.default_num_inference_steps == 4
     said = capsys.readouterr().err

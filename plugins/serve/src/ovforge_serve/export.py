@@ -167,13 +167,15 @@ def _device(config: PipelineConfig) -> tuple[str, dict[str, Any]]:
     """Return OpenVINO's name of the device, and the properties that the config says."""
     options = dict(config.device.options)
     name, index = config.device.use.upper(), options.pop("index", None)
-    properties: dict[str, Any] = dict(options.pop("properties", {}))
+    own = dict(options.pop("properties", {}))
     if options.get("precision") == "auto":
         del options["precision"]
     if "hint" in options:
         options["hint"] = str(options["hint"]).upper()
-    properties |= {_PROPERTIES[key]: value for key, value in options.items() if key in _PROPERTIES}
-    return name if index is None else f"{name}.{index}", properties
+    properties = {_PROPERTIES[key]: value for key, value in options.items() if key in _PROPERTIES}
+    if options.get("precision") == "f32":
+        properties["EXECUTION_MODE_HINT"] = "ACCURACY"  # or activations of compressed weights are rounded to 8 bits
+    return name if index is None else f"{name}.{index}", {**properties, **own}
 
 
 def _lost(bundle: ModelBundle, config: PipelineConfig) -> Iterator[str]:
