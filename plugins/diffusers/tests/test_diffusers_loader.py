@@ -169,8 +169,10 @@ def test_the_saved_folder_opens_and_holds_what_was_there(pipeline: Path, convert
     assert DiffusersLoader(LoaderOptions()).can_load(FileSource(converted)) is Match.NO
     assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline)) is Match.YES
     assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "unet")) is Match.YES
-    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "tokenizer")) is Match.NO
-    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "text_encoder")) is Match.NO
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "tokenizer")) is Match.YES
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "text_encoder")) is Match.YES
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(pipeline / "scheduler")) is Match.NO
+    assert DiffusersLoader(LoaderOptions()).can_load(FileSource(converted / "tokenizer")) is Match.NO
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -85,7 +85,7 @@ class DiffusersLoader:
             except ModelError:
                 return Match.MAYBE
         files = [PurePosixPath(path) for path in source.files()]
-        if any(file.name == "openvino_model.xml" for file in files):
+        if any(file.name in ("openvino_model.xml", "openvino_tokenizer.xml") for file in files):
             return Match.NO
         if _pickle(source):
             return Match.MAYBE

@@ -164,9 +164,11 @@ def _language(own: Shapes, level: str, head: int, default: dict[str, Any]) -> di
 def _qwen3(part: Part, own: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
     level = _level(own)
     head = own[f"{level}layers.0.self_attn.q_norm.weight"][0]
+    shared = _language(own, level, head, {})
     return {
         "model_type": "qwen3",
-        **_language(own, level, head, {}),
+        **shared,
+        "layer_types": ["full_attention"] * shared["num_hidden_layers"],
         "head_dim": head,
         "hidden_act": "silu",
         "rms_norm_eps": _said(metadata, "attention.layer_norm_rms_epsilon", 1e-6),
@@ -180,9 +182,12 @@ def _gemma2(part: Part, own: Shapes, metadata: Mapping[str, Any]) -> dict[str, A
     level = _level(own)
     wide = own[f"{level}embed_tokens.weight"][1] >= 4608  # 27B
     head = 128 if wide else 256
+    shared = _language(own, level, head, {})
+    kinds = ("sliding_attention", "full_attention")
     return {
         "model_type": "gemma2",
-        **_language(own, level, head, {}),
+        **shared,
+        "layer_types": [kinds[number % 2] for number in range(shared["num_hidden_layers"])],
         "head_dim": head,
         "query_pre_attn_scalar": 144 if wide else 256,
         "hidden_activation": "gelu_pytorch_tanh",

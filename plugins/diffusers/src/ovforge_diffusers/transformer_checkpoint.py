@@ -46,7 +46,7 @@ __all__ = ["TransformerCheckpoint"]
 
 _BESIDE = re.compile(
     rf"(.*\.)?scaled_fp8$|.*\.(scale_input|input_scale|comfy_quant)$|(.*\.)?logit_scale$|.*position_ids$"
-    rf"|(.*\.)?norm_final\.weight$|{ZERO_TIMESTEP}$"
+    rf"|(.*\.)?norm_final\.weight$|(.*\.)?{ZERO_TIMESTEP}$"
 )
 """What float8 files hold for programs that compute in float8, marks of ComfyUI, and what is of training only."""
 
