@@ -18,7 +18,10 @@ from PIL import Image, ImageFilter
 
 from families import agree, maker, pipeline, said_of_call, seeded
 from ovforge.errors import InputError, ModelError
+from ovforge.model.sources import FileSource
 from ovforge.store.cache import Cache
+from ovforge_diffusers.loader import DiffusersLoader
+from ovforge_diffusers.options import LoaderOptions
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -262,6 +265,18 @@ def test_parts_that_cannot_be(painting: dict[str, Path], session_cache: Cache, t
     index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
     with pytest.raises(InputError, match="FLUX.1 sees the whole picture"):
         pipeline(source, session_cache, "inpainting")(PROMPT, mask=hole(40, 24), **call, width=16, height=16)
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessorPil", "CLIPImageProcessorFast", "CLIPFeatureExtractor"])
+def test_what_prepares_pictures_is_small_files(painting: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """transformers 5 without torchvision names the first of these classes."""
+    source = Path(shutil.copytree(painting["StableDiffusionInpaintPipeline"], tmp_path / "model"))
+    (source / "feature_extractor").mkdir()
+    (source / "feature_extractor/preprocessor_config.json").write_text("{}")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "feature_extractor": ["transformers", kind]}))
+    bundle = DiffusersLoader(LoaderOptions()).load(FileSource(source))
+    assert "feature_extractor/preprocessor_config.json" in bundle.assets
 
 
 @pytest.mark.parametrize(
