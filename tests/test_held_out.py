@@ -18,7 +18,10 @@ from PIL import Image, ImageFilter
 
 from families import agree, maker, pipeline, said_of_call, seeded
 from ovforge.errors import InputError, ModelError
+from ovforge.model.sources import FileSource
 from ovforge.store.cache import Cache
+from ovforge_diffusers.loader import DiffusersLoader
+from ovforge_diffusers.options import LoaderOptions
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -201,21 +204,27 @@ def test_guidance_built_in_under_another_pipeline(built: Callable[..., Path], se
 
 @pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
 def test_statistics_of_latents(built: Callable[..., Path], session_cache: Cache, task: str) -> None:
-    """Each pipeline of Stable Diffusion XL looks at another part of them."""
+    """Each pipeline of Stable Diffusion XL looks at another part of them, and of sizes for the half to avoid."""
     kind = f"StableDiffusionXL{ {'text-to-image': '', 'image-to-image': 'Img2Img', 'inpainting': 'Inpaint'}[task] }Pipeline"
     scheduler = diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
     source = built("StableDiffusionXLPipeline", scheduler, {**STATISTICS, "latents_mean": [1.0, -2.0, 0.5, 3.0]})
     call: dict[str, Any] = {"guidance_scale": 5.0, "prompt_2": "different", "negative_prompt": "x"}
+    call |= {"negative_original_size": (512, 256), "negative_target_size": (1024, 512)}
     theirs: dict[str, Any] = {}
     mine: dict[str, Any] = {}
     if task == "text-to-image":
         call |= {"width": 72, "height": 40, "original_size": (20, 30)}
+        theirs, mine = {"negative_crops_coords_top_left": (3, 4)}, {"negative_crop": (3, 4)}
     else:
         call |= {"image": picture(72, 40), "strength": 0.6}
     if task == "inpainting":
         theirs, mine = {"mask_image": hole(72, 40), "width": 72, "height": 40}, {"mask": hole(72, 40)}
     wanted = reference(kind, source, num_inference_steps=5, seeds=[5], **call, **theirs)
-    agree(pipeline(source, session_cache, task)(PROMPT, steps=5, seed=5, **call, **mine), wanted)
+    pipe = pipeline(source, session_cache, task)
+    agree(pipe(PROMPT, steps=5, seed=5, **call, **mine), wanted)
+    if task == "text-to-image":
+        with pytest.raises(InputError, match="only if both are given"):
+            pipe(PROMPT, **{**call, "negative_target_size": None})
 
 
 CROPS = [(4, (90, 50), (64, 64)), (0, (90, 50), (64, 40)), (12, (41, 77), (40, 64)), (300, (41, 77), (48, 48))]
@@ -262,6 +271,18 @@ def test_parts_that_cannot_be(painting: dict[str, Path], session_cache: Cache, t
     index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
     with pytest.raises(InputError, match="FLUX.1 sees the whole picture"):
         pipeline(source, session_cache, "inpainting")(PROMPT, mask=hole(40, 24), **call, width=16, height=16)
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessorPil", "CLIPImageProcessorFast", "CLIPFeatureExtractor"])
+def test_what_prepares_pictures_is_small_files(painting: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """transformers 5 without torchvision names the first of these classes."""
+    source = Path(shutil.copytree(painting["StableDiffusionInpaintPipeline"], tmp_path / "model"))
+    (source / "feature_extractor").mkdir()
+    (source / "feature_extractor/preprocessor_config.json").write_text("{}")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "feature_extractor": ["transformers", kind]}))
+    bundle = DiffusersLoader(LoaderOptions()).load(FileSource(source))
+    assert "feature_extractor/preprocessor_config.json" in bundle.assets
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,8 @@ HOMES = {
 AUTOENCODERS = frozenset(
     {"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderTiny", "AutoencoderDC"}
 )
-PROCESSORS = frozenset(
-    {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor"}
-)
+PROCESSORS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor", "VLProcessor")
+"""How classes end that prepare pictures for a model: their components are small files. transformers 5 writes Pil."""
 
 
 class DiffusersLoader:
@@ -147,7 +146,7 @@ class Conversion:
                 self._add_models(bundle, component, kind)
             elif kind in TOKENIZERS:
                 self._add_tokenizer(bundle, component, kind)
-            elif kind.endswith("Scheduler") or kind in PROCESSORS:
+            elif kind.endswith(("Scheduler", *PROCESSORS)):
                 bundle.assets.update(self.parts.assets(component))
             else:
                 raise ModelError(

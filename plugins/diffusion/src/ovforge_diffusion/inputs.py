@@ -160,6 +160,11 @@ class DiffusionInputs(BaseModel):
     original_size: Size | None = Field(None, description="SDXL: (height, width) that the picture seems to come from.")
     target_size: Size | None = Field(None, description="SDXL: (height, width) that it is made for.")
     crop: Size = Field((0, 0), description="SDXL: (top, left) at which it seems to be cropped.")
+    negative_original_size: Size | None = Field(
+        None, description="SDXL: likewise for the half to avoid; from text with negative_target_size."
+    )
+    negative_target_size: Size | None = Field(None, description="SDXL: likewise for the half to avoid.")
+    negative_crop: Size = Field((0, 0), description="SDXL: likewise, where the pipeline of diffusers looks at it.")
     aesthetic_score: float = Field(6.0, description="SDXL refiner: score of the pictures to follow.")
     negative_aesthetic_score: float = Field(2.5, description="SDXL refiner: score of those to avoid.")
 

@@ -200,15 +200,31 @@ class StableDiffusionXL(StableDiffusion):
         return rows, shared
 
     def _time_ids(self, request: Request) -> NDArray[np.float32]:
-        """Return the numbers for both halves, float32 (2, 5 or 6): the one to avoid, the one to follow."""
+        """Return the numbers for both halves, float32 (2, 5 or 6): the one to avoid, the one to follow.
+
+        Which of the negative ones count is each pipeline's own in diffusers.
+        """
         given = request.given
         size = (request.height, request.width)
-        first = (*(given.original_size or size), *given.crop)
+        original, target = given.original_size or size, given.target_size or size
+        first = (*original, *given.crop)
+        avoided, away = given.negative_original_size, given.negative_target_size
         rows: list[tuple[float, ...]]
         if self._numbers == 5:
-            rows = [(*first, given.negative_aesthetic_score), (*first, given.aesthetic_score)]
+            other = (*(avoided or original), *given.negative_crop)
+            rows = [(*other, given.negative_aesthetic_score), (*first, given.aesthetic_score)]
+        elif self.task != "text-to-image":
+            rows = [(*(avoided or original), *given.crop, *(away or target)), (*first, *target)]
+        elif avoided and away:
+            rows = [(*avoided, *given.negative_crop, *away), (*first, *target)]
+        elif avoided or away:
+            raise InputError(
+                "has an effect from text only if both are given",
+                where="negative_original_size, negative_target_size",
+                hint="Give both, or neither.",
+            )
         else:
-            rows = [(*first, *(given.target_size or size))] * 2
+            rows = [(*first, *target)] * 2
         return np.array(rows, np.float32)
 
     def input_shapes(
