@@ -1,9 +1,13 @@
 """Adapters on a UNet of Stable Diffusion 1.5's size: fusing, compiling, switching, and what a branch costs a step.
 
     python benchmarks/lora.py --work /tmp/lora-bench [--precision f32] [--side 64] [--rounds 3]
+    python benchmarks/lora.py --layers [--precision f32] [--rounds 10]
 
 The UNet has random weights, the adapter rank 16 on the 192 layers that kohya's scripts train. Each part runs in a
 process of its own, one at a time. Beside wall time, processor time is given, which other work disturbs less.
+
+With --layers, the linear layers of that UNet's self-attention at its four sizes take turns in a few seconds: without an
+adapter, with one, and with three of rank 16.
 """
 
 from __future__ import annotations
@@ -186,11 +190,71 @@ def steps(arguments: argparse.Namespace) -> dict[str, float]:
         switch("swap", {"second": 0.5})
         switch("both", {"first": 0.5, "second": 0.5})
         take("two", request)
-    told = {"load_s": load, "load_second_s": swap}
+    told = {"load_s": load, "load_second_s": swap, "steps_peak_gib": peak()}
     for name, found in spans.items():
         told[f"step_{name}_s"] = min(wall for wall, _ in found[1:])
         told[f"step_{name}_processor_s"] = min(processor for _, processor in found[1:])
     return told | {f"switch_{name}_ms": 1000 * median(found[1:]) for name, found in give.items()}
+
+
+SIZES = ((4096, 320), (1024, 640), (256, 1280), (64, 1280))
+"""Tokens and width of the UNet's levels at 512 pixels; the batch is 2."""
+DEPTH = 6
+
+
+def layers(precision: str, rounds: int) -> None:
+    """Print the processor time of six layers one after another, as a part of that without an adapter."""
+    from ovforge.model import core
+
+    print(f"{precision}: tokens x width, then the time of a layer without, ms, and of one with adapters by that")
+    for tokens, width in SIZES:
+        requests = {}
+        for name, count in (("plain", 0), ("one", 1), ("three", 3)):
+            hints = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
+            request = core().compile_model(chain(tokens, width, count), "CPU", hints).create_infer_request()
+            fill(request, width, count)
+            requests[name] = request
+        x = np.random.default_rng(0).standard_normal((2, tokens, width), np.float32)
+        spans: dict[str, list[float]] = {name: [] for name in requests}
+        for _ in range(rounds + 1):
+            for name, request in requests.items():
+                spans[name].append(timed(lambda: request.infer([x]))[1])  # noqa: B023
+        best = {name: min(found[1:]) for name, found in spans.items()}
+        ratios = ", ".join(f"{name} {span / best['plain']:.2f}" for name, span in best.items() if name != "plain")
+        print(f"{tokens} x {width}: {1000 * best['plain'] / DEPTH:.2f}, {ratios}", flush=True)
+
+
+def chain(tokens: int, width: int, adapters: int) -> Any:
+    """Return a model of linear layers with places for adapters."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    from ovforge_sd_lora.runtime import attach
+    from ovforge_sd_lora.targets import Target
+
+    rng = np.random.default_rng(0)
+    x = ops.parameter([2, tokens, width], ov.Type.f32)
+    y, nodes = ops.relu(x), []
+    for _ in range(DEPTH):
+        weight = (rng.standard_normal((width, width), np.float32) / width**0.5).astype(np.float16)
+        product = ops.matmul(y, ops.convert(ops.constant(weight), "f32"), False, True)
+        nodes.append(product)
+        y = ops.relu(ops.add(product, ops.constant(rng.standard_normal((1, 1, width), np.float32))))
+    model = ov.Model([ops.reduce_mean(y, ops.constant(np.array([1])), True)], [x], "layers")
+    for number, node in enumerate(nodes if adapters else ()):
+        attach(model, Target(str(number), "linear", (width, width), nodes=[node]), "weight")
+    return model
+
+
+def fill(request: Any, width: int, adapters: int) -> None:
+    """Give the places of a model random numbers."""
+    import openvino as ov
+
+    rng, rank = np.random.default_rng(1), RANK * adapters
+    shapes = {"A": (rank, width), "s": (1, rank), "B": (width, rank)}
+    for state in request.query_state():
+        value = rng.standard_normal(shapes[state.name.rpartition(".")[2]], np.float32) / 100
+        state.state = ov.Tensor(value)
 
 
 PARTS = {"fuse": fuse, "diffusers": diffusers_fuse, "steps": steps}
@@ -199,13 +263,19 @@ PARTS = {"fuse": fuse, "diffusers": diffusers_fuse, "steps": steps}
 def main() -> None:
     """Run each part in its own process, and put the figures side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the models, about 4 GB")
+    parser.add_argument("--work", type=Path, help="folder for the models, about 4 GB")
+    parser.add_argument("--layers", action="store_true", help="single layers, without a folder")
     parser.add_argument("--precision", default="auto", choices=["auto", "f32", "bf16"])
     parser.add_argument("--side", type=int, default=64, help="latents: 64 is 512 pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.layers:
+        layers(arguments.precision, arguments.rounds)
+        return
+    if arguments.work is None:
+        parser.error("--work is needed, or --layers")
     if arguments.part:
         print(json.dumps(PARTS[arguments.part](arguments)))
         return
@@ -228,6 +298,7 @@ def main() -> None:
         "diffusers / fuse": ("diffusers{}_s", "fuse{}_s"),
         "branch, one adapter / plain": ("step_one{}_s", "step_plain{}_s"),
         "branch, off / plain": ("step_off{}_s", "step_plain{}_s"),
+        "branch, two adapters / plain": ("step_two{}_s", "step_plain{}_s"),
     }
     for label, (top, bottom) in ratios.items():
         keys = [(top.format(kind), bottom.format(kind)) for kind in ("", "_processor")]
