@@ -422,7 +422,7 @@ class Architecture(ABC):
 
     def notes(self) -> list[str]:
         """Return what plans and results should say of this model."""
-        said = Scale.of(self.configs.get("vae_decoder", {}))
+        said = Scale.of(self.configs.get("vae_decoder", {}), self.latent_scale)
         notes = []
         if self.decoding.mean and self.decoding.deviation:
             notes.append("the autoencoder's latents_mean and latents_std are applied")
