@@ -387,7 +387,8 @@ def _import(entry: Entry, sealed: Protection | None, device: str, properties: Ma
     pages, tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
     model = core().import_model(tensor, device, dict(properties))
     if device == "CPU" and hasattr(mmap, "MADV_DONTNEED"):
-        _read_once.append(pages)
+        if pages not in _read_once:  # it may be read again after a release
+            _read_once.append(pages)
         _forget_read()
     return model
 

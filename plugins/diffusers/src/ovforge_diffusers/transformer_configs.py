@@ -25,18 +25,26 @@ def transformer_config(kind: str, own: Shapes) -> dict[str, Any]:
         ) from error
 
 
-def _flux(own: Shapes) -> dict[str, Any]:
-    head = own["transformer_blocks.0.attn.norm_q.weight"][0]
+def _two_streams(own: Shapes, head: int) -> dict[str, Any]:
+    """Return what FLUX.1 and FLUX.2 have in common, with heads of `head` channels."""
     hidden, channels = own["x_embedder.weight"][:2]
+    given = own["proj_out.weight"][0]
     return {
         "patch_size": 1,
         "in_channels": channels,
-        "out_channels": own["proj_out.weight"][0] if own["proj_out.weight"][0] != channels else None,
+        "out_channels": given if given != channels else None,
         "num_layers": _blocks(own, "transformer_blocks"),
         "num_single_layers": _blocks(own, "single_transformer_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": hidden // head,
         "joint_attention_dim": own["context_embedder.weight"][1],
+    }
+
+
+def _flux(own: Shapes) -> dict[str, Any]:
+    head = own["transformer_blocks.0.attn.norm_q.weight"][0]
+    return {
+        **_two_streams(own, head),
         "pooled_projection_dim": own["time_text_embed.text_embedder.linear_1.weight"][1],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in own,
         # An eighth of a head's channels for the first id, the rest in halves for rows and columns: 16, 56, 56 of 128.
@@ -87,16 +95,9 @@ def _qwenimage(own: Shapes) -> dict[str, Any]:
 
 def _flux2(own: Shapes) -> dict[str, Any]:
     head = own["transformer_blocks.0.attn.norm_q.weight"][0]
-    hidden, channels = own["x_embedder.weight"][:2]
+    hidden = own["x_embedder.weight"][0]
     return {
-        "patch_size": 1,
-        "in_channels": channels,
-        "out_channels": own["proj_out.weight"][0] if own["proj_out.weight"][0] != channels else None,
-        "num_layers": _blocks(own, "transformer_blocks"),
-        "num_single_layers": _blocks(own, "single_transformer_blocks"),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
-        "joint_attention_dim": own["context_embedder.weight"][1],
+        **_two_streams(own, head),
         "timestep_guidance_channels": own["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
         "mlp_ratio": own["transformer_blocks.0.ff.linear_out.weight"][1] / hidden,
         "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in own,

@@ -169,54 +169,40 @@ Placed = Iterator[tuple[str, int, int]]
 
 def _flux(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
     """Yield where a tensor of Black Forest Labs' FLUX.1 goes, and which of its rows."""
-    if stem in _FLUX:
-        yield _FLUX[stem] + suffix, 0, rows
-    elif stem == "final_layer.adaLN_modulation.1":
-        yield from _swapped("norm_out.linear" + suffix, rows)
-    elif block := re.fullmatch(r"double_blocks\.(\d{1,4})\.(.+)", stem):
-        new, inside = f"transformer_blocks.{block[1]}.", block[2]
-        if inside in _FLUX_DOUBLE:
-            yield new + _FLUX_DOUBLE[inside] + suffix, 0, rows
-        elif inside + suffix in _FLUX_NORMS:
-            yield new + _FLUX_NORMS[inside + suffix], 0, rows
-        elif inside == "img_attn.qkv":
-            yield from _split([f"{new}attn.to_{each}{suffix}" for each in _QKV], [rows // 3] * 3)
-        elif inside == "txt_attn.qkv":
-            yield from _split([f"{new}attn.add_{each}_proj{suffix}" for each in _QKV], [rows // 3] * 3)
-    elif block := re.fullmatch(r"single_blocks\.(\d{1,4})\.(.+)", stem):
-        new, inside = f"single_transformer_blocks.{block[1]}.", block[2]
-        if inside in _FLUX_SINGLE:
-            yield new + _FLUX_SINGLE[inside] + suffix, 0, rows
-        elif inside + suffix in _FLUX_NORMS:
-            yield new + _FLUX_NORMS[inside + suffix], 0, rows
-        elif inside == "linear1":
-            width = own.get("img_in.bias", (0,))[0]
-            names = [*(f"{new}attn.to_{each}{suffix}" for each in _QKV), f"{new}proj_mlp{suffix}"]
-            yield from _split(names, [width, width, width, rows - 3 * width])
+    if block := re.fullmatch(r"single_blocks\.(\d{1,4})\.linear1", stem):
+        new = f"single_transformer_blocks.{block[1]}."
+        width = own.get("img_in.bias", (0,))[0]
+        names = [*(f"{new}attn.to_{each}{suffix}" for each in _QKV), f"{new}proj_mlp{suffix}"]
+        yield from _split(names, [width, width, width, rows - 3 * width])
+    else:
+        yield from _of_two_streams(stem, suffix, rows, _FLUX, _FLUX_DOUBLE, _FLUX_SINGLE)
 
 
 def _flux2(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
     """Yield where a tensor of Black Forest Labs' FLUX.2 goes, and which of its rows."""
-    if stem in _FLUX2:
-        yield _FLUX2[stem] + suffix, 0, rows
+    yield from _of_two_streams(stem, suffix, rows, _FLUX2, _FLUX2_DOUBLE, _FLUX2_SINGLE)
+
+
+def _of_two_streams(
+    stem: str, suffix: str, rows: int, whole: Mapping[str, str], double: Mapping[str, str], single: Mapping[str, str]
+) -> Placed:
+    """Yield the same for what both have in common: blocks of two streams, and then of one."""
+    if stem in whole:
+        yield whole[stem] + suffix, 0, rows
     elif stem == "final_layer.adaLN_modulation.1":
         yield from _swapped("norm_out.linear" + suffix, rows)
-    elif block := re.fullmatch(r"double_blocks\.(\d{1,4})\.(.+)", stem):
-        new, inside = f"transformer_blocks.{block[1]}.", block[2]
-        if inside in _FLUX2_DOUBLE:
-            yield new + _FLUX2_DOUBLE[inside] + suffix, 0, rows
+    elif block := re.fullmatch(r"(double|single)_blocks\.(\d{1,4})\.(.+)", stem):
+        two, inside = block[1] == "double", block[3]
+        new = f"{'' if two else 'single_'}transformer_blocks.{block[2]}."
+        inner = double if two else single
+        if inside in inner:
+            yield new + inner[inside] + suffix, 0, rows
         elif inside + suffix in _FLUX_NORMS:
             yield new + _FLUX_NORMS[inside + suffix], 0, rows
-        elif inside == "img_attn.qkv":
+        elif two and inside == "img_attn.qkv":
             yield from _split([f"{new}attn.to_{each}{suffix}" for each in _QKV], [rows // 3] * 3)
-        elif inside == "txt_attn.qkv":
+        elif two and inside == "txt_attn.qkv":
             yield from _split([f"{new}attn.add_{each}_proj{suffix}" for each in _QKV], [rows // 3] * 3)
-    elif block := re.fullmatch(r"single_blocks\.(\d{1,4})\.(.+)", stem):
-        new, inside = f"single_transformer_blocks.{block[1]}.", block[2]
-        if inside in _FLUX2_SINGLE:
-            yield new + _FLUX2_SINGLE[inside] + suffix, 0, rows
-        elif inside + suffix in _FLUX_NORMS:
-            yield new + _FLUX_NORMS[inside + suffix], 0, rows
 
 
 def _zimage(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
