@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
@@ -180,7 +180,6 @@ def test_wrong_types_are_told_in_plain_words(key: str, value: Any, message: str)
     assert raised.value.what == message
 
 
-@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)))
 def test_no_error_speaks_of_pydantic_or_python(value: Any) -> None:
     for key in Typed.model_fields:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import shutil
+import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import openvino as ov
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from openvino import opset13 as ops
+from openvino._offline_transformations import apply_moc_transformations
 
 import ovforge
 from ovforge import hookimpl, testing
 from ovforge.contracts import LoaderExtension, Match
 from ovforge.model import FileSource, ModelBundle, source_digest
 from ovforge.model.companions import companions, external_data
+from ovforge.model.comparison import same_model
 from ovforge.plugins import requirements
 from ovforge.plugins.catalogue import Registry
-from ovforge.plugins.manager import Plugins
+from ovforge.plugins.manager import Offer, Plugins
 from ovforge.run.compiled import compile_dependencies
 from ovforge.run.identity import load_dependencies
 from ovforge.run.resolution import resolve_source
@@ -133,6 +140,108 @@ def test_the_versions_of_what_a_plugin_requires_count(tmp_path: Path, monkeypatc
     requirements._requirements.cache_clear()
 
 
+PLUGIN = """
+from ovforge import hookimpl, testing
+from ovforge.contracts import LoaderExtension, Match
+
+
+class Load:
+    def __init__(self, options): ...
+
+    def can_load(self, source):
+        return Match.YES
+
+    def load(self, source):
+        bundle = testing.small_bundle()
+        bundle.configs["made"] = {"by": BY}
+        return bundle
+
+
+@hookimpl
+def ovforge_loaders():
+    yield LoaderExtension(name="all", summary="s", factory=FACTORY, converts=True)
+"""
+
+
+def write_plugin(folder: Path, name: str, by: int, factory: str = "Load") -> None:
+    """Write a package whose loader says `by`, in another module than the hook if `factory` is an import string."""
+    package = folder / name
+    package.mkdir(exist_ok=True)
+    text = PLUGIN.replace("BY", str(by)).replace("FACTORY", factory)
+    loader, _ = text.split("@hookimpl")
+    (package / "loader.py").write_text(loader)
+    (package / "__init__.py").write_text(
+        text if factory == "Load" else text.replace(loader, loader.partition("class")[0])
+    )
+
+
+@pytest.mark.parametrize("factory", ["Load", '"by_hand_named.loader:Load"'])
+def test_a_plugin_without_a_version_is_known_by_its_files(
+    factory: str, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "by_hand" if factory == "Load" else "by_hand_named"
+    (tmp_path / "x.any").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    made = []
+    for by in (1, 2, 1):
+        write_plugin(tmp_path, name, by, factory)
+        for module in [each for each in sys.modules if each.partition(".")[0] == name]:
+            del sys.modules[module]
+        importlib.invalidate_caches()
+        plugins = Plugins(Registry({}), found=())
+        plugins.register(importlib.import_module(name), name)
+        made.append(ovforge.open_model(tmp_path / "x.any", plugins=plugins, cache=cache))
+    assert [bundle.configs["made"]["by"] for bundle in made] == [1, 2, 1]
+    assert len([entry for entry in cache.entries() if entry.stage == "load"]) == 2
+
+
+def test_code_that_stands_in_no_file_is_known_in_its_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = LoaderExtension(name="all", summary="s", factory=lambda options: None)
+    extension.factory.__module__ = "__main__"  # type: ignore[union-attr]
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    here = requirements.code_of(Offer(extension, "all", "0"))
+    assert here == requirements.code_of(Offer(extension, "all", "0"))
+    monkeypatch.setattr(requirements, "_THIS_PROCESS", "another")
+    assert requirements.code_of(Offer(extension, "all", "0")) != here
+
+
+def test_a_distribution_that_did_not_come_from_an_index_is_known_by_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    extension = LoaderExtension(name="all", summary="s", factory="local_plugin.loader:Load")
+    information = tmp_path / "local_plugin-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.4\nName: local-plugin\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[ovforge]\nlocal = local_plugin\n")
+
+    def code() -> str:
+        for cached in (requirements._build, requirements._found):
+            cached.cache_clear()
+        importlib.invalidate_caches()
+        return requirements.code_of(Offer(extension, "local", "1.0", "local-plugin"))
+
+    write_plugin(tmp_path, "local_plugin", 1)
+    assert code() == "1.0", "nothing says that it is not from an index"
+
+    (information / "direct_url.json").write_text(json.dumps({"url": "file:///x", "dir_info": {"editable": True}}))
+    first = code()
+    write_plugin(tmp_path, "local_plugin", 2)
+    second = code()
+    write_plugin(tmp_path, "local_plugin", 1)
+    assert first.startswith("1.0+")
+    assert first == code() != second
+
+    (information / "direct_url.json").write_text(json.dumps({"url": "file:///x.whl", "archive_info": {}}))
+    built = set()
+    for digest in ("a", "b"):
+        record = f"local_plugin/__init__.py,sha256={digest},9\nlocal_plugin-1.0.dist-info/RECORD,,\n"
+        (information / "RECORD").write_text(record)
+        built.add(code())
+    assert len(built) == 2
+
+
 def test_the_processors_instructions_count(monkeypatch: pytest.MonkeyPatch) -> None:
     from ovforge.contracts import DevicePlan
     from ovforge.model import runtime
@@ -144,3 +253,20 @@ def test_the_processors_instructions_count(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
     assert compile_dependencies("unet", "x", plan, None) != before
     runtime.instruction_set.cache_clear()
+
+
+def test_models_that_differ_in_numbers_of_names_alone_are_the_same() -> None:
+    """OpenVINO numbers what has no name, also where it says of which operations one was made."""
+
+    def made(number: float) -> ov.Model:
+        x = ops.parameter([1, 3], ov.Type.f32)
+        x.output(0).get_tensor().set_names({"x"})
+        whole = ops.add(ops.constant(np.ones((1, 3), np.float32)), ops.constant(np.full((1, 3), number, np.float32)))
+        y = ops.multiply(x, whole).output(0)
+        y.get_tensor().set_names({"y"})
+        model = ov.Model([y], [x])
+        apply_moc_transformations(model, False)
+        return model
+
+    assert same_model(made(2), made(2))
+    assert not same_model(made(2), made(3))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ovforge.cli import (
@@ -69,7 +69,6 @@ def safe(text: str) -> bool:
     )
 
 
-@settings(deadline=None)
 @given(FOREIGN)
 def test_plain_text_is_safe_and_legible(text: str) -> None:
     assert safe(plain(text)) and "\n" not in plain(text) and "\t" not in plain(text)
@@ -83,7 +82,6 @@ def test_plain_text_is_safe_and_legible(text: str) -> None:
 def test_nothing_but_our_own_styles_reaches_the_terminal(terminal: bool) -> None:
     monkeypatch = pytest.MonkeyPatch()
 
-    @settings(deadline=None)
     @given(FOREIGN)
     def check(text: str) -> None:
         error = OvforgeError(text, where=text, hint=text)

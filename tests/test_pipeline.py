@@ -429,7 +429,7 @@ def test_without_a_cache_everything_works_and_nothing_is_written(
         ({"transform": ["ad"]}, PluginError, "transform 'ad': unknown"),
         ({"transform": [{"use": "add", "amuont": 2}]}, ConfigError, r"transform.0 \(add\): unknown key `amuont`"),
         ({"load": "nowhere"}, ModelError, "nowhere: no such file"),
-        ({"input": {"z": 1}}, ConfigError, "unknown input `z`"),
+        ({"input": {"z": 1}}, ConfigError, "input: unknown key `z`"),
         ({"device": {"precision": "f8"}}, ConfigError, r"device \(cpu\): `precision`"),
         ({"device": {"properties": {"NUM_STREEMS": 1}}}, DeviceError, "Did you mean 'NUM_STREAMS'"),
         ({"device": "npu"}, DeviceError, "not on this machine"),

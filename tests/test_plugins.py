@@ -206,7 +206,7 @@ def test_a_broken_catalogue_stops_neither_doctor_nor_help(tmp_path: Path, monkey
 NAMES = st.from_regex(r"[a-z0-9]+(-[a-z0-9]+)?", fullmatch=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(NAMES, st.booleans(), max_size=4), NAMES, st.booleans(), st.integers(0, 3), st.booleans())
 def test_switching_keeps_every_other_byte_of_the_file(
     plugins, name: str, enabled: bool, style: int, crlf: bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
 from pydantic import BaseModel, ConfigDict
 
 import ovforge
 from ovforge import hookimpl, testing
 from ovforge.contracts.extensions import TaskExtension
 from ovforge.errors import DeviceError, InputError
+from ovforge.model import regions, runtime
 from ovforge.model.results import Result
 from ovforge.plugins.catalogue import Registry
 from ovforge.plugins.manager import Plugins
@@ -142,3 +147,60 @@ assert not seen, seen
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not regions.are_bound(), reason="memory is not bound here, or bound to one of several nodes")
+def test_memory_that_the_runtime_bound_does_not_stay_in_pieces() -> None:
+    """OpenVINO binds each constant of a model that runs; after 65,530 pieces a process gets no more memory."""
+    import mmap
+
+    page, pieces = mmap.PAGESIZE, 1000
+    memory = mmap.mmap(-1, 2 * pieces * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    def count() -> int:
+        return Path("/proc/self/maps").read_text().count("\n")
+
+    node, bind = ctypes.byref(ctypes.c_ulong(1)), 2
+    for piece in range(pieces):
+        regions.mbind(address + 2 * piece * page, page, bind, node, 64)
+    before = count()
+    if before < 2 * pieces:
+        pytest.skip("the system forbids to bind memory")
+    for _ in range(runtime.USES_BETWEEN_MERGES):
+        runtime.core()
+    assert count() < before - 1.9 * pieces
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells which files are open")
+def test_a_mapped_file_is_not_an_open_one(tmp_path: Path) -> None:
+    """A server with a model for each of a thousand sizes would meet the limit of open files."""
+    (tmp_path / "model").write_bytes(bytes(range(256)) * 64)
+    file = regions.MappedFile(tmp_path / "model")
+    assert not [link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(tmp_path / "model")]
+    assert str(tmp_path / "model") in Path("/proc/self/maps").read_text()
+    file.bytes[5] = 1
+    assert (file.bytes[5], file.bytes[6]) == (1, 6)
+    assert (tmp_path / "model").read_bytes()[5] == 5
+    file.forget()
+    assert bytes(file.bytes) == bytes(range(256)) * 64
+    with pytest.raises(FileNotFoundError, match="missing"):
+        regions.MappedFile(tmp_path / "missing")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells which cores a thread may use")
+def test_no_thread_of_the_runtime_is_kept_on_one_core() -> None:
+    """Some stayed there when others were to run: two threads shared a core while another one was idle."""
+    x = ops.parameter([512, 512], np.float32)
+    node: Any = x
+    for _ in range(40):
+        node = ops.matmul(node, ops.constant(np.eye(512, dtype=np.float32)), False, False)
+    compiled = runtime.core().compile_model(ov.Model([node], [x], "long"), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    request, seen = compiled.create_infer_request(), set[frozenset[int]]()
+    for _ in range(3):
+        request.start_async([np.ones((512, 512), np.float32)])
+        while not request.wait_for(0):
+            for thread in Path("/proc/self/task").iterdir():
+                with contextlib.suppress(OSError):
+                    seen.add(frozenset(os.sched_getaffinity(int(thread.name))))
+    assert seen == {frozenset(os.sched_getaffinity(0))}

@@ -44,7 +44,7 @@ SHAPES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(-(2**63), 2**64 - 1), shapes=SHAPES)
 def test_stream_equals_torch(seed: int, shapes: list[tuple[int, ...]]) -> None:
     """Every shape, and several draws from one generator, short ones (which keep a number back) among them."""

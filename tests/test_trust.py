@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import ovforge
 from ovforge.cli import app
 from ovforge.cli.system import system_error
+from ovforge.cli.trust import check_output
 from ovforge.config.files import apply_overrides
 from ovforge.config.trust import foreign_effects, is_own
 from ovforge.errors import ConfigError, InputError, ModelError, OvforgeError
@@ -90,6 +92,10 @@ def test_a_strangers_config_is_refused_without_trust(places: tuple[Path, Path], 
         done = CliRunner().invoke(app, ["run", *arguments])
         assert "no readable picture" in str(done.exception) or "not a readable picture" in str(done.exception)
     assert is_own(mine / "c.json") and not is_own(theirs / "c.json")
+    for name, there in (("train-1.txt", False), ("train-2", True)):
+        (mine / name).mkdir()
+        with pytest.raises(InputError, match="is there already") if there else contextlib.nullcontext():
+            check_output(theirs / "c.json", mine / "train", force=False)
     provenance = {"config": {key: BASE[key] for key in ("task", "load")}, "inputs": config["input"]}
     done = CliRunner().invoke(app, ["run", str(picture(mine / "p.png", provenance | {"base": "/"}))])
     assert "secret.png (input.image)" in str(done.exception), "a picture is never one's own"
@@ -125,6 +131,8 @@ def test_in_python_a_picture_alone_needs_trust(places: tuple[Path, Path], tmp_pa
         with pytest.raises(ConfigError, match="secret.png \\(input.image\\)") as refused:
             opened(made, cache=None)
         assert "trust=True" in str(refused.value.hint)
+        with pytest.raises(ConfigError, match="trust: it is of type str, and should be bool"):
+            opened(made, cache=None, trust="no")
     with pytest.raises(ModelError, match="no such file"):
         ovforge.load(made, cache=None, trust=True)
 

@@ -14,10 +14,11 @@ import pytest
 from onnx import TensorProto, helper
 from openvino import opset6 as ops
 
-from ovforge.errors import ModelError
+from ovforge.errors import InputError, ModelError
 from ovforge.model import FileSource, probing, read_model
 from ovforge.model.reasons import reason_of
 from ovforge.model.validation import check_ir
+from ovforge.run.compiled import _reshaped
 from ovforge.store.digests import DigestMemo
 from ovforge.store.processes import run_python
 
@@ -187,3 +188,13 @@ def test_a_model_is_probed_once_and_again_after_a_change(tmp_path: Path, monkeyp
     trusted.trusted = True
     assert read_model(trusted, path.name)
     assert len(started) == 2
+
+
+def test_shapes_that_a_model_cannot_work_with_are_named() -> None:
+    one, other = (ops.parameter([1, -1], ov.Type.f32, name) for name in ("one", "other"))
+    model = ov.Model([ops.result(ops.add(one, other))], [one, other])
+    for port, name in zip(model.inputs, ("one", "other"), strict=True):
+        port.get_tensor().set_names({name})
+    with pytest.raises(InputError, match=r"(?s)unet: .*one \[1, 2\], other \[1, 3\].*Take another size"):
+        _reshaped(model, "unet", {"one": (1, 2), "other": (1, 3)})
+    assert _reshaped(model, "unet", {"one": (1, 3), "other": (1, 3)}).outputs[0].get_shape() == ov.Shape([1, 3])

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import pytest
+
 from .formats import FORMATS, Format
 
 __all__ = ["OUTCOMES", "Outcome", "main", "run_case"]
@@ -47,15 +49,13 @@ def run_case(format_: Format, seed: int, folder: Path) -> Outcome:
     target = folder / format_.file
     target.write_bytes(format_.change(target.read_bytes(), random))
     command = [part.replace("{file}", format_.file) for part in format_.command] + format_.arguments(random)
-    before, environment = Path.cwd(), dict(os.environ)
-    os.chdir(folder)
-    os.environ.update(format_.environment)
-    try:
+    # Other variables are left alone: the case before may still be compiling a model, and whoever reads a variable in
+    # C while another thread clears the environment can meet memory that is gone.
+    with pytest.MonkeyPatch.context() as changed:
+        changed.chdir(folder)
+        for name, value in format_.environment.items():
+            changed.setenv(name, value)
         outcome = _outcome(command)
-    finally:
-        os.chdir(before)
-        os.environ.clear()
-        os.environ.update(environment)
     if outcome.kind == "right" and format_.same is not None:
         ours, expected = (folder / name for name in format_.same)
         if not ours.is_file() or ours.read_bytes() != expected.read_bytes():

@@ -74,7 +74,7 @@ def run(
             check_output(config, target, force)
         before = set(target.absolute().parent.iterdir())
         files = result.save(target)
-    replaced = [file for file in files if file.absolute() in before]
+    replaced = [file for file in files if before & {file.absolute(), file.absolute().parent}]
     print_result(result, files, pipeline, quiet=quiet or as_json, replaced=replaced)
     if as_json:
         print_json(result_as_json(result, files, pipeline, warnings))
@@ -192,7 +192,7 @@ def _output(config: Path, overrides: Sequence[str], output: Path | None) -> tupl
     kind = extension.result_type()
     if output is not None:
         return output, extension
-    if config.suffix.lower() in PICTURE_SUFFIXES:
+    if config.suffix.lower() in PICTURE_SUFFIXES and (kind is None or config.suffix.lower() in kind.suffixes):
         return config.with_stem(f"{config.stem}-again"), extension
     if checked.output:
         return Path(checked.output), extension

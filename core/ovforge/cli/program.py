@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 import time
 import warnings
@@ -161,8 +162,10 @@ def _options(
 
 
 def main() -> None:
-    """Run the program. Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted."""
+    """Run the program. Exit codes: 0 done, 1 an explained error, 2 wrong usage, 130 ended by Ctrl-C or SIGTERM."""
     prepare_streams()
+    # By default it would end us at once: what is half written would stay, and child processes would run on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_folder", "check_writable", "print_reports", "print_result", "reports_as_json", "result_as_json"]
 
+_NAMED = 64
+"""Files of one folder that are named one by one."""
+
 
 def check_writable(path: Path, result: type[Result] | None = None) -> None:
     """Raise InputError if `path` cannot be written, or is of a kind that the result is not saved as.
@@ -33,6 +37,8 @@ def check_writable(path: Path, result: type[Result] | None = None) -> None:
         raise InputError("no such folder", where=str(folder), hint="Make it, or name another --output.")
     if path.is_dir() and path.suffix:
         raise InputError("is a folder, and a file is to be written", where=str(path), hint="Name another --output.")
+    if result is not None and not path.suffix:
+        result.check_folder(path)
     check_folder(folder)
 
 
@@ -77,8 +83,14 @@ def print_result(
     print_line(f"{device.get('full_name', '')} ({device.get('name', '')}), computed in {precision}")
     for line in result.lines():
         print_line(line)
-    for file in files:
-        print_line((str(file), "bold"), " (replaced)" if file in replaced else "")
+    for folder, group in groupby(files, key=lambda file: file.parent):
+        several = list(group)
+        if len(several) > _NAMED:
+            named = [(folder, f": {len(several)} files, {several[0].name} to {several[-1].name}", several[0])]
+        else:
+            named = [(file, "", file) for file in several]
+        for path, note, file in named:
+            print_line((str(path), "bold"), f"{note}{' (replaced)' if file in replaced else ''}")
 
 
 def _print_timings(title: str, timings: Timings, cached: Sequence[str] = ()) -> None:

@@ -47,7 +47,8 @@ def check_output(config: Path, target: Path, force: bool) -> None:
     if force or is_own(config):
         return
     several = sorted(target.parent.glob(f"{_literal(target.stem)}-[0-9]*{_literal(target.suffix)}"))
-    if there := [path for path in (target, *several) if path.exists()]:
+    same = [path for path in several if path.suffix == target.suffix]
+    if there := [path for path in (target, *same) if path.exists()]:
         raise InputError("is there already", where=str(there[0]), hint="Name another --output, or add --force.")
 
 

@@ -93,7 +93,7 @@ def _sentence(key: tuple[str, ...], found: Sequence[tuple[Mapping[str, Any], Any
             return f"`{'.'.join(key[:-1])}` has too few values", ""
         return f"the key `{name}` is missing", listing
     message = re.sub(r"^(Input|String|Value error,) ?", "", problem["msg"])
-    message = re.sub(r"^\w+ (should have at \w+ \d+) items? after validation", r"\1 values", message)
+    message = re.sub(r"^\w+ (should have at \w+ \d+) item(s?) after validation", r"\1 value\2", message)
     if not name:
         return message, ""
     value = problem.get("input")

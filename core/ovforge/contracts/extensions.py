@@ -110,7 +110,7 @@ class Extension:
 
         `where` of an error is the field. Costs the import of whatever the factories' modules import.
         """
-        for field, reference in self._references():
+        for field, reference in self.references():
             try:
                 value = resolve(reference)
             except PluginError as error:
@@ -126,7 +126,7 @@ class Extension:
             elif not _is_options_model(value):
                 yield PluginError("it is not a class derived from pydantic.BaseModel", where=field)
 
-    def _references(self) -> Iterator[tuple[str, Any]]:
+    def references(self) -> Iterator[tuple[str, Any]]:
         """Yield each field that may be an import string, with what it holds."""
         yield "factory", self.factory
         yield "config", self.config
@@ -156,8 +156,8 @@ class TunableExtension(Extension):
             raise PluginError("tunings are tables of options", where=self.name)
         return tables
 
-    def _references(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._references()
+    def references(self) -> Iterator[tuple[str, Any]]:
+        yield from super().references()
         if isinstance(self.tunings, str):
             yield "tunings", self.tunings
 
@@ -211,8 +211,8 @@ class GraphTransformExtension(TunableExtension):
     adapter: str | Callable[..., Any] | None = None
     embedders: str | Callable[..., Any] | None = None
 
-    def _references(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._references()
+    def references(self) -> Iterator[tuple[str, Any]]:
+        yield from super().references()
         yield "adapter", self.adapter
         yield "embedders", self.embedders
 
@@ -249,8 +249,8 @@ class DriverExtension(Extension):
         model: type[BaseModel] = resolve(self.sections[name])
         return model
 
-    def _references(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._references()
+    def references(self) -> Iterator[tuple[str, Any]]:
+        yield from super().references()
         for name, section in self.sections.items():
             yield f"sections.{name}", section
 
@@ -275,7 +275,7 @@ class RecipeExtension(TunableExtension):
         except (TypeError, ValueError) as error:
             raise PluginError(f"the options of a recipe are plain data: {error}", where=self.name) from error
 
-    def _references(self) -> Iterator[tuple[str, Any]]:
+    def references(self) -> Iterator[tuple[str, Any]]:
         return iter(())  # it names a quantizer, and imports nothing
 
     def of(self, quantizer: QuantizerExtension) -> QuantizerExtension:
@@ -374,8 +374,8 @@ class TaskExtension(TunableExtension):
         kind: type[Result] | None = resolve(self.result)
         return kind
 
-    def _references(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._references()
+    def references(self) -> Iterator[tuple[str, Any]]:
+        yield from super().references()
         yield "inputs", self.inputs
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "FlowRun",
     "FlowScheduler",
     "FrameDetector",
+    "GivenScheduler",
     "GraphTransform",
     "Inference",
     "Loader",
@@ -260,6 +261,23 @@ class Scheduler(Protocol):
         """Begin a run of `steps` steps. Raises InputError if the schedule cannot have that many.
 
         With `strength` below 1 the run starts from a noised picture and goes only that part of the way.
+        """
+        ...
+
+
+@runtime_checkable
+class GivenScheduler(Scheduler, Protocol):
+    """A sampling method that goes over levels of noise which a call gives, where its class can."""
+
+    order: int
+    """How often the network is called for one step; the last step may take one call."""
+
+    def start_given(
+        self, strength: float = 1.0, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> Sampling:
+        """Begin a run over the timesteps, or noise levels, of a call, as diffusers' class reads them.
+
+        One of them is given. Raises InputError, which names it, if the method takes none, or not such ones.
         """
         ...
 

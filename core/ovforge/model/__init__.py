@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Result,
         TimingRow,
         Timings,
+        provenance_options,
         read_provenance,
         values_as_json,
     )
@@ -82,6 +83,7 @@ __all__ = [
     "openvino_version",
     "package_path",
     "picture_name",
+    "provenance_options",
     "psnr",
     "read_json",
     "read_model",
@@ -115,6 +117,7 @@ __getattr__, __dir__ = lazy(
             "Result",
             "TimingRow",
             "Timings",
+            "provenance_options",
             "read_provenance",
             "values_as_json",
         ],

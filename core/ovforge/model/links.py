@@ -10,6 +10,7 @@ file. So a link that leaves the folder is followed only if that is how models ar
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,8 +77,10 @@ def _walk(folder: Path, root: Path, linked: bool = False) -> Iterator[tuple[Path
             else:
                 yield path, True
             continue
-        target = path.resolve()
-        if not target.is_dir():
+        target = _target(path)
+        if target is None:
+            yield path, False
+        elif not target.is_dir():
             weights = path.suffix in _WEIGHTS and target.suffix in _WEIGHTS
             yield path, target.is_relative_to(root) or _is_blob(target, root) or weights
         elif target.is_relative_to(root):
@@ -92,6 +95,16 @@ def _walk(folder: Path, root: Path, linked: bool = False) -> Iterator[tuple[Path
             yield path, False
 
 
+def _target(link: Path) -> Path | None:
+    """Return where a link leads in the end; None if it goes round in circles."""
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+    return link.resolve()
+
+
 def _is_blob(target: Path, root: Path) -> bool:
     """Say whether a file is one of the hub's blobs of the model whose snapshot `root` is, or lies in."""
     return target.parent.name == "blobs" and root.is_relative_to(target.parents[1] / "snapshots")
@@ -102,7 +115,8 @@ def _part_files(folder: Path) -> Iterator[str]:
     real = folder.resolve()
     with os.scandir(folder) as found:
         for entry in sorted(found, key=lambda entry: entry.name):
-            target = Path(entry.path).resolve()
-            ours = not entry.name.startswith(".") and Path(entry.name).suffix in _PART_SUFFIXES and target.is_file()
-            if ours and (target.is_relative_to(real) or _is_blob(target, real)):
+            if entry.name.startswith(".") or Path(entry.name).suffix not in _PART_SUFFIXES:
+                continue
+            target = _target(Path(entry.path))
+            if target and target.is_file() and (target.is_relative_to(real) or _is_blob(target, real)):
                 yield entry.name

@@ -14,12 +14,14 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ovforge.errors import InputError, PluginError, as_path
 from ovforge.store.documents import parse_object
-from ovforge.store.files import atomic_write
+from ovforge.store.files import atomic_folder, atomic_write
+from ovforge.store.folders import MARKER, check_replaceable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +36,7 @@ __all__ = [
     "Result",
     "TimingRow",
     "Timings",
+    "provenance_options",
     "read_provenance",
     "values_as_json",
 ]
@@ -182,16 +185,37 @@ class Result:
             hint = f"Name a file that ends in {known}{', or a folder' if '' in cls.suffixes else ''}."
             raise InputError(f"cannot write {suffix or 'a file without an ending'}", where=str(path), hint=hint)
 
+    @classmethod
+    def check_folder(cls, folder: Path) -> None:
+        """Raise InputError if `save` must not write this folder: it holds what is not a result of this kind."""
+        kinds = {*cls.suffixes, *PICTURE_SUFFIXES}
+        for name in sorted(check_replaceable(folder) - {MARKER} if folder.exists() else ()):
+            if Path(name).suffix.lower() not in kinds:
+                raise InputError(
+                    f"holds {name}, which is not a part of such a result and would be replaced",
+                    where=str(folder),
+                    hint="Name another folder.",
+                )
+
     def save(self, path: Path | str) -> list[Path]:
         """Write the result to `path`, atomically; return the files written.
 
-        Raises InputError for an ending that is not among `suffixes`.
+        A folder that such a result was written to takes the new files in place of the old ones. Raises InputError for
+        an ending that is not among `suffixes`, and for a folder that holds something else.
         """
         self.check_path(path)
-        written = []
-        for file, content in self.files(Path(path)):
-            atomic_write(file, content)
-            written.append(file)
+        files, written = self.files(Path(path)), []
+        if Path(path).suffix:
+            for file, content in files:
+                atomic_write(file, content)
+                written.append(file)
+            return written
+        for folder, parts in groupby(files, key=lambda part: part[0].parent):
+            self.check_folder(folder)
+            with atomic_folder(folder, replace=True) as temporary:
+                for file, content in parts:
+                    (temporary / file.name).write_bytes(content)
+                    written.append(file)
         return written
 
     def files(self, path: Path, *, quick: bool = False) -> Iterator[tuple[Path, bytes]]:
@@ -325,8 +349,8 @@ class ImagesResult(Result):
     def files(self, path: Path, *, quick: bool = False) -> Iterator[tuple[Path, bytes]]:
         """Yield pictures; `x.png` becomes `x-1.png`, `x-2.png`... if there are several. `x.npy` gets the latents.
 
-        A picture carries its own provenance (one seed) in its metadata, but for .bmp and .gif, which have no room for
-        it: `warnings` says so. `quick` compresses PNG less.
+        A picture carries its own provenance (one seed) in its metadata, but for .bmp, which has no room for it:
+        `warnings` says so. `quick` compresses PNG less.
         """
         if path.suffix.lower() == ".npy":
             if self.latents is None:
@@ -342,24 +366,14 @@ class ImagesResult(Result):
 
     def _encode(self, position: int, image: Image.Image, file: Path, quick: bool) -> bytes:
         from PIL import Image as Pillow
-        from PIL.PngImagePlugin import PngInfo
 
         kind = Pillow.registered_extensions()[file.suffix.lower()]
-        # Always ASCII: what a prompt holds must not depend on a reader's idea of character sets.
-        text = json.dumps(values_as_json(self.provenance_of(position), "provenance"), sort_keys=True)
-        options: dict[str, Any] = {}
-        if kind == "PNG":
-            options = {"pnginfo": PngInfo(), **({"compress_level": 1} if quick else {})}
-            options["pnginfo"].add_itxt(PNG_KEY, text)
-        elif kind in _EXIF_FORMATS and (kind != "JPEG" or len(text) < _EXIF_LIMIT):
-            named, options["exif"] = f'{{"{PNG_KEY}": {text}}}', Pillow.Exif()
-            if kind == "TIFF":
-                options["exif"][_DESCRIPTION] = named
-            else:
-                options["exif"].get_ifd(_EXIF)[_USER_COMMENT] = _ASCII + named.encode()
-        elif self.provenance:
+        options = provenance_options(self.provenance_of(position), kind)
+        if not options and self.provenance:
             why = "which has no room for so much" if kind == "JPEG" else "which has no place for it"
             self.warnings.append(f"{file} does not carry what it was made with: it is a {kind} file, {why}")
+        if kind == "PNG" and quick:
+            options["compress_level"] = 1
         if kind in ("JPEG", "BMP") and image.mode != "L":
             image = image.convert("RGB")
         buffer = io.BytesIO()
@@ -422,6 +436,32 @@ class ImagesResult(Result):
         return {**self.provenance, "inputs": inputs}
 
 
+def provenance_options(provenance: Provenance, kind: str) -> dict[str, Any]:
+    """Return what Pillow's `save` takes for a file of a `kind` to carry its provenance: see `read_provenance`.
+
+    `kind` is Pillow's name of a format, such as PNG. Nothing is returned for one that has no room for it.
+    """
+    from PIL import Image as Pillow
+    from PIL.PngImagePlugin import PngInfo
+
+    # Always ASCII: what a prompt holds must not depend on a reader's idea of character sets.
+    text = json.dumps(values_as_json(provenance, "provenance"), sort_keys=True)
+    if kind == "PNG":
+        chunks = PngInfo()
+        chunks.add_itxt(PNG_KEY, text)
+        return {"pnginfo": chunks}
+    named, exif = f'{{"{PNG_KEY}": {text}}}'.encode(), Pillow.Exif()
+    if kind == "GIF":
+        return {"comment": named}
+    if kind not in _EXIF_FORMATS or (kind == "JPEG" and len(text) >= _EXIF_LIMIT):
+        return {}
+    if kind == "TIFF":
+        exif[_DESCRIPTION] = named.decode()
+    else:
+        exif.get_ifd(_EXIF)[_USER_COMMENT] = _ASCII + named
+    return {"exif": exif}
+
+
 def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{width}x{height}" for width, height in sizes) or "no"
 
@@ -450,8 +490,8 @@ def read_provenance(path: Path) -> Provenance:
         raise InputError(
             "the picture carries no ovforge provenance",
             where=str(path),
-            hint="Only .png, .jpg, .webp and .tif files that ovforge wrote, and no other program has saved again, can "
-            "be run.",
+            hint="Only .png, .jpg, .webp, .gif and .tif files that ovforge wrote, and no other program has saved "
+            "again, can be run.",
         )
     value = parse_object(text, f"{path}: its provenance", size=_PROVENANCE_LIMIT, error=InputError)
     value = value.get(PNG_KEY, value)  # where others write comments, too, it stands under our name
@@ -470,8 +510,11 @@ def _stored(image: Image.Image) -> str | None:
     text = image.info.get(PNG_KEY)
     if isinstance(text, str):
         return text
-    exif = image.getexif()
-    comment = exif.get(_DESCRIPTION) if image.format == "TIFF" else exif.get_ifd(_EXIF).get(_USER_COMMENT)
+    comment = image.info.get("comment") if image.format == "GIF" else _exif_comment(image.getexif(), image.format)
     if isinstance(comment, bytes):
         comment = comment.removeprefix(_ASCII).rstrip(b"\0 ").decode("ascii", "replace")
     return comment if isinstance(comment, str) and comment.startswith(f'{{"{PNG_KEY}": ') else None
+
+
+def _exif_comment(exif: Image.Exif, kind: str | None) -> Any:
+    return exif.get(_DESCRIPTION) if kind == "TIFF" else exif.get_ifd(_EXIF).get(_USER_COMMENT)

@@ -197,7 +197,9 @@ class FileSource:
 
     def _checked(self, path: str) -> Path:
         if path not in self._files:
-            raise ModelError(f"{path} is missing", where=self.name)
+            raise ModelError(
+                f"{path} is missing", where=self.name, hint="It may be an incomplete download: fetch it again."
+            )
         self._on_read(self.root / path)
         return self.root / path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import mmap
 import threading
 import time
 import warnings
@@ -21,6 +20,7 @@ from ovforge.errors import CacheError, DeviceError, InputError, ModelError
 from ovforge.model.bundle import is_tokenizer
 from ovforge.model.formats import tensor_of
 from ovforge.model.reasons import OPENVINO_ERRORS, reason_of
+from ovforge.model.regions import MappedFile
 from ovforge.model.runtime import core, instruction_set, openvino_version
 from ovforge.run.adapters import Adapters, Variables
 from ovforge.run.requests import ObservedModel
@@ -335,7 +335,15 @@ def _reshaped(model: ov.Model, role: str, shapes: Shapes) -> ov.Model:
                     where=role,
                     hint="It was converted for a fixed size: use that size, or convert it with dynamic shapes.",
                 )
-    copy.reshape({name: ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+    try:
+        copy.reshape({name: ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+    except OPENVINO_ERRORS as error:
+        said = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise InputError(
+            f"the model cannot work with inputs of these shapes: {said}",
+            where=role,
+            hint=f"Take another size, or a model that fits the others. OpenVINO says: {reason_of(error)}",
+        ) from error
     return copy
 
 
@@ -384,16 +392,16 @@ def _import(entry: Entry, sealed: Protection | None, device: str, properties: Ma
         return core().import_model(tensor, device, dict(properties))
     path = entry.checked(_BLOB)
     status = path.stat()
-    pages, tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
+    file, tensor = _mapped(path, status.st_ino, status.st_mtime_ns)
     model = core().import_model(tensor, device, dict(properties))
-    if device == "CPU" and hasattr(mmap, "MADV_DONTNEED"):
-        if pages not in _read_once:  # it may be read again after a release
-            _read_once.append(pages)
+    if device == "CPU":
+        if file not in _read_once:  # it may be read again after a release
+            _read_once.append(file)
         _forget_read()
     return model
 
 
-_read_once: list[mmap.mmap] = []
+_read_once: list[MappedFile] = []
 """Mapped models of the CPU, which packs most weights anew when it reads a model, and others at the first inference."""
 
 
@@ -402,12 +410,12 @@ def _forget_read() -> None:
 
     A page that was written to would be lost: the CPU writes to none, which a test sees to.
     """
-    for pages in _read_once:
-        pages.madvise(mmap.MADV_DONTNEED)
+    for file in _read_once:
+        file.forget()
 
 
 @functools.cache
-def _mapped(path: Path, inode: int, modified: int) -> tuple[mmap.mmap, ov.Tensor]:
+def _mapped(path: Path, inode: int, modified: int) -> tuple[MappedFile, ov.Tensor]:
     """Return a file as a tensor that is mapped, not read: a start takes a quarter of the time, and half the memory.
 
     It stays mapped for as long as the process runs, for requests may outlive their model. That costs no memory: pages
@@ -416,9 +424,8 @@ def _mapped(path: Path, inode: int, modified: int) -> tuple[mmap.mmap, ov.Tensor
     import numpy as np
     import openvino as ov
 
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return pages, ov.Tensor(np.frombuffer(pages, np.uint8), shared_memory=True)
+    file = MappedFile(path)
+    return file, ov.Tensor(np.frombuffer(file.bytes, np.uint8), shared_memory=True)
 
 
 def _precision(model: ov.CompiledModel) -> str:

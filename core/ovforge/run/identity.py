@@ -1,7 +1,7 @@
 """What each stage's result depends on: the keys that it is found by in the cache.
 
-A key holds what was read and what was done: the content of sources and files, the extension with the versions of its
-plugin and of all that the plugin's distribution requires, its options, and the identity of the models that go in.
+A key holds what was read and what was done: the content of sources and files, the extension with the code of its plugin
+and of all that the plugin's distribution requires, its options, and the identity of the models that go in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ovforge.contracts.extensions import QuantizerExtension
 from ovforge.contracts.quantization import KeptLayers
 from ovforge.model.runtime import openvino_version
 from ovforge.model.sources import FileSource, source_digest
-from ovforge.plugins.requirements import installed_requirements
+from ovforge.plugins.requirements import code_of, installed_requirements
 from ovforge.run.resolution import Chosen, ResolvedPipeline, ResolvedSource, Step
 from ovforge.store.digests import DigestMemo, digest_file, fingerprint
 
@@ -86,8 +86,10 @@ def quantizers_dependencies(pipeline: ResolvedPipeline) -> dict[str, Any]:
 
 
 def _callers(pipeline: ResolvedPipeline) -> dict[str, Any]:
-    """Return who calls models: task, scheduler, device."""
+    """Return who calls models, and with what: task, scheduler, device, and the driver that chooses inputs."""
+    driver = pipeline.driven_by
     return {
+        "driver": f"{driver.plugin} {code_of(driver)}" if driver else None,
         "task": _done_by(pipeline.task, "task") if pipeline.task else None,
         "scheduler": _done_by(pipeline.scheduler, "scheduler") if pipeline.scheduler else None,
         "device": _done_by(pipeline.device, "device"),
@@ -102,7 +104,7 @@ def _done_by(chosen: Chosen, stage: str) -> dict[str, Any]:
         "stage": stage,
         "use": worker.extension.name,
         "plugin": worker.plugin,
-        "version": worker.version,
+        "version": code_of(worker),
         "requires": installed_requirements(worker.distribution),
         "options": _by_content(chosen.options.model_dump(mode="json"), files) if chosen.options else {},
         "openvino": openvino_version(),

@@ -335,7 +335,9 @@ def _check_inputs(config: PipelineConfig, task: Chosen, base: Path) -> None:
     extension = task.extension
     assert isinstance(extension, TaskExtension)
     with task.calling():
-        known = extension.inputs_model().model_fields
+        model = extension.inputs_model()
+    check_present(model, config.input, where="input", base=base)  # it may know what others call its inputs
+    known = model.model_fields
     for name in config.input:
         if name not in known:
             raise ConfigError(
@@ -343,7 +345,6 @@ def _check_inputs(config: PipelineConfig, task: Chosen, base: Path) -> None:
                 where="input",
                 hint=f"{task.name} takes: {', '.join(known)}.",
             )
-    check_present(extension.inputs_model(), config.input, where="input", base=base)
 
 
 def _protection(session: Session, sources: list[ResolvedSource], steps: list[Step]) -> Protection | None:

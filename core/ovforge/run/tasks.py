@@ -101,7 +101,9 @@ def _scheduler_of(model_config: Mapping[str, Any], pipeline: ResolvedPipeline) -
     names = ", ".join(sorted(offer.extension.name for offer in offers)) or "none"
     more = "".join(f" {record.name}: {record.install}." for record in plugins.missing("scheduler"))
     raise PluginError(
-        f"the model names the scheduler {wanted!r}, and no plugin here has it",
+        "the model names no scheduler"
+        if wanted is None
+        else f"the model names the scheduler {wanted!r}, and no plugin here has it",
         where="scheduler",
         hint=f"Set scheduler.use to one of: {names}; some of them run any class: see `ovforge plugins list`."
         + (f" Not installed:{more}" if more else ""),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovforge.config.pipeline import PipelineConfig
 from ovforge.config.trust import foreign_effects, is_own
-from ovforge.errors import ConfigError
+from ovforge.errors import ConfigError, require_type
 from ovforge.model.results import PICTURE_SUFFIXES
 from ovforge.run.resolution import load_table, read_pipeline
 
@@ -50,6 +50,7 @@ def read_trusted(
 
     Raises ConfigError for a picture that uses files outside its folder, unless `trust` is true.
     """
+    require_type(trust, bool, where="trust", hint="Write trust=True if the picture's config may use other files.")
     if not trust and isinstance(config, str | Path):
         path = Path(config)
         effects = effects_of(path, overrides) if path.suffix.lower() in PICTURE_SUFFIXES else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from ovforge.store.temporary import held_name
 
 __all__ = ["atomic_file", "atomic_folder", "atomic_write", "sync_file", "sync_folder"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _HERE, _RENAME_EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2(2)."""
@@ -39,10 +41,15 @@ def atomic_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         # The system takes the umask of this moment off the mode of a new file.
         handle = os.open(temporary, flags, 0o600 if private or mode is not None else 0o666)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in _FULL and error.filename is None:  # what writes to an open file names none
+                error.filename = str(path)
+            raise
         if mode is not None:
             temporary.chmod(mode)
         temporary.replace(path)

@@ -15,7 +15,9 @@ from ovforge_sampling.base import (
     bounded,
     predicted_noise,
     predicted_picture,
+    takes_none,
     thresholded,
+    whole,
 )
 from ovforge_sampling.float32 import Array, Value, exp, expm1, linspace, log, running_product
 from ovforge_sampling.noise import alphas_cumprod
@@ -64,5 +66,7 @@ __all__ = [
     "predicted_picture",
     "refuse",
     "running_product",
+    "takes_none",
     "thresholded",
+    "whole",
 ]

@@ -6,7 +6,8 @@ and models that were distilled to few steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -28,11 +29,14 @@ __all__ = [
     "bounded",
     "predicted_noise",
     "predicted_picture",
+    "takes_none",
     "thresholded",
+    "whole",
 ]
 
 Config = TypeVar("Config", bound=Options)
 Noisy = TypeVar("Noisy", bound=NoiseOptions)
+Numbers = NDArray[np.float64]
 ONE = np.float32(1)
 
 
@@ -76,6 +80,25 @@ class Scheduling(Generic[Config]):
             hint="Leave it out for the model's own, or choose one for flows, such as 'flow-euler'.",
         )
 
+    def start_given(
+        self, strength: float = 1.0, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> Run:
+        """Begin a run over the timesteps or noise levels of a call. Raises InputError if the method takes none."""
+        if timesteps is not None:
+            run = self.run_timesteps(falling(timesteps, "timesteps", self.config.num_train_timesteps - 1))
+        else:
+            run = self.run_sigmas(falling(() if sigmas is None else sigmas, "sigmas"))
+        steps = len(run.timesteps)  # diffusers' pipelines count calls of the network here, of two calls a step, too
+        return begun(run, (steps - min(int(steps * strength), steps)) * self.order, steps, strength)
+
+    def run_timesteps(self, timesteps: Numbers) -> Run:
+        """Return a run over timesteps of a call."""
+        raise takes_none(self.config, "timesteps")
+
+    def run_sigmas(self, sigmas: Numbers) -> Run:
+        """Return a run over noise levels of a call."""
+        raise takes_none(self.config, "sigmas")
+
     def check_steps(self, steps: int) -> None:
         """Raise InputError for a number of steps that no schedule has."""
         train = self.config.num_train_timesteps
@@ -85,6 +108,34 @@ class Scheduling(Generic[Config]):
     def run(self, steps: int) -> Run:
         """Return a run from the first step on."""
         raise NotImplementedError
+
+
+def falling(numbers: Sequence[float], name: str, highest: float = math.inf) -> Numbers:
+    """Return what a call gives of a schedule, float64. Raises InputError for numbers that do not fall to 0 at most."""
+    array = np.asarray(numbers, np.float64)
+    if array.ndim != 1 or not array.size:
+        raise InputError("there are none", where=name, hint="Give a list of numbers, or leave it out.")
+    if not 0 <= array[-1] <= array[0] <= highest or np.any(np.diff(array) >= 0):
+        most = "" if highest == math.inf else f" from {highest:g} at most"
+        raise InputError("they do not fall", where=name, hint=f"Give numbers that fall{most}, and end at 0 or above.")
+    return array
+
+
+def whole(numbers: Numbers, config: Options) -> NDArray[np.int64]:
+    """Return timesteps of a call as whole numbers. Raises InputError for others."""
+    if (numbers % 1).any():
+        what = f"{config.original} takes whole timesteps"
+        raise InputError(what, where="timesteps", hint="Round them.")
+    return numbers.astype(np.int64)
+
+
+def takes_none(config: Options, name: str, why: str = "") -> InputError:
+    """Return the error for timesteps or noise levels of a call, or of a model's pipeline, that a method cannot take."""
+    return InputError(
+        f"{config.original} takes no {name}{why or ' but its own'}, and the call, or the model's pipeline, gives some",
+        where=name,
+        hint="Leave them out of the call, or choose a scheduler that takes them: 'euler', and 'flow-euler' for flows.",
+    )
 
 
 def begun(run: Run, first: int, steps: int, strength: float) -> Run:
@@ -108,9 +159,10 @@ class NoiseScheduler(Scheduling[Noisy]):
             zero_snr=getattr(self.config, "rescale_betas_zero_snr", False),
             never_zero=self.divides_by_alpha,
         )
-        if self.divides_by_alpha and self.alphas_cumprod[-1] <= 0:
-            what = "trained_betas that leave nothing of the picture: this method divides by what is left"
-            raise refuse(self.config, "trained_betas", what)
+        if self.divides_by_alpha and not self.alphas_cumprod.min() >= np.finfo(np.float32).tiny:  # or NaN
+            option = "beta_end" if self.config.trained_betas is None else "trained_betas"
+            what = f"{option} leaves nothing of the picture in the end, and this method divides by what is left"
+            raise refuse(self.config, option, what, "Give smaller ones.")
         self.check()
 
     def check(self) -> None:

@@ -84,5 +84,6 @@ def _rescaled_to_zero_snr(betas: Array) -> Array:
     first, last = root[0].copy(), root[-1].copy()
     root = (root - last) * (first / (first - last))
     bar = root**2
-    alphas = np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+    with np.errstate(invalid="ignore"):  # the schedulers refuse betas that leave nothing
+        alphas = np.concatenate([bar[:1], bar[1:] / bar[:-1]])
     return np.float32(1) - alphas
