@@ -25,6 +25,7 @@ def child(command: Sequence[str], cache: Path, name: str) -> dict[str, Any] | No
     """Run a measurement; return what it prints last, as JSON, or None, with a line, where it cannot run."""
     environment = {**os.environ, "OVFORGE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling sources anew at each start is not what users have
+    os.sync()  # gigabytes that the tool before stored are not to be written in this one's time
     done = subprocess.run([*command, str(time.time())], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         said = done.stderr.strip().splitlines()

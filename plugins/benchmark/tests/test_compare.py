@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ from ovforge.cli import app
 from ovforge.errors import ConfigError, InputError, ModelError, PluginError
 from ovforge.model.metrics import ssim
 from ovforge_benchmark.candidates import parse, varied
-from ovforge_benchmark.compare import compare
+from ovforge_benchmark.compare import _Measured, _prepare, compare
 from ovforge_benchmark.grid import grid
 from ovforge_benchmark.schema import Comparison
 
@@ -33,6 +34,17 @@ F32 = str(EXAMPLES / "compare-f32.toml")
 
 def test_contract() -> None:
     assert "compare" in [offer.name for offer in testing.check_plugin(ovforge_benchmark)]
+
+
+def test_without_a_seed_one_is_drawn_for_all_calls(tmp_path: Path) -> None:
+    config = tmp_path / "p.toml"
+    config.write_text(Path(F32).read_text().replace("seed = 1234567", ""))
+    measured = [_Measured(parse(str(config), "text-to-image", [])) for _ in range(2)]
+    _prepare(measured, [{"prompt": "a red car", "steps": 1}, {"prompt": "a wolf", "steps": 1}], True, lambda *_: None)
+    first, second = measured
+    assert len({call["seed"] for one in measured for call in one.calls}) == 1
+    for ours, theirs in zip(first.results, second.results, strict=True):
+        assert ours.compare(theirs, "ssim") == 1
 
 
 def test_diffusers_and_ours_are_measured_and_alike(tmp_path: Path) -> None:
@@ -146,8 +158,10 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
     try:
         ran.wait(timeout=4)
     except subprocess.TimeoutExpired:
-        ran.send_signal(signal.SIGINT)
+        children = psutil.Process(ran.pid).children()
+        ran.send_signal(signal.SIGTERM)
     assert ran.wait(timeout=20) == 130
+    assert psutil.wait_procs(children, timeout=20)[1] == [], "children run on"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["complete"] is False
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".md", ".png"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,12 +19,15 @@ import ovforge
 from ovforge import PipelineConfig, Plugins, hookimpl
 from ovforge.cli import app
 from ovforge.contracts import GraphTransformExtension, Phase, QuantizerExtension, RecipeExtension
-from ovforge.errors import ConfigError, InputError
+from ovforge.errors import CacheError, ConfigError, InputError
+from ovforge.store import Cache
+from ovforge_benchmark.tuning import command, worker
 from ovforge_benchmark.tuning.bench import Bench
-from ovforge_benchmark.tuning.changes import Change, changed, changes_for, label_of, plain
+from ovforge_benchmark.tuning.changes import Change, changed, changes_for, has_approximations, label_of, plain
+from ovforge_benchmark.tuning.evidence import markdown
 from ovforge_benchmark.tuning.forecast import forecasts
 from ovforge_benchmark.tuning.schema import Trial
-from ovforge_benchmark.tuning.search import search
+from ovforge_benchmark.tuning.search import Found, search
 
 MODEL = "package:ovforge_lcm/model"
 CONFIG = f"""
@@ -176,6 +182,107 @@ def test_the_search_finds_the_best_set_that_passes(tmp_path: Path) -> None:
     assert [trial.label for trial in found.duel] == ["original", "a + b"]
 
 
+def test_a_winner_is_the_better_one_when_both_are_measured_anew(tmp_path: Path) -> None:
+    class Lucky(_Fake):
+        def measure(self, changes: Sequence[Change], calls: int, *, again: bool = False) -> Trial:
+            trial = super().measure(changes, calls)
+            lucky = again and [change.use for change in changes] == ["a"]
+            return trial.model_copy(update={"seconds": 1.5}) if lucky else trial
+
+    bench = Lucky(config={}, base=tmp_path, samples=8, aim="latency", scratch=tmp_path)
+    found = search(bench.setup({"a": (0.5, 0.04), "b": (0.9, 0.04)}), _options("a", "b"), 0.95, lambda _: None)
+    assert label_of(found.winner or ()) == "b"
+    assert [trial.seconds for trial in found.duel] == [1.0, 0.9]
+    assert found.notes == ["a: measured anew in turn with the original it saves nothing (0.67x)"]
+
+
+def test_a_gate_of_the_config_stays_and_one_that_is_added_is_for_approximations(tmp_path: Path) -> None:
+    device, approximation = Change("device", "cpu", {}), Change("transform", "t", {}, approximates=True)
+    bench = Bench(config={}, base=tmp_path, samples=1, aim="latency", scratch=tmp_path, gate={"min_score": 0.9})
+    assert bench.gate_of([device, approximation]) == {"min_score": 0.9}
+    assert bench.gate_of([device]) is None
+    bench.gate_stays = True
+    assert bench.gate_of([device]) == {"min_score": 0.9}
+    plugins = Plugins()
+    for added, wanted in (({}, False), ({"quantize": ["weights-int8"]}, True), ({"transform": ["clip-skip"]}, False),
+                          ({"transform": ["step-cache"]}, True)):  # fmt: skip
+        assert (
+            has_approximations(PipelineConfig.of({"task": "text-to-image", "load": MODEL, **added}), plugins) == wanted
+        )
+
+
+def test_pictures_of_the_config_stay_and_files_count_by_their_content(tmp_path: Path) -> None:
+    config = {
+        "task": "image-to-image", "load": MODEL,
+        "input": {"prompt": "a red car", "image": "cat.png", "strength": 0.5, "steps": 2, "seed": 3},
+        "transform": ["step-cache"], "calibration": {"file": "prompts.txt"},
+    }  # fmt: skip
+    job = {"config": config, "base": str(tmp_path), "calls": 0, "prompts": [], "cache": False, "describe": 2}
+    described = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (48, 32), colour).save(tmp_path / "cat.png")
+        (tmp_path / "prompts.txt").write_text(f"a {colour} wolf")
+        described.append(worker.measure_trial(job))
+    first, second = (facts["inputs"] for facts in described)
+    assert [one["strength"] for one in first] == [0.5, 0.5]
+    assert first[0]["prompt"] != first[1]["prompt"] != "a red car"
+    assert first[0]["image"] == first[1]["image"] != second[0]["image"]
+    assert described[0]["calibration"] != described[1]["calibration"]
+    assert described[0]["examples"] == ["prompt", "seed"], "all else is in common, for the gate, too"
+
+
+def test_throughput_is_that_of_all_threads_however_few_the_calls_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, answers = Barrier(3), Counter[str]()
+
+    def pipe(prompt: str) -> str:
+        together.wait(timeout=30)
+        answers[prompt] += 1
+        return prompt
+
+    monkeypatch.setattr(worker, "cores", lambda: 3)
+    extension = SimpleNamespace(threads=True)
+    pipe.resolved = SimpleNamespace(task=SimpleNamespace(extension=extension))  # type: ignore[attr-defined]
+    results, seconds = worker._together(pipe, [{"prompt": "one"}, {"prompt": "two"}])  # type: ignore[arg-type]
+    assert list(map(str, results)) == ["one", "two"]
+    assert seconds > 0
+    assert answers == {"one": 6, "two": 6}, "three each that are not measured, and three that are"
+
+
+def test_a_full_cache_does_not_end_a_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise CacheError("there is no space left", where=str(tmp_path))
+
+    cache = Cache(tmp_path / "cache")
+    monkeypatch.setattr(cache, "put", full)
+    bench = Bench(config={}, base=tmp_path, samples=1, aim="latency", scratch=tmp_path, cache=cache)
+    monkeypatch.setattr(bench, "_measured", lambda *_: _trial(1.0))
+    assert bench.measure((), 1) == _trial(1.0)
+    assert "no space left" in bench.notes[0]
+
+
+def test_what_another_tuning_wrote_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, target = tmp_path / "p.toml", tmp_path / "p-tuned.toml"
+    config.write_text(CONFIG)
+
+    def tuned(*_: object) -> tuple[SimpleNamespace, Found]:
+        target.write_text("theirs")
+        return SimpleNamespace(trials=[_trial(1.0)]), Found(winner=())
+
+    monkeypatch.setattr(command, "_tuned", tuned)
+    done = CliRunner().invoke(app, ["tune", str(config), "--trust"])
+    assert "p-tuned.toml: is there already" in str(done.exception)
+    assert target.read_text() == "theirs"
+
+
+def test_a_tuned_config_lies_where_relative_paths_start(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "p.toml").write_text(CONFIG)
+    link = tmp_path / "here" / "p.toml"
+    link.symlink_to(tmp_path / "p.toml")
+    done = CliRunner().invoke(app, ["tune", str(link), "--trust", "-o", str(link.with_name("tuned.toml"))])
+    assert "folder of the original" in str(done.exception)
+
+
 def test_what_the_gate_refuses_does_not_win(tmp_path: Path) -> None:
     found = search(_fake(tmp_path, {"a": (0.5, 0.0), "b": (0.8, 0.0)}, ["a"]), _options("a", "b"), 0.95, lambda _: None)
     assert label_of(found.winner or ()) == "b"
@@ -188,6 +295,57 @@ def test_without_time_what_is_left_out_is_said(tmp_path: Path) -> None:
     found = search(bench, _options("a"), 0.95, lambda _: None)
     assert found.winner is None
     assert "a" in found.left_out
+    assert found.hurried
+
+
+def test_what_was_found_is_kept_if_the_time_ends_while_the_original_runs(tmp_path: Path) -> None:
+    class Late(_Fake):
+        def measure(self, changes: Sequence[Change], calls: int, *, again: bool = False) -> Trial:
+            if not changes and (again or calls > 2):
+                return Trial(label="original", calls=calls, error="it takes longer than the time that was left")
+            return super().measure(changes, calls, again=again)
+
+    bench = Late(config={}, base=tmp_path, samples=8, aim="latency", scratch=tmp_path).setup({"a": (0.5, 0.0)})
+    found = search(bench, _options("a"), 0.95, lambda _: None)
+    assert label_of(found.winner or ()) == "a"
+    assert not found.duel
+
+
+def test_without_time_for_the_original_it_is_refused_in_words(tmp_path: Path) -> None:
+    config = PipelineConfig.of({"task": "text-to-image", "load": MODEL})
+    bench = Bench(config=plain(config), base=tmp_path, samples=1, aim="latency", scratch=tmp_path, within=1e-3)
+    with pytest.raises(InputError, match="the time is over before the original is loaded"):
+        bench.begin()
+    with pytest.raises(InputError, match="the time is over before the original is measured"):
+        search(bench, [], 0.95, lambda _: None)
+
+
+def test_more_than_equal_results_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="95 is more than equal results have"):
+        search(_fake(tmp_path, {}), [], 95, lambda _: None)
+
+
+def test_an_interruption_before_anything_is_measured_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> Trial:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "measure", interrupted)
+    config = tmp_path / "p.toml"
+    config.write_text(CONFIG)
+    done = CliRunner().invoke(app, ["tune", str(config), "--trust", "--no-cache"])
+    assert done.exit_code in (1, 130)
+    assert done.exception is None or isinstance(done.exception, KeyboardInterrupt | SystemExit)
+    assert [file.name for file in tmp_path.iterdir()] == ["p.toml"]
+
+
+def test_files_of_others_are_not_replaced_by_the_evidence(tmp_path: Path) -> None:
+    config, evidence = tmp_path / "p.toml", tmp_path / "p-tuned.json"
+    config.write_text(CONFIG)
+    evidence.write_text('{"task": "detect"}')
+    done = CliRunner().invoke(app, ["tune", str(config), "--trust", "--within", "1s"])
+    assert isinstance(done.exception, InputError)
+    assert "p-tuned.json: is there already" in str(done.exception)
+    assert evidence.read_text() == '{"task": "detect"}'
 
 
 @pytest.mark.parametrize(
@@ -196,13 +354,16 @@ def test_without_time_what_is_left_out_is_said(tmp_path: Path) -> None:
         (["--within", "soon"], "is not a time"),
         (["--metric", "beauty"], "is not a metric"),
         (["-o", "/elsewhere/tuned.toml"], "folder of the original"),
+        (["-o", "p.toml", "--force"], "which is tuned"),
+        (["--without", "step-cach"], "Did you mean 'step-cache'"),
         (["--for", "fame"], "fame"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:
     config = tmp_path / "p.toml"
     config.write_text(CONFIG)
-    done = CliRunner().invoke(app, ["tune", str(config), "--trust", *arguments])
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["tune", "p.toml", "--trust", *arguments])
     assert done.exit_code != 0
     assert said in str(done.exception) + done.output
 
@@ -244,6 +405,9 @@ def test_a_winner_is_a_config_that_runs(tmp_path: Path) -> None:
     report = report.model_copy(update={"winner": "weights-int8"})
     _write_config(config.with_name("won.toml"), config, original, bench, report, found)
     _write_evidence(config.with_name("won.toml"), report)
+    assert " MB after " in (tmp_path / "won.toml").read_text(), "what was asked for is told"
+    late = markdown(report.model_copy(update={"winner": None, "complete": False}))
+    assert "but not all was tried" in late
     written = PipelineConfig.read(tmp_path / "won.toml")
     assert written.sections["quality"]["min_score"] == 0.5
     assert [use.use for use in written.quantize] == ["weights-int8"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,8 +94,12 @@ def _turn(done: int, total: int, who: str) -> Progress:
 def _prepare(
     measured: Sequence[_Measured], calls: list[dict[str, Any]], cache: bool, say: Callable[[int, str], None]
 ) -> None:
-    """Run each once. Pipelines first: diffusers is given the inputs that the first of them ran with."""
+    """Run each once. Pipelines first: diffusers is given the inputs that the first of them ran with.
+
+    A seed that nobody gave is drawn here, once: drawn in a process, each call of the first pipeline had its own.
+    """
     inputs: list[dict[str, Any]] | None = None
+    drawn = secrets.randbelow(2**32)
     order = sorted(measured, key=lambda one: one.asked.kind != "pipeline")
     for number, one in enumerate(order):
         say(number, one.asked.label)
@@ -106,14 +111,13 @@ def _prepare(
             one.calls = [{**first, **call} for first, call in zip(first_inputs, calls, strict=True)]
         else:
             one.calls = calls
-        seed = inputs[0].get("seed") if inputs else None
+        seed = inputs[0].get("seed") if inputs else drawn
         with scratch_folder() as folder:
             handed = folder / "results"
             job = _job(one, cache, warmup=0, runs=1, seed=seed, results=str(handed), sizes=True)
             one.facts = in_process(job, one.asked.label)
             one.results = take_over(handed)
         if one.asked.kind == "pipeline":
-            # A seed that was drawn is the same in all that follows.
             one.calls = [
                 {**call, **({"seed": ran["seed"]} if "seed" in ran else {})}
                 for call, ran in zip(calls, one.facts["inputs"], strict=True)

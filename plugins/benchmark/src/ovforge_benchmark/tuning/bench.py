@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ovforge.errors import InputError, OvforgeError
+from ovforge.errors import CacheError, InputError, OvforgeError
 from ovforge.store import Cache
 from ovforge_benchmark.machine import machine
 from ovforge_benchmark.process import in_process
@@ -37,14 +37,22 @@ class Bench:
     within: float | None = None
     """Seconds that all of it may take."""
     gate: Mapping[str, Any] | None = None
-    """The [quality] of finalists; None if nothing here reads it."""
+    """The [quality] of finalists; None if there is none."""
+    gate_stays: bool = False
+    """Whether it is the config's own, which whatever is written keeps."""
     metric: str = ""
     fresh: int = 0
     """Trials that were not in the cache."""
+    notes: list[str] = field(default_factory=list)
+    """What people should know of the trials."""
     spent: float = 0.0
     """Seconds that those took."""
     began: float = field(default_factory=time.monotonic)
     _facts: dict[str, Any] = field(default_factory=dict)
+    _inputs: list[Any] = field(default_factory=list)
+    """What each call depends on, with files by their content."""
+    _calibration: dict[str, Any] = field(default_factory=dict)
+    """What calibration depends on, likewise."""
 
     def left(self, part: float = 1.0) -> float:
         """Return the seconds that are left of a part of the time; infinite if there is no limit."""
@@ -52,14 +60,23 @@ class Bench:
 
     def begin(self) -> dict[str, Any]:
         """Load the original pipeline and return what it depends on. Raises what its config has wrong."""
-        facts = self._run(self._job(self.config, 0), "original")
+        try:
+            facts = self._run({**self._job(self.config, 0), "describe": self.samples}, "original")
+        except subprocess.TimeoutExpired:
+            raise InputError(
+                "the time is over before the original is loaded", where="--within", hint="Give it more time."
+            ) from None
+        except InputError as error:
+            raise _of_original(error) from None
+        self._inputs, self._calibration = facts["inputs"], facts["calibration"]
         self._facts = {name: facts["provenance"][name] for name in ("config", "versions", "digests", "device")}
         return facts
 
     def measure(self, changes: Sequence[Change], calls: int, *, again: bool = False) -> Trial:
         """Return the trial of the original with `changes`, over so many calls; `again` measures what is stored anew.
 
-        What it cannot do is told in `Trial.error`; KeyboardInterrupt passes.
+        What it cannot do is told in `Trial.error`, and that there was no time left. What is wrong with the original is
+        raised; KeyboardInterrupt passes.
         """
         key = self._key(changes, calls)
         if self.cache is not None and not again and (entry := self.cache.get(key)) is not None:
@@ -70,28 +87,25 @@ class Bench:
         try:
             trial = self._measured(changes, calls)
         except subprocess.TimeoutExpired:
-            if not changes:
-                raise InputError(
-                    "the time is over before the original is measured", where="--within", hint="Give it more time."
-                ) from None
-            return Trial(label=label_of(changes), calls=calls, error="it takes longer than the time that was left")
+            return self._failed(changes, calls, "it takes longer than the time that was left")
         except OvforgeError as error:
             if not changes:
-                raise
-            label = label_of(changes)
-            place = "" if error.where in (None, "", label) else f"{error.where}: "
-            return Trial(
-                label=label, changes=tuple(change.as_json() for change in changes), calls=calls,
-                error=f"{place}{error.what}",
-            )  # fmt: skip
+                raise _of_original(error) if isinstance(error, InputError) else error from None
+            place = (error.where or "").removeprefix(label_of(changes)).removeprefix(": ")
+            return self._failed(changes, calls, f"{place}: {error.what}" if place else error.what)
         finally:
             self.fresh, self.spent = self.fresh + 1, self.spent + time.monotonic() - start
         if self.cache is not None and not again:
-            text = json.dumps({**trial.model_dump(mode="json"), "metric": self.metric})
-            self.cache.put(
-                key, lambda folder: (folder / _FILE).write_text(text, encoding="utf-8"), label="tuning trial"
-            )
+            self._store(self.cache, key, trial)
         return trial
+
+    def _store(self, cache: Cache, key: Mapping[str, Any], trial: Trial) -> None:
+        """Remember a trial. What was measured counts in this tuning even if there is no room for it."""
+        text = json.dumps({**trial.model_dump(mode="json"), "metric": self.metric})
+        try:
+            cache.put(key, lambda folder: (folder / _FILE).write_text(text, encoding="utf-8"), label="tuning trial")
+        except CacheError as error:
+            self.notes.append(f"not all trials could be stored, so that another tuning measures them again: {error}")
 
     def knows(self, changes: Sequence[Change], calls: int) -> bool:
         """Say whether a trial is in the cache, so that it costs no time."""
@@ -99,17 +113,25 @@ class Bench:
 
     def passes_gate(self, changes: Sequence[Change]) -> str:
         """Build the pipeline with its gate, as `ovforge run` will; return why it does not pass, or ""."""
-        if self.gate is None or not any(change.kind in ("quantizer", "transform") for change in changes):
+        if (gate := self.gate_of(changes)) is None:
             return ""
-        config = {**changed(self.config, changes), "quality": dict(self.gate)}
+        # What it saves of a pipeline that does not pass is not left beside the user's config.
+        config = {**changed(self.config, changes), "quality": {**gate, "save": str(self.scratch / "quality")}}
         try:
             self._run(self._job(config, 0), label_of(changes))
         except subprocess.TimeoutExpired:
             return "the gate takes longer than the time that was left"
         except OvforgeError as error:
-            # A transform that is exact has no gate to pass, and says so.
-            return "" if "there is none" in error.what else error.what
+            return error.what
         return ""
+
+    def gate_of(self, changes: Sequence[Change]) -> Mapping[str, Any] | None:
+        """Return the [quality] of the original with `changes`; None if it needs none."""
+        return self.gate if self.gate_stays or any(change.approximates for change in changes) else None
+
+    def _failed(self, changes: Sequence[Change], calls: int, error: str) -> Trial:
+        made = tuple(change.as_json() for change in changes)
+        return Trial(label=label_of(changes), changes=made, calls=calls, error=error)
 
     def _measured(self, changes: Sequence[Change], calls: int) -> Trial:
         label, config = label_of(changes), changed(self.config, changes)
@@ -118,8 +140,9 @@ class Bench:
             job["reference"] = str(self._reference(calls))
         else:
             job["results"] = str(self._file(calls))
-        if any(change.kind in ("quantizer", "transform") for change in changes):
-            self._run(self._job(config, 0), label)  # made and stored, so that its memory is not measured
+        made = any(change.kind in ("quantizer", "transform") for change in changes)
+        if made or (changes and self.aim == "memory"):
+            self._run(self._job(config, 0), label)  # made, compiled and stored, so that this memory is not measured
         facts = self._run(job, label)
         self.metric = facts["metric"]
         if facts["empty"]:
@@ -150,6 +173,7 @@ class Bench:
         return {
             "kind": "trial", "config": config, "base": str(self.base), "calls": calls, "prompts": list(self.prompts),
             "metric": self.asked_metric, "threads": self.aim == "throughput", "results": None, "reference": None,
+            "describe": 0,
             "cache": self.cache is not None,
         }  # fmt: skip
 
@@ -161,6 +185,12 @@ class Bench:
         return {
             "stage": "tuning trial", **self._facts, "changes": [change.as_json() for change in changes],
             "calls": calls, "prompts": list(self.prompts), "aim": self.aim, "metric": self.asked_metric,
-            "input": self.config.get("input", {}), "calibration": self.config.get("calibration", {}),
+            "inputs": self._inputs[:calls], "calibration": self._calibration,
             "machine": machine().model_dump(mode="json"),
         }  # fmt: skip
+
+
+def _of_original(error: InputError) -> InputError:
+    """Return an error of the original's call that says how it is called."""
+    hint = "It is called with one example at a time: take from [input] what goes with several."
+    return InputError(error.what, where=error.where, hint=f"{error.hint or ''} {hint}".strip())

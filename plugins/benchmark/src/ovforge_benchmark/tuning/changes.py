@@ -9,10 +9,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ovforge import PipelineConfig, Plugins
-from ovforge.contracts import TunableExtension
+from ovforge.contracts import Extension, GraphTransformExtension, TunableExtension
 from ovforge.errors import OvforgeError
 
-__all__ = ["Change", "changed", "changes_for", "label_of", "plain"]
+__all__ = ["KINDS", "Change", "changed", "changes_for", "has_approximations", "label_of", "plain"]
+
+KINDS = ("task", "device", "transform", "quantizer")
+"""Kinds of extensions that offer changes; what costs least to try comes first."""
 
 _LISTS = {"transform": "transform", "quantizer": "quantize"}
 """The key of a config that a kind of extension is listed under."""
@@ -27,6 +30,8 @@ class Change:
     options: Mapping[str, Any] = field(hash=False)
     by: str = ""
     """The plugin, and the one that does a recipe's work, with their versions."""
+    approximates: bool = False
+    """Whether it changes results by design, so that a gate holds it."""
 
     @property
     def label(self) -> str:
@@ -77,8 +82,8 @@ def changes_for(config: PipelineConfig, roles: Collection[str], plugins: Plugins
     What the config itself uses is left as it says, as are quantizers for roles that it has not. An extension that
     cannot say what to try offers nothing.
     """
-    used = {("transform", use.use) for use in config.transform} | {("quantizer", use.use) for use in config.quantize}
-    for kind in ("task", "device", "transform", "quantizer"):  # what costs least to try comes first
+    used = _used(config)
+    for kind in KINDS:
         for offer in plugins.all(kind):
             extension = offer.extension
             named = {"task": config.task, "device": config.device}.get(kind)
@@ -99,12 +104,32 @@ def changes_for(config: PipelineConfig, roles: Collection[str], plugins: Plugins
                     continue
                 doers = {each.plugin: each.version for each in (offer, offer.worker) if each is not None}
                 by = ", ".join(f"{name} {version}" for name, version in doers.items())
-                yield Change(kind, extension.name, options, by)
+                yield Change(kind, extension.name, options, by, _approximates(kind, extension))
+
+
+def has_approximations(config: PipelineConfig, plugins: Plugins) -> bool:
+    """Say whether a config has quantizers or transforms that approximate, as `[quality]` needs them."""
+    used = _used(config)
+    return any(
+        (kind, offer.extension.name) in used and _approximates(kind, offer.extension)
+        for kind in _LISTS
+        for offer in plugins.all(kind)
+    )
 
 
 def label_of(changes: Sequence[Change]) -> str:
     """Return what a set of changes is called; that of none is the original."""
     return " + ".join(change.label for change in changes) or "original"
+
+
+def _used(config: PipelineConfig) -> set[tuple[str, str]]:
+    """Return kind and name of what a config lists."""
+    return {("transform", use.use) for use in config.transform} | {("quantizer", use.use) for use in config.quantize}
+
+
+def _approximates(kind: str, extension: Extension) -> bool:
+    """Say whether an extension changes results by design."""
+    return kind == "quantizer" or (isinstance(extension, GraphTransformExtension) and extension.approximates)
 
 
 def _roles(extension: TunableExtension) -> Sequence[str]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ovforge.cli import Trust
-from ovforge.errors import ConfigError, InputError
+from ovforge.errors import ConfigError, InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from ovforge import PipelineConfig
+    from ovforge import PipelineConfig, Plugins
     from ovforge_benchmark.tuning.bench import Bench
     from ovforge_benchmark.tuning.schema import Aim, TuningReport
     from ovforge_benchmark.tuning.search import Found
 
 __all__ = ["tune"]
+
+_EVIDENCE = (".md", ".json", ".png")
+"""What is written beside the config, by its suffix."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 60}
 
@@ -75,21 +79,28 @@ def tune(
     if config.suffix.lower() not in (".toml", ".json"):
         raise InputError("is not a config", where=str(config), hint="Name a .toml or .json file.")
     limit = _seconds(within) if within else None
-    target = output or config.with_name(f"{config.stem}-tuned.toml")
-    if target.suffix != ".toml" or target.absolute().parent.resolve() != config.absolute().parent.resolve():
+    home = config.resolve() if config.is_symlink() else config  # relative paths start at the file itself
+    target = output or home.with_name(f"{config.stem}-tuned.toml")
+    if target.suffix != ".toml" or target.absolute().parent.resolve() != home.absolute().parent.resolve():
         raise InputError(
             "the config is written as .toml into the folder of the original, where its relative paths start",
             where=f"--output {target}",
         )
-    if target.exists() and not force:
-        raise InputError("is there already", where=str(target), hint="Name another --output, or add --force.")
-    check_writable(target)
+    for file in (target, *(target.with_suffix(suffix) for suffix in _EVIDENCE)):
+        if file.resolve() == config.resolve():
+            raise InputError(f"it would replace {config}, which is tuned", where=f"--output {target}",
+                             hint="Name another file.")  # fmt: skip
+        check_writable(file)
+    _check_free(target, force)
     check_trust(config, set_ or [], trust)
     original = PipelineConfig.read(config, set_ or [])
     with scratch_folder() as scratch, progress_bar(quiet or as_json) as progress:
         bench = _bench(original, config, aim, samples, prompt or [], metric, scratch, no_cache)
         bench.within = limit
         report, found = _tuned(bench, original, config, min_score, set(without or ()), progress)
+    if not report.trials:  # interrupted before there was anything to tell
+        raise KeyboardInterrupt
+    _check_free(target, force)  # another tuning may have written it meanwhile
     if found.winner is not None:
         _write_config(target, config, original, bench, report, found)
     _write_evidence(target, report)
@@ -136,21 +147,28 @@ def _tuned(
     from ovforge import Plugins
     from ovforge_benchmark.machine import machine
     from ovforge_benchmark.noise import disturbances
-    from ovforge_benchmark.tuning.changes import changes_for, label_of
+    from ovforge_benchmark.tuning.changes import changes_for, has_approximations, label_of
     from ovforge_benchmark.tuning.schema import TuningReport
     from ovforge_benchmark.tuning.search import search
 
     plugins = Plugins()
+    _check_names(without, plugins)
     facts = bench.begin()
     changes = [
         change for change in changes_for(original, facts["provenance"]["digests"], plugins) if change.use not in without
     ]
-    if "quality" in {name for offer in plugins.all("driver") for name in getattr(offer.extension, "sections", {})}:
-        bench.gate = original.sections.get("quality") or _gate(bench, min_score)
+    bench.gate, bench.gate_stays = original.sections.get("quality"), "quality" in original.sections
+    if has_approximations(original, plugins) and not bench.gate_stays:
+        bench.notes.append(
+            "the config has no [quality] of its own, and gets none: it would hold the pipeline against one without "
+            "the quantizers and approximations that were there before"
+        )
+    elif not bench.gate_stays and _reads_quality(plugins):
+        bench.gate = _gate(bench, min_score, facts["examples"])
     found = search(bench, changes, min_score, progress)
     report = TuningReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        complete=not found.interrupted and bench.left() > 0,
+        complete=not found.interrupted and not found.hurried and bench.left() > 0,
         what=str(config),
         aim=bench.aim,
         metric=bench.metric,
@@ -161,15 +179,34 @@ def _tuned(
         winner=None if found.winner is None else label_of(found.winner),
         duel=found.duel,
         left_out=tuple(dict.fromkeys(found.left_out)),
-        warnings=tuple(dict.fromkeys([*disturbances(), *found.notes])),
+        warnings=tuple(dict.fromkeys([*disturbances(), *bench.notes, *found.notes])),
     )
     return report, found
 
 
-def _gate(bench: Bench, min_score: float) -> dict[str, Any]:
-    """Return the [quality] that holds the winner to what was asked, with inputs of the config's own kind."""
-    given = bench.config.get("input", {})
-    options = {name: given[name] for name in ("steps", "guidance_scale", "width", "height") if name in given}
+def _check_names(without: set[str], plugins: Plugins) -> None:
+    """Raise InputError for a name in --without that nothing here has."""
+    from ovforge_benchmark.tuning.changes import KINDS
+
+    known = {offer.extension.name for kind in KINDS for offer in plugins.all(kind)}
+    for name in sorted(without - known):
+        raise InputError(
+            f"no extension here has the name {name!r}.{did_you_mean(name, known)}", where="--without",
+            hint="`ovforge plugins` lists them.",
+        )  # fmt: skip
+
+
+def _reads_quality(plugins: Plugins) -> bool:
+    """Say whether a plugin here reads [quality]."""
+    return any("quality" in getattr(offer.extension, "sections", {}) for offer in plugins.all("driver"))
+
+
+def _gate(bench: Bench, min_score: float, examples: Collection[str]) -> dict[str, Any]:
+    """Return the [quality] that holds the winner to what was asked, called as the trials are.
+
+    The task's examples say some inputs of a call; what else the config's [input] has, all calls have in common.
+    """
+    options = {name: value for name, value in bench.config.get("input", {}).items() if name not in examples}
     asked = {"metric": bench.asked_metric} if bench.asked_metric else {}
     return {"min_score": min_score, **asked, "samples": bench.samples, **({"options": options} if options else {})}
 
@@ -181,19 +218,18 @@ def _write_config(
     import tomlkit
 
     from ovforge.store import atomic_write
-    from ovforge_benchmark.tables import duration
     from ovforge_benchmark.tuning.changes import changed
-    from ovforge_benchmark.tuning.evidence import score
+    from ovforge_benchmark.tuning.evidence import cost, score
 
     assert found.winner is not None
     made = changed(bench.config, found.winner)
-    if bench.gate is not None and any(change.kind in ("quantizer", "transform") for change in found.winner):
-        made["quality"] = dict(bench.gate)
+    if (gate := bench.gate_of(found.winner)) is not None:
+        made["quality"] = dict(gate)
     best = next(trial for trial in report.trials if trial.label == report.winner)
     first = next(trial for trial in report.trials if not trial.changes)
     head = [
         f"# Made by `ovforge tune {config.name}` on {report.machine.cpu}: {report.winner}",
-        f"# {duration(best.seconds)} a call after {duration(first.seconds)}; {report.metric} "
+        f"# {cost(report, best)} after {cost(report, first)}; {report.metric} "
         f"{score(report, best.score)} of at least {score(report, report.min_score)}, {best.calls} calls.",
         f"# Evidence: {target.stem}.md",
     ]
@@ -204,6 +240,27 @@ def _write_config(
 def _in_order(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with its values before its tables, as TOML needs them."""
     return dict(sorted(config.items(), key=lambda item: isinstance(item[1], dict | list)))
+
+
+def _check_free(target: Path, force: bool) -> None:
+    """Raise InputError for a file that would be replaced, unless it is the evidence of a tuning before."""
+    for file in (target, *(target.with_suffix(suffix) for suffix in _EVIDENCE)):
+        if file.exists() and not force and (file == target or not _is_ours(target)):
+            raise InputError(
+                "is there already", where=str(file),
+                hint="Name another --output, or add --force.",
+            )  # fmt: skip
+
+
+def _is_ours(target: Path) -> bool:
+    """Say whether the evidence beside a config that is to be written is that of a tuning before."""
+    from ovforge_benchmark.tuning.schema import TuningReport
+
+    try:
+        TuningReport.model_validate_json(target.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _write_evidence(target: Path, report: TuningReport) -> None:

@@ -10,24 +10,27 @@ from ovforge.model import METRICS
 from ovforge_benchmark.tables import duration, machine_line, markdown_table, size
 from ovforge_benchmark.tuning.schema import Trial, TuningReport
 
-__all__ = ["markdown", "pareto", "picture"]
+__all__ = ["cost", "markdown", "pareto", "picture"]
 
 _INK, _GREY, _FRONT, _FAIL = (20, 20, 20), (150, 150, 150), (30, 110, 200), (200, 70, 60)
 
 
 def pareto(report: TuningReport) -> list[Trial]:
-    """Return the trials that no other one beats in both cost and score, the cheapest first."""
+    """Return the trials that no other one beats in both cost and score, the cheapest first.
+
+    Scores that are written in the same way are the same: other numbers of threads add in another order.
+    """
     able = sorted((trial for trial in report.trials if not trial.error), key=lambda t: (t.cost(report.aim), -t.score))
     front: list[Trial] = []
     for trial in able:
-        if not front or trial.score > front[-1].score:
+        if not front or round(trial.score, 4) > round(front[-1].score, 4):
             front.append(trial)
     return front
 
 
 def markdown(report: TuningReport, image: str | None = None) -> str:
     """Return the report; `image` is the name of the picture beside it."""
-    original = report.trials[0] if not report.trials else next(t for t in report.trials if not t.changes)
+    original = next(trial for trial in report.trials if not trial.changes)
     front = {trial.label for trial in pareto(report)}
     rows = []
     for trial in sorted((t for t in report.trials if not t.error), key=lambda trial: trial.cost(report.aim)):
@@ -40,22 +43,32 @@ def markdown(report: TuningReport, image: str | None = None) -> str:
     lines = [f"# {report.what}, tuned for {report.aim}\n", f"{machine_line(report.machine)}\n"]
     lines.append(markdown_table(["pipeline", "a call", "faster", report.metric, "memory", "calls", ""], rows))
     limit = f"{report.metric} of at least {score(report, report.min_score)}"
-    if report.winner is None:
+    if report.winner is None and not report.complete:
+        lines.append(f"Nothing better than the original with {limit} was found, but not all was tried.\n")
+    elif report.winner is None:
         lines.append(f"Nothing that was tried is better than the original with {limit}.\n")
     else:
         lines.append(f"Winner, with {limit}: **{report.winner}**.\n")
     if len(report.duel) == 2:
         ours, theirs = report.duel[1], report.duel[0]
         lines.append(
-            f"Measured anew, in turn: {duration(ours.seconds)} after {duration(theirs.seconds)} of the original "
-            f"({theirs.seconds / ours.seconds:.2f}x), {report.metric} {score(report, ours.score)}.\n"
+            f"Measured anew, in turn: {cost(report, ours)} after {cost(report, theirs)} of the original "
+            f"({theirs.cost(report.aim) / ours.cost(report.aim):.2f}x), {report.metric} {score(report, ours.score)}.\n"
         )
     if image is not None:
         lines.append(f"![cost and score of each]({image})\n")
     lines += [f"- not run: {trial.label}: {trial.error}" for trial in report.trials if trial.error]
     if report.left_out:
         lines.append(f"- left out, since the time was over or others promised more: {', '.join(report.left_out)}")
+    measured = [trial for trial in report.trials if trial.label in (original.label, report.winner)]
+    lines += [f"- warning: {trial.label}: {warning}" for trial in measured for warning in trial.warnings]
     return "\n".join([*lines, *(f"- warning: {warning}" for warning in report.warnings)]) + "\n"
+
+
+def cost(report: TuningReport, trial: Trial) -> str:
+    """Return what was to become small, as people write it."""
+    value = trial.cost(report.aim)
+    return size(value) if report.aim == "memory" else f"{duration(value)} a call"
 
 
 def score(report: TuningReport, value: float) -> str:

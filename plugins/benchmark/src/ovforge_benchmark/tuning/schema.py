@@ -54,6 +54,8 @@ class TuningReport(Record):
     machine: Machine
     trials: tuple[Trial, ...]
     winner: str | None = Field(description="Label of the trial whose config was written; None if none is better.")
-    duel: tuple[Trial, ...] = Field((), description="The original and the winner, measured in turn at the end.")
+    duel: tuple[Trial, ...] = Field(
+        (), description="The original and the winner, measured anew in turn, the least of each."
+    )
     left_out: tuple[str, ...] = Field((), description="What there was no time for, by label.")
     warnings: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ovforge.contracts import Progress
+from ovforge.errors import InputError
 from ovforge.model import METRICS
 from ovforge_benchmark.tuning.bench import Bench
 from ovforge_benchmark.tuning.changes import Change, label_of
@@ -30,6 +31,10 @@ _SLACK = 0.25
 _LEAST = 0.02
 """Part of the cost that a winner must save: less is noise."""
 
+_DUELS = 2
+"""How often a winner may be measured beside the original until it is the better one: the least of each counts, because
+what disturbs a measurement only adds to it."""
+
 _ALONE, _SETS = 0.5, 0.75
 """Parts of the time after which no single change, and no set of changes with few calls, is begun."""
 
@@ -46,6 +51,8 @@ class Found:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    hurried: bool = False
+    """Whether there was no time for something."""
 
 
 def search(bench: Bench, changes: Sequence[Change], min_score: float, progress: Callable[[Progress], None]) -> Found:
@@ -74,24 +81,61 @@ class _Search:
         while rounds[-1] < bench.samples:
             rounds.append(min(2 * rounds[-1], bench.samples))
         self._ahead = len(changes) + 2 * _WIDTH
-        base = self._tell(bench.measure((), rounds[0]))
+        base = self._original(rounds[0])
+        if self._limit > self._perfect:
+            raise InputError(
+                f"{self._limit:g} is more than equal results have: {bench.metric} of {self._perfect:g}",
+                where="--min-score", hint="Ask for less.",
+            )  # fmt: skip
         running = self._first_round(changes, base, rounds[0])
         for calls in rounds[1:]:
-            base = self._tell(bench.measure((), calls)) if bench.left() > 0 else base
+            base = self._original(calls, base)
             tried = {one: trial for one in running if (trial := self._measure(one, calls)) is not None}
             running = self._better(tried, base, last=calls == rounds[-1])
         for one in running:
             self._say(f"the gate: {label_of(one)}")
-            if refused := bench.passes_gate(one):
+            if refused := bench.passes_gate(one) or self._lost(one):
                 self.found.notes.append(f"{label_of(one)}: {refused}")
             else:
                 self.found.winner = one
                 break
-        if self.found.winner is not None and bench.left() > 0:
-            self._say("original and winner in turn")
-            duel = tuple(bench.measure(one, rounds[0], again=True) for one in ((), self.found.winner))
-            self.found.duel = () if any(trial.error for trial in duel) else duel
         self._progress(Progress("tuning", self._done, self._done))
+
+    def _lost(self, one: Changes) -> str:
+        """Measure the original and what should be better anew, in turn; return why it is not, or "".
+
+        The one that seems best of many is often the one that was lucky.
+        """
+        bench, least = self._bench, tuple[Trial, ...]()
+        for _ in range(_DUELS):
+            if bench.left() <= 0:
+                break
+            self._say(f"original and {label_of(one)} in turn")
+            duel = tuple(bench.measure(each, bench.samples, again=True) for each in ((), one))
+            if any(trial.error for trial in duel):
+                break
+            least = tuple(
+                min(pair, key=lambda trial: trial.cost(bench.aim)) for pair in zip(least or duel, duel, strict=True)
+            )
+            before, after = (trial.cost(bench.aim) for trial in least)
+            if after < before:
+                self.found.duel = least
+                return ""
+        return f"measured anew in turn with the original it saves nothing ({before / after:.2f}x)" if least else ""
+
+    def _original(self, calls: int, known: Trial | None = None) -> Trial:
+        """Return the original's trial; what is known of it with fewer calls, if there is no time for so many."""
+        if known is not None and self._bench.left() <= 0:
+            return known
+        self._say("original")
+        trial = self._bench.measure((), calls)
+        if not trial.error:
+            return self._tell(trial)
+        if known is None:
+            raise InputError(
+                "the time is over before the original is measured", where="--within", hint="Give it more time."
+            )
+        return known
 
     def _first_round(self, changes: Sequence[Change], base: Trial, few: int) -> list[Changes]:
         """Measure each change alone, and the sets that should be better; return what goes on."""
@@ -123,6 +167,7 @@ class _Search:
         label = label_of(changes)
         if self._bench.left(part) <= 0 and not self._bench.knows(changes, calls):
             self.found.left_out.append(label)
+            self.found.hurried = True
             return None
         self._say(label)
         trial = self._tell(self._bench.measure(changes, calls))

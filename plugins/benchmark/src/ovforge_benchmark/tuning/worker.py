@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import ovforge
+from ovforge.config import checked, input_content
 from ovforge.errors import ConfigError
 from ovforge.model import OWN_METRIC, Result
+from ovforge.store import digest_file
 from ovforge_benchmark.machine import cores, peak_memory
 from ovforge_benchmark.noise import Watch
 from ovforge_benchmark.process import hand_over, take_over
@@ -20,11 +23,12 @@ __all__ = ["measure_trial"]
 
 
 def measure_trial(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job: `config`, `base`, `calls`, `prompts`, `metric`, `threads`, `results`, `reference`.
+    """Do a job: `config`, `base`, `calls`, `prompts`, `metric`, `threads`, `results`, `reference`, `describe`.
 
-    `calls` says how many; 0 only loads. `results` is a file for the results, `reference` one that holds those to
-    compare with; each may be None. With `threads`, the calls are made from as many threads as there are processors, and
-    a call's time is a share of the whole.
+    `calls` says how many; 0 only loads, and tells what so many calls as `describe` says depend on (`inputs`), what
+    calibration does, and which inputs examples name (`examples`). `results` is a file for the results, `reference` one
+    that holds those to compare with; each may be None. With `threads`, the calls are made from as many threads as there
+    are processors, and a call's time is a share of the whole.
     """
     config = ovforge.PipelineConfig.of(job["config"])
     pipe = ovforge.Pipeline.from_config(config, base=Path(job["base"]), cache="default" if job["cache"] else None)
@@ -35,7 +39,7 @@ def measure_trial(job: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": pipe.warnings(),
     }
     if not job["calls"]:
-        return facts
+        return {**facts, **_described(pipe, job)} if job["describe"] else facts
     calls = _calls(pipe, job["calls"], job["prompts"])
     first: Result = pipe(**calls[0])
     with Watch() as watch:
@@ -58,18 +62,42 @@ def measure_trial(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _described(pipe: ovforge.Pipeline, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what calls and calibration depend on, files by their content, and which inputs examples name."""
+    calls = _calls(pipe, job["describe"], job["prompts"])
+    whole = [checked(pipe.inputs_model, {**pipe.config.input, **call}, where="input", base=pipe.base) for call in calls]
+    said = {name for call in _examples(pipe, job["describe"]) for name in call}
+    driver = pipe.resolved.driver
+    return {
+        "inputs": [input_content(one) for one in whole],
+        "calibration": dict(driver.content("inputs", digest_file)) if driver else {},
+        "examples": sorted(said),
+    }
+
+
 def _calls(pipe: ovforge.Pipeline, count: int, prompts: list[str]) -> list[dict[str, Any]]:
     """Return the inputs of each call: the task's examples that calibration does not see, or prompts of the user's."""
-    first = next(iter(pipe.inputs_model.model_fields))
     if prompts:
-        seeded = "seed" in pipe.inputs_model.model_fields
+        first, seeded = next(iter(pipe.inputs_model.model_fields)), "seed" in pipe.inputs_model.model_fields
         return [{first: prompt, **({"seed": 2 * n + 1} if seeded else {})} for n, prompt in enumerate(prompts[:count])]
-    examples = pipe.task.examples(2 * count)[1::2]
+    examples = _examples(pipe, count)
     if not examples:
         raise ConfigError(
             "the task has no examples to try a pipeline with", where="tune", hint="Give some: --prompt TEXT"
         )
-    return [{name: getattr(one, name) for name in one.model_fields_set} for one in examples[:count]]
+    return examples
+
+
+def _examples(pipe: ovforge.Pipeline, count: int) -> list[dict[str, Any]]:
+    """Return what up to `count` examples of the task say.
+
+    Of a task that makes things, the config's own pictures and conditions stay, so that it is measured with their sizes.
+    Examples of a task that looks for things say what is in their picture, and stay whole.
+    """
+    fields = pipe.inputs_model.model_fields
+    own = set(pipe.config.input) - {next(iter(fields)), "seed"} if "seed" in fields else set()
+    examples = pipe.task.examples(2 * count)[1::2]
+    return [{name: getattr(one, name) for name in one.model_fields_set - own} for one in examples[:count]]
 
 
 def _in_turn(pipe: ovforge.Pipeline, calls: list[dict[str, Any]]) -> tuple[list[Result], float]:
@@ -82,10 +110,20 @@ def _in_turn(pipe: ovforge.Pipeline, calls: list[dict[str, Any]]) -> tuple[list[
 
 
 def _together(pipe: ovforge.Pipeline, calls: list[dict[str, Any]]) -> tuple[list[Result], float]:
-    start = time.perf_counter()
-    with ThreadPoolExecutor(max(cores(), 2)) as pool:
-        results = list(pool.map(lambda call: pipe(**call), calls))
-    return results, (time.perf_counter() - start) / len(calls)
+    """Return the result of each call, and the seconds of one as a share of the whole.
+
+    If the task serves threads side by side, all of them are kept busy, however few the calls are, and each has its
+    requests before: settings that are good for many at a time would lose otherwise.
+    """
+    threads, task = max(cores(), 2), pipe.resolved.task
+    assert task is not None
+    often = math.ceil(2 * threads / len(calls)) if task.extension.threads else 1
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(2 if task.extension.threads else 1):
+            start = time.perf_counter()
+            results = list(pool.map(lambda call: pipe(**call), calls * often))
+            seconds = time.perf_counter() - start
+    return results[: len(calls)], seconds / len(results)
 
 
 def _metric(pipe: ovforge.Pipeline, result: Result) -> str:
