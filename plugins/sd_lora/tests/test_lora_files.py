@@ -77,7 +77,7 @@ def test_files_that_are_cut_off_are_refused(tmp_path: Path, data: bytes) -> None
         open_adapter(path, "x")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.binary(max_size=80), length=st.integers(0, 90))
 def test_any_bytes_give_an_error_in_words(tmp_path_factory: pytest.TempPathFactory, data: bytes, length: int) -> None:
     path = tmp_path_factory.mktemp("any") / "x.safetensors"
@@ -357,7 +357,7 @@ def test_adapters_of_other_families_are_named(tmp_path: Path, names: tuple[str, 
 ranks, sides = st.integers(1, 5), st.integers(1, 9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), rank=ranks, out=sides, inner=sides, kernel=st.sampled_from([(), (1, 1), (3, 3)]))
 def test_factors_are_exact(data: st.DataObject, rank: int, out: int, inner: int, kernel: tuple[int, ...]) -> None:
     """B @ A is the delta, whatever the kind, and the shape said before reading is the delta's."""
@@ -443,7 +443,7 @@ def architecture(levels: int, layers: int, attending: list[bool]) -> list[str]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(levels=st.integers(1, 4), layers=st.integers(1, 3), attending=st.lists(st.booleans(), min_size=4, max_size=4))
 def test_every_path_is_found_under_all_its_names(levels: int, layers: int, attending: list[bool]) -> None:
     found = architecture(levels, layers, attending)

@@ -245,12 +245,12 @@ def test_weights_keep_their_type(family: Families, lora: Lora) -> None:
 
     from ovforge_sd_lora.targets import plain_constant
 
-    path = lora("sd1", 1, text=False)
-    exact = family("sd1").bundle()
+    path = lora("small", 1, text=False)
+    exact = family("small").bundle()
     LoraTransform(LoraOptions(path=path)).apply(exact)
     wanted = weights(exact)
     for kind, unit in (("f16", 2**-11), ("bf16", 2**-7)):
-        bundle = family("sd1").bundle()
+        bundle = family("small").bundle()
         for target in find_targets("unet", bundle.models["unet"]).values():
             for port in target.weight_inputs():
                 constant = port.get_source_output().get_node()
@@ -359,8 +359,8 @@ def test_a_partial_match_is_refused_unless_told_otherwise(
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
-    tensors = load_file(lora("sd1", text=False))
-    prefix = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = load_file(lora("small", text=False))
+    prefix = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors[f"{prefix}.lora_A.weight"] = np.zeros((3, 999), np.float32)
     tensors["unet.down_blocks.7.conv.lora_A.weight"] = tensors["unet.down_blocks.7.conv.lora_B.weight"] = np.eye(
         2, dtype="f"
@@ -370,11 +370,11 @@ def test_a_partial_match_is_refused_unless_told_otherwise(
     path = tmp_path / "partial.safetensors"
     save_file(tensors, path)
     with pytest.raises(ModelError, match=r"could not be applied.* and 3 more"):
-        ours(family("sd1"), cache, Use("lora", path=path))
-    pipe = ours(family("sd1"), cache, Use("lora", path=path), strict=False)
+        ours(family("small"), cache, Use("lora", path=path))
+    pipe = ours(family("small"), cache, Use("lora", path=path), strict=False)
     result = pictures(pipe)
     lines = ["lora: mystery was not applied: no adapter's tensor", "lora: the file names no alpha"]
-    config = {"task": "text-to-image", "load": str(family("sd1").converted), "strict": False,
+    config = {"task": "text-to-image", "load": str(family("small").converted), "strict": False,
               "transform": [{"use": "lora", "path": str(path)}]}  # fmt: skip
     planned = [line for stage in ovforge.plan(config, cache=cache).stages for line in stage.warnings]
     for warnings in (result.warnings, result.provenance["warnings"], planned):
@@ -392,15 +392,15 @@ def test_the_cache_knows_the_adapter_by_its_content(family: Families, lora: Lora
     import shutil
 
     path = tmp_path / "adapter.safetensors"
-    shutil.copy(lora("sd1", 0, text=False), path)
-    first = ours(family("sd1"), cache, Use("lora", path=path, scale=0.5, name="a"))
+    shutil.copy(lora("small", 0, text=False), path)
+    first = ours(family("small"), cache, Use("lora", path=path, scale=0.5, name="a"))
     one = pictures(first).latents
     moved = Path(shutil.copy(path, tmp_path / "moved.safetensors"))
-    again = ours(family("sd1"), cache, Use("lora", path=moved, scale=0.5, name="a"))
+    again = ours(family("small"), cache, Use("lora", path=moved, scale=0.5, name="a"))
     assert again.provenance()["digests"] == first.provenance()["digests"]
     assert all(model.cached for role, model in again.compiled.all() if role == "unet")
-    shutil.copy(lora("sd1", 1, text=False), path)
-    other = ours(family("sd1"), cache, Use("lora", path=path, scale=0.5, name="a"))
+    shutil.copy(lora("small", 1, text=False), path)
+    other = ours(family("small"), cache, Use("lora", path=path, scale=0.5, name="a"))
     assert other.provenance()["digests"]["unet"] != first.provenance()["digests"]["unet"]
     assert not np.array_equal(pictures(other).latents, one)
     assert np.array_equal(pictures(again).latents, one)
@@ -409,10 +409,12 @@ def test_the_cache_knows_the_adapter_by_its_content(family: Families, lora: Lora
 def test_contract(family: Families, lora: Lora) -> None:
     testing.check_plugin(ovforge_sd_lora)
     for mode in ("fuse", "runtime"):
-        testing.check_transform(ovforge_sd_lora, "lora", {"path": str(lora("sd1")), "mode": mode}, family("sd1").bundle)
+        testing.check_transform(
+            ovforge_sd_lora, "lora", {"path": str(lora("small")), "mode": mode}, family("small").bundle
+        )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_ranks_and_layers(family: Families, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Random layers, ranks, alphas and kinds of one file: each weight is base + scale * alpha / rank * delta."""

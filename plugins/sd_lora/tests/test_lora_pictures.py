@@ -125,6 +125,7 @@ def switched(family: Families, cache: Cache, tmp_path_factory: pytest.TempPathFa
     return pipe
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), *PAIRS], ids=" + ".join)
 def test_kinds_of_lycoris(
     family: Families, cache: Cache, switched: Any, tmp_path: Path, kinds: tuple[str, ...]
@@ -200,6 +201,7 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", PEFT)
 def test_kinds_of_peft(family: Families, cache: Cache, switched: Any, tmp_path: Path, kind: str) -> None:
     """A folder of PEFT, trained from where peft lets a kind begin: by what torch's layers then make of their inputs."""
@@ -230,6 +232,7 @@ def test_kinds_of_peft(family: Families, cache: Cache, switched: Any, tmp_path: 
     compare(family("small"), cache, pipe, {tmp_path: 1.0}, None if kind in ("biases", "whole-layers") else switched)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["sd1", "xl"])
 def test_adapters_of_diffusers(family: Families, lora: Lora, cache: Cache, name: str) -> None:
     """Text encoders as well: two LoRA of SDXL; of Stable Diffusion one, and DoRA with a LoRA after it."""

@@ -522,6 +522,50 @@ def test_what_does_not_fit_is_said(
         LoraTransform(LoraOptions(path=drawn.write(tmp_path / "x.safetensors"))).apply(bundle(transformer=on))
 
 
+@pytest.mark.parametrize("fewer", [8, -8])
+def test_a_first_layer_that_sees_more(models: Any, bundle: Any, tmp_path: Path, fewer: int) -> None:
+    """FLUX.1 Fill sees a mask behind the latents, which an adapter for dev leaves alone; but not the other way round."""
+    module, _ = models("flux")
+    weight = layers_of(module)["x_embedder"].weight.detach().numpy()
+    drawn = Drawn(prefix="lora_unet_")
+    drawn.add("img_in", weight.shape[0], weight.shape[1] - fewer)
+    transform = LoraTransform(LoraOptions(path=drawn.write(tmp_path / "x.safetensors")))
+    found = bundle(transformer="flux")
+    if fewer < 0:
+        with pytest.raises(ModelError, match="img_in: its shape is"):
+            transform.apply(found)
+        return
+    report = transform.apply(found)
+    assert any("8 inputs that the adapter leaves alone" in note for note in report.notes)
+    wanted = weight + np.pad(drawn.added["img_in"], ((0, 0), (0, fewer)))
+    agree(weights(found, "transformer"), {"x_embedder.weight": wanted})
+
+
+def test_what_is_in_a_file_whole_and_in_parts_counts_once(models: Any, bundle: Any, tmp_path: Path) -> None:
+    """As some trainers of Z-Image write it, and diffusers reads it."""
+    module, _ = models("z-image")
+    width = layers_of(module)["layers.0.attention.to_q"].weight.shape[0]
+    drawn = Drawn(prefix="diffusion_model.", alpha=False)
+    for name in ("to.q", "to.k", "to.v", "to_out.0", "out"):
+        drawn.add(f"layers.0.attention.{name}", width, width)
+    drawn.add("layers.0.attention.qkv", 3 * width, width)
+    drawn.tensors = {key.replace("lora_", "lora."): value for key, value in drawn.tensors.items()}
+    read = theirs._convert_non_diffusers_z_image_lora_to_diffusers(
+        {key: torch.from_numpy(value) for key, value in drawn.tensors.items()}
+    )
+    assert len(read) == 8
+    found = bundle(transformer="z-image")
+    report = LoraTransform(LoraOptions(path=drawn.write(tmp_path / "x.safetensors"))).apply(found)
+    assert not report.skipped
+    assert any("2 fused layers" in note for note in report.notes)
+    wanted = {}
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        path = f"layers.0.attention.{name}"
+        down, up = (read[f"transformer.{path}.lora_{half}.weight"].numpy() for half in "AB")
+        wanted[f"{path}.weight"] = layers_of(module)[path].weight.detach().numpy() + up @ down
+    agree(weights(found, "transformer"), wanted)
+
+
 def test_rotations_of_a_fused_layer_are_refused(bundle: Any, tmp_path: Path) -> None:
     drawn = Drawn()
     drawn.add("img_in", 16, 64)

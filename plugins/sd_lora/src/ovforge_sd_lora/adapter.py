@@ -45,6 +45,7 @@ class Module:
     `factor` is what the delta is multiplied by at strength 1: alpha / rank. `start` says how training changed the base
     for its start ("pissa", "olora"), which is made up for; `settings` is what PEFT's config says of the kind.
     `rows` are the (begin, end) of its rows that a layer takes, of which the file has several in one; () for all.
+    `beyond` is how many inputs the layer has behind those of the file, which a linear LoRA leaves alone.
     """
 
     role: str | None
@@ -59,6 +60,7 @@ class Module:
     start: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[tuple[int, int], ...] = ()
+    beyond: int = 0
 
     @property
     def dora(self) -> bool:
@@ -85,6 +87,11 @@ class Module:
         """Whether the layer's own weight has a part in what is added."""
         return self.dora or bool(self.start) or self.kind in RELATIVE
 
+    def strength(self, scale: float) -> float:
+        """Return how far it goes at a scale: norms of a Control LoRA take the place of the model's, or do not."""
+        whole = self.kind in RELATIVE and RELATIVE[self.kind].whole
+        return float(scale != 0) if whole else scale
+
     @property
     def label(self) -> str:
         """The kind, as people call it."""
@@ -99,7 +106,10 @@ class Module:
 
     def tensors(self) -> dict[str, Array]:
         """Read the factors, float32."""
-        return {name: self.file.read(key) for name, key in self.keys.items()}
+        found = {name: self.file.read(key) for name, key in self.keys.items()}
+        if self.beyond:
+            found["down"] = np.pad(found["down"], ((0, 0), (0, self.beyond)))
+        return found
 
     def delta(self) -> Array:
         """Return what is added at strength 1, float32, in `shape`; of kinds that need no weight for it."""
@@ -187,12 +197,33 @@ def open_adapter(path: Path, name: str, adapter: str | None = None) -> Adapter:
             f"the file also brings the words {', '.join(words)}: to use them, add a transform "
             f'"textual-inversion" with the same path'
         )
-    family = foreign_family(module.name for module in modules if module.role in (None, "unet", "transformer"))
+    named = [module.name for module in modules if module.role in (None, "unet", "transformer")]
+    family = foreign_family([*named, *(skipped.item for skipped in unknown)])
+    modules, double = _without_doubles(modules)
+    if double:
+        notes.append(f"{len(double)} fused layers ({double[0]}) are in the file in parts, too, which count")
     if family is not None and family.fits:  # kohya's and ComfyUI's prefixes are the same for UNets
         modules = [replace(each, role="transformer") if each.role in (None, "unet") else each for each in modules]
     return Adapter(
         name, tensors.where, tuple(modules), tensors.metadata, tuple(unknown), tuple(notes), family, words, names
     )
+
+
+def _without_doubles(modules: list[Module]) -> tuple[list[Module], list[str]]:
+    """Leave out what some trainers of Z-Image write twice; return the names of that, too. Source: diffusers' reader.
+
+    Beside `attention.to.q.lora.down` and its kin stands the same as `attention.qkv.lora.down`; likewise the output.
+    """
+    known = {flat(module.name) for module in modules}
+    parts = {"_attention_qkv": "_attention_to_q", "_attention_out": "_attention_to_out_0"}
+
+    def double(module: Module) -> bool:
+        name, dotted = flat(module.name), module.keys.get("down", "").endswith(".lora.down.weight")
+        return dotted and any(
+            name.endswith(end) and name.removesuffix(end) + part in known for end, part in parts.items()
+        )
+
+    return [each for each in modules if not double(each)], [each.name for each in modules if double(each)]
 
 
 def _parse_keys(tensors: TensorFile, configs: Mapping[str, PeftConfig]) -> tuple[dict[str, Key], list[Skipped]]:

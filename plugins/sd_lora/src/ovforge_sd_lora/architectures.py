@@ -57,12 +57,23 @@ def _streams(block: str) -> tuple[tuple[str, ...], ...]:
         (f"{block}.txt_attn.qkv", f"{ours}.add_q_proj", f"{ours}.add_k_proj", f"{ours}.add_v_proj"),
         (f"{block}.img_attn.proj", f"{ours}.to_out.0"),
         (f"{block}.txt_attn.proj", f"{ours}.to_add_out"),
+        *(
+            (f"{block}.{stream}_attn.norm.{theirs}_norm", f"{ours}.norm_{added}{theirs[0]}")
+            for stream, added in (("img", ""), ("txt", "added_"))
+            for theirs in ("query", "key")
+        ),
         # XLabs': what they call a processor.
         (f"{block}.qkv_lora1", f"{ours}.to_q", f"{ours}.to_k", f"{ours}.to_v"),
         (f"{block}.qkv_lora2", f"{ours}.add_q_proj", f"{ours}.add_k_proj", f"{ours}.add_v_proj"),
         (f"{block}.proj_lora1", f"{ours}.to_out.0"),
         (f"{block}.proj_lora2", f"{ours}.to_add_out"),
     )
+
+
+_SINGLE_NORMS = tuple(
+    (f"single_blocks.{{n}}.norm.{theirs}_norm", f"single_transformer_blocks.{{n}}.attn.norm_{theirs[0]}")
+    for theirs in ("query", "key")
+)
 
 
 def _embedders(ours: str, *names: tuple[str, str]) -> tuple[tuple[str, ...], ...]:
@@ -108,6 +119,7 @@ _FLUX1 = Architecture(
         ("single_blocks.{n}.linear2", "single_transformer_blocks.{n}.proj_out"),
         ("single_blocks.{n}.proj", "single_transformer_blocks.{n}.proj_out"),  # XLabs'
         ("single_blocks.{n}.modulation.lin", "single_transformer_blocks.{n}.norm.linear"),
+        *_SINGLE_NORMS,
         *_ENDS,
         *_embedders(
             "time_text_embed",
@@ -133,6 +145,7 @@ _FLUX2 = Architecture(
         ("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
         ("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear"),
         ("single_stream_modulation.lin", "single_stream_modulation.linear"),
+        *_SINGLE_NORMS,
         *_ENDS,
         *_embedders("time_guidance_embed", ("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder")),
     ),
@@ -240,8 +253,21 @@ _SANA = Architecture(
     ),
 )
 
-_ARCHITECTURES = (_FLUX2, _FLUX1, _SD3, _QWEN, _Z_IMAGE, _LUMINA2, _SANA)
-"""The first whose mark a model has counts: FLUX.1's double blocks are named as those of Stable Diffusion 3."""
+_TIMESTEP = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
+
+_LTX = Architecture(
+    "LTX-Video",
+    r"time_embed_linear$",
+    (
+        ("patchify_proj", "proj_in"),
+        ("adaln_single.linear", "time_embed.linear"),
+        *((f"adaln_single.emb.{layer}", f"time_embed.emb.{layer}") for layer in _TIMESTEP),
+    ),
+)
+
+_ARCHITECTURES = (_FLUX2, _FLUX1, _SD3, _QWEN, _Z_IMAGE, _LUMINA2, _SANA, _LTX)
+"""The first whose mark a model has counts: FLUX.1's double blocks are named as those of Stable Diffusion 3, and Sana
+has LTX-Video's embedder of the timestep."""
 
 
 def _architecture(paths: Iterable[str]) -> Architecture | None:

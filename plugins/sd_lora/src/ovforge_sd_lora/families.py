@@ -24,6 +24,7 @@ class Family:
 
 
 _SD3, _FLUX1, _FLUX2, _QWEN, _SANA = "Stable Diffusion 3", "FLUX.1", "FLUX.2", "Qwen-Image", "Sana"
+_LTX = "LTX-Video"
 
 _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (r".*motion_modules_\d", "AnimateDiff (motion modules)", ()),
@@ -51,16 +52,17 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (r"blocks_\d+_(attn1_Wqkv|attn2_q_proj|attn2_kv_proj|attn1_out_proj|mlp_fc)|pooler_", "Hunyuan-DiT", ()),
     (r"transformer_blocks_\d+_ff_conv_|blocks_\d+_mlp_(inverted|depth|point)_conv", _SANA, (_SANA,)),
     (r"blocks_\d+_(attn_qkv|cross_attn_kv_linear|cross_attn_q_linear)|caption_projection|adaln_single",
-     "PixArt or Sana", (_SANA,)),
+     "PixArt or Sana", (_SANA, _LTX)),
     (r"transformer_blocks_\d+_attn_to_", "a diffusion transformer (as Stable Diffusion 3, FLUX or Qwen-Image)",
      (_SD3, _FLUX1, _FLUX2, _QWEN)),
-    (r"transformer_blocks_\d+_attn[12]_", "a diffusion transformer (as LTX-Video, CogVideoX or PixArt)", (_SANA, _SD3)),
-    (r"transformer_blocks_\d+_ff_", "a diffusion transformer", (_SD3, _FLUX1)),
+    (r"transformer_blocks_\d+_attn[12]_", "a diffusion transformer (as LTX-Video, CogVideoX or PixArt)",
+     (_SANA, _SD3, _LTX)),
+    (r"transformer_blocks_\d+_ff_", "a diffusion transformer", (_SD3, _FLUX1, _LTX)),
     (r"transformer_blocks_\d+_", "a diffusion transformer", ()),
     (r"(layers|language_model_layers)_\d+_(self_attn|mlp)_(q|k|v|o|gate|up|down)_proj", "a language model", ()),
     (r"(encoder|decoder)_block_\d+_layer_\d", "T5", ()),
     (r"(time_text_embed|context_embedder|x_embedder|proj_out$|norm_out_linear|img_in|txt_in|final_layer)",
-     "a diffusion transformer", (_SD3, _FLUX1, _FLUX2, _QWEN, _SANA, "Z-Image", "Lumina 2")),
+     "a diffusion transformer", (_SD3, _FLUX1, _FLUX2, _QWEN, _SANA, _LTX, "Z-Image", "Lumina 2")),
 )  # fmt: skip
 """What a flat name begins with, without the levels around a model; the family. The first that fits counts."""
 

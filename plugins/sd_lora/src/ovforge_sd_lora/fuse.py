@@ -21,7 +21,7 @@ from ovforge_sd_lora.targets import Target, behind, plain_constant, stored_nodes
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["Opened", "after", "bias_difference", "difference", "fuse"]
+__all__ = ["Opened", "after", "bias_difference", "difference", "fuse", "store"]
 
 Array = NDArray[np.float32]
 
@@ -43,9 +43,10 @@ class Opened:
 def changed_weight(weight: Array, module: Module, strength: float) -> Array:
     """Return a weight, in torch's layout, with a module applied at a strength. Float32.
 
-    Every kind is linear in its strength: DoRA and rotations, too, go straight from the weight to what they make of it.
+    All but norms that are replaced are linear in it: DoRA and rotations, too, go straight from the weight to what they
+    make of it.
     """
-    return weight + np.float32(strength) * difference(weight, module)
+    return weight + np.float32(module.strength(strength)) * difference(weight, module)
 
 
 def difference(weight: Array, module: Module) -> Array:
@@ -120,11 +121,11 @@ def _change(target: Target, weights: Sequence[tuple[Module, float]], again: bool
         return None
     stored = value.T if target.transposed else value
     if not target.compressed:
-        _store(ports, stored, target.path)
+        store(ports, stored, target.path)
         return None
     kind = _stored_type(ports[0].get_source_output())
     if not again:
-        _store(ports, stored, target.path)
+        store(ports, stored, target.path)
         return Opened(kind)
     requantize(ports, stored, target.path)
     return Opened(kind, _squares(target.weight() - value), _squares(value - before))
@@ -153,7 +154,7 @@ def _add_low_rank(target: Target, module: Module, strength: float, room: Room) -
 def _add_bias(target: Target, added: Array) -> None:
     ports = target.bias_inputs()
     if ports:
-        _store(ports, weight_of(ports[0].get_source_output()).reshape(-1) + added, target.path)
+        store(ports, weight_of(ports[0].get_source_output()).reshape(-1) + added, target.path)
         return
     for node in target.nodes:
         if target.kind == "norm" and (weight := target.weight_inputs()):
@@ -182,12 +183,16 @@ def after(node: ov.Node, operation: str, value: Any, name: str = "/adapted") -> 
     return made
 
 
-def _store(ports: Sequence[ov.Input], value: Array, where: str) -> None:
-    """Give inputs a new constant of the type that they had; float16 where that was compressed."""
+def store(ports: Sequence[ov.Input], value: Array, where: str, *, reshaped: bool = False) -> None:
+    """Give inputs a new constant of the type that they had; float16 where that was compressed.
+
+    It has the shape of the old one, or its own if `reshaped`.
+    """
     source = ports[0].get_source_output()
     plain = plain_constant(source)
     kind = plain.get_element_type().get_type_name() if plain is not None else "f16"
-    _put(ports, _constant(value.reshape(tuple(source.get_shape())), kind, where))
+    shape = value.shape if reshaped else tuple(source.get_shape())
+    _put(ports, _constant(value.reshape(shape), kind, where))
 
 
 def _put(ports: Sequence[ov.Input], made: ov.Node) -> None:

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ovforge.errors import ModelError
-from ovforge.model import PACKAGE, package_path
+from ovforge.model import PACKAGE, ModelBundle, package_path
 from ovforge.store import parse_object
 from ovforge_sd_lora.adapter import Adapter, family_name, open_adapter
+from ovforge_sd_lora.control_lora import widen
 from ovforge_sd_lora.matching import Preflight, preflight
 
 __all__ = ["app", "inspected"]
@@ -56,11 +57,17 @@ def inspect(
 
     path = package_path(file) if file.startswith(PACKAGE) else Path(file).expanduser()
     adapter = open_adapter(path, path.stem, chosen)
-    found = preflight(adapter, ovforge.open_model(model)) if model else None
+    found = _looked_up(adapter, ovforge.open_model(model)) if model else None
     if as_json:
         print_json(inspected(adapter, found))
     else:
         _show(inspected(adapter, found), keys)
+
+
+def _looked_up(adapter: Adapter, bundle: ModelBundle) -> Preflight:
+    """Return the preflight in a model as the transform would have it: with room for the condition of a Control LoRA."""
+    widen(adapter, bundle)
+    return preflight(adapter, bundle)
 
 
 def inspected(adapter: Adapter, found: Preflight | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import Adapter, Module, family_name
 from ovforge_sd_lora.architectures import Place, family_of, is_idle, parts, places
+from ovforge_sd_lora.control_lora import FIRST, condition_inputs
 from ovforge_sd_lora.names import ROLES, flat, reads_as_t5
 from ovforge_sd_lora.options import LoraOptions
 from ovforge_sd_lora.relative import RELATIVE
@@ -87,7 +88,10 @@ def preflight(
             if place is None:
                 found.skipped.append(Skipped(_shown(module, role), "the model has no such layer"))
                 continue
-            for part, path, why in parts(module, place, shapes):
+            for own, path, why in parts(module, place, shapes):
+                part = _widened(own, path, shapes[path])
+                if part.beyond:
+                    found.notes.append(f"{role}: {path} has {part.beyond} inputs that the adapter leaves alone")
                 if reason := why or _misfit(part, targets[path]):
                     found.skipped.append(Skipped(_shown(module, role), reason))
                     break  # of a module in parts, the reason is that of all
@@ -140,6 +144,18 @@ def _with_sizes(modules: list[Module], names: Mapping[str, Place], targets: Mapp
     return [sized.get(id(module), module) for module in modules]
 
 
+def _widened(module: Module, path: str, shape: tuple[int, ...]) -> Module:
+    """Let a LoRA for FLUX.1 dev act on models whose first layer sees more than the latents, as diffusers does.
+
+    It is a mask behind them (Fill), or a condition (Canny, Depth, and dev with a Control LoRA).
+    """
+    plain = module.kind == "LoRA" and not module.relative and not module.on_bias
+    beyond = shape[1] - module.shape[1] if len(shape) == len(module.shape) == 2 else 0
+    if path != FIRST or not plain or beyond <= 0:
+        return module
+    return replace(module, shape=(module.shape[0], shape[1]), beyond=beyond)
+
+
 def _idle(module: Module, target: Target) -> bool:
     """Say whether a module scales or turns a bias that the layer does not have."""
     kind = RELATIVE.get(module.kind)
@@ -176,9 +192,23 @@ def _check_transformer(adapter: Adapter, targets: Mapping[str, Target]) -> None:
     """Raise ModelError if names tell that the adapter is for another family than a diffusion transformer's."""
     ours, theirs = family_of(targets), adapter.family
     if ours is None or (theirs is not None and ours in theirs.fits):
+        _check_channels(adapter, targets)
         return
     name = "a UNet of Stable Diffusion's kind" if theirs is None else theirs.name
     raise ModelError(f"the adapter is for {name}, and this is {ours}", where=adapter.where, hint=_ADVICE)
+
+
+def _check_channels(adapter: Adapter, targets: Mapping[str, Target]) -> None:
+    """Raise ModelError for a Control LoRA of FLUX.1 on a transformer that has no room for its condition."""
+    own = targets.get(FIRST)
+    wide = condition_inputs(adapter, own.shape[1]) if own is not None else None
+    if own is not None and wide is not None:
+        raise ModelError(
+            f"it is a Control LoRA, for a transformer that takes a condition as further channels: {wide} of them, and "
+            f"this one takes {own.shape[1]}",
+            where=adapter.where,
+            hint="Name it in the pipeline's transforms: room for the condition is made before the pipeline starts.",
+        )
 
 
 def _check_unet(adapter: Adapter, targets: Mapping[str, Target]) -> None:

@@ -100,6 +100,15 @@ _WHOLE = tuple(
 )
 """Whole weights and biases beside an adapter's tensors, which PEFT writes under the module's own name."""
 
+_NORMS = tuple(
+    (re.compile(rf"(?:{'|'.join(f'(?<={name})' for name in names)})\.{end}$"), "scale")
+    for names, end in (
+        (("norm_q", "norm_k", "norm_added_q", "norm_added_k"), "weight"),
+        (("query_norm", "key_norm"), "scale"),
+    )
+)
+"""Norms of queries and keys, which Control LoRAs of FLUX.1 bring as they are: in diffusers' names and the release's."""
+
 _SCALED = re.compile(r"\.weight$")
 _WORDS = re.compile(r"(?:state_dict\.)?bundle_emb\.([^.]+)\.")
 
@@ -132,7 +141,7 @@ def parse_key(key: str, *, scales: bool = False, whole: bool = False) -> Key | N
     file of PEFT, which replaces them.
     """
     patterns = _TENSORS + (((_SCALED, "ia3_w"),) if scales else _WHOLE if whole else ())
-    for pattern, name in patterns:
+    for pattern, name in patterns + _NORMS:
         found = pattern.search(key)
         if found:
             groups = found.groupdict()

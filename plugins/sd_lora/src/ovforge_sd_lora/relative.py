@@ -25,7 +25,8 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Relative:
-    """A kind. `needed` and `optional` are its tensors; `norms` says that it acts on norms, too.
+    """A kind. `needed` and `optional` are its tensors; `norms` says that it acts on norms, too;
+    `whole` that it acts at full strength, or not at all.
 
     `check(shapes, weight_shape, settings)` raises Misshapen if they do not fit a layer;
     `delta(weight, tensors, settings)` returns what is added to the weight, in its shape; and
@@ -44,6 +45,7 @@ class Relative:
     instead: tuple[str, ...] = ()
     rank: Callable[[Mapping[str, Shape]], int] | None = None
     norms: bool = False
+    whole: bool = False
     weight_marks: tuple[str, ...] = ()
     bias_marks: tuple[str, ...] = ()
     """Tensors that the weight, or the bias, needs one of; () if all do for it."""
@@ -159,6 +161,7 @@ RELATIVE: dict[str, Relative] = {
         settings=lambda config, module: {"alpha": config.number("alpha", 64)},
         rank=lambda shapes: shapes["gralora_A"][-1],
     ),
+    "norm scale": Relative(("scale",), structured.check_norm, structured.delta_norm, norms=True, whole=True),
     "replaced": Relative(
         (), structured.check_replaced, structured.delta_replaced, structured.bias_replaced,
         optional=("new", "new_b"), norms=True, weight_marks=("new",), bias_marks=("new_b",),

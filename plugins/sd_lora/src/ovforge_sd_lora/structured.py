@@ -372,6 +372,16 @@ def bias_replaced(weight: Array, bias: Array, tensors: Tensors, settings: Settin
     return tensors["new_b"].reshape(-1) - bias
 
 
+def check_norm(shapes: Shapes, weight: Shape, settings: Settings) -> None:
+    if shapes["scale"] != weight:
+        raise Misshapen(f"a norm of {list(shapes['scale'])} for a layer of {list(weight)}")
+
+
+def delta_norm(weight: Array, tensors: Tensors, settings: Settings) -> Array:
+    """Return what makes the scales of a norm those in the file."""
+    return tensors["scale"] - weight
+
+
 def _along(scale: Array, weight: Array, axis: int) -> Array:
     return scale.reshape([-1 if n == axis else 1 for n in range(weight.ndim)])
 

@@ -95,7 +95,7 @@ class RunningAdapter:
         if len(names) == 1:
             if number not in self._added:
                 self._added[number] = _added(match.module, layer)
-            return {names[0]: np.float32(strength) * self._added[number]}
+            return {names[0]: np.float32(match.module.strength(strength)) * self._added[number]}
         if number not in self._factors:
             self._factors[number] = module_factors(match.target, match.module, lambda: layer().weight())
         a, b = self._factors[number]

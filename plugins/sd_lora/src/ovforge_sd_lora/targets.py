@@ -104,6 +104,8 @@ def find_targets(role: str, model: ov.Model) -> dict[str, Target]:
             made = _layer(role, node)
         elif kind in ("GroupNormalization", "MVN"):
             made = _norm(role, node)
+        elif kind == "ReduceMean":
+            made = _root_mean_square_norm(role, node)
         else:
             continue
         if made is None:
@@ -153,6 +155,30 @@ def _norm(role: str, node: ov.Node) -> Target | None:
     if path is None or channels.is_dynamic:
         return None
     return Target(path, "norm", (channels.get_length(),), nodes=[node])
+
+
+def _root_mean_square_norm(role: str, node: ov.Node) -> Target | None:
+    """Return the norm that a mean belongs to, if its root divides what it is a mean of, and a weight follows."""
+    path, divided = _path(role, node.get_friendly_name()), _divided(node)
+    if path is None or divided is None or divided.get_output_partial_shape(0)[-1].is_dynamic:
+        return None
+    made = Target(path, "norm", (divided.get_output_partial_shape(0)[-1].get_length(),), nodes=[divided])
+    return made if made.weight_inputs() else None
+
+
+def _divided(mean: ov.Node) -> ov.Node | None:
+    """Return what a mean's root divides, or its inverse multiplies; None if it does neither."""
+    node = mean
+    while len(users := list(node.output(0).get_target_inputs())) == 1:
+        [user] = users
+        node = user.get_node()
+        kind = node.get_type_name()
+        others = [value for value in node.input_values() if value != user.get_source_output()]
+        if kind in ("Multiply", "Divide") and not all(map(is_stored, others)):
+            return node
+        if kind not in ("Add", "Sqrt", "Power", "Divide"):
+            break
+    return None
 
 
 def _path(role: str, name: str) -> str | None:

@@ -10,6 +10,7 @@ from ovforge.contracts import Report
 from ovforge.errors import ConfigError, ModelError
 from ovforge.model import ModelBundle
 from ovforge_sd_lora.adapter import open_adapter
+from ovforge_sd_lora.control_lora import widen
 from ovforge_sd_lora.fuse import Opened, fuse
 from ovforge_sd_lora.matching import Match, Scales, preflight
 from ovforge_sd_lora.options import LoraOptions
@@ -29,6 +30,7 @@ class LoraTransform:
     def apply(self, bundle: ModelBundle) -> Report:
         """Change the models of the adapter's roles."""
         adapter = open_adapter(self._options.path, self._options.label, self._options.adapter)
+        widened = widen(adapter, bundle) if self._changes_transformer else None
         found = preflight(adapter, bundle, self._options.roles)
         if not found.matches:
             first = found.skipped[0]
@@ -38,6 +40,8 @@ class LoraTransform:
                 hint="Run `ovforge lora inspect FILE --model MODEL` for the whole table.",
             )
         report = Report(skipped=list(found.skipped), notes=[*adapter.notes, *found.notes])
+        if widened:
+            report.applied.append(widened)
         scales = Scales(self._options, found)
         for role in dict.fromkeys(match.role for match in found.matches):
             beside = [match for match in found.of(role) if self._beside(match)]
@@ -47,6 +51,10 @@ class LoraTransform:
             if fused:
                 self._fuse(role, fused, scales, report)
         return report
+
+    @property
+    def _changes_transformer(self) -> bool:
+        return self._options.roles is None or "transformer" in self._options.roles
 
     def _beside(self, match: Match) -> bool:
         """Say whether a module acts beside the weight rather than in it."""
