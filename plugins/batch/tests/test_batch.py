@@ -158,7 +158,7 @@ def test_ids_that_would_share_a_file_are_refused(tmp_path: Path) -> None:
             count_items(file)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12), st.data())
 def test_a_manifest_that_is_cut_anywhere_loses_its_last_record_at_most(
     tmp_path_factory: pytest.TempPathFactory, written: list[tuple[int, bool]], data: st.DataObject

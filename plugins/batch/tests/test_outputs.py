@@ -52,7 +52,7 @@ def test_a_batch_behind_a_url_goes_on_where_it_stopped(files: MemoryFileSystem, 
         batch(tmp_path / "tiny.toml", items, URL, seed=1, trust=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=12), st.integers(1, 4), st.data())
 def test_a_manifest_of_parts_is_read_as_it_was_written_whatever_happens_while_parts_become_one(
     written: list[list[int]], gathered: int, data: st.DataObject

@@ -107,24 +107,23 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         'task = "text-to-image"\nload = "package:ovforge_lcm/model"\n[scheduler]\nuse = "lcm"\n'
         '[device]\nprecision = "f32"\nthreads = 1\n[input]\nsteps = 1\nwidth = 64\nheight = 64\n'
     )
-    environment = {
-        **os.environ, "PYTHONPATH": str(site), "OVFORGE_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1",
+    changes = {
+        "PYTHONPATH": str(site), "OVFORGE_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1",
         "OVFORGE_REGISTRY": str(folder / "none"), "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000",
     }  # fmt: skip
-    before = dict(os.environ)
-    os.environ.update(environment)
     local = {"node_ip_address": _LOOPBACK, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **local})
-    try:
-        running = Nodes(cluster.address, folder, environment, cluster, [None, None])
-        for number in range(2):
-            running.add(number)
-        yield running
-    finally:
-        cluster.shutdown()
-        os.environ.clear()
-        os.environ.update(before)
+    with pytest.MonkeyPatch.context() as changed:
+        for name, value in changes.items():
+            changed.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **local})
+        try:
+            running = Nodes(cluster.address, folder, dict(os.environ), cluster, [None, None])
+            for number in range(2):
+                running.add(number)
+            yield running
+        finally:
+            cluster.shutdown()
 
 
 @pytest.fixture

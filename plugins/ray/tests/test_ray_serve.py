@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import shutil
 import signal
 import socket
 import threading
@@ -41,6 +42,8 @@ def free_port() -> int:
 
 
 def test_a_server_loses_nothing_when_a_replica_dies_or_all_are_replaced(nodes: Any, tmp_path: Path) -> None:
+    for number in range(2):  # where another test may have left the models, so that none would be shared
+        shutil.rmtree(nodes.cache(number), ignore_errors=True)
     port, shared = free_port(), tmp_path / "shared"
     asked = ("serve", "tiny.toml", "-p", port, "--engine", "ray", "-e", f"address={nodes.address}")
     asked += ("-e", f"cache=file://{shared}", "-e", "min_replicas=2")

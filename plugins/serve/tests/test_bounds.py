@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -88,6 +88,18 @@ class Mover(BaseModel):
         return Path(value)
 
 
+class Second(BaseModel):
+    steps: int = 1
+    timesteps: list[float] = Field(default_factory=list)
+
+
+class Twice(BaseModel):
+    """Inputs of two runs, of which the second has a table of its own."""
+
+    steps: int = 1
+    second: Second | None = None
+
+
 @functools.cache
 def served(model: type[BaseModel]) -> Any:
     class Config:
@@ -113,7 +125,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(sorted(Inputs.model_fields)), VALUES, max_size=4))
 def test_no_value_becomes_a_path_of_the_server(tmp_path: Path, value: dict[str, Any]) -> None:
     with Sent(tmp_path, Settings(), no_url) as sent:
@@ -142,6 +154,20 @@ def test_a_path_that_a_task_makes_of_text_is_refused(tmp_path: Path) -> None:
         assert given["text"] == SECRET
         assert given["plain"].read_bytes() == b"x"
         assert sent.shown({"at": f"<{given['plain']}>"})["at"].startswith("<sha256:")
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "words"),
+    [
+        ({"steps": 201}, "steps", "201 is more than 200"),
+        ({"steps": 200, "second": {"steps": 201}}, "second.steps", "201 is more than 200"),
+        ({"second": {"timesteps": [1.0] * 65}}, "second", "a list of 65 is longer than 64"),
+    ],
+)
+def test_bounds_hold_for_tables_of_inputs(tmp_path: Path, value: dict[str, Any], where: str, words: str) -> None:
+    with Sent(tmp_path, Settings(), no_url) as sent, pytest.raises(InputError, match=words) as caught:
+        sent.inputs(served(Twice), value)
+    assert caught.value.where == where
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------

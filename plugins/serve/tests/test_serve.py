@@ -110,6 +110,9 @@ def test_detection_gives_cocos_form(client: httpx.Client) -> None:
     assert found["annotations"] == expected.as_json()["annotations"]
     assert found["annotations"]
     assert found["images"][0]["file_name"].startswith("sha256:")
+    folder = client.post("/v1/pipelines/detect/run?as=/", files={"image": scene.read_bytes()}, data={"text": "Horse."})
+    *drawn, boxes = [each["name"] for each in folder.raise_for_status().json()["files"]]
+    assert (len(drawn), boxes) == (1, "result/detections.json")
     as_json = client.post("/v1/detections", json={"model": "lcm", "image": "AAAA"})
     assert (as_json.status_code, message(as_json)) == (404, "there is no pipeline 'lcm' that can find boxes")
 
@@ -419,7 +422,7 @@ def test_a_killed_server_leaves_what_the_next_one_removes_and_that_ends_graceful
             for _ in range(50):
                 socket.create_connection((host, int(port)), timeout=5).close()
                 time.sleep(0.1)
-    again.process.wait(20)
+    assert again.process.wait(20) == 0
     assert again.left() == []
     assert again.events()[-1]["event"] == "stopped"
 

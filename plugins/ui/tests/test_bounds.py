@@ -123,7 +123,7 @@ def test_the_command_listens_and_leaves_nothing(tmp_path: Path) -> None:
         page = httpx.get(f"{url}/config", trust_env=False, timeout=60).json()
         assert "boxes" in json.dumps(page)
         process.send_signal(signal.SIGINT)
-        process.wait()
+        assert process.wait() == 0
     finally:
         watchdog.cancel()
         process.kill()

@@ -59,7 +59,7 @@ def test_each_input_has_a_field() -> None:
     fields = {field.name: field for field in fields_of(AnyInputs)}
     assert {name: field.kind for name, field in fields.items()} == {
         "enum": "choice", "literal": "choice", "pictures": "pictures", "either": "picture", "file": "file",
-        "files": "files", "deep": "json", "many": "json", "table": "json", "numbers": "json", "lines": "lines",
+        "files": "files", "deep": "object", "many": "objects", "table": "json", "numbers": "json", "lines": "lines",
         "seed": "integer", "share": "number", "size": "integer", "anything": "json", "text": "text", "flag": "switch",
         "maybe": "choice",
     }  # fmt: skip
@@ -67,6 +67,26 @@ def test_each_input_has_a_field() -> None:
     assert fields["maybe"].choices == (True, False, None)
     assert (fields["share"].minimum, fields["share"].maximum) == (0.01, 0.99)
     assert (fields["size"].minimum, fields["size"].maximum) == (8, 16384)
+
+
+def test_objects_that_hold_files_have_fields_of_their_own() -> None:
+    fields = {field.name: field for field in fields_of(AnyInputs)}
+    assert [part.name for part in fields["many"].parts] == ["image", "scale"]
+    assert (fields["deep"].most, fields["many"].most) == (1, 4)
+    empty, first, second = (
+        {"image": None, "scale": 1.0},
+        {"image": "a.png", "scale": 1.0},
+        {"image": "b.png", "scale": 2.0},
+    )
+    asked = inputs_of(list(fields.values()), {"many": [first, empty, second], "deep": [second]}, {})
+    assert asked == {
+        "many": [{"image": "a.png"}, {"image": "b.png", "scale": 2.0}],
+        "deep": {"image": "b.png", "scale": 2.0},
+    }
+    assert inputs_of(list(fields.values()), {"many": [empty], "deep": [empty]}, {"many": ["as the config says"]}) == {}
+    with pytest.raises(InputError, match="is missing") as caught:
+        inputs_of(list(fields.values()), {"many": [empty, {"image": None, "scale": 2.0}]}, {})
+    assert caught.value.where == "Many 2: Image"
 
 
 def test_every_task_that_is_installed_has_a_form() -> None:
@@ -96,7 +116,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 }  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries(VALUES), st.fixed_dictionaries({}, optional=VALUES))
 def test_what_a_form_shows_is_what_it_asks_for(values: dict[str, Any], config: dict[str, Any]) -> None:
     fields = fields_of(DrawInputs, config)

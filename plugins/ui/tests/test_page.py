@@ -209,3 +209,21 @@ def test_a_mask_is_painted(page: Any, tmp_path: Path) -> None:
     mask = np.asarray(picture(page, "p4").convert("L"))
     assert mask.shape == (64, 96) and set(np.unique(mask)) == {0, 255}
     assert mask[32, 48] == 255 and mask[2, 2] == 0
+    # Only the second object is filled in: it is the first that the task gets.
+    Image.new("L", (8, 8), 128).save(tmp_path / "grey.png")
+    page.click("#p4-stickers-1 button")
+    page.set_input_files("#p4-stickers-1-image input[type=file]", tmp_path / "grey.png")
+    page.wait_for_selector("#p4-stickers-1-image img")
+    page.locator("#p4-stickers-1-left input[type=number]").fill("40")
+    page.locator("#p4-stickers-1-left input[type=number]").press("Tab")
+    run(page, "p4")
+    stuck = Image.fromarray(mask)
+    stuck.paste(128, (40, 0, 48, 8))
+    assert shows(page, "p4", stuck)
+    made = recipe(page, "p4")["input"]["stickers"]
+    assert [sticker["left"] for sticker in made] == [40] and made[0]["image"].startswith("sha256:")
+    forget(page, "p4")
+    page.click("#p4-again")
+    wait(page, "p4", "done")
+    page.click("#p4-stickers-0 button")
+    assert page.input_value("#p4-stickers-0-left input[type=number]") == "40"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -105,7 +105,6 @@ def test_decoders_of_every_kind_are_what_ffmpeg_does_here() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(

@@ -118,7 +118,12 @@ def wav(path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
-    [("none.mp4", None, "no such file"), ("empty.mp4", b"", "cannot be read"), ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\n/etc/x.ts\n", "read")],
+    [
+        ("none.mp4", None, "no such file"), ("empty.mp4", b"", "cannot be read"),
+        ("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nlong.ts\n", "list of other files"),
+        ("list.mp4", b"ffconcat version 1.0\nfile long.ts\n", "list of other files"),
+        ("list.sdp", b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 26\n", "list of other files"),
+    ],
 )  # fmt: skip
 def test_what_is_no_video_is_refused(pipe: Any, tmp_path: Path, name: str, data: bytes | None, said: str) -> None:
     if data is not None:

@@ -221,17 +221,21 @@ def _member(node: Mapping[str, Any], key: str) -> Any:
     return node.get("properties", {}).get(key, node.get("additionalProperties", {}))
 
 
-def _check_bounds(model: BaseModel, bounds: Mapping[str, int]) -> None:
+def _check_bounds(model: BaseModel, bounds: Mapping[str, int], where: str = "") -> None:
     """Raise InputError for what would take more memory or time than the server gives to one request."""
     longest = 1
     for name, value in model:
+        if isinstance(value, BaseModel):
+            _check_bounds(value, bounds, f"{where}{name}.")
         most = bounds.get(name)
         if most is not None and isinstance(value, int | float) and value > most:
-            raise InputError(f"{value} is more than {most}, the most here", where=name)
+            raise InputError(f"{value} is more than {most}, the most here", where=f"{where}{name}")
         if isinstance(value, list):
             longest = max(longest, len(value))
     if longest > bounds.get("items", longest):
-        raise InputError(f"a list of {longest} is longer than {bounds['items']}, the most here", where="input")
+        raise InputError(
+            f"a list of {longest} is longer than {bounds['items']}, the most here", where=where[:-1] or "input"
+        )
     count = getattr(model, "count", 1)
     if isinstance(count, int) and "count" in bounds and hasattr(model, "count") and longest * count > bounds["count"]:
         raise InputError(f"{longest * count} results are more than {bounds['count']}, the most here", where="count")

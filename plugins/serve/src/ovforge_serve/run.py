@@ -72,7 +72,8 @@ def listen(server: Server, address: Address, *, connections: int = 1000, preload
             where=f"--tls-cert {address.certificate} --tls-key {address.private_key}",
             hint="Both are files in PEM form, and belong together.",
         ) from error
-    _Uvicorn(config).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands the signal on when it has ended
+        _Uvicorn(config).run(sockets=[listening])
 
 
 def _listening(address: Address) -> socket.socket:

@@ -28,7 +28,7 @@ _PARAMETERS = [
         "schema": {"type": "array", "items": {"type": "string"}} if several else {"type": "string"},
     }
     for name, several, description in (
-        ("as", False, "Ending of the files to give, such as .jpg; by default the result's own."),
+        ("as", False, "Ending of the files to give, such as .jpg, or / for a folder's; by default the result's own."),
         ("adapter", True, "NAME:WEIGHT of an adapter, for this run."),
         ("control", True, "NAME:VALUE of a control, for this run."),
     )
@@ -100,7 +100,7 @@ def saved(result: Result, folder: Path, suffix: str) -> list[tuple[str, str, byt
 
 def _answer(result: Result, sent: Sent, folder: Path, suffix: str | None) -> Any:
     result.provenance["inputs"] = sent.shown(values_as_json(result.provenance.get("inputs", {}), "input"))
-    files = saved(result, folder, suffix) if suffix else []
+    files = [] if suffix is None else saved(result, folder, suffix)
     result.provenance.pop("base", None)
     return sent.shown(
         {
@@ -114,20 +114,21 @@ def _answer(result: Result, sent: Sent, folder: Path, suffix: str | None) -> Any
 
 
 def suffix_of(served: Served, asked: str | None) -> str | None:
-    """Return the ending of the files to give, None for a result that is JSON alone. Raises InputError."""
+    """Return the ending of the files to give, "" for a folder, None for JSON alone. Raises InputError."""
     kind = served.task.result_type() or Result
     if asked is None:
         first = next((suffix for suffix in kind.suffixes if suffix), None)
         return None if first == ".json" else first
     ending = asked.lower().removeprefix(".")
+    suffix = "" if asked == "/" else f".{ending}"
     try:
-        if not (ending.isascii() and ending.isalnum()):  # it becomes a part of a path
+        if suffix and not (ending.isascii() and ending.isalnum()):  # it becomes a part of a path
             raise InputError(f"{asked!r} is not the ending of a file", hint="Write it as: ?as=.png")
-        kind.check_path(f"result.{ending}")
+        kind.check_path(f"result{suffix}")
     except InputError as error:
         error.where = "as"
         raise
-    return f".{ending}"
+    return suffix
 
 
 def _numbers(texts: Sequence[str], where: str) -> dict[str, float]:

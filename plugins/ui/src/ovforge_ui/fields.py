@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -11,9 +11,11 @@ from pydantic import BaseModel
 __all__ = ["Field", "Kind", "fields_of", "mask_of"]
 
 Kind = Literal[
-    "text", "lines", "integer", "number", "choice", "switch", "picture", "pictures", "video", "file", "files", "json"
-]
-"""What a field is filled in with. `lines` is a list of texts, one a line; `json` is anything else, written as JSON."""
+    "text", "lines", "integer", "number", "choice", "switch", "picture", "pictures", "video", "file", "files", "object",
+    "objects", "json",
+]  # fmt: skip
+"""What a field is filled in with. `lines` is a list of texts, one a line; `object` and `objects` hold files, and have
+fields of their own; `json` is anything else, written as JSON."""
 
 _PATHS = {"path", "file-path", "directory-path"}
 _USUAL = {
@@ -27,13 +29,17 @@ _FEW = 6
 _MEDIA: Mapping[str, tuple[Kind, Kind]] = {"image": ("picture", "pictures"), "video": ("video", "files")}
 """What a file with such a media type is filled in with: one, and a list of them."""
 
+_OBJECTS = 4
+"""Objects of a list that a form has fields for, if the task does not say how many it takes."""
+
 
 @dataclass(frozen=True)
 class Field:
     """One input of a task.
 
     `minimum` and `maximum` are inclusive; None if a value has no such bound. `choices` are the values of a `choice`.
-    `folded` says whether it stands among those that are seldom changed.
+    `folded` says whether it stands among those that are seldom changed. `parts` are the fields of an object, and `most`
+    says how many objects there may be.
     """
 
     name: str
@@ -46,6 +52,8 @@ class Field:
     maximum: float | None = None
     choices: tuple[Any, ...] = ()
     folded: bool = False
+    parts: tuple[Field, ...] = ()
+    most: int = 0
 
     @property
     def title(self) -> str:
@@ -70,7 +78,7 @@ def fields_of(inputs: type[BaseModel], given: Mapping[str, Any] = {}) -> list[Fi
     ]
     found.sort(key=lambda each: (each.folded or not each.is_file, not each.required))
     if len(found) <= _FEW:
-        found = [_unfolded(each) for each in found]
+        found = [replace(each, folded=False) for each in found]
     return found
 
 
@@ -88,12 +96,22 @@ def _field(
     inputs: type[BaseModel],
     given: Mapping[str, Any],
 ) -> Field:
+    """Return the field of one input of a task."""
+    info = inputs.model_fields[name]
+    default = given.get(name, None if info.is_required() else info.get_default(call_default_factory=True))
+    field = _shaped(name, part, definitions, info.is_required() and name not in given, default)
+    if field.kind == "json":
+        field = _with_parts(field, part, definitions)
+    shown = info.is_required() or name in given or name in _USUAL or field.kind in ("picture", "pictures", "video")
+    return replace(field, folded=not shown)
+
+
+def _shaped(name: str, part: Mapping[str, Any], definitions: Mapping[str, Any], required: bool, default: Any) -> Field:
+    """Return the field of what a schema describes."""
     nodes = list(_alternatives(part, definitions))
     nullable = any(node.get("type") == "null" for node in nodes)
     nodes = [node for node in nodes if node.get("type") != "null"]
     kind, choices = _kind(nodes, nullable)
-    info = inputs.model_fields[name]
-    required = info.is_required() and name not in given
     numbers = [node for node in nodes if node.get("type") in ("integer", "number")]
     return Field(
         name=name,
@@ -101,12 +119,36 @@ def _field(
         help=str(part.get("description", "")),
         required=required,
         nullable=nullable,
-        default=given.get(name, None if info.is_required() else info.get_default(call_default_factory=True)),
+        default=default,
         minimum=_bound(numbers, "minimum", "exclusiveMinimum", kind, 1),
         maximum=_bound(numbers, "maximum", "exclusiveMaximum", kind, -1),
         choices=choices,
-        folded=not (info.is_required() or name in given or name in _USUAL or kind in ("picture", "pictures", "video")),
     )
+
+
+def _with_parts(field: Field, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Field:
+    """Return an object, or a list of objects, with their fields if one is a file, which JSON could not name."""
+    nodes = list(_alternatives(schema, definitions))
+    for node in nodes:
+        if parts := _parts(node, definitions):
+            return replace(field, kind="object", parts=parts, most=1)
+    for node in [node for node in nodes if node.get("type") == "array"]:
+        for item in _items(node):
+            for each in _alternatives(item, definitions):
+                if parts := _parts(each, definitions):
+                    most = min(_OBJECTS, int(node.get("maxItems", _OBJECTS)))
+                    return replace(field, kind="objects", parts=parts, most=most)
+    return field
+
+
+def _parts(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> tuple[Field, ...]:
+    """Return the fields of an object; none if it holds no file."""
+    required = node.get("required", ())
+    parts = [
+        _shaped(name, part, definitions, name in required, part.get("default"))
+        for name, part in node.get("properties", {}).items()
+    ]
+    return tuple(parts) if any(part.is_file for part in parts) else ()
 
 
 def _kind(nodes: Sequence[Mapping[str, Any]], nullable: bool) -> tuple[Kind, tuple[Any, ...]]:
@@ -166,9 +208,3 @@ def _bound(
     if exclusive in numbers[0]:
         return float(numbers[0][exclusive]) + direction * (1 if kind == "integer" else 0.01)
     return None
-
-
-def _unfolded(field: Field) -> Field:
-    from dataclasses import replace
-
-    return replace(field, folded=False)

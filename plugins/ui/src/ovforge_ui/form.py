@@ -29,6 +29,7 @@ class Form:
         self._host, self._prefix = host, prefix
         self._fields: Mapping[str, Field] = {field.name: field for field in host.fields}
         self.inputs: dict[str, Any] = {}
+        self._inside: dict[str, tuple[Field, int, Field]] = {}
         self._adapters: dict[str, Any] = {}
         self._controls: dict[str, Any] = {}
         self._scheduler: Any = None
@@ -50,7 +51,7 @@ class Form:
     def asked(self, values: Sequence[Any], uploads: Path) -> Asked:
         """Return what the values of `components` ask for. Raises InputError for what cannot be asked."""
         left = iter(values)
-        given = {name: next(left) for name in self.inputs}
+        given = self._gathered({name: next(left) for name in self.inputs})
         if self._pair:
             image, mask = self._pair
             both = given.pop(image.name)
@@ -58,8 +59,7 @@ class Form:
                 raise both
             given |= {image.name: both["image"], mask.name: both["mask"]} if both else {}
         for name, field in self._fields.items():
-            if field.is_file:
-                _check_uploaded(given.get(name), uploads, field)
+            _check_uploaded(given.get(name), uploads, field)
         asked = Asked(
             inputs_of(list(self._fields.values()), given, self._host.given),
             {name: next(left) for name in self._adapters},
@@ -75,8 +75,7 @@ class Form:
         """Return what `components` show of something that was asked before."""
         values: list[Any] = []
         for name in self.inputs:
-            field = self._fields[name]
-            value = asked.inputs.get(name, None if field.is_file else field.default)
+            field, value = self._asked_of(name, asked)
             if self._pair and name == self._pair[0].name:
                 mask = asked.inputs.get(self._pair[1].name)
                 values.append({"image": str(value), "mask": str(mask)} if value and mask else None)
@@ -87,6 +86,25 @@ class Form:
         values += [asked.adapters.get(name, 0.0) for name in self._adapters]
         values += [asked.controls.get(name, 0.0) for name in self._controls]
         return [*values, *([asked.scheduler] if self._scheduler else [])]
+
+    def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of the components with those of objects put together."""
+        given = {name: value for name, value in values.items() if name not in self._inside}
+        for name, (group, number, part) in self._inside.items():
+            objects = given.setdefault(group.name, [{} for _ in range(group.most)])
+            objects[number][part.name] = values[name]
+        return given
+
+    def _asked_of(self, name: str, asked: Asked) -> tuple[Field, Any]:
+        """Return the field of a component, and what was asked for there."""
+        if name not in self._inside:
+            field = self._fields[name]
+            return field, asked.inputs.get(name, None if field.is_file else field.default)
+        group, number, part = self._inside[name]
+        objects = asked.inputs.get(group.name) or []
+        objects = objects if isinstance(objects, list) else [objects]
+        default = None if part.is_file else part.default
+        return part, objects[number].get(part.name, default) if number < len(objects) else default
 
     def _lay(self, fields: Sequence[Field]) -> None:
         """Place fields one below the other, small ones side by side."""
@@ -118,7 +136,21 @@ class Form:
                 height=420, format="png",
             )  # fmt: skip
             return
+        if field.parts:
+            self._place_objects(field)
+            return
         self.inputs[field.name] = widget(field, self._prefix)
+
+    def _place_objects(self, field: Field) -> None:
+        """Place the fields of each object that there may be, folded away."""
+        for number in range(field.most):
+            title = f"{field.title} {number + 1}" if field.most > 1 else field.title
+            place = f"{self._prefix}-{field.name}-{number}"
+            with gr.Accordion(title, open=False, elem_id=place):
+                for part in field.parts:
+                    name = f"{field.name}.{number}.{part.name}"
+                    self._inside[name] = field, number, part
+                    self.inputs[name] = widget(part, place)
 
     def _adjusting(self) -> None:
         """Place what is switched while the pipeline runs: adapters, controls, the scheduler."""
@@ -149,6 +181,11 @@ class Form:
 
 def _check_uploaded(value: Any, uploads: Path, field: Field) -> None:
     """Raise InputError for files that were not sent to the page: a forged request can name others."""
+    for one in value or () if field.parts else ():
+        for part in field.parts:
+            _check_uploaded(one.get(part.name), uploads, part)
+    if not field.is_file:
+        return
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, str | Path) and not Path(each).resolve().is_relative_to(uploads.resolve()):
             raise InputError("it names a file of this machine", where=field.title, hint="Choose the file in the page.")

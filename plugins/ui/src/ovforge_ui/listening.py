@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def listen(app: ASGIApp, host: str, port: int, say: Callable[[str], None]) -> No
     server = _Server(config)
     server.say = say
     try:
-        server.run()
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands the signal on when it has ended
+            server.run()
     except (OSError, SystemExit) as error:  # uvicorn has logged why
         raise ConfigError("cannot listen there", where=f"{host}:{port}", hint="Name a free --port.") from error

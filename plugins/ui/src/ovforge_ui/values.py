@@ -29,8 +29,8 @@ def inputs_of(fields: Sequence[Field], values: Mapping[str, Any], given: Mapping
     for field in fields:
         value = _value(field, values.get(field.name))
         if field.name in given:
-            if value is None and not field.nullable and field.kind != "text":
-                continue  # an empty number stands for what the config says
+            if value is None and (field.parts or (not field.nullable and field.kind != "text")):
+                continue  # an empty number, or objects that nobody filled in, stand for what the config says
         elif value is None:
             if field.required:
                 raise InputError("is missing", where=field.title, hint=field.help or None)
@@ -90,6 +90,20 @@ def _value(field: Field, value: Any) -> Any:
         return parse_json(value, field.title, error=InputError) if (value or "").strip() else None
     if field.kind in ("integer", "number"):
         return _number(value, field)
+    if field.parts:
+        objects = [each for number, one in enumerate(value or (), 1) if (each := _object(field, one, number))]
+        return (objects if field.kind == "objects" else objects[0]) if objects else None
     if field.is_file:
         return value or None
     return value
+
+
+def _object(field: Field, values: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return one object of a field; {} for one that nobody filled in."""
+    if not inputs_of([replace(part, required=False) for part in field.parts], values, {}):
+        return {}
+    try:
+        return inputs_of(field.parts, values, {})
+    except InputError as error:
+        where = f"{field.title} {number}: {error.where}" if field.most > 1 else f"{field.title}: {error.where}"
+        raise InputError(error.what, where=where, hint=error.hint) from error

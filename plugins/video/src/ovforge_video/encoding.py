@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ovforge.errors import ConfigError, InputError, did_you_mean
 from ovforge_video.options import EncodeOptions
-from ovforge_video.reading import av_errors
+from ovforge_video.reading import av_errors, open_alone
 
 __all__ = ["SOUND_SUFFIXES", "VIDEO_SUFFIXES", "Encoder", "Sound", "encoder_name"]
 
@@ -183,7 +183,7 @@ class _Audio:
 
     def __init__(self, source: Sound, target: Any, begin: float) -> None:
         self._source, self._pass, self._last = source, 0, -math.inf
-        self._input = av.open(f"file:{source.path}", options={"protocol_whitelist": "file,crypto,data"})
+        self._input = open_alone(f"file:{source.path}", str(source.path))
         self._next: Any = None
         self._packets: Iterator[Any] = iter(())
         if self._input.streams.audio:

@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from ovforge.errors import InputError, OvforgeError
 from ovforge.model import PICTURE_SUFFIXES, open_picture
 
-__all__ = ["ReadOptions", "Reader", "Shot", "av_errors", "readers"]
+__all__ = ["ReadOptions", "Reader", "Shot", "av_errors", "open_alone", "readers"]
 
 TIMEOUT = 10.0
 """Seconds that a socket may be silent."""
@@ -35,6 +35,11 @@ _HINTS = {
 }
 _NESTED = frozenset({"hls", "concat", "dash", "sdp", "imf", "applehttp"})
 """Formats whose files name other files or hosts."""
+_ALONE = {
+    "protocol_whitelist": "file,crypto,data",
+    "format_whitelist": ",".join(sorted(av.formats_available - _NESTED)),
+}
+"""What keeps FFmpeg from opening what a file names."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +180,9 @@ class Reader:
                 time.sleep(0.05)
 
     def _opened(self, source: str, stopped: Callable[[], bool]) -> Iterator[tuple[float, Any]]:
-        with av_errors(self.name), contextlib.closing(_container(source)) as container:
+        with av_errors(self.name), contextlib.closing(_container(source, self.name)) as container:
             if not container.streams.video:
                 raise InputError("it has no video", where=self.name, hint="It holds sound alone, or is damaged.")
-            if not self.remote and container.format.name.split(",")[0] in _NESTED:
-                raise InputError(
-                    f"it is a list of other files ({container.format.name}), which is not read",
-                    where=self.name, hint="Name the videos themselves.",
-                )  # fmt: skip
             stream = container.streams.video[0]
             self.has_sound = bool(container.streams.audio)
             width, height = stream.codec_context.width, stream.codec_context.height
@@ -232,10 +232,10 @@ class Reader:
             yield from frames
 
 
-def _container(source: str) -> Any:
-    """Open a file, an address, a camera, or "-". A file reaches no other file and no host."""
+def _container(source: str, name: str) -> Any:
+    """Open a file, an address, a camera, or "-"."""
     if source == "-":
-        return av.open(_Unseekable(sys.stdin.buffer), mode="r")
+        return open_alone(_Unseekable(sys.stdin.buffer), name)
     if source.startswith("/dev/video"):
         return av.open(source, format="v4l2", timeout=TIMEOUT)
     if source.startswith(_REMOTE):
@@ -243,7 +243,16 @@ def _container(source: str) -> Any:
         if source.startswith("rtsp"):
             options["rtsp_transport"] = "tcp"
         return av.open(source, options=options, timeout=TIMEOUT)
-    return av.open(f"file:{source}", options={"protocol_whitelist": "file,crypto,data"})
+    return open_alone(f"file:{source}", name)
+
+
+def open_alone(source: Any, name: str) -> Any:
+    """Open a file that reaches no other file and no host. Raises InputError for a list of others, by `name`."""
+    try:
+        return av.open(source, "r", options=_ALONE)
+    except av.error.ArgumentError as error:  # for a format that is not on the list
+        hint = "Name the videos themselves."
+        raise InputError("it is a list of other files, which is not read", where=name, hint=hint) from error
 
 
 class _Unseekable:
