@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ovforge_lcm
@@ -40,7 +40,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     config=CONFIGS,
     steps=st.integers(1, 20),
@@ -125,12 +125,21 @@ def test_runs_of_a_well_known_model(both: Any, steps: int) -> None:
     both(scheduler.start(steps), theirs, steps, random=False)
 
 
-@settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_timesteps_of_a_call(both: Any, name: str, strength: float) -> None:
+    """Also such ones as the model was not distilled at. Image-to-image leaves the first out, also for LCM."""
+    scheduler: Any = LCMScheduler(LCMOptions(), {}) if name == "LCMScheduler" else TCDScheduler(TCDOptions(), {})
+    theirs = both.theirs(name, {}, scheduler)
+    theirs.set_timesteps(timesteps=[999, 700, 402, 100])
+    ours = scheduler.start_given(strength, timesteps=[999, 700, 402, 100])
+    assert ours.first == (0 if strength == 1 else 2)
+    both(ours, theirs, 3, arguments={"eta": 0.0} if name == "TCDScheduler" else {})
+    with pytest.raises(InputError, match=f"{name} takes no sigmas"):
+        scheduler.start_given(sigmas=[3.0, 1.0])
+
+
+@settings(derandomize=True, max_examples=60)
 @given(
     config=CONFIGS,
     eta=st.sampled_from([0.0, 0.3, 1.0]),

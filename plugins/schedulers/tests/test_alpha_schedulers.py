@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ovforge.errors import ConfigError, InputError
@@ -37,12 +37,7 @@ RUNS = {
     "random": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
 }
-many = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
+many = settings(derandomize=True, max_examples=60)
 
 
 def started(scheduler: Any, steps: int, strength: float) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ovforge.contracts import FlowRun, FlowScheduler
@@ -65,12 +65,7 @@ RUNS = {
     "random": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
 }
-many = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
+many = settings(derandomize=True, max_examples=40)
 
 
 def calculate_shift(size: int, config: dict[str, Any]) -> float:
@@ -272,7 +267,7 @@ SANA = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear",
             SANA,
             FlowRun(sigmas=[1, 0.75, 0.5, 0.25]),
             InputError,
-            "levels of its own",
+            "takes no sigmas",
         ),
         (
             lambda c: DPMMultistepScheduler(DPMMultistepOptions(), c),
@@ -316,7 +311,7 @@ SANA = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear",
             {},
             FlowRun(sigmas=[1, 0.75, 0.5, 0.25]),
             InputError,
-            "takes none",
+            "takes no sigmas",
         ),
         (
             lambda c: FlowLCMScheduler(FlowLCMOptions(scale_factors=(0.5, 1.0)), c),
@@ -332,7 +327,10 @@ SANA = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear",
             InputError,
             "is for 2 steps",
         ),
-        (lambda c: SCMScheduler(SCMOptions(), c), {}, FlowRun(timesteps=[1.5, 0]), InputError, "and 5 are needed"),
+        *(
+            (lambda c: SCMScheduler(SCMOptions(), c), {}, FlowRun(timesteps=angles), InputError, "two or more angles")
+            for angles in ([1.5], [900, 500, 0], [0.4, 1.2, 0])
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(make: Any, config: Any, flow: FlowRun, error: Any, message: str) -> None:

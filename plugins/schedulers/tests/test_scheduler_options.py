@@ -120,6 +120,8 @@ def test_sde_by_name_is_sde_whatever_the_model_says() -> None:
         ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 4, "rescale_betas_zero_snr"),
         ("lms", {"trained_betas": [0.5, 1.0], "num_train_timesteps": 2}, 1, "trained_betas"),
         ("heun", {"trained_betas": [0.5]}, 4, "1 trained_betas"),
+        ("lms", {"beta_end": 0.2}, 4, "scheduler.beta_end: beta_end leaves nothing of the picture"),
+        ("euler", {"beta_start": 0.1, "beta_end": 0.2, "rescale_betas_zero_snr": True}, 4, "scheduler.beta_end"),
         ("pndm", {}, 3, "too few for PNDM"),
         ("euler", {}, 1001, "1001 is out of range"),
         ("euler", {}, 0, "0 is out of range"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ovforge.errors import ConfigError, InputError
@@ -90,12 +90,7 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore")  # of numpy's functions on torch's tensors, in diffusers
 @pytest.mark.parametrize("name", CASES)
-@settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=30,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
+@settings(derandomize=True, max_examples=30)
 @given(
     data=st.data(),
     steps=st.integers(1, 20),

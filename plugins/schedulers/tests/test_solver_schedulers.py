@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ovforge.errors import ConfigError, InputError
@@ -90,12 +90,7 @@ CASES = {
     "ignore"
 )  # of numpy's functions on torch's tensors, and of what is deprecated, in diffusers
 @pytest.mark.parametrize("name", CASES)
-@settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=80,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-)
+@settings(derandomize=True, max_examples=80)
 @given(
     data=st.data(),
     steps=st.integers(1, 20),

@@ -27,6 +27,7 @@ from ovforge_sampling import (
     bounded,
     predicted_picture,
     refuse,
+    whole,
 )
 
 __all__ = ["DistilledOptions", "LCMOptions", "LCMSampling", "LCMScheduler", "check_distilled", "distilled"]
@@ -73,6 +74,10 @@ class LCMScheduler(NoiseScheduler[LCMOptions]):
         image-to-image pipeline does, so that none is lost.
         """
         return LCMSampling(distilled(self.config, steps, strength), self.alphas_cumprod, self.config)
+
+    def run_timesteps(self, timesteps: NDArray[np.float64]) -> LCMSampling:
+        """Return a run over timesteps of a call, whether or not the model was distilled at them."""
+        return LCMSampling(whole(timesteps, self.config), self.alphas_cumprod, self.config)
 
 
 class LCMSampling(AlphaSampling):

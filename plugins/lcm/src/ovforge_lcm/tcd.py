@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ovforge.contracts import RandomStream
 from ovforge_lcm.scheduler import DistilledOptions, check_distilled, distilled
-from ovforge_sampling import ONE, AlphaSampling, Array, NoiseScheduler, predicted_noise, predicted_picture
+from ovforge_sampling import ONE, AlphaSampling, Array, NoiseScheduler, predicted_noise, predicted_picture, whole
 
 __all__ = ["TCDOptions", "TCDSampling", "TCDScheduler"]
 
@@ -46,6 +46,10 @@ class TCDScheduler(NoiseScheduler[TCDOptions]):
     def run(self, steps: int) -> TCDSampling:
         """Return a run from the first step on; raises InputError for more steps than the model was distilled for."""
         return TCDSampling(distilled(self.config, steps), self.alphas_cumprod, self.config)
+
+    def run_timesteps(self, timesteps: NDArray[np.float64]) -> TCDSampling:
+        """Return a run over timesteps of a call, whether or not the model was distilled at them."""
+        return TCDSampling(whole(timesteps, self.config), self.alphas_cumprod, self.config)
 
 
 class TCDSampling(AlphaSampling):

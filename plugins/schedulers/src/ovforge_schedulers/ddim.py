@@ -30,6 +30,7 @@ from ovforge_sampling import (
     predicted_noise,
     predicted_picture,
     refuse,
+    whole,
 )
 from ovforge_schedulers.spacing import in_range, spaced
 
@@ -117,6 +118,12 @@ class DDPMScheduler(NoiseScheduler[DDPMOptions]):
         """Return a run from the first step on."""
         return DDPMSampling(rounded(self.config, self.alphas_cumprod, steps), self.alphas_cumprod, self.config)
 
+    def run_timesteps(self, timesteps: NDArray[np.float64]) -> DDPMSampling:
+        """Return a run over timesteps of a call."""
+        times = whole(timesteps, self.config)
+        check_first(self.config, self.alphas_cumprod, times)
+        return DDPMSampling(times, self.alphas_cumprod, self.config)
+
 
 class DDPMSampling(AlphaSampling):
     """One run of DDPM."""
@@ -175,6 +182,12 @@ def rounded(config: Any, alphas: Array, steps: int) -> NDArray[np.int64]:
     times = spaced(config.timestep_spacing, train, steps, config.steps_offset)
     timesteps = times.round().astype(np.int64)
     in_range(timesteps, train, steps)
+    check_first(config, alphas, timesteps)
+    return timesteps
+
+
+def check_first(config: Any, alphas: Array, timesteps: NDArray[np.int64]) -> None:
+    """Raise ConfigError if nothing is left of the picture at the first step, and the method divides by it."""
     if config.prediction_type == "epsilon" and alphas[timesteps[0]] <= 0:
         raise refuse(
             config,
@@ -182,4 +195,3 @@ def rounded(config: Any, alphas: Array, steps: int) -> NDArray[np.int64]:
             "with prediction_type 'epsilon' and this spacing it divides by zero at the first step",
             "Models trained so predict v: set prediction_type = 'v_prediction', or do not rescale.",
         )
-    return timesteps

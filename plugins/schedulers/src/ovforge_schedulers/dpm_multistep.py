@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ovforge.contracts import FlowRun, RandomStream
-from ovforge_sampling import Array, log, refuse
+from ovforge_sampling import Array, log, refuse, whole
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
 from ovforge_schedulers.solvers import SolverScheduler, SpacedSolverOptions, noise_levels, scheduled
-from ovforge_schedulers.spacing import sigma_table, spaced_before_end
+from ovforge_schedulers.spacing import Doubles, check_not_spread, sigma_table, spaced_before_end
 
 __all__ = ["DPMMultistepOptions", "DPMMultistepSampling", "DPMMultistepScheduler", "dpm_multistep_sde"]
 
@@ -50,15 +50,25 @@ class DPMMultistepScheduler(SolverScheduler[DPMMultistepOptions]):
     def run(self, steps: int, flow: FlowRun | None = None) -> DPMMultistepSampling:
         """Return a run from the first step on. Raises InputError for levels of a pipeline's own."""
         self.without_levels(flow)
-        config, alphas = self.config, self.alphas_cumprod
-        last = usable_timesteps(config, alphas, lambdas(alphas))
+        config = self.config
+        last = usable_timesteps(config, self.alphas_cumprod, lambdas(self.alphas_cumprod))
         times = spaced_before_end(config.timestep_spacing, last, config.num_train_timesteps, steps, config.steps_offset)
+        return self._over(times, steps, self.mu(flow))
+
+    def run_timesteps(self, timesteps: Doubles) -> DPMMultistepSampling:
+        """Return a run over timesteps of a call."""
+        check_not_spread(self.config)
+        return self._over(whole(timesteps, self.config).astype(np.float64), len(timesteps))
+
+    def _over(self, times: Doubles, steps: int, mu: float | None = None) -> DPMMultistepSampling:
+        config, alphas = self.config, self.alphas_cumprod
         spaced, levels = noise_levels(
-            config, alphas, times, steps, whole=config.beta_schedule != "squaredcos_cap_v2", mu=self.mu(flow)
+            config, alphas, times, steps, whole=config.beta_schedule != "squaredcos_cap_v2", mu=mu
         )
         end = sigma_table(alphas)[0] if config.final_sigmas_type == "sigma_min" else 0
         run = DPMMultistepSampling(*scheduled(config, spaced, levels, end), config)
-        if run.lambdas[-1] == run.lambdas[-2] and (run.order(steps - 1) > 2 or config.solver_type == "heun"):
+        order = min(run.order(steps - 1), steps)
+        if run.lambdas[-1] == run.lambdas[-2] and order > (1 if config.solver_type == "heun" else 2):
             what = "'sigma_min' is where the last step begins, and it divides by its own length"
             raise refuse(config, "final_sigmas_type", what, "Set final_sigmas_type = 'zero', or euler_at_final = true.")
         return run

@@ -12,11 +12,11 @@ import numpy as np
 from pydantic import Field
 
 from ovforge.contracts import FlowRun, RandomStream
-from ovforge_sampling import Array, refuse
+from ovforge_sampling import Array, refuse, whole
 from ovforge_schedulers.dpm import DPMOptions, DPMSampling, Weights, check_dpm, usable_timesteps
 from ovforge_schedulers.dpm_multistep import lambdas
 from ovforge_schedulers.solvers import SolverScheduler, instead_of, noise_levels, scheduled
-from ovforge_schedulers.spacing import sigma_table, spaced_before_end
+from ovforge_schedulers.spacing import Doubles, check_not_spread, sigma_table, spaced_before_end
 
 __all__ = ["DPMSinglestepOptions", "DPMSinglestepSampling", "DPMSinglestepScheduler"]
 
@@ -46,10 +46,18 @@ class DPMSinglestepScheduler(SolverScheduler[DPMSinglestepOptions]):
     def run(self, steps: int, flow: FlowRun | None = None) -> DPMSinglestepSampling:
         """Return a run from the first step on. Raises InputError for levels of a pipeline's own."""
         self.without_levels(flow)
+        last = usable_timesteps(self.config, self.alphas_cumprod, lambdas(self.alphas_cumprod))
+        times = spaced_before_end("linspace", last, self.config.num_train_timesteps, steps)
+        return self._over(times, steps, self.mu(flow))
+
+    def run_timesteps(self, timesteps: Doubles) -> DPMSinglestepSampling:
+        """Return a run over timesteps of a call."""
+        check_not_spread(self.config)
+        return self._over(whole(timesteps, self.config).astype(np.float64), len(timesteps))
+
+    def _over(self, times: Doubles, steps: int, mu: float | None = None) -> DPMSinglestepSampling:
         config, alphas = self.config, self.alphas_cumprod
-        last = usable_timesteps(config, alphas, lambdas(alphas))
-        times = spaced_before_end("linspace", last, config.num_train_timesteps, steps)
-        spaced, levels = noise_levels(config, alphas, times, steps, mu=self.mu(flow))
+        spaced, levels = noise_levels(config, alphas, times, steps, mu=mu)
         end = sigma_table(alphas)[0] if config.final_sigmas_type == "sigma_min" else 0
         return DPMSinglestepSampling(orders(config, steps), *scheduled(config, spaced, levels, end), config)
 

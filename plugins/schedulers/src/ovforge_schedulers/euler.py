@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ovforge.contracts import RandomStream
+from ovforge.errors import InputError
 from ovforge_sampling import (
     ONE,
     Array,
@@ -29,9 +30,18 @@ from ovforge_sampling import (
     exp,
     linspace,
     log,
+    takes_none,
 )
 from ovforge_schedulers.runs import SigmaSampling
-from ovforge_schedulers.spacing import SigmaOptions, check_one_spread, schedule, sigma_table
+from ovforge_schedulers.spacing import (
+    Doubles,
+    SigmaOptions,
+    check_not_spread,
+    check_one_spread,
+    schedule,
+    sigma_table,
+    times_of,
+)
 
 __all__ = [
     "EDMEulerOptions",
@@ -67,17 +77,36 @@ class EulerScheduler(NoiseScheduler[EulerOptions]):
         """Raise ConfigError for options that exclude each other."""
         check_one_spread(self.config)
 
-    def run(self, steps: int) -> EulerSampling:
+    def run(self, steps: int, given: Doubles | None = None) -> EulerSampling:
         """Return a run from the first step on."""
         config, table = self.config, sigma_table(self.alphas_cumprod)
-        given: NDArray[Any] | None = None
+        own: NDArray[Any] | None = None
         if config.interpolation_type == "log_linear":
-            given = exp(linspace(float(np.log(table[-1])), float(np.log(table[0])), steps + 1))
-        times, sigmas = schedule(config, self.alphas_cumprod, steps, sigmas=given)
-        levels = ended(sigmas, table[0] if config.final_sigmas_type == "sigma_min" else 0)
-        if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
-            times = np.float32(0.25) * log(levels[:-1])
-        return EulerSampling(times, levels, config)
+            own = exp(linspace(float(np.log(table[-1])), float(np.log(table[0])), steps + 1))
+        times, sigmas = schedule(config, self.alphas_cumprod, steps, given=given, sigmas=own)
+        return self._over(times, ended(sigmas, table[0] if config.final_sigmas_type == "sigma_min" else 0))
+
+    def run_timesteps(self, timesteps: Doubles) -> EulerSampling:
+        """Return a run over timesteps of a call."""
+        check_not_spread(self.config)
+        if self._continuous:
+            raise takes_none(self.config, "timesteps", " with timestep_type = 'continuous'")
+        return self.run(len(timesteps), timesteps)
+
+    def run_sigmas(self, sigmas: Doubles) -> EulerSampling:
+        """Return a run over noise levels of a call, the last of which is where it ends."""
+        if len(sigmas) < 2:
+            what = f"{self.config.original} takes the level that a run ends at, too"
+            raise InputError(what, where="sigmas", hint="Give one more than steps: mostly 0.")
+        levels = sigmas.astype(np.float32)
+        return self._over(times_of(levels[:-1], self.alphas_cumprod), levels)
+
+    def _over(self, times: NDArray[Any], levels: Array) -> EulerSampling:
+        return EulerSampling(np.float32(0.25) * log(levels[:-1]) if self._continuous else times, levels, self.config)
+
+    @property
+    def _continuous(self) -> bool:
+        return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
 
 
 class EulerSampling(SigmaSampling):

@@ -8,7 +8,7 @@ that of Lightricks' LTX-Video. Numbers are those of diffusers' FlowMatch schedul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ovforge.contracts import FlowRun, RandomStream
 from ovforge.errors import ConfigError, InputError
-from ovforge_sampling import ONE, Array, Options, Run, Scheduling, begun, refuse
+from ovforge_sampling import ONE, Array, Options, Run, Scheduling, begun, refuse, takes_none
 from ovforge_schedulers.spacing import SigmaOptions, check_one_spread, spread
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "flow_schedule",
     "given",
     "partly",
+    "refuse_levels",
     "shifted",
     "static_shift",
     "stretched",
@@ -85,6 +86,14 @@ class FlowScheduling(Scheduling[Config]):
         self.check_steps(steps)
         return partly(self.run_flow(steps, flow), steps, strength, self.order)
 
+    def start_given(
+        self, strength: float = 1.0, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> Run:
+        """Begin a run over the timesteps or noise levels of a call, of which only that is known; see `start_flow`."""
+        given = timesteps if sigmas is None else sigmas
+        steps = 0 if given is None else len(given)
+        return self.start_flow(steps, FlowRun(timesteps=timesteps, sigmas=sigmas), strength)
+
     def run_flow(self, steps: int, flow: FlowRun) -> Run:
         """Return a run from the first step on."""
         raise NotImplementedError
@@ -134,6 +143,13 @@ def check_model(config: Options, model_config: Mapping[str, Any]) -> None:
             where="scheduler.use",
             hint="Leave it out for the model's own, or choose one for diffusion, such as 'euler'.",
         )
+
+
+def refuse_levels(config: Options, flow: FlowRun) -> None:
+    """Raise InputError for levels of noise of a call, or of a model's pipeline, with a method that takes none."""
+    for name in ("sigmas", "timesteps"):
+        if getattr(flow, name) is not None:
+            raise takes_none(config, name)
 
 
 def flow_schedule(config: FlowOptions, steps: int, flow: FlowRun) -> tuple[Array, Array]:

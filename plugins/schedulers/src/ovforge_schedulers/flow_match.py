@@ -14,9 +14,16 @@ import numpy as np
 from pydantic import Field
 
 from ovforge.contracts import FlowRun, RandomStream
-from ovforge.errors import InputError
 from ovforge_sampling import Array, Options, refuse
-from ovforge_schedulers.flow import FlowOptions, FlowSampling, FlowScheduling, flow_schedule, mixed, static_shift
+from ovforge_schedulers.flow import (
+    FlowOptions,
+    FlowSampling,
+    FlowScheduling,
+    flow_schedule,
+    mixed,
+    refuse_levels,
+    static_shift,
+)
 from ovforge_schedulers.runs import Turns
 from ovforge_schedulers.spacing import check_one_spread
 
@@ -123,13 +130,8 @@ class FlowHeunScheduler(FlowScheduling[FlowHeunOptions]):
             )
 
     def run_flow(self, steps: int, flow: FlowRun) -> FlowHeunSampling:
-        """Return a run from the first step on. Raises InputError if its pipeline gives levels of its own."""
-        if flow.sigmas is not None or flow.timesteps is not None:
-            raise InputError(
-                f"the model's pipeline gives levels of its own, and {self.config.original} takes none",
-                where="scheduler.use",
-                hint="Choose 'flow-euler'.",
-            )
+        """Return a run from the first step on. Raises InputError for levels of a call, or of a pipeline's own."""
+        refuse_levels(self.config, flow)
         train, shift = self.config.num_train_timesteps, self.config.shift
         high, low = static_shift(np.array([train, 1], np.float32) / np.float32(train), shift)
         even = np.linspace(float(high) * train, float(low) * train, steps) / train

@@ -15,7 +15,7 @@ from ovforge.contracts import RandomStream
 from ovforge_sampling import Array, ClipOptions, NoiseOptions, NoiseScheduler, Prediction, Spacing, SpacingOptions
 from ovforge_schedulers.euler import ended
 from ovforge_schedulers.runs import SigmaSampling, Turns
-from ovforge_schedulers.spacing import SigmaOptions, check_one_spread, schedule
+from ovforge_schedulers.spacing import Doubles, SigmaOptions, check_not_spread, check_one_spread, schedule
 
 __all__ = ["HeunOptions", "HeunSampling", "HeunScheduler"]
 
@@ -42,9 +42,14 @@ class HeunScheduler(NoiseScheduler[HeunOptions]):
         """Raise ConfigError for options that exclude each other."""
         check_one_spread(self.config)
 
-    def run(self, steps: int) -> HeunSampling:
+    def run_timesteps(self, timesteps: Doubles) -> HeunSampling:
+        """Return a run over timesteps of a call."""
+        check_not_spread(self.config)
+        return self.run(len(timesteps), timesteps)
+
+    def run(self, steps: int, given: Doubles | None = None) -> HeunSampling:
         """Return a run from the first step on."""
-        times, sigmas = schedule(self.config, self.alphas_cumprod, steps)
+        times, sigmas = schedule(self.config, self.alphas_cumprod, steps, given=given)
         levels = ended(sigmas, 0)
         twice = np.concatenate([levels[:1], levels[1:-1].repeat(2), levels[-1:]])
         return HeunSampling(np.concatenate([times[:1], times[1:].repeat(2)]), twice, self.config)

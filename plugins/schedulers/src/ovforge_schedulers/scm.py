@@ -8,6 +8,8 @@ cos(t) * picture + sin(t) * noise, both of deviation `sigma_data`, and a step ta
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,13 +18,16 @@ from pydantic import Field
 
 from ovforge.contracts import FlowRun, RandomStream
 from ovforge.errors import InputError
-from ovforge_sampling import Array, Options, linspace, refuse
+from ovforge_sampling import Array, Options, Run, linspace, refuse, takes_none
 from ovforge_schedulers.flow import FlowScheduling, given
 
 __all__ = ["SCMOptions", "SCMSampling", "SCMScheduler"]
 
 QUARTER = 1.57080
 """The angle of nothing but noise, as diffusers rounds it."""
+
+_LARGEST = 1.571
+"""A quarter of a circle, rounded up, since people write it with few digits."""
 
 MIDDLE = 1.3
 """The angle between two steps in diffusers' pipeline."""
@@ -36,20 +41,26 @@ class SCMOptions(Options):
 
     prediction_type: Literal["trigflow"] = "trigflow"
     sigma_data: float = Field(0.5, gt=0)
-    max_timesteps: float = Field(QUARTER, gt=0, le=1.571, description="the angle that a run begins at, in radians")
+    max_timesteps: float = Field(QUARTER, gt=0, le=_LARGEST, description="the angle that a run begins at, in radians")
     intermediate_timesteps: float | None = Field(
-        None, gt=0, lt=1.571, description="the angle between two steps, in radians: 1.3 if left out"
+        None, gt=0, lt=_LARGEST, description="the angle between two steps, in radians: 1.3 if left out"
     )
 
 
 class SCMScheduler(FlowScheduling[SCMOptions]):
     """Jumps to the picture, and back to a smaller angle with new noise."""
 
+    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> Run:
+        """Begin a run. Angles that are given hold the one that it ends at, too, and say how many steps there are."""
+        if flow.timesteps is not None:
+            _check_angles(flow.timesteps)
+            steps = len(flow.timesteps) - 1
+        return super().start_flow(steps, flow, strength)
+
     def run_flow(self, steps: int, flow: FlowRun) -> SCMSampling:
         """Return a run from the first step on."""
         if flow.sigmas is not None:
-            what = f"{self.config.original} takes angles (timesteps), not sigmas"
-            raise InputError(what, where="sigmas", hint="Leave them out.")
+            raise takes_none(self.config, "sigmas", ": it takes angles, as timesteps")
         angles = given(flow.timesteps, steps + 1, "timesteps")
         return SCMSampling(self._angles(steps) if angles is None else angles.astype(np.float32), self.config.sigma_data)
 
@@ -68,6 +79,16 @@ class SCMScheduler(FlowScheduling[SCMOptions]):
                 hint="Give 2, or leave the option out.",
             )
         return linspace(config.max_timesteps, 0, steps + 1)
+
+
+def _check_angles(angles: Sequence[float]) -> None:
+    """Raise InputError for angles of a call that do not fall, or that are none."""
+    if len(angles) < 2 or angles[0] > _LARGEST or any(after >= before for before, after in pairwise(angles)):
+        raise InputError(
+            "they are not two or more angles that fall",
+            where="timesteps",
+            hint=f"Give radians, from {QUARTER} at most; the last one is where the run ends, which is 0.",
+        )
 
 
 class SCMSampling:

@@ -24,7 +24,7 @@ from ovforge_sampling import (
     ThresholdOptions,
     refuse,
 )
-from ovforge_schedulers.flow import DynamicOptions, dynamic_mu, partly, static_shift
+from ovforge_schedulers.flow import DynamicOptions, dynamic_mu, partly, refuse_levels, static_shift
 from ovforge_schedulers.spacing import (
     Doubles,
     SigmaOptions,
@@ -125,13 +125,8 @@ class SolverScheduler(NoiseScheduler[Solving]):
         return dynamic_mu(config, self._line, flow or FlowRun())
 
     def without_levels(self, flow: FlowRun | None) -> None:
-        """Raise InputError if a pipeline gives levels of its own: this method takes none."""
-        if flow is not None and (flow.sigmas is not None or flow.timesteps is not None):
-            raise InputError(
-                f"the model's pipeline gives levels of its own, and {self.config.original} takes none",
-                where="scheduler.use",
-                hint="Choose 'flow-euler' or 'unipc'.",
-            )
+        """Raise InputError for levels of noise of a call, or of a model's pipeline: this method takes none."""
+        refuse_levels(self.config, flow or FlowRun())
 
 
 def check_spreads(config: SolverOptions, *, with_flow: tuple[str, ...] = ()) -> None:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ovforge.errors import InputError
-from ovforge_sampling import Array, Options, refuse
+from ovforge_sampling import Array, Options, refuse, takes_none
 from ovforge_schedulers.beta import symmetric_beta_quantile
 
 __all__ = [
     "Doubles",
     "SigmaOptions",
+    "check_not_spread",
     "check_one_spread",
     "in_range",
     "interpolated",
@@ -35,6 +36,7 @@ __all__ = [
 Doubles = NDArray[np.float64]
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
+SPREADS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 class SigmaOptions(Options):
@@ -89,10 +91,16 @@ def in_range(times: NDArray[Any], train: int, steps: int) -> None:
 
 def check_one_spread(config: SigmaOptions) -> None:
     """Raise ConfigError if more than one way to spread noise levels is asked for."""
-    names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-    chosen = [name for name in names if getattr(config, name)]
+    chosen = [name for name in SPREADS if getattr(config, name)]
     if len(chosen) > 1:
         raise refuse(config, chosen[1], f"{' and '.join(chosen)} exclude each other", "Set one of them alone.")
+
+
+def check_not_spread(config: Options) -> None:
+    """Raise InputError if the options spread noise levels in a way of their own, which timesteps of a call do not."""
+    for name in (*SPREADS, "use_lu_lambdas", "use_flow_sigmas"):
+        if getattr(config, name, False):
+            raise takes_none(config, "timesteps", f" with {name}")
 
 
 def interpolated(alphas: Array, times: NDArray[Any]) -> Doubles:
@@ -135,14 +143,22 @@ def times_of(sigmas: NDArray[Any], alphas: Array) -> NDArray[Any]:
 
 
 def schedule(
-    config: Any, alphas: Array, steps: int, *, sigmas: NDArray[Any] | None = None, dtype: Any = np.float32
+    config: Any,
+    alphas: Array,
+    steps: int,
+    *,
+    given: Doubles | None = None,
+    sigmas: NDArray[Any] | None = None,
+    dtype: Any = np.float32,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the timesteps and noise levels of Euler's family, without the last level: float32 or float64, float64.
 
-    `sigmas` are levels to take in place of those of the timesteps; `dtype` is that in which these are interpolated.
+    `given` are timesteps of a call; `sigmas` are levels to take in place of those of the timesteps, and `dtype` is that
+    in which these are interpolated.
     """
     train = config.num_train_timesteps
-    times = spaced(config.timestep_spacing, train, steps, config.steps_offset).astype(dtype)
+    own = spaced(config.timestep_spacing, train, steps, config.steps_offset) if given is None else given
+    times = own.astype(dtype)
     levels = interpolated(alphas, times) if sigmas is None else sigmas
     spreads = isinstance(config, SigmaOptions)
     changed = spread(config, float(levels[0]), float(levels[-1]), steps) if spreads else None

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from ovforge.contracts import FlowRun, RandomStream
-from ovforge_sampling import ONE, Array, expm1, refuse
+from ovforge_sampling import ONE, Array, expm1, refuse, takes_none
 from ovforge_schedulers.flow import given, shifted, static_shift, stretched
 from ovforge_schedulers.runs import SolverSampling
 from ovforge_schedulers.solvers import (
@@ -91,6 +91,12 @@ class UniPCScheduler(SolverScheduler[UniPCOptions]):
         if config.final_sigmas_type == "sigma_min":
             end = sigma_table(self.alphas_cumprod)[0] if spaced is times else levels[-1]
         return UniPCSampling(*scheduled(config, spaced, levels, end), config)
+
+    def run_sigmas(self, sigmas: Doubles) -> UniPCSampling:
+        """Return a run over a flow's shares of noise, of a call."""
+        if not self.config.use_flow_sigmas:
+            raise takes_none(self.config, "sigmas", " without use_flow_sigmas")
+        return self.run(len(sigmas), FlowRun(sigmas=sigmas.tolist()))
 
     def _flow(self, steps: int, flow: FlowRun | None, mu: float | None) -> Doubles:
         """Return the shares of noise of a flow, shifted to more noise, and stretched to end at `shift_terminal`."""
