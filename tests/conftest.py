@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from families import make_family, maker
 from ovforge.store.cache import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Torch's threads wait for each other by spinning: with a worker on each core, a third of a conversion's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -27,35 +30,48 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
+def _shared(factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all workers of a run share: what one has made, the others need not make again."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder that `make` fills, whichever worker has it first; one that comes later uses that one's."""
+    shared = _shared(factory) / f"made-{name}"
+    if not shared.exists():
+        own = factory.mktemp(name)
+        make(own / "pipeline")  # some put more beside it
+        with contextlib.suppress(OSError):  # another worker was quicker
+            own.rename(shared)
+    return shared / "pipeline"
+
+
 @pytest.fixture(scope="session")
 def torch_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a diffusers folder of a latent consistency model."""
-    return Path(maker().make_pipeline(tmp_path_factory.mktemp("lcm") / "pipeline"))
+    return _made_once(tmp_path_factory, "lcm", maker().make_pipeline)
 
 
 @pytest.fixture(scope="session")
 def torch_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a diffusers folder of a Stable Diffusion model, which needs classifier-free guidance."""
     build = maker()
-    folder = Path(build.make_pipeline(tmp_path_factory.mktemp("sd") / "pipeline", time_cond_proj_dim=None))
-    build.write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
-    return folder
+
+    def make(folder: Path) -> None:
+        build.make_pipeline(folder, time_cond_proj_dim=None)
+        build.write_index(folder, _class_name="StableDiffusionPipeline", image_encoder=[None, None])
+
+    return _made_once(tmp_path_factory, "sd", make)
 
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Return a cache that tests share, so that a small pipeline is converted once."""
-    return Cache(tmp_path_factory.mktemp("shared-cache"))
+    return Cache(_shared(tmp_path_factory) / "shared-cache")
 
 
 @pytest.fixture(scope="session")
 def torch_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that gives the diffusers folder of a family, made once: see families.make_family."""
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = make_family(tmp_path_factory.mktemp(family) / "pipeline", family)
-        return made[family]
-
-    return folder
+    return lambda family: _made_once(tmp_path_factory, family, lambda folder: make_family(folder, family))

@@ -34,13 +34,23 @@ class DrawInputs(BaseModel):
     pair: tuple[int, int] = (1, 2)
 
 
+class Sticker(BaseModel):
+    """A picture to put on another."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    image: Picture
+    left: int = Field(0, ge=0, le=64)
+
+
 class PaintInputs(BaseModel):
-    """A picture and a mask."""
+    """A picture, a mask, and what is put on it."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     image: Picture
     mask: Picture
+    stickers: list[Sticker] = Field(default_factory=list, max_length=2)
 
 
 class Draw:
@@ -65,14 +75,17 @@ class Draw:
 
 
 class Paint:
-    """Gives the mask back."""
+    """Gives the mask back, with its stickers."""
 
     def __init__(self, options: Any, context: Any) -> None:
         pass
 
     def __call__(self, inputs: PaintInputs, progress: Callable[[Progress], None]) -> ImagesResult:
         assert open_picture(inputs.image, "image").size == open_picture(inputs.mask, "mask").size
-        return ImagesResult(images=[open_picture(inputs.mask, "mask", "L", "black")], seeds=[0])
+        painted = open_picture(inputs.mask, "mask", "L", "black")
+        for sticker in inputs.stickers:
+            painted.paste(open_picture(sticker.image, "stickers.image", "L"), (sticker.left, 0))
+        return ImagesResult(images=[painted], seeds=[0])
 
 
 def third_party() -> types.ModuleType:

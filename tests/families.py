@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -62,6 +63,33 @@ def agree(ours: ImagesResult, theirs: list[Any], anywhere: int = 2, average: flo
         assert difference.mean() <= average
 
 
+@functools.lru_cache(maxsize=8)
+def _read_by_diffusers(source: Path) -> Any:
+    index = json.loads((source / "model_index.json").read_text())
+    absent = {part: None for part, kind in index.items() if kind == [None, None]}  # which diffusers wants to be told
+    return pytest.importorskip("diffusers").DiffusionPipeline.from_pretrained(source, **absent)
+
+
+def original(kind: str, source: Path, **parts: Any) -> Any:
+    """Return diffusers' pipeline of a folder, of class `kind`, with other `parts` if they are given.
+
+    Folders are read once, and all pipelines of one share its modules: whoever changes a module reads it itself.
+    """
+    shared = _read_by_diffusers(source)
+    scheduler = type(shared.scheduler).from_pretrained(source / "scheduler")  # since some pipelines change its config
+    pipe = getattr(pytest.importorskip("diffusers"), kind).from_pipe(shared, scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def leave_out(source: Path, target: Path, *parts: str) -> Path:
+    """Copy a pipeline without some parts, which its index then says to be left out."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*parts))
+    index = json.loads((target / "model_index.json").read_text())
+    (target / "model_index.json").write_text(json.dumps({**index, **{part: [None, None] for part in parts}}))
+    return target
+
+
 def said_of_call(pipe: Any, result: Any) -> list[str]:
     """Return the warnings of one call, without what the pipeline says of its stages in every result."""
     return [warning for warning in result.warnings if warning not in pipe.warnings()]
@@ -78,12 +106,17 @@ def make_transformer(folder: Path, family: str, torch_lcm: Path) -> Path:
     return made
 
 
-def make_family(folder: Path, family: str) -> Path:
-    """Write a pipeline of a family: sd1, sd2, inpaint, xl, refiner, controlnet."""
+def make_family(folder: Path, family: str, layers: int | None = None) -> Path:
+    """Write a pipeline of a family: sd1, sd2, inpaint, xl, refiner, controlnet.
+
+    Each level of sd2, xl and refiner has one layer if `layers` does not say otherwise, which has every kind of block and is
+    converted in half the time; those of the others, whose UNets fit the same ControlNets, have two as published.
+    """
+    layers = layers or (1 if family in ("sd2", "xl", "refiner") else 2)
     torch = pytest.importorskip("torch")
     build = maker()
     four: dict[str, Any] = {  # every block type of Stable Diffusion's UNet, at four levels
-        "block_out_channels": (16, 16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8, "time_cond_proj_dim": None,
+        "block_out_channels": (16, 16, 32, 32), "layers_per_block": layers, "norm_num_groups": 8, "time_cond_proj_dim": None,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "attention_head_dim": 2,
     }  # fmt: skip
@@ -99,18 +132,18 @@ def make_family(folder: Path, family: str) -> Path:
         build.write_index(folder, _class_name="StableDiffusionInpaintPipeline", image_encoder=[None, None])
     else:
         torch.manual_seed(0)
-        _make_xl(folder, build, refiner=family == "refiner")
+        _make_xl(folder, build, layers, refiner=family == "refiner")
     _scheduler(folder, prediction="v_prediction" if family == "sd2" else "epsilon")
     if family == "controlnet":
         _make_controlnet(folder)
     return folder
 
 
-def _make_xl(folder: Path, build: Any, *, refiner: bool) -> None:
+def _make_xl(folder: Path, build: Any, layers: int, *, refiner: bool) -> None:
     import transformers
 
     three: dict[str, Any] = {
-        "block_out_channels": (16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8, "time_cond_proj_dim": None,
+        "block_out_channels": (16, 32, 32), "layers_per_block": layers, "norm_num_groups": 8, "time_cond_proj_dim": None,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": (1, 2, 3), "attention_head_dim": (2, 4, 4), "use_linear_projection": True,

@@ -75,3 +75,9 @@ def test_wrong_arguments_of_a_running_pipeline_are_named() -> None:
     with pytest.raises(OvforgeError, match="there is no 'strength'"):
         pipeline.controls["strength"]
     assert "strength" not in pipeline.controls and pipeline.controls.get("strength") is None
+
+
+def test_a_config_is_told_what_arguments_of_diffusers_are_called() -> None:
+    given = {"task": "text-to-image", "load": MODEL, "input": {"num_inference_steps": 4, "clean_caption": True}}
+    with pytest.raises(OvforgeError, match="`num_inference_steps` of diffusers is `steps` here; leave `clean_caption`"):
+        ovforge.plan(given)

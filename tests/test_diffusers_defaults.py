@@ -76,6 +76,7 @@ def both(task: str, source: Path, cache: Cache, steps: int = 5, **options: Any) 
     return made, wanted
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("task", "scheduler", "config"),
     [

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import ovforge
-from families import agree, maker, said_of_call, seeded
+from families import agree, leave_out, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
-from ovforge.errors import InputError, ModelError
+from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import BatchGenerator
 from ovforge.store.cache import Cache
 
@@ -63,12 +63,8 @@ def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return give
 
 
-def theirs(
-    family: str, task: str, source: Path, *prompts: Any, seeds: list[int], without: tuple[str, ...] = (), **call: Any
-) -> list[Image.Image]:
-    kind = "flux" if family == "schnell" else family
-    pipe = getattr(diffusers, NAMES[kind, task]).from_pretrained(source, **dict.fromkeys(without))
-    pipe.set_progress_bar_config(disable=True)
+def theirs(family: str, task: str, source: Path, *prompts: Any, seeds: list[int], **call: Any) -> list[Image.Image]:
+    pipe = original(NAMES["flux" if family == "schnell" else family, task], source)
     made: list[Image.Image] = pipe(*prompts, **call, generator=seeded(seeds)).images
     return made
 
@@ -128,10 +124,14 @@ def test_from_a_picture(folder: Folder, session_cache: Cache, family: str, task:
     image, mask = picture(40, 24), hole(40, 24)
     masks = ({"mask_image": mask}, {"mask": mask}) if task == "inpainting" else ({}, {})
     size = {"width": 40, "height": 24}
-    call = {"image": image, "strength": strength, "guidance_scale": 3.0}
+    call: dict[str, Any] = {"image": image, "strength": strength, "guidance_scale": 3.0}
     steps = {"num_inference_steps": 7}
     wanted = theirs(family, task, folder(family), PROMPT, seeds=[5], **masks[0], **call, **steps, **size)
-    agree(ours(folder(family), session_cache, task)(PROMPT, steps=7, seed=5, **masks[1], **call), wanted)
+    pipe = ours(folder(family), session_cache, task)
+    agree(pipe(PROMPT, steps=7, seed=5, **masks[1], **call), wanted)
+    call["sigmas"] = [1.0, 0.8, 0.3]
+    wanted = theirs(family, task, folder(family), PROMPT, seeds=[5], **masks[0], **call, **size)
+    agree(pipe(PROMPT, seed=5, **masks[1], **call), wanted)
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
@@ -184,32 +184,26 @@ def test_fill_paints_by_what_it_sees_of_the_mask(folder: Folder, session_cache: 
         ours(folder("fill"), session_cache)(PROMPT, steps=1)
 
 
-def changed(source: Path, target: Path, **config: Any) -> Path:
-    """Copy a pipeline, with other options of its scheduler."""
-    shutil.copytree(source, target)
-    path = target / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    return target
-
-
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_shifts_that_follow_the_size(folder: Folder, session_cache: Cache, tmp_path: Path, family: str) -> None:
-    source = changed(folder(family), tmp_path / "model", use_dynamic_shifting=True, shift=1.0, base_shift=0.3)
+    """As the scheduler's config says: in the folder, and in what the same folder was converted to before."""
+    config: dict[str, Any] = {"use_dynamic_shifting": True, "shift": 1.0, "base_shift": 0.3}
+    source = Path(shutil.copytree(folder(family), tmp_path / "model"))
+    converted = tmp_path / "converted"
+    ovforge.open_model(folder(family), cache=session_cache, options={"weights": "f32"}).save(converted)
+    for place in (source, converted):
+        path = place / "scheduler/scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     call = {"width": 40, "height": 24, "guidance_scale": 2.0}
     wanted = theirs(family, "text-to-image", source, PROMPT, num_inference_steps=4, seeds=[3], **call)
-    agree(ours(source, session_cache)(PROMPT, steps=4, seed=3, **call), wanted)
+    pipe = ovforge.Pipeline("text-to-image", source=converted, device=Use("cpu", precision="f32"), cache=session_cache)
+    agree(pipe(PROMPT, steps=4, seed=3, **call), wanted)
 
 
 def test_t5_may_be_left_out(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(folder("sd3"), tmp_path / "model"))
-    shutil.rmtree(source / "text_encoder_3")
-    shutil.rmtree(source / "tokenizer_3")
-    path = source / "model_index.json"
-    gone = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **gone}))
+    source = leave_out(folder("sd3"), tmp_path / "model", "text_encoder_3", "tokenizer_3")
     call: dict[str, Any] = {"width": 24, "height": 16, "guidance_scale": 3.0}
-    parts = ("text_encoder_3", "tokenizer_3")
-    wanted = theirs("sd3", "text-to-image", source, PROMPT, num_inference_steps=3, seeds=[3], without=parts, **call)
+    wanted = theirs("sd3", "text-to-image", source, PROMPT, num_inference_steps=3, seeds=[3], **call)
     pipe = ours(source, session_cache)
     agree(pipe(PROMPT, steps=3, seed=3, **call), wanted)
     with pytest.raises(InputError, match="two text encoders"):
@@ -297,8 +291,27 @@ def test_kontext_paints_in_a_picture_that_it_sees(
         ours(folder("flux"), session_cache, "inpainting")(PROMPT, image=image, mask=mask, reference=other)
 
 
+def test_kontext_paints_in_a_part(folder: Folder, session_cache: Cache, kontext_sizes: None) -> None:
+    """The part is put back, which diffusers leaves to the caller."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    image, mask = picture(32, 32), hole(32, 32)
+    call: dict[str, Any] = {"image": image, "guidance_scale": 2.5, "padding_mask_crop": 3}
+    wanted = theirs(
+        "kontext", "inpainting", folder("kontext"), seeds=[5], prompt=PROMPT, mask_image=mask, num_inference_steps=3,
+        **call,
+    )  # fmt: skip
+    made = ours(folder("kontext"), session_cache, "inpainting")(PROMPT, mask=mask, steps=3, seed=5, **call)
+    code = VaeImageProcessor()
+    region = code.get_crop_region(mask, 32, 32, pad=3)
+    assert region != (0, 0, 32, 32)
+    agree(made, [code.apply_overlay(mask, image, part, region) for part in wanted])
+
+
 def test_sizes_that_do_not_fit(folder: Folder, session_cache: Cache) -> None:
     """SD 3 refuses them, and FLUX rounds them down: as diffusers' pipelines do, and it is said."""
+    with pytest.raises(ConfigError, match="`image` should have at least 1"):
+        ours(folder("sd3"), session_cache, "image-to-image")(PROMPT, image=[])
     with pytest.raises(InputError, match="42 is not a multiple of 4"):
         ours(folder("sd3"), session_cache)(PROMPT, steps=1, width=42, height=16)
     pipe = ours(folder("flux"), session_cache)
@@ -336,12 +349,19 @@ def test_low_memory_previews_and_latents(folder: Folder, session_cache: Cache) -
         ("sd3", {"skip_guidance_layers": [0], "guidance_scale": 1.0}, "no effect without guidance"),
         ("sd3", {"true_cfg_scale": 2.0}, "Set guidance_scale"),
         ("sd3", {"guidance_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
+        ("sd3", {"width": 4000, "height": 16}, "4000 is more than the 96 pixels a side that the model has places for"),
+        ("flux", {"latents": np.zeros((1, 48, 64), np.float32)}, "Latents are not packed into tokens here."),
+        ("flux", {"num_inference_steps": 4, "generator": 1}, "`generator` of diffusers is `seed` here"),
+        ("flux", {"prompt_embeds": 1, "eta": 0}, "leave `prompt_embeds` of diffusers out"),
+        ("flux", {"original_size": (64, 64)}, "original_size: no effect with this model, FLUX.1"),
+        ("sd3", {"crop": (0, 8)}, "crop: no effect with this model"),
+        ("sd3", {"negative_aesthetic_score": 1.0}, "It tells some models of Stable Diffusion XL"),
     ],
 )
 def test_bad_inputs_are_said(
     folder: Folder, session_cache: Cache, family: str, inputs: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises((InputError, ConfigError)) as raised:
         ours(folder(family), session_cache)(PROMPT, steps=1, **inputs)
     assert message in str(raised.value)
 

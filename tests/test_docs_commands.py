@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import re
 import shlex
 import shutil
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import ovforge
-from ovforge.cli import main
+import program
 from ovforge.cli.program import make_command
 from ovforge.config.options import check_present
 from ovforge.config.pipeline import PipelineConfig
@@ -93,10 +93,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a folder of the page's own the current one; all pages share one cache."""
-    shutil.copytree(models, tmp_path / "page", symlinks=True)
+    """Make a folder of the page's own the current one; all pages share one cache, and the models' bytes."""
+    large = "models"
+    shutil.copytree(models, tmp_path / "page", symlinks=True, ignore=shutil.ignore_patterns(large))
+    shutil.copytree(models / large, tmp_path / "page" / large, copy_function=os.link)
     monkeypatch.chdir(tmp_path / "page")
-    monkeypatch.setenv("OVFORGE_CACHE_DIR", str(models / "cache"))
+    monkeypatch.setenv("OVFORGE_CACHE_DIR", str(models.with_name(f"{models.name}-cache")))
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path / "page"
 
@@ -112,7 +114,7 @@ def test_what_the_page_says_can_be_done(page: Path, place: Path, monkeypatch: py
             for words in commands(block.text):
                 check_command(words, where)
                 if block.reason is None:
-                    run_command(words, where, monkeypatch)
+                    run_command(words, where)
         elif block.kind == "toml":
             check_config(block, where)
             title = re.search(r'title="([^"]+)"', block.about)
@@ -146,17 +148,10 @@ def check_command(words: list[str], where: str) -> None:
     command.make_context(words[1], rest, resilient_parsing=False)
 
 
-def run_command(words: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_command(words: list[str], where: str) -> None:
     assert words[0] == "ovforge", f"{where}: {words[0]} is not a command of ours: add <!-- not run: REASON -->"
-    monkeypatch.setattr(sys, "argv", words)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    assert code in (0, None), f"{where}: {shlex.join(words)}: {code}\n{out.getvalue()}{err.getvalue()}"
+    done = program.ovforge(*words[1:])
+    assert done.code == 0, f"{where}: {shlex.join(words)}: {done.code}\n{done.stdout}{done.stderr}"
     for word, following in itertools.pairwise(words):
         if word in ("-o", "--output"):
             written = Path(following)

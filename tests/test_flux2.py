@@ -15,7 +15,7 @@ from openvino import opset13 as ops
 from PIL import Image
 
 import ovforge
-from families import agree, maker, said_of_call, seeded
+from families import agree, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError
@@ -43,9 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def theirs(source: Path, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
     kind = "Flux2KleinInpaintPipeline" if "mask_image" in call else "Flux2KleinPipeline"
-    pipe = getattr(diffusers, kind).from_pretrained(source)
-    pipe.set_progress_bar_config(disable=True)
-    made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=seeded(seeds)).images
+    made: list[Image.Image] = original(kind, source)(**call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
 
 
@@ -68,11 +66,14 @@ def hole(width: int, height: int) -> Image.Image:
 def test_text_to_image(
     folder: Folder, session_cache: Cache, width: int, height: int, guidance: float, distilled: bool
 ) -> None:
-    call = {"width": width, "height": height, "guidance_scale": guidance}
+    call: dict[str, Any] = {"width": width, "height": height, "guidance_scale": guidance}
     wanted = theirs(folder(distilled), prompt=PROMPT, steps=4, seeds=[3], **call)
     made = ours(folder(distilled), session_cache)(PROMPT, steps=4, seed=3, **call)
     agree(made, wanted)
     assert any("distilled" in warning for warning in made.warnings) == distilled
+    call |= {"sigmas": [1.0, 0.7, 0.2]}  # whose number counts for the shift
+    wanted = theirs(folder(distilled), prompt=PROMPT, steps=3, seeds=[3], **call)
+    agree(ours(folder(distilled), session_cache)(PROMPT, seed=3, **call), wanted)
 
 
 @pytest.mark.parametrize("guidance", ["joint", "split"])
@@ -107,11 +108,33 @@ def test_inpainting(folder: Folder, session_cache: Cache, strength: float, width
     pipe = ours(folder(False), session_cache, "inpainting")
     made = pipe([PROMPT, LONG], mask=mask, steps=4, seed=[5, 6], **call)
     agree(made, wanted)
+    other = picture(72, 64, seed=2)
+    wanted = theirs(folder(False), prompt=PROMPT, mask_image=mask, image_reference=other, steps=3, seeds=[5], **call)
+    agree(pipe(PROMPT, mask=mask, reference=other, steps=3, seed=5, **call), wanted)
     pasted = np.asarray(pipe(PROMPT, mask=mask, steps=2, seed=5, paste=True, **call).images[0])
     size = pasted.shape[1], pasted.shape[0]
     stays = np.asarray(mask.resize(size, Image.Resampling.LANCZOS)) < 127.5
     original = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(pasted[stays], original[stays])
+
+
+def test_inpainting_in_a_part(folder: Folder, session_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part is scaled back to where it was cut out. diffusers would put the middle of what it made there."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    monkeypatch.setattr(Flux2ImageProcessor, "_resize_and_crop", VaeImageProcessor._resize_and_crop)
+    image, mask = picture(72, 64), hole(72, 64)
+    call: dict[str, Any] = {"image": image, "strength": 0.7, "guidance_scale": 3.0, "padding_mask_crop": 6}
+    wanted = theirs(folder(False), prompt=PROMPT, mask_image=mask, steps=4, seeds=[5], **call)
+    pipe = ours(folder(False), session_cache, "inpainting")
+    made = pipe(PROMPT, mask=mask, steps=4, seed=5, **call)
+    agree(made, wanted)
+    small = pipe(PROMPT, mask=mask, steps=4, seed=5, **call, width=40, height=40)
+    assert small.latents.shape[2:] == (10, 10)
+    assert small.images[0].size == (72, 64), "the whole picture, with the part in it"
+    stays = np.asarray(mask) == 0
+    np.testing.assert_array_equal(np.asarray(small.images[0])[stays], np.asarray(image)[stays])
 
 
 def test_a_large_picture_is_scaled_to_a_megapixel(
@@ -160,9 +183,14 @@ def test_what_cannot_be_is_said(folder: Folder, session_cache: Cache) -> None:
 
 
 def test_an_export_of_optimum_gives_the_same_picture(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
-    """optimum-intel 2.2 names the states of each layer by the number of the one before it."""
+    """optimum-intel 2.2 names the states of each layer by the number of the one before it, and tells the statistics of
+    latents to the decoder alone."""
     ovforge.open_model(folder(False), cache=session_cache, options={"weights": "f32"}).save(tmp_path / "ours")
     shutil.copytree(tmp_path / "ours", tmp_path / "optimum")
+    config = tmp_path / "optimum" / "vae_encoder" / "config.json"
+    told = json.loads(config.read_text())
+    assert told["bn_running_var_data"]
+    config.write_text(json.dumps({name: value for name, value in told.items() if not name.startswith("bn_")}))
     encoder = tmp_path / "ours" / "text_encoder" / "openvino_model.xml"
     model = ovforge.model.core().read_model(encoder)
     count = json.loads(encoder.with_name("config.json").read_text())["num_hidden_layers"]
@@ -177,6 +205,13 @@ def test_an_export_of_optimum_gives_the_same_picture(folder: Folder, session_cac
     made = [
         ovforge.Pipeline("text-to-image", source=tmp_path / name, device=device, cache=session_cache)(
             PROMPT, steps=2, seed=3, **call
+        )
+        for name in ("ours", "optimum")
+    ]
+    assert np.array_equal(made[0].latents, made[1].latents)
+    made = [
+        ovforge.Pipeline("image-to-image", source=tmp_path / name, device=device, cache=session_cache)(
+            PROMPT, image=picture(64, 64), steps=2, seed=3, **call
         )
         for name in ("ours", "optimum")
     ]

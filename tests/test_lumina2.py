@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from families import agree, maker, said_of_call, seeded
+from families import agree, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError, ModelError
@@ -28,8 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(source: Path, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
-    pipe = diffusers.Lumina2Pipeline.from_pretrained(source)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = original("Lumina2Pipeline", source)
     pipe.vae_scale_factor = 2  # which the pipeline takes for 8, as of the published model
     made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
@@ -49,7 +48,8 @@ def test_a_batch_with_a_long_prompt(folder: Path, session_cache: Cache, guidance
 
 @pytest.mark.parametrize("system", ["", "Be short, and\nplain."])
 def test_another_system_prompt(folder: Path, session_cache: Cache, system: str) -> None:
-    call: dict[str, Any] = {"width": 16, "height": 32, "guidance_scale": 3.0}
+    """And guided predictions whose norm is let be."""
+    call: dict[str, Any] = {"width": 16, "height": 32, "guidance_scale": 3.0, "cfg_normalization": False}
     wanted = theirs(folder, prompt=PROMPT, steps=3, seeds=[5], system_prompt=system, **call)
     pipe = ours(folder, session_cache)
     made = pipe(PROMPT, steps=3, seed=5, instruction=system, **call)
@@ -69,6 +69,10 @@ def test_what_cannot_be_is_said(folder: Path, session_cache: Cache) -> None:
         pipe(PROMPT, width=16, height=16, steps=1, max_sequence_length=300)
     with pytest.raises(InputError, match="Give 256 at most"):
         pipe(PROMPT, width=264, height=16, steps=1)
+    with pytest.raises(InputError, match="Give 1, its default, or 0"):
+        pipe(PROMPT, width=16, height=16, steps=1, cfg_normalization=2)
+    with pytest.raises(InputError, match="is for Z-Image"):
+        pipe(PROMPT, width=16, height=16, steps=1, cfg_truncation=0.5)
     with pytest.raises(InputError, match="no list of sizes"):
         pipe(PROMPT, width=16, height=16, steps=1, resolution_binning=True)
     with pytest.raises(ModelError, match="from text alone"):

@@ -82,7 +82,7 @@ def test_colours_of_other_spaces(tmp_path: Path) -> None:
     assert read(tmp_path / "p.png", "RGBA")[0].tolist() == [[255, 0, 0, 255], [0, 255, 0, 0], [0, 0, 255, 255]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 255), st.integers(0, 255), st.sampled_from(["LA", "RGBA", "La", "RGBa", "PA"]))
 def test_a_mask_is_brightness_times_opacity(bright: int, opaque: int, mode: str) -> None:
     layer: Any = Image.new("LA", (3, 2), (bright, opaque))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 from families import agree, maker, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
-from ovforge.errors import InputError, ModelError
+from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.store.cache import Cache
 
 torch = pytest.importorskip("torch")
@@ -31,9 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def theirs(source: Path, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
+def theirs(
+    source: Path, *, steps: int, seeds: list[int], kind: str = "PixArtSigmaPipeline", **call: Any
+) -> list[Image.Image]:
+    made_with = {name: call.pop(name) for name in ("pag_applied_layers",) if name in call}
     transformer = diffusers.PixArtTransformer2DModel.from_pretrained(source / "transformer")
-    pipe = diffusers.PixArtSigmaPipeline.from_pretrained(source, transformer=transformer)
+    pipe = getattr(diffusers, kind).from_pretrained(source, transformer=transformer, **made_with)
     pipe.set_progress_bar_config(disable=True)
     call = {"use_resolution_binning": False, "clean_caption": False, **call}
     made: list[Image.Image] = pipe(**call, num_inference_steps=steps, generator=seeded(seeds)).images
@@ -58,6 +63,44 @@ def test_without_guidance_and_another_scheduler(folder: Path, session_cache: Cac
     agree(ours(folder, session_cache)(PROMPT, steps=3, seed=5, **call), wanted)
     made = ours(folder, session_cache, scheduler="euler")(PROMPT, steps=3, seed=5, **call)
     assert (np.asarray(made.images[0]) != np.asarray(wanted[0])).any()
+
+
+@pytest.fixture(scope="module")
+def alpha(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model of PixArt-Alpha's pipeline."""
+    return named(folder, tmp_path_factory.mktemp("alpha") / "pipeline", "PixArtAlphaPipeline")
+
+
+def named(source: Path, target: Path, pipeline: str) -> Path:
+    """Copy a model, under another pipeline."""
+    shutil.copytree(source, target)
+    index = target / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": pipeline}))
+    return target
+
+
+@pytest.mark.parametrize("length", [None, 90])
+def test_alpha_reads_fewer_tokens(alpha: Path, session_cache: Cache, length: int | None) -> None:
+    call: dict[str, Any] = {"width": 16, "height": 32, "guidance_scale": 3.0}
+    if length is not None:
+        call["max_sequence_length"] = length
+    kind = "PixArtAlphaPipeline"
+    wanted = theirs(alpha, kind=kind, prompt=LONG, steps=3, seeds=[5], **call)
+    made = ours(alpha, session_cache)(LONG, steps=3, seed=5, **call)
+    agree(made, wanted)
+    assert any(f"longer than the {length or 120} tokens" in warning for warning in made.warnings)
+
+
+def test_perturbed_attention_is_said_to_be_missing(folder: Path, session_cache: Cache, tmp_path: Path) -> None:
+    source = named(folder, tmp_path / "pag", "PixArtSigmaPAGPipeline")
+    call: dict[str, Any] = {"width": 16, "height": 16, "guidance_scale": 3.0}
+    pag = {"kind": "PixArtSigmaPAGPipeline", "pag_applied_layers": ["blocks.1"]}
+    wanted = theirs(source, **pag, prompt=PROMPT, steps=2, seeds=[5], pag_scale=0.0, **call)
+    made = ours(source, session_cache)(PROMPT, steps=2, seed=5, **call)
+    agree(made, wanted)
+    assert any("pictures are those of pag_scale = 0" in warning for warning in made.warnings)
+    with pytest.raises(ConfigError, match="leave `pag_scale` of diffusers out"):
+        ours(source, session_cache)(PROMPT, pag_scale=3.0)
 
 
 def test_what_cannot_be_is_said(folder: Path, session_cache: Cache) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from families import agree, maker, said_of_call, seeded
+from families import agree, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError
@@ -34,8 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(source: Path, task: str, prompt: Any, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
-    pipe = getattr(diffusers, PIPELINES[task]).from_pretrained(source)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = original(PIPELINES[task], source)
     made: list[Image.Image] = pipe(prompt, **call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
 

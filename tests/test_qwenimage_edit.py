@@ -177,6 +177,7 @@ def theirs(source: Path, kind: str, *, steps: int, seeds: list[int], **call: Any
     return made
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("kind", "images", "call"),
     [
@@ -210,6 +211,59 @@ def test_inpainting(folder: Callable[[str], Path], session_cache: Cache, small: 
     call: dict[str, Any] = {"image": image, "strength": strength, "negative_prompt": " ", "true_cfg_scale": 2.0}
     wanted = theirs(folder("one"), "one", mask_image=mask, prompt=PROMPT, steps=4, seeds=[5], **call)
     agree(ours(folder("one"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, **call), wanted)
+
+
+def test_inpainting_in_a_part(folder: Callable[[str], Path], session_cache: Cache, small: None) -> None:
+    """The transformer sees the part, and Qwen2.5-VL the whole picture."""
+    hole = np.zeros((96, 96), np.uint8)
+    hole[20:41, 10:50] = 255
+    image, mask = picture(96, 96), Image.fromarray(hole)
+    call: dict[str, Any] = {"image": image, "negative_prompt": " ", "true_cfg_scale": 2.0, "padding_mask_crop": 8}
+    wanted = theirs(folder("one"), "one", mask_image=mask, prompt=PROMPT, steps=4, seeds=[5], strength=0.7, **call)
+    made = ours(folder("one"), session_cache, "inpainting")(PROMPT, mask=mask, steps=4, seed=5, strength=0.7, **call)
+    agree(made, wanted)
+
+
+@pytest.fixture(scope="module")
+def held_out(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model with the numbers of diffusers' own tests: two heads of 8, no layer that sees a whole picture."""
+    source = Path(shutil.copytree(folder("one"), tmp_path_factory.mktemp("held-out") / "pipeline"))
+    known = json.loads((source / "text_encoder/config.json").read_text())
+    ids = {name: value for name, value in known.items() if name.endswith("_token_id")}
+    words = transformers.AutoConfig.from_pretrained(source / "text_encoder").get_text_config().vocab_size
+    narrow = {"hidden_size": 16, "intermediate_size": 16}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": words, **narrow}
+    text["rope_parameters"] = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6}
+    vision = {"depth": 2, "num_heads": 2, "out_hidden_size": 16, **narrow}
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    parts = {
+        "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(config),
+        "transformer": diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+        "vae": diffusers.AutoencoderKLQwenImage(
+            base_dim=24, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+    }  # fmt: skip
+    for name, part in parts.items():
+        maker("test_zimage").noise(part).save_pretrained(source / name)
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(source / "scheduler")
+    return source
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_by_a_held_out_model(held_out: Path, session_cache: Cache, small: None, strength: float) -> None:
+    hole = np.zeros((60, 100), np.uint8)
+    hole[20:41, 10:50] = 255
+    call: dict[str, Any] = {"image": picture(100, 60), "strength": strength, "sigmas": [1.0, 0.6, 0.2]}
+    call |= {"negative_prompt": "bad quality", "true_cfg_scale": 2.0}
+    mask = Image.fromarray(hole)
+    wanted = theirs(held_out, "one", mask_image=mask, prompt="dance monkey", steps=3, seeds=[5], **call)
+    pipe = ours(held_out, session_cache, "inpainting")
+    agree(pipe("dance monkey", mask=mask, seed=5, **call), wanted)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_the_cache_goes_by_who_does_the_work() -> None:
 
     found = plugins(recipe(**OURS))
     assert key(found, "mine") == key(found, "round", **OURS)
-    assert (key(found, "mine")["plugin"], key(found, "mine")["version"]) == ("worker", "1")
+    assert key(found, "mine")["plugin"] == "worker" and key(found, "mine")["version"].startswith("1+")
     assert key(found, "mine") != key(found, "mine", roles=["vae_decoder"])
     assert key(found, "mine") != key(plugins(recipe(**OURS), version="2"), "mine")
 

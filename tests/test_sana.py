@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from families import agree, maker, said_of_call, seeded
+from families import agree, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import BatchGenerator
 from ovforge.store.cache import Cache
 from ovforge_diffusion.architectures import bins, sana
+from ovforge_diffusion.sequence import SequenceTokenizer
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,10 +45,9 @@ def made(folder: Path, **kind: bool) -> Path:
 def theirs(
     source: Path, *, steps: int, seeds: list[int], scheduler: Any = None, kind: str = "SanaPipeline", **call: Any
 ) -> list[Image.Image]:
-    pipe = getattr(diffusers, kind).from_pretrained(source)
+    pipe = original(kind, source)
     if scheduler is not None:
         pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
     call = {"use_resolution_binning": False, **call}
     # The autoencoder makes 2 pixels of a latent here, and the pipeline refuses what is not a multiple of 32.
     pipe.check_inputs = lambda *given, **named: None
@@ -71,7 +72,7 @@ def test_a_batch_with_a_long_prompt(folder: Path, session_cache: Cache, guidance
     pipe = ours(folder, session_cache, Use("text-to-image", guidance=guidance))
     made = pipe([PROMPT, LONG], steps=3, seed=[1, 2], **call, **texts)
     agree(made, wanted)
-    assert len([warning for warning in said_of_call(pipe, made) if "cut off" in warning]) == 1
+    assert len([warning for warning in said_of_call(pipe, made) if "longer than the 80 tokens" in warning]) == 1
     assert (pipe([PROMPT, LONG], steps=3, seed=[1, 2], **call).latents != made.latents).any()
 
 
@@ -114,6 +115,10 @@ def test_sprint(sprint: Path, session_cache: Cache, size: tuple[int, int], steps
 def test_sprint_says_what_cannot_be(sprint: Path, session_cache: Cache) -> None:
     with pytest.raises(InputError, match="guidance built in"):
         ours(sprint, session_cache)(PROMPT, negative_prompt="x", steps=1)
+    for option in ({"guidance_rescale": 0.5}, {"guidance_stop": 0.5}):
+        with pytest.raises(InputError, match="no effect") as raised:
+            ours(sprint, session_cache)(PROMPT, **option, steps=1)
+        assert "guidance built in" in str(raised.value)
     with pytest.raises(ConfigError, match="samples along angles"):
         ours(sprint, session_cache, scheduler=Use("flow-euler"))(PROMPT, width=16, height=16, steps=1)
     with pytest.raises(ModelError, match="Sana-Sprint makes pictures from text or a picture alone"):
@@ -167,6 +172,21 @@ def test_lists_of_sizes_are_those_of_diffusers() -> None:
         for width in range(100, 4000, 37):
             wanted = PixArtImageProcessor.classify_height_width_bin(1000, width, ratios)
             assert bins.binned(width, 1000, side) == wanted[::-1]
+
+
+def test_words_that_the_text_encoder_does_not_know(folder: Path) -> None:
+    """A graph would take any states for them; transformers' encoder fails."""
+    path = folder / "tokenizer/tokenizer.json"
+    assets = {"tokenizer/tokenizer.json": path.read_bytes()}
+    ids, _ = SequenceTokenizer(assets, "tokenizer").cut(LONG, 50)
+    largest = int(ids.max())
+    np.testing.assert_array_equal(SequenceTokenizer(assets, "tokenizer", largest + 1).cut(LONG, 50)[0], ids)
+    with pytest.raises(ModelError, match=f"its word {largest} is not one of the {largest} that the text encoder knows"):
+        SequenceTokenizer(assets, "tokenizer", largest).cut(LONG, 50)
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<no>"}
+    broken = json.dumps({**json.loads(path.read_text()), "model": model}).encode()
+    with pytest.raises(ModelError, match="tokenizer.json cannot read a text"):
+        SequenceTokenizer({"tokenizer/tokenizer.json": broken}, "tokenizer").cut(LONG, 50)
 
 
 def test_low_memory_previews_and_latents(folder: Path, session_cache: Cache) -> None:

@@ -326,23 +326,38 @@ def shrink(folder: Path) -> None:
     diffusers.UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
 
 
+@pytest.fixture(scope="module")
+def shallow(torch_family: Folder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Return a function that gives a family's folder with a UNet of two levels, and its single file, made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(family: str) -> tuple[Path, Path]:
+        if family not in made:
+            place = tmp_path_factory.mktemp(f"shallow-{family}")
+            folder = by_rule(torch_family(family), place / "folder", family)
+            shrink(folder)
+            save_file(original(folder, family), place / "model.safetensors")
+            shutil.copytree(folder / ("tokenizer_2" if family == "refiner" else "tokenizer"), place / "tokenizer")
+            made[family] = folder, place / "model.safetensors"
+        return made[family]
+
+    return get
+
+
+@pytest.mark.sweep
 @KNOWN
 @pytest.mark.parametrize("family", PICTURES)
 def test_pictures_of_a_single_file_are_those_of_the_folder(
-    torch_family: Folder, cache: Cache, tmp_path: Path, family: str
+    shallow: Callable[[str], tuple[Path, Path]], session_cache: Cache, family: str
 ) -> None:
     task, inputs = PICTURES[family]
-    folder = by_rule(torch_family(family), tmp_path / "folder", family)
-    shrink(folder)
-    save_file(original(folder, family), tmp_path / "model.safetensors")
-    shutil.copytree(folder / ("tokenizer_2" if family == "refiner" else "tokenizer"), tmp_path / "tokenizer")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     mask = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 4))
     inputs = {name: {"noise": noise, "hole": mask}.get(str(value), value) for name, value in inputs.items()}
     pictures = []
-    for source in (tmp_path / "model.safetensors", folder):
+    for source in reversed(shallow(family)):
         full = {"weights": "f32"}
-        pipe = ovforge.Pipeline(task, source=source, load=full, device=F32, cache=cache, scheduler=DDIM)
+        pipe = ovforge.Pipeline(task, source=source, load=full, device=F32, cache=session_cache, scheduler=DDIM)
         pictures.append(np.asarray(pipe("a pink unicorn", steps=3, seed=5, **inputs).images[0]))
     assert pictures[0].std() > 5
     # Weights of a file and of a folder lie in memory at other places, which may round sums otherwise.
@@ -651,13 +666,14 @@ def test_what_the_unet_predicts(small: Callable[[str], tuple[Path, Path]], tmp_p
     assert prediction("xl", **folder) == ("epsilon", "leading", False)
 
 
+@pytest.mark.sweep
 @KNOWN
 @pytest.mark.parametrize("family", ["sd1", "xl"])
 def test_a_checkpoint_without_text_encoders(
-    small: Callable[[str], tuple[Path, Path]], tmp_path: Path, session_cache: Cache, family: str
+    shallow: Callable[[str], tuple[Path, Path]], tmp_path: Path, session_cache: Cache, family: str
 ) -> None:
     """It says how to bring them, and they come with their tokenizers."""
-    folder, file = small(family)
+    folder, file = shallow(family)
     stems = ("cond_stage_model.", "conditioner.")
     save_file({n: t for n, t in load_file(file).items() if not n.startswith(stems)}, tmp_path / "model.safetensors")
     full = {"weights": "f32"} | ({"config": str(folder)} if family == "xl" else {})
@@ -669,7 +685,10 @@ def test_a_checkpoint_without_text_encoders(
         )
     assert "[load.parts]" in failed.value.hint
     roles = ["text_encoder", "tokenizer"] + ["text_encoder_2", "tokenizer_2"] * (family == "xl")
-    load(folder).save(tmp_path / "brings")  # converted in float32, as the checkpoint is
+    brings = load(folder)  # converted in float32, as the checkpoint is
+    for role in set(brings.models) - set(roles):
+        del brings.models[role]
+    brings.save(tmp_path / "brings")
     parts = dict.fromkeys(roles, str(tmp_path / "brings"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

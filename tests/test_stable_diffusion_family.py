@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 import ovforge
-from families import agree, said_of_call
+from families import agree, original, said_of_call
 from ovforge import Use
 from ovforge.contracts.stages import Progress
 from ovforge.errors import Cancelled, InputError, ModelError, OvforgeError
@@ -31,12 +32,10 @@ def pipeline(task: str | Use, source: Path, cache: Cache, scheduler: str = "DDIM
 
 
 def reference(name: str, source: Path, scheduler: str = "DDIMScheduler", **parts: Any) -> Any:
-    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    pipe = getattr(diffusers, name).from_pretrained(source, **parts)
+    pipe = original(name, source, **parts)
     pipe.safety_checker = None
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -65,6 +64,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_to_image(torch_family: Folder, session_cache: Cache, family: str, scheduler: str) -> None:
@@ -91,6 +91,25 @@ def test_both_ways_of_guidance(torch_family: Folder, session_cache: Cache, famil
     agree(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("text-to-image", "StableDiffusionXLPipeline"),
+        ("image-to-image", "StableDiffusionXLImg2ImgPipeline"),
+        ("inpainting", "StableDiffusionXLInpaintPipeline"),
+    ],
+)
+def test_what_a_call_leaves_out_is_as_in_diffusers(
+    torch_family: Folder, session_cache: Cache, task: str, name: str
+) -> None:
+    call = getattr(pytest.importorskip("diffusers"), name).__call__
+    theirs = {key: value.default for key, value in inspect.signature(call).parameters.items()}
+    ours = pipeline(task, torch_family("xl"), session_cache).task.architecture.defaults
+    assert (ours.steps, ours.guidance_scale) == (theirs["num_inference_steps"], theirs["guidance_scale"])
+    assert ours.strength == theirs.get("strength", ours.strength)
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "xl"])
 def test_image_to_image(torch_family: Folder, session_cache: Cache, family: str, strength: float) -> None:
@@ -103,6 +122,38 @@ def test_image_to_image(torch_family: Folder, session_cache: Cache, family: str,
     agree(pipe(PROMPT, image=image, strength=strength, steps=6, guidance_scale=2.0, seed=11), theirs)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "use", "given", "steps"),
+    [
+        ("EulerDiscreteScheduler", "euler", {"sigmas": [9.0, 3.0, 1.0, 0.0]}, 3),
+        ("HeunDiscreteScheduler", "heun", {"timesteps": [900, 500, 100]}, 3),
+    ],
+)
+def test_levels_of_a_call(
+    torch_family: Folder, session_cache: Cache, scheduler: str, use: str, given: dict[str, Any], steps: int
+) -> None:
+    image = picture(32, 24)
+    call = {"image": image, "strength": 0.7, "guidance_scale": 2.0, **given}
+    theirs = reference("StableDiffusionXLImg2ImgPipeline", torch_family("xl"), scheduler)(
+        PROMPT, generator=generators(11)[0], **call
+    ).images
+    pipe = ovforge.Pipeline(
+        "image-to-image", source=torch_family("xl"), load=FULL, device=F32, cache=session_cache, scheduler=use
+    )
+    made = pipe(PROMPT, seed=11, **call)
+    agree(made, theirs)
+    said = made.provenance["inputs"]
+    assert said["steps"] == steps
+    agree(pipe(PROMPT, **{**call, "steps": steps, "seed": said["seed"]}), theirs)
+    for wrong, message in [
+        ({"steps": 7}, "7, and (sigmas|timesteps) make 3 steps"),
+        ({"sigmas": [1.0, 0.0], "timesteps": [3]}, "each says it all"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            pipe(PROMPT, **{**call, **wrong})
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize(
     ("family", "scheduler"),
@@ -148,6 +199,35 @@ def test_a_base_hands_over_to_a_refiner(torch_family: Folder, session_cache: Cac
         PROMPT, latents=first.latents, denoising_start=0.6, width=16, height=24, steps=10, seed=3
     )
     agree(second, theirs)
+
+
+def test_a_base_hands_what_it_painted_over_to_a_refiner(torch_family: Folder, session_cache: Cache) -> None:
+    """Whose mask leaves what the base left: without noise, at a level that has some, as diffusers hands it over."""
+    size, mask = {"width": 16, "height": 24}, hole(16, 24)
+    call = {"num_inference_steps": 10, "mask_image": mask, **size}
+    image = picture(16, 24)
+    base = reference("StableDiffusionXLInpaintPipeline", torch_family("xl"))
+    latents = base(
+        PROMPT, image=image, denoising_end=0.6, strength=1.0, output_type="latent", generator=generators(2)[0], **call
+    ).images
+    refiner = reference("StableDiffusionXLInpaintPipeline", torch_family("refiner"))
+    theirs = refiner(PROMPT, image=latents, denoising_start=0.6, generator=generators(3)[0], **call).images
+    inputs = {"mask": mask, "steps": 10, **size}
+    first = pipeline("inpainting", torch_family("xl"), session_cache)(
+        PROMPT, image=image, denoising_end=0.6, strength=1.0, seed=2, **inputs
+    )
+    np.testing.assert_allclose(first.latents, latents.numpy(), atol=2e-3)
+    pipe = pipeline("inpainting", torch_family("refiner"), session_cache)
+    inputs |= {"latents": first.latents, "denoising_start": 0.6, "seed": 3}
+    agree(pipe(PROMPT, **inputs), theirs)
+    for wrong, message in [
+        ({"latents": None}, "no picture to paint in"),
+        ({"paste": True}, "needs the picture"),
+        ({"strength": 0.5}, "given beside denoising_start"),
+        ({"image": image}, "an image stands at the end"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            pipe(PROMPT, **{**inputs, **wrong})
 
 
 def test_consistency_models_from_a_picture(torch_lcm: Path, session_cache: Cache) -> None:

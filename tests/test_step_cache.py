@@ -180,6 +180,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("family", "depth", "rule"), CASES, ids=str)
 def test_cached_steps_are_those_of_torch(
     folder: Folder, session_cache: Cache, family: str, depth: int, rule: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Graphs of tokenizer.json against the library tokenizers: every token of texts of all kinds."""
+"""Graphs of tokenizer.json against the library tokenizers, and of lower case against Python: texts of all kinds."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import base64
 import json
 import random
 import struct
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openvino import opset13 as ops
 
 from families import maker
-from ovforge.errors import ModelError
+from ovforge.errors import ModelError, PluginError
 from ovforge.model import core
+from ovforge_diffusion.single_graph import lower_case
 from ovforge_diffusion.single_graph.token_graph import token_graph
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
+pytest.importorskip("sentencepiece")
 
 FRAGMENTS = [
     "a", "<extra_id_3>", "</s>", "<pad>", "<unk>", "<|im_end|>", "<|im_start|>user\n", "<bos>", "<eos>", "İ", "ΑΣ", "ß",
@@ -141,3 +148,52 @@ def test_what_has_no_operations_is_refused(
     with pytest.raises(ModelError, match="tokenizer/tokenizer.json") as raised:
         token_graph({"tokenizer/tokenizer.json": data}, "tokenizer")
     assert message in str(raised.value)
+
+
+@cache
+def _lower_case() -> ov.CompiledModel:
+    text = ops.parameter([-1], ov.Type.string)
+    return core().compile_model(ov.Model([lower_case.lowered(text.output(0))], [text]), "CPU")
+
+
+def _lowered(texts: list[str]) -> list[str]:
+    """Return what the operations for lower case make of texts. numpy's strings end before zeros, where they end."""
+    return [str(made) for made in _lower_case()([ov.Tensor(np.array(texts))])[0]]
+
+
+def test_lower_case_of_every_letter_is_pythons() -> None:
+    """Alone, and where it decides which sigma it is; letters that are not cased, and zero, stay."""
+    letters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x110000))]
+    texts = [
+        " ".join(f"{each} A{each}Σ AΣ{each} AΣ{each}A {each}Σ" for each in letters[begin : begin + 512]) + "|"
+        for begin in range(0, len(letters), 512)
+    ]
+    assert _lowered(texts) == [text.lower().strip() for text in texts]
+
+
+def test_lower_case_of_texts_is_pythons() -> None:
+    cased = ["Σ", "ΑΣ", "İ", "ǅ", "\u0345", "\u00ad", ".", "ʰ", "\x1c", "\u180e", "Ⅷ"]
+    rng = random.Random(0)
+    mixed = ["".join(rng.choices([*FRAGMENTS, *cased], k=rng.randint(0, 12))) for _ in range(2000)]
+    # Long runs of what is skipped, and of blanks: the time must not grow with their square.
+    long = [f"  A{'.' * 200_000}Σ{' ' * 200_000}b ", "AΣ..." * 50_000, "Σ" * 200_000, " " * 200_000]
+    for texts in ([text.rstrip("\0") for text in [*_texts("lower"), *mixed, ""]], long):
+        assert _lowered(texts) == [text.lower().strip().rstrip("\0") for text in texts]
+
+
+@given(st.lists(st.text() | st.text(st.sampled_from("AΣaς.'\u0345\u0301 \u2003İ1")), min_size=1))
+@settings(max_examples=60)
+def test_lower_case_of_any_text_is_pythons(texts: list[str]) -> None:
+    texts = [text.rstrip("\0") for text in texts]
+    assert _lowered(texts) == [text.lower().strip().rstrip("\0") for text in texts]
+
+
+def test_lower_case_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, rules = lower_case._compiled, lower_case._checked_rules.__wrapped__
+    monkeypatch.setattr(lower_case, "_compiled", lambda letters: compiled({**letters, "Ω": "w"}))
+    with pytest.raises(ModelError, match=r"operations make 'w' of '\\u03a9', and Python makes '\\u03c9'"):
+        rules()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(PluginError, match=r"pip install 'ovforge-diffusion\[single-graph\]'"):
+        rules()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from families import agree, maker, said_of_call, seeded
+import ovforge
+from families import agree, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
 from ovforge.errors import InputError, ModelError
@@ -36,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(source: Path, task: str, prompt: Any, *, steps: int, seeds: list[int], **call: Any) -> list[Image.Image]:
-    pipe = getattr(diffusers, PIPELINES[task]).from_pretrained(source)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = original(PIPELINES[task], source)
     made: list[Image.Image] = pipe(prompt, **call, num_inference_steps=steps, generator=seeded(seeds)).images
     return made
 
@@ -47,6 +47,26 @@ def test_text_to_image(folder: Path, session_cache: Cache, width: int, height: i
     call = {"width": width, "height": height, "guidance_scale": guidance}
     wanted = theirs(folder, "text-to-image", PROMPT, steps=4, seeds=[3], **call)
     agree(ours(folder, session_cache)(PROMPT, steps=4, seed=3, **call), wanted)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cfg_normalization": 0.6}, {"cfg_truncation": 0.3}, {"cfg_normalization": 1.0, "cfg_truncation": 0.6}]
+)
+def test_how_guidance_acts(folder: Path, session_cache: Cache, options: dict[str, float]) -> None:
+    """No further than some times the norm, and until a picture has a share of itself: in whole runs, and from there."""
+    image, mask = (Image.new(mode, (24, 16), colour) for mode, colour in (("RGB", "teal"), ("L", "white")))
+    mask.paste(0, (0, 0, 12, 16))
+    call: dict[str, Any] = {"guidance_scale": 4.0, "width": 24, "height": 16, **options}
+    wanted = theirs(folder, "text-to-image", PROMPT, steps=5, seeds=[3], **call)
+    pipe = ours(folder, session_cache)
+    agree(pipe(PROMPT, steps=5, seed=3, **call), wanted)
+    with pytest.raises(AssertionError):
+        agree(pipe(PROMPT, steps=5, seed=3, **{**call, **dict.fromkeys(options)}), wanted)
+    call |= {"image": image, "strength": 0.7}
+    wanted = theirs(folder, "inpainting", PROMPT, steps=5, seeds=[3], mask_image=mask, **call)
+    agree(ours(folder, session_cache, "inpainting")(PROMPT, steps=5, seed=3, mask=mask, **call), wanted)
+    with pytest.raises(InputError, match="no effect without guidance"):
+        pipe(PROMPT, steps=1, guidance_scale=0.0, **options)
 
 
 @pytest.mark.parametrize("guidance", ["joint", "split"])
@@ -120,7 +140,8 @@ def test_what_cannot_be_is_said(folder: Path, session_cache: Cache, tmp_path: Pa
         with pytest.raises(InputError) as raised:
             pipe(PROMPT, steps=1, **inputs)
         assert message in str(raised.value)
-    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    copy = tmp_path / "converted"
+    ovforge.open_model(folder, cache=session_cache, options={"weights": "f32"}).save(copy)
     path = copy / "tokenizer/chat_template.jinja"
     for template, message in (
         ("{{ messages[0].content.__class__.__mro__ }}", "cannot be applied: access to attribute '__class__'"),
@@ -133,4 +154,4 @@ def test_what_cannot_be_is_said(folder: Path, session_cache: Cache, tmp_path: Pa
         else:
             path.write_text(template)
         with pytest.raises(ModelError, match=message):
-            ours(copy, session_cache)(PROMPT, steps=1, width=16, height=16)
+            ovforge.Pipeline("text-to-image", source=copy, cache=session_cache)(PROMPT, steps=1, width=16, height=16)

@@ -10,6 +10,13 @@ from typing import Any
 
 import pytest
 
+import ovforge
+from conftest import session_cache
+from ovforge.model.bundle import ModelBundle
+from ovforge.store.cache import Cache
+
+__all__ = ["session_cache"]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = ["unicorn", "pink", "beautiful", "photo", "background", "the", "and", "cat", "blue", "8k", "café", "!!!"]
@@ -113,6 +120,12 @@ def converted(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("openvino") / "pipeline"
     DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(pipeline)).save(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def opened(session_cache: Cache) -> Callable[[Path], ModelBundle]:
+    """Return a function that opens a folder with f32 weights: what other tests of the run have converted, as they did."""
+    return lambda folder: ovforge.open_model(folder, cache=session_cache, options={"weights": "f32"})
 
 
 @pytest.fixture

@@ -99,14 +99,44 @@ def t5_llama(state: Mapping[str, Any]) -> Tensors:
     return renamed({n: t for n, t in state.items() if n != "encoder.embed_tokens.weight"}, rename)
 
 
-def qwen3_llama(state: Mapping[str, Any]) -> Tensors:
+def qwen_llama(state: Mapping[str, Any]) -> Tensors:
+    """Return llama.cpp's names of Qwen3, and of the half of Qwen2.5-VL that reads."""
+
     def rename(name: str) -> str:
-        name = name.removeprefix("model.")
-        if m := re.match(r"layers\.(\d+)\.(.+)\.weight", name):
-            return f"blk.{m[1]}.{QWEN3[m[2]]}.weight"
-        return {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}[name]
+        name = name.removeprefix("model.").removeprefix("language_model.")
+        if m := re.match(r"layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            return f"blk.{m[1]}.{QWEN3[m[2]]}.{m[3]}"
+        return {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
+                "lm_head.weight": "output.weight"}[name]  # fmt: skip
 
     return renamed(state, rename)
+
+
+SIGHT = {"norm1": "ln1", "norm2": "ln2", "attn.proj": "attn_out", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down"}  # fmt: skip
+
+
+def qwen_mmproj(state: Mapping[str, Any], *, turned: bool) -> Tensors:
+    """Return llama.cpp's names of what sees pictures for Qwen2.5-VL; old files have up and down the other way round."""
+    made: Tensors = {}
+    for name, tensor in state.items():
+        if name == "patch_embed.proj.weight":
+            made |= {"v.patch_embd.weight": tensor[:, :, 0], "v.patch_embd.weight.1": tensor[:, :, 1]}
+        elif name.startswith("merger."):
+            made[name.replace("merger.mlp", "mm").replace("merger.ln_q", "v.post_ln")] = tensor
+        else:
+            m = re.match(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+            assert m, name
+            if m[2] == "attn.qkv":
+                made |= {
+                    f"v.blk.{m[1]}.attn_{each}.{m[3]}": part for each, part in zip("qkv", tensor.chunk(3), strict=True)
+                }
+                continue
+            inside = SIGHT[m[2]]
+            if turned:
+                inside = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(inside, inside)
+            made[f"v.blk.{m[1]}.{inside}.{m[3]}"] = tensor
+    return {name: tensor.clone().contiguous() for name, tensor in made.items()}
 
 
 # -- transformers --------------------------------------------------------------------------------------------------------

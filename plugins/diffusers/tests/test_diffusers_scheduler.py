@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovforge.contracts import FlowRun, FlowScheduler
+from ovforge.contracts import FlowRun, FlowScheduler, GivenScheduler
 from ovforge.errors import InputError, OvforgeError
 
 torch = pytest.importorskip("torch")
@@ -157,8 +157,26 @@ def test_a_flow_equals_a_native_one(name: str, config: dict[str, Any], strength:
 
 def test_a_flow_says_what_its_class_cannot_take() -> None:
     scheduler = DiffusersScheduler(SchedulerOptions(class_name="FlowMatchHeunDiscreteScheduler"), {})
-    with pytest.raises(InputError, match="takes none"):
+    with pytest.raises(InputError, match="Heun.* takes no sigmas"):
         scheduler.start_flow(2, FlowRun(sigmas=[1.0, 0.5]))
+
+
+def test_levels_of_a_call_are_those_of_the_class() -> None:
+    """Its arguments are given what a call gives; of two calls a step, all count for the strength."""
+    for name, given, first in [
+        ("EulerDiscreteScheduler", {"sigmas": [9.0, 3.0, 0.5, 0.0]}, 1),
+        ("HeunDiscreteScheduler", {"timesteps": [900, 500, 100]}, 4),
+    ]:
+        native = getattr(diffusers, name).from_config(SD)
+        native.set_timesteps(**given)
+        scheduler = DiffusersScheduler(SchedulerOptions(class_name=name), SD)
+        assert isinstance(scheduler, GivenScheduler)
+        sampling = scheduler.start_given(0.7, **given)
+        assert sampling.first == first
+        np.testing.assert_array_equal(sampling.timesteps, native.timesteps.numpy())
+        np.testing.assert_array_equal(sampling._scheduler.sigmas, native.sigmas)
+    with pytest.raises(InputError, match="DDIMScheduler takes no timesteps"):
+        DiffusersScheduler(SchedulerOptions(class_name="DDIMScheduler"), SD).start_given(timesteps=[500])
 
 
 def test_noise_is_of_the_step_asked_for() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from ovforge.model.sources import FileSource
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -18,8 +17,6 @@ transformers = pytest.importorskip("transformers")
 ov = pytest.importorskip("openvino")
 pytest.importorskip("tokenizers")
 
-from ovforge_diffusers.loader import DiffusersLoader  # noqa: E402
-from ovforge_diffusers.options import LoaderOptions  # noqa: E402
 
 CHANNELS, WIDTH, WINDOW = 16, 24, 16
 SMALL: dict[str, Any] = {
@@ -71,8 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path) -> Any:
-    return DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder))
+def bundle(folder: Path, opened: Callable[[Path], Any]) -> Any:
+    return opened(folder)
 
 
 def run(model: Any, inputs: dict[str, np.ndarray], name: str) -> np.ndarray:

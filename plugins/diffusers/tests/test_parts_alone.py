@@ -156,6 +156,6 @@ def test_what_is_wrong_with_a_lone_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="class_embed_type"):
         _ = open_folder(tmp_path).models["controlnet"]
     loader = DiffusersLoader(LoaderOptions())
-    for text in (json.dumps({**config, "_class_name": "SD3ControlNetModel"}), "{", "[]"):
+    for text in (json.dumps({**config, "_class_name": "ControlNetUnionModel"}), "{", "[]"):
         (tmp_path / "config.json").write_text(text)
         assert loader.can_load(FileSource(tmp_path)) is Match.NO

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path) -> Any:
-    return DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder))
+def bundle(folder: Path, opened: Callable[[Path], Any]) -> Any:
+    return opened(folder)
 
 
 def run(model: Any, inputs: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -167,6 +168,20 @@ def test_sizes_are_multiples_of_the_autoencoders_factor(folder: Path) -> None:
     wrong = DiffusersLoader(LoaderOptions(weights="f32", height=7, width=8)).load(FileSource(folder))
     with pytest.raises(ConfigError, match="7 is not a multiple of 2"):
         wrong.models["transformer"]
+
+
+def test_its_transformer_in_one_file_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    own = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    original = ("blocks.0.mlp.inverted_conv.conv.weight", "blocks.0.cross_attn.kv_linear.weight")
+    for tensors in (own, dict.fromkeys(original, torch.zeros(1))):
+        path = tmp_path / "sana.safetensors"
+        save_file({name: value.clone() for name, value in tensors.items()}, path)
+        with pytest.raises(
+            ModelError, match="it holds a SanaTransformer2DModel, which is read from a diffusers folder"
+        ):
+            DiffusersLoader(LoaderOptions()).load(FileSource(path))
 
 
 def test_places_in_tokens_are_refused(folder: Path, tmp_path: Path) -> None:

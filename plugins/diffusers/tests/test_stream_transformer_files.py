@@ -140,6 +140,7 @@ def test_names_are_those_of_diffusers_own_conversion(kind: str) -> None:
         np.testing.assert_array_equal(out, tensor.numpy(), err_msg=name)
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:.*does not say whether it is distilled")
 @KINDS
 def test_a_file_gives_what_its_folder_gives(tmp_path: Path, kind: str) -> None:

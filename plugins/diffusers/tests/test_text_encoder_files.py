@@ -415,7 +415,7 @@ def test_qwen3_as_gguf_with_its_tokenizer_and_template(tmp_path: Path) -> None:
 
     module = qwen3(vocab_size=words + 3, hidden_size=32, rope_parameters={"rope_type": "default", "rope_theta": 5e6})
     state = module.state_dict()
-    held = write(tmp_path / "qwen.gguf", "qwen3", NAMES.qwen3_llama(state), tell)
+    held = write(tmp_path / "qwen.gguf", "qwen3", NAMES.qwen_llama(state), tell)
     bundle = load(tmp_path / "qwen.gguf")
     assert bundle.configs["text_encoder"]["rope_parameters"]["rope_theta"] == 5e6
     ours = tokenizers.Tokenizer.from_str(bundle.assets["tokenizer/tokenizer.json"].decode())
@@ -429,6 +429,68 @@ def test_qwen3_as_gguf_with_its_tokenizer_and_template(tmp_path: Path) -> None:
         wanted = module(torch.from_numpy(ids), torch.from_numpy(mask), output_hidden_states=True).hidden_states[-2]
     made = run(bundle.models["text_encoder"], input_ids=ids, attention_mask=mask)["hidden_states.3"]
     close(made[mask > 0], wanted[torch.from_numpy(mask > 0)])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_qwen2_5_vl_as_two_gguf_files_gives_what_its_folder_gives(tmp_path: Path, turned: bool) -> None:
+    """What reads in one file, what sees in another (mmproj), as llama.cpp keeps them."""
+    module = qwen2_5_vl(rope_parameters={"rope_theta": 5e6, "rope_type": "default", "mrope_section": [16, 24, 24]})
+    words = [f"word{number}" for number in range(WORDS)]
+    words[33] = "<|image_pad|>"
+
+    def reads(writer: Any) -> None:
+        writer.add_rope_freq_base(5e6)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(words)
+
+    def sees(writer: Any) -> None:
+        writer.add_string("clip.projector_type", "qwen2.5vl_merger")
+
+    state = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("model.visual.")}
+    held = write(tmp_path / "qwen.gguf", "qwen2vl", NAMES.qwen_llama(state), reads)
+    seen = module.model.visual.state_dict()
+    held |= write(tmp_path / "mmproj.gguf", "clip", NAMES.qwen_mmproj(seen, turned=turned), sees)
+    values = {name: held[new] for name, new in zip(state, NAMES.qwen_llama(state), strict=True)}
+    for name, tensor in seen.items():
+        parts = [held[new] for new in NAMES.qwen_mmproj({name: tensor}, turned=turned)]
+        values[f"model.visual.{name}"] = torch.stack(parts, 2) if tensor.ndim == 5 else torch.cat(parts)
+    module.load_state_dict(values)
+    module.save_pretrained(tmp_path / "folder")
+    random = np.random.default_rng(0)
+    inputs = {
+        "text_encoder": {
+            "input_ids": np.where(IDS == 40, 33, IDS), "attention_mask": MASK, "position_ids": random.integers(0, 5, (3, 2, 5)),
+            "visual_states": random.standard_normal((2, 5, 256)).astype(np.float32),
+        },
+        "vision_encoder": {
+            "pixel_values": random.standard_normal((2, 64, 1176)).astype(np.float32), "attention_mask": np.ones((2, 64), np.int64),
+            "position_ids": random.integers(0, 8, (2, 64, 2)),
+        },
+    }  # fmt: skip
+    folder = load(tmp_path / "folder")
+    for role, file in (("text_encoder", "qwen.gguf"), ("vision_encoder", "mmproj.gguf")):
+        bundle = load(tmp_path / file)
+        assert list(bundle.models) == [role]
+        if role == "text_encoder":
+            assert bundle.configs[role]["image_token_id"] == 33
+            inputs[role]["input_ids"] = np.where(inputs[role]["input_ids"] == 33, 32, inputs[role]["input_ids"])
+        made = run(bundle.models[role], **inputs[role])["last_hidden_state"]
+        np.testing.assert_allclose(made, run(folder.models[role], **inputs[role])["last_hidden_state"], atol=1e-4)
+
+
+def test_gguf_files_of_others_that_look_like_qwen2_5_vl_are_refused(tmp_path: Path) -> None:
+    module = qwen2_5_vl()
+    state = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("model.visual.")}
+    write(tmp_path / "qwen2.gguf", "qwen2", NAMES.qwen_llama(state), lambda writer: None)
+    with pytest.raises(ModelError, match="it is a qwen2, which only reads"):
+        load(tmp_path / "qwen2.gguf")
+    seen = NAMES.qwen_mmproj(module.model.visual.state_dict(), turned=False)
+    write(
+        tmp_path / "other.gguf", "clip", seen, lambda writer: writer.add_string("clip.projector_type", "qwen3vl_merger")
+    )
+    with pytest.raises(ModelError, match="of the kind qwen3vl_merger"):
+        load(tmp_path / "other.gguf")
 
 
 def test_a_tokenizer_of_another_scheme_is_left_alone(tmp_path: Path) -> None:

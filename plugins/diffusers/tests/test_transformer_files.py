@@ -385,7 +385,7 @@ def test_a_file_that_lies_is_an_error(tmp_path: Path, message: str) -> None:
         DiffusersLoader(LoaderOptions()).load(FileSource(tmp_path / "x.gguf"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 90), st.binary(min_size=1, max_size=9))
 def test_damaged_headers_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, place: int, noise: bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path) -> Any:
-    return DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder))
+def bundle(folder: Path, opened: Callable[[Path], Any]) -> Any:
+    return opened(folder)
 
 
 def run(model: Any, inputs: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures import architecture_of
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.guidance import Guidance, SkipLayers
+from ovforge_diffusion.residuals import block_residuals, residual_shapes
+from ovforge_diffusion.scale import Scale
 
 VAE = {"latent_channels": 16, "block_out_channels": (8, 16, 16, 16), "scaling_factor": 1.5305, "shift_factor": 0.0609}
 
@@ -65,7 +69,7 @@ def test_a_model_is_known_by_its_configs() -> None:
     [
         ({"_class_name": "OtherModel"}, {}, "'OtherModel' is not one that this task knows"),
         ({}, {}, "None is not one that this task knows"),
-        ({**FLUX, "in_channels": 128}, {}, "128 input channels"),
+        ({**FLUX, "in_channels": 160}, {}, "160 input channels"),
         ({**SD3, "in_channels": 17}, {}, "17 input channels"),
         ({**QWEN, "in_channels": 16}, {}, "16 input channels"),
         ({**FLUX, "in_channels": "many"}, {}, "cannot be used"),
@@ -92,7 +96,7 @@ def test_a_text_encoder_of_too_few_layers_is_said() -> None:
         flux2(2)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(pictures=st.integers(1, 3), height=st.integers(1, 6), width=st.integers(1, 6))
 def test_packed_latents_are_tokens_of_two_by_two(pictures: int, height: int, width: int) -> None:
     flux = opened(FLUX)
@@ -122,3 +126,30 @@ def test_skipped_layers_count_in_a_part_of_the_steps() -> None:
     halves = {number: np.full((1, 2), value, np.float32) for number, value in enumerate((1.0, 3.0, 2.5))}
     np.testing.assert_allclose(guidance.combine(halves), 1 + 4 * 2 + (3 - 2.5) * 2)
     np.testing.assert_allclose(guidance.combine({0: halves[0], 1: halves[1]}), 1 + 4 * 2)
+
+
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        ({"scaling_factor": 0}, "scaling_factor = 0 is not a number above 0"),
+        ({"scaling_factor": "x"}, "scaling_factor = 'x' is not a number above 0"),
+        ({"scaling_factor": 10**400}, "is not a number above 0"),
+        ({"shift_factor": math.nan}, "shift_factor = nan is not a number"),
+        ({"latents_std": [1.0, 0.0]}, "latents_std = 0.0 is not a number above 0"),
+        ({"bn_running_mean_data": [0.0], "bn_running_var_data": [-1.0]}, "bn_running_var_data = -1.0 is not"),
+    ],
+)
+def test_a_scale_of_latents_that_is_none(vae: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)):
+        Scale.of({**VAE, **vae})
+
+
+def test_configs_with_absurd_numbers_of_layers() -> None:
+    """They are refused before anything is counted up to them."""
+    net = {"_class_name": "SD3ControlNetModel", "num_layers": 2}
+    assert len(block_residuals(net, {**SD3, "num_layers": 4})) == 3
+    for layers in (10**12, -1, "four"):
+        with pytest.raises(ModelError, match="num_layers = .*is counted in blocks"):
+            block_residuals(net, {**SD3, "num_layers": layers})
+        with pytest.raises(ModelError, match="layers_per_block = .* are not numbers of layers"):
+            residual_shapes({"block_out_channels": [8, 8], "layers_per_block": layers}, (1, 4, 8, 8))

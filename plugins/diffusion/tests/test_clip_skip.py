@@ -207,6 +207,11 @@ def test_what_cannot_be_left_out_is_said() -> None:
     other.models["text_encoder"] = encoder(layers=0)
     with pytest.raises(ModelError, match="cannot be told apart"):
         ClipSkip(ClipSkipOptions(layers=1)).apply(other)
+    for kind in ("FluxTransformer2DModel", "Lumina2Transformer2DModel", "SanaTransformer2DModel"):
+        beside = bundle()
+        beside.configs["transformer"] = {"_class_name": kind}
+        with pytest.raises(ModelError, match=f"a {kind} takes no states of CLIP's layers"):
+            ClipSkip(ClipSkipOptions(layers=1)).apply(beside)
     xl = bundle()
     xl.configs["unet"] = {"addition_embed_type": "text_time"}
     with pytest.raises(ModelError, match=r"hidden_states\.N"):

@@ -79,7 +79,7 @@ def types(model: Any) -> list[str]:
     return [node.get_type_name() for node in model.get_ordered_ops()]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     inside=st.integers(1, 20),
     outside=st.integers(1, 20),

@@ -7,6 +7,8 @@ from typing import Any
 
 from ovforge_diffusers import infer
 from ovforge_diffusers.header import Part, Shapes
+from ovforge_diffusers.ltx_files import ltx_autoencoder_config, ltx_autoencoder_names
+from ovforge_diffusers.ltx_vae import CLASS as LTX_VAE
 from ovforge_diffusers.naming import original_name, to_diffusers, wan_names
 
 __all__ = ["autoencoder_config", "autoencoder_names", "autoencoder_weights"]
@@ -19,6 +21,11 @@ def autoencoder_config(part: Part, shapes: Shapes, latents: tuple[float, float] 
     without them, both are None in its config, and who reads it must know the transformer's family.
     """
     own = part.strip(shapes)
+    if part.kind == LTX_VAE:
+        ours = part.naming == "diffusers"
+        return ltx_autoencoder_config(
+            own if ours else {new: own[old] for old, new in ltx_autoencoder_names(own).items()}
+        )
     if part.kind == "AutoencoderKLQwenImage":
         return _qwenimage(own if part.naming == "diffusers" else _renamed(own))
     config = infer.vae_config(part, shapes, scaling_factor=None, size=1024)
@@ -65,10 +72,15 @@ def autoencoder_names(part: Part, shapes: Shapes, config: dict[str, Any]) -> dic
     names = {part.prefix + name: name for name in part.strip(shapes)}
     if part.naming == "diffusers":
         return names
+    if part.kind == LTX_VAE:
+        given = ltx_autoencoder_names(names.values())
+        return {stored: given[name] for stored, name in names.items() if name in given}
     known = {stored: original_name(part, name, config) for stored, name in names.items()}
     return {stored: name for stored, name in known.items() if name is not None}
 
 
 def autoencoder_weights(part: Part, tensors: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return tensors by diffusers' names. Raises ModelError for those that have no place there."""
-    return dict(tensors) if part.naming == "diffusers" else to_diffusers(part, dict(tensors), config)
+    if part.naming == "diffusers" or part.kind == LTX_VAE:
+        return dict(tensors)
+    return to_diffusers(part, dict(tensors), config)

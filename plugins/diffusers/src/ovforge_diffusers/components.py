@@ -44,6 +44,9 @@ class _Form:
     others: tuple[str, ...] = ()
 
 
+_CONTROL = "controlnet_blocks.0.weight"
+"""What the ControlNets of all transformers have."""
+
 _TRANSFORMERS: tuple[tuple[_Form, tuple[str, ...]], ...] = (
     (
         _Form(
@@ -66,6 +69,7 @@ _TRANSFORMERS: tuple[tuple[_Form, tuple[str, ...]], ...] = (
             "FluxTransformer2DModel",
             "original",
             ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight", "img_in.weight", "txt_in.weight"),
+            (_CONTROL,),
         ),
         (_MODEL, ""),
     ),
@@ -74,6 +78,7 @@ _TRANSFORMERS: tuple[tuple[_Form, tuple[str, ...]], ...] = (
             "FluxTransformer2DModel",
             "diffusers",
             ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight"),
+            (_CONTROL,),
         ),
         ("", "transformer."),
     ),
@@ -134,8 +139,68 @@ _TRANSFORMERS: tuple[tuple[_Form, tuple[str, ...]], ...] = (
         ),
         (_MODEL, "", "transformer."),
     ),
+    (
+        _Form(
+            "LTXVideoTransformer3DModel",
+            "original",
+            ("patchify_proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn1.q_norm.weight"),
+            ("audio_patchify_proj.weight",),
+        ),
+        (_MODEL, ""),
+    ),
+    (
+        _Form(
+            "LTXVideoTransformer3DModel",
+            "diffusers",
+            ("proj_in.weight", "time_embed.linear.weight", "transformer_blocks.0.attn1.norm_q.weight"),
+            ("audio_proj_in.weight",),
+        ),
+        (_MODEL, "", "transformer."),
+    ),
+    *(
+        (form, (_MODEL, "", "transformer."))
+        for form in (
+            _Form(
+                "SanaTransformer2DModel",
+                "original",
+                ("blocks.0.mlp.inverted_conv.conv.weight", "blocks.0.cross_attn.kv_linear.weight"),
+                ("blocks.0.mlp.t_conv.weight",),
+            ),
+            _Form(
+                "SanaTransformer2DModel",
+                "diffusers",
+                ("transformer_blocks.0.ff.conv_inverted.weight", "patch_embed.proj.weight"),
+                (_CONTROL, "transformer_blocks.0.ff.conv_temp.weight"),
+            ),
+            _Form(
+                "PixArtTransformer2DModel",
+                "original",
+                ("blocks.0.mlp.fc1.weight", "blocks.0.cross_attn.kv_linear.weight", "y_embedder.y_embedding"),
+                ("blocks.0.attn_temp.qkv.weight",),
+            ),
+            _Form(
+                "PixArtTransformer2DModel",
+                "diffusers",
+                ("adaln_single.linear.weight", "pos_embed.proj.weight", "transformer_blocks.0.attn2.to_k.weight"),
+                (_CONTROL,),
+            ),
+        )
+    ),
 )
-"""Forms of transformers, and the prefixes that they may have."""
+"""Forms of transformers, and the prefixes that they may have. The last four are refused by their names."""
+
+_CONTROLNETS = (
+    _Form("SD3ControlNetModel", "diffusers", (_CONTROL, "pos_embed_input.proj.weight")),
+    _Form("FluxControlNetModel", "diffusers", (_CONTROL, "controlnet_x_embedder.weight", "x_embedder.weight")),
+    _Form("QwenImageControlNetModel", "diffusers", (_CONTROL, "controlnet_x_embedder.weight", "img_in.weight")),
+    _Form(
+        "ZImageControlNetModel",
+        "diffusers",
+        ("control_all_x_embedder.2-1.weight", "control_layers.0.after_proj.weight"),
+    ),
+    _Form("ControlNet", "original", (_CONTROL,)),
+)
+"""The last one is any other's, to be refused by its name."""
 
 _AUTOENCODERS = (
     _Form(
@@ -175,7 +240,30 @@ _AUTOENCODERS = (
         "diffusers",
         ("encoder.down_blocks.0.norm1.gamma", "decoder.mid_block.resnets.0.norm1.gamma", "post_quant_conv.weight"),
     ),
+    _Form(
+        "AutoencoderKLLTXVideo",
+        "original",
+        ("encoder.down_blocks.0.res_blocks.0.conv1.conv.weight", "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",
+         "per_channel_statistics.std-of-means"),
+    ),
+    _Form(
+        "AutoencoderKLLTXVideo",
+        "diffusers",
+        ("encoder.down_blocks.0.resnets.0.conv1.conv.weight", "decoder.mid_block.resnets.0.conv1.conv.weight",
+         "latents_std"),
+    ),
 )  # fmt: skip
+
+_UPSAMPLER = _Form(
+    "LTXLatentUpsamplerModel",
+    "diffusers",
+    (
+        "initial_conv.weight",
+        "res_blocks.0.conv1.weight",
+        "upsampler.0.weight",
+        "post_upsample_res_blocks.0.conv1.weight",
+    ),
+)
 
 _CLIP_MARKS = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight",
                "encoder.layers.0.mlp.fc1.weight", "final_layer_norm.weight")  # fmt: skip
@@ -246,6 +334,17 @@ _TEXTS = (
         )
         for text, vision in (("model.", "visual."), ("model.language_model.", "model.visual."))
     ),
+    _Form(
+        "Qwen2_5_VLForConditionalGeneration",
+        "llama.cpp",
+        ("token_embd.weight", "blk.0.attn_k.bias", "blk.0.ffn_gate.weight", "output_norm.weight"),
+        ("blk.0.attn_q_norm.weight",),
+    ),
+    _Form(
+        "Qwen2_5_VLForConditionalGeneration",
+        "mmproj",
+        ("v.patch_embd.weight", "v.patch_embd.weight.1", "v.blk.0.ffn_gate.weight", "v.post_ln.weight", "mm.0.weight"),
+    ),
 )
 """Of CLIP and T5, of language models, each as it is stored alone, and with its level `model.` or without."""
 
@@ -265,7 +364,7 @@ def read_contents(source: Source, path: str) -> Contents:
 
 
 def find_components(shapes: Shapes) -> dict[str, Part]:
-    """Return the models of a file: "transformer", "vae", and text encoders by the prefix of their names.
+    """Return the models of a file: "transformer", "vae", "controlnet", "latent_upsampler", and text encoders by prefix.
 
     {} for anything else, and for an adapter. An autoencoder of four channels is one of Stable Diffusion's older
     families: `header.find_parts` knows it.
@@ -277,10 +376,15 @@ def find_components(shapes: Shapes) -> dict[str, Part]:
         for prefix in prefixes:
             if "transformer" not in found and _fits(form, prefix, shapes):
                 found["transformer"] = Part(form.kind, prefix, form.naming)
+    for form in _CONTROLNETS:
+        if "controlnet" not in found and _fits(form, "", shapes):
+            found["controlnet"] = Part(form.kind, "", form.naming)
     for form in _AUTOENCODERS:
         for prefix in (*_BESIDE_TRANSFORMER, ""):
             if "vae" not in found and _fits(form, prefix, shapes) and _known_latents(form, prefix, shapes):
                 found["vae"] = Part(form.kind, prefix, form.naming)
+    if _fits(_UPSAMPLER, "", shapes):
+        found["latent_upsampler"] = Part(_UPSAMPLER.kind, "", _UPSAMPLER.naming)
     for prefix in _text_prefixes(shapes):
         for form in _TEXTS:
             if prefix not in found and _fits(form, prefix, shapes):

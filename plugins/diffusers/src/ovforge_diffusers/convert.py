@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "quiet", "without_initial_weights"]
 
-_FREQUENCIES = ("time_proj", "pos_embed", "rotary_emb", "rotary_pos_emb", "rope_embedder", "t_embedder")
+_FREQUENCIES = ("rope", "time_proj", "pos_embed", "rotary_emb", "rotary_pos_emb", "rope_embedder", "t_embedder")
 _TAKES_FREQUENCY = re.compile(rf"__module\.(?:.+\.)?(?:{'|'.join(_FREQUENCIES)})/")
+_ONE = threading.Lock()
+"""Held while a module is traced: forms that replace diffusers' own in the meantime, and warnings, are the process's."""
+
 _DRAWS = frozenset({"uniform_", "normal_", "trunc_normal_", "exponential_"})
+
+_CALLS = 200_000
+"""Calls of torch while a module is made. Those with the most layers take some ten thousand."""
 
 
 @contextlib.contextmanager
@@ -27,15 +34,21 @@ def without_initial_weights() -> Iterator[None]:
     """Leave the parameters of modules made inside uninitialised, in this thread.
 
     Filling a large UNet with random numbers takes longer than converting it, and makes its memory real. Buffers
-    that are computed (CLIP's position ids) stay as they should be.
+    that are computed (CLIP's position ids) stay as they should be. Raises ValueError if a config asks for more
+    layers than any model has, which would go on for hours.
     """
     overrides = need("torch.overrides", "converting a diffusers folder")
 
     class SkipDraws(overrides.TorchFunctionMode):  # type: ignore[misc, name-defined]
+        calls = 0
+
         def __torch_function__(
             self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             kwargs = kwargs or {}
+            self.calls += 1
+            if self.calls > _CALLS:
+                raise ValueError("it asks for more layers than any model has")
             initial = getattr(function, "__module__", None) == "torch.nn.init"
             if initial or getattr(function, "__name__", "") in _DRAWS:
                 return args[0] if args else kwargs["tensor"]
@@ -74,7 +87,7 @@ def convert(
     module that cannot be traced.
     """
     try:
-        with quiet():
+        with _ONE, quiet():
             model = conversion.convert_module(
                 role,
                 module,

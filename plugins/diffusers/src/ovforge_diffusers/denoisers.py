@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ovforge_convert import Port
+from ovforge_diffusers.ltx import ltx
 from ovforge_diffusers.lumina2 import lumina2
 from ovforge_diffusers.pixart import pixart
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
@@ -65,11 +66,7 @@ def _flux(module: Any, latent: Sizes) -> Submodel:
 
     Rows are those of a batch: guidance is an input, or true guidance calls twice.
     """
-    config = module.config
-    rows, width, pooled = latent.batch, config.joint_attention_dim, config.pooled_projection_dim
-    channels, axes = config.in_channels, len(config.axes_dims_rope)
-    packed = latent.height and latent.width and (latent.height // 2) * (latent.width // 2)
-    tokens = FLUX_TOKENS if rows and packed else None
+    inputs = flux_inputs(module.config, latent)
     run = type(module).forward
 
     def forward(
@@ -95,7 +92,18 @@ def _flux(module: Any, latent: Sizes) -> Submodel:
             )
         return result
 
-    inputs = [
+    if module.config.guidance_embeds:
+        inputs.append(Port("guidance", (latent.batch,), (2,)))
+    return Submodel(forward, tuple(inputs), ("out_sample",), SCALE)
+
+
+def flux_inputs(config: Any, latent: Sizes) -> list[Port]:
+    """Return what FLUX.1's transformer and its ControlNets take alike; latents are packed to rows."""
+    rows, width, pooled = latent.batch, config.joint_attention_dim, config.pooled_projection_dim
+    channels, axes = config.in_channels, len(config.axes_dims_rope)
+    packed = latent.height and latent.width and (latent.height // 2) * (latent.width // 2)
+    tokens = FLUX_TOKENS if rows and packed else None
+    return [
         Port("hidden_states", (rows, packed, channels), (2, 12, channels)),
         Port("timestep", (rows,), (2,)),
         Port("encoder_hidden_states", (rows, tokens, width), (2, 7, width)),
@@ -103,9 +111,6 @@ def _flux(module: Any, latent: Sizes) -> Submodel:
         Port("txt_ids", (tokens, axes), (7, axes)),
         Port("img_ids", (packed, axes), (12, axes)),
     ]
-    if config.guidance_embeds:
-        inputs.append(Port("guidance", (rows,), (2,)))
-    return Submodel(forward, tuple(inputs), ("out_sample",), SCALE)
 
 
 def _flux2(module: Any, latent: Sizes) -> Submodel:
@@ -158,6 +163,7 @@ TRANSFORMERS: dict[str, Callable[[Any, Sizes], Submodel]] = {
     "PixArtTransformer2DModel": pixart,
     "Lumina2Transformer2DModel": lumina2,
     "QwenImageTransformer2DModel": qwenimage,
+    "LTXVideoTransformer3DModel": ltx,
 }
 """Class -> what describes it."""
 

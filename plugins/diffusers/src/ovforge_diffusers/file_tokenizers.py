@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from ovforge import open_file
 from ovforge.errors import ModelError
 from ovforge.model import Source
 from ovforge.store import parse_object
+from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.requirements import need
+from ovforge_diffusers.stored_file import StoredFile
 from ovforge_diffusers.tokenization import fits_kind
-from ovforge_diffusers.weights import read_weights
+from ovforge_diffusers.vocabulary import packaged_files
 
-__all__ = ["SENTENCEPIECE", "TOKENIZER_CLASSES", "folder_files", "gguf_files", "sentencepiece_files"]
+__all__ = ["SENTENCEPIECE", "TOKENIZER_CLASSES", "find_tokenizer"]
 
 TOKENIZER_CLASSES = {
     "CLIPTextModelWithProjection": "CLIPTokenizer",
@@ -50,7 +53,34 @@ _T5_FIRST = ["<pad>", "</s>", "<unk>"]
 _SENTINELS = 100
 
 
-def folder_files(component: str, kind: str, source: Source, *, top: bool) -> dict[str, bytes] | None:
+def find_tokenizer(
+    component: str, kind: str, config: Mapping[str, Any], file: StoredFile, options: LoaderOptions, *, alone: bool
+) -> dict[str, bytes] | None:
+    """Return the files of the tokenizer of class `kind` for the text encoder with a config; None if there is none.
+
+    It comes from the options, the file itself, a folder beside it, or an installed package. Raises ModelError if the
+    option `tokenizer` names a folder without it, and the text encoder is `alone`.
+    """
+    if given := options.tokenizer:
+        if files := _folder_files(component, kind, open_file(given), top=True):
+            return files
+        if alone:
+            raise ModelError(f"it holds no {kind}", where=f"load.tokenizer: {given}")
+    if kind == "GemmaTokenizer" and SENTENCEPIECE in file.shapes:
+        return _sentencepiece_files(component, file)
+    if files := _gguf_files(component, kind, file.metadata, file.source.name):
+        return files
+    if options.config and (files := _folder_files(component, kind, open_file(options.config), top=True)):
+        return files
+    if files := _folder_files(component, kind, file.source, top=False):
+        return files
+    if kind == "CLIPTokenizer":
+        pad = "!" if config["hidden_act"] == "gelu" else "<|endoftext|>"
+        return packaged_files(component, config["vocab_size"], config["max_position_embeddings"], pad)
+    return None
+
+
+def _folder_files(component: str, kind: str, source: Source, *, top: bool) -> dict[str, bytes] | None:
     """Return the files of the tokenizer of class `kind` in a source, below the folder `component`; None if none.
 
     It lies in a folder of that name, in another one of a tokenizer, or, with `top`, at the top. A folder fits by the
@@ -71,18 +101,19 @@ def folder_files(component: str, kind: str, source: Source, *, top: bool) -> dic
     return None
 
 
-def sentencepiece_files(component: str, source: Source, path: str, shape: tuple[int, ...]) -> dict[str, bytes]:
+def _sentencepiece_files(component: str, file: StoredFile) -> dict[str, bytes]:
     """Return the files of Gemma's tokenizer, by the SentencePiece model in a safetensors file.
 
     Raises ModelError if its tensor has another shape than some bytes have.
     """
+    shape = file.shapes[SENTENCEPIECE]
     if len(shape) != 1 or shape[0] > _SENTENCEPIECE_LIMIT:
         raise ModelError(
             f"{SENTENCEPIECE} has the shape {list(shape)}, and a list of bytes is needed",
-            where=source.name,
+            where=file.source.name,
             hint="The file may be damaged: fetch it again.",
         )
-    model = read_weights(source, [path], {SENTENCEPIECE: SENTENCEPIECE}.get)[SENTENCEPIECE].numpy().tobytes()
+    model = file.tensors({SENTENCEPIECE: SENTENCEPIECE})[SENTENCEPIECE].numpy().tobytes()
     config = {
         "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, "bos_token": "<bos>",
         "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
@@ -90,7 +121,7 @@ def sentencepiece_files(component: str, source: Source, path: str, shape: tuple[
     return {f"{component}/tokenizer.model": model, f"{component}/{_CONFIG}": _json(config)}
 
 
-def gguf_files(component: str, kind: str, metadata: Mapping[str, Any], where: str) -> dict[str, bytes] | None:
+def _gguf_files(component: str, kind: str, metadata: Mapping[str, Any], where: str) -> dict[str, bytes] | None:
     """Return the files of the tokenizer in a GGUF file's metadata; None if there is none, or none of class `kind`.
 
     Raises ModelError for one that is damaged.

@@ -32,6 +32,11 @@ LONE = {
         "text_encoder",
     ),
     "ControlNetModel": "controlnet",
+    "SD3ControlNetModel": "controlnet",
+    "FluxControlNetModel": "controlnet",
+    "QwenImageControlNetModel": "controlnet",
+    "SanaControlNetModel": "controlnet",
+    "ZImageControlNetModel": "controlnet",
     "UNet2DConditionModel": "unet",
     "SD3Transformer2DModel": "transformer",
     "FluxTransformer2DModel": "transformer",
@@ -41,14 +46,18 @@ LONE = {
     "PixArtTransformer2DModel": "transformer",
     "Lumina2Transformer2DModel": "transformer",
     "QwenImageTransformer2DModel": "transformer",
+    "LTXVideoTransformer3DModel": "transformer",
     "AutoencoderKL": "vae",
     "AutoencoderKLFlux2": "vae",
     "AutoencoderDC": "vae",
     "AutoencoderKLQwenImage": "vae",
+    "AutoencoderKLLTXVideo": "vae",
     "AutoencoderTiny": "vae",
+    "LTXLatentUpsamplerModel": "latent_upsampler",
 }
 """Classes of models that come in a folder of their own, and the components that they are."""
 
+_OLD = "Transformer2DModel"
 CONTROLNET = "ControlNetModel"
 SEVERAL = "MultiControlNetModel"
 ASSET_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja"})
@@ -89,8 +98,16 @@ class Folder:
         return self.name if self.alone else f"{self.name}: {component}"
 
     def config(self, component: str) -> dict[str, Any]:
-        """Return a component's config."""
-        config = read_json(self._source, self._path(component, "config.json"))
+        """Return a component's config. Raises ModelError if it is missing."""
+        path = self._path(component, "config.json")
+        if path not in self._source.files():
+            raise ModelError(
+                f"{path} is missing, and {INDEX} names the component",
+                where=self.name,
+                hint=f"{INCOMPLETE} If another model has it, name that one by [load.parts], and leave this one out by "
+                f"the loader's option skip = [{component!r}].",
+            )
+        config = read_json(self._source, path)
         return {key: value for key, value in config.items() if key not in PRIVATE}
 
     def optional(self, component: str, name: str) -> dict[str, Any]:
@@ -130,10 +147,8 @@ class Folder:
         return self._source.read(path) if path in self._source.files() else None
 
     def _renamed(self, component: str, kind: str) -> str:
-        """Return the class of a component: PixArt's transformers are published under the name of an older one."""
-        if kind == "Transformer2DModel" and self.config(component).get("norm_type") == "ada_norm_single":
-            return "PixArtTransformer2DModel"
-        return kind
+        """Return the class of a component."""
+        return _today(kind, self.optional(component, "config.json")) if kind == _OLD else kind
 
     def _weight_files(self, component: str) -> list[str]:
         return weight_files(self._source, "." if self.alone else component, self._variant)
@@ -156,7 +171,7 @@ def _lone(source: Source) -> dict[str, str]:
     if "config.json" in source.files():
         config = read_json(source, "config.json")
         named = config.get("architectures")
-        kind = config.get("_class_name", named[0] if isinstance(named, list) and named else None)
+        kind = _today(config.get("_class_name", named[0] if isinstance(named, list) and named else None), config)
         if kind in LONE:
             found[LONE[kind]] = kind
     if "tokenizer_config.json" in source.files() and found.keys() <= {"text_encoder"}:
@@ -164,6 +179,12 @@ def _lone(source: Source) -> dict[str, str]:
         if kind in TOKENIZERS and fits_kind(kind, {path for path in source.files() if "/" not in path}):
             found["tokenizer"] = kind
     return found
+
+
+def _today(kind: Any, config: dict[str, Any]) -> Any:
+    """Return the class of today: PixArt's transformers are published under the name of an older one."""
+    old = kind == _OLD and config.get("norm_type", "ada_norm_single") == "ada_norm_single"
+    return "PixArtTransformer2DModel" if old else kind
 
 
 def _tokenizer_class(config: dict[str, Any]) -> str:

@@ -17,13 +17,18 @@ from ovforge_diffusers.components import find_components, is_gguf, read_contents
 from ovforge_diffusers.convert import convert, quiet, without_initial_weights
 from ovforge_diffusers.folder import INDEX, Folder, lone_component
 from ovforge_diffusers.header import Shapes, checkpoint_file, find_parts
+from ovforge_diffusers.ltx_upsampler import CLASS as UPSAMPLER
+from ovforge_diffusers.ltx_upsampler import HOME as UPSAMPLER_HOME
+from ovforge_diffusers.ltx_vae import CLASS as LTX_VAE
+from ovforge_diffusers.ltx_vae import compression
 from ovforge_diffusers.options import CHECKPOINT_OPTIONS, LoaderOptions
 from ovforge_diffusers.qwen2_5_vl import CLASS as QWEN2_5_VL
+from ovforge_diffusers.qwen2_5_vl import is_whole, made_whole, take_half
 from ovforge_diffusers.requirements import need
 from ovforge_diffusers.submodels import VISION, describe
 from ovforge_diffusers.tokenization import TOKENIZERS, TokenizerFolder
 from ovforge_diffusers.transformer_checkpoint import TransformerCheckpoint
-from ovforge_diffusers.weights import STATISTICS, fill_weights, folded_statistics
+from ovforge_diffusers.weights import STATISTICS, fill_weights, latent_statistics
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -31,7 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "DiffusersLoader"]
 
 DEFAULTS = "ovforge.json"
-PICKLES = (".ckpt", ".pth")
+PICKLES = (".ckpt", ".pt", ".pth")
+"""How pickles of whole models end."""
+_MODELS = (".bin", ".gguf", ".json", ".onnx", ".safetensors", ".xml")
+"""How files end beside which a pickle is not all that a folder has of a model."""
 PURPOSE = "converting a diffusers folder"
 HOMES = {
     "CLIPTextModel": "transformers",
@@ -51,14 +59,29 @@ HOMES = {
     "Qwen2_5_VLForConditionalGeneration": "transformers",
     "QwenImageTransformer2DModel": "diffusers",
     "AutoencoderKLQwenImage": "diffusers",
+    "LTXVideoTransformer3DModel": "diffusers",
+    "AutoencoderKLLTXVideo": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "ControlNetModel": "diffusers",
+    "SD3ControlNetModel": "diffusers",
+    "FluxControlNetModel": "diffusers",
+    "QwenImageControlNetModel": "diffusers",
+    "SanaControlNetModel": "diffusers",
+    "ZImageControlNetModel": "diffusers",
     "AutoencoderKL": "diffusers",
     "AutoencoderKLFlux2": "diffusers",
     "AutoencoderTiny": "diffusers",
+    UPSAMPLER: UPSAMPLER_HOME,
 }
 AUTOENCODERS = frozenset(
-    {"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderTiny", "AutoencoderDC"}
+    {
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLQwenImage",
+        LTX_VAE,
+        "AutoencoderTiny",
+        "AutoencoderDC",
+    }
 )
 PROCESSORS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor", "VLProcessor")
 """How classes end that prepare pictures for a model: their components are small files. transformers 5 writes Pil."""
@@ -99,11 +122,12 @@ class DiffusersLoader:
         Raises PluginError without torch, ModelError for a component that is missing, damaged or not supported,
         ConfigError for an option that the source has no use for.
         """
-        if _pickle(source):
+        if pickle := _pickle(source):
             raise ModelError(
-                "a .ckpt file is a pickle, which can run code when it is opened",
+                f"{pickle} is a pickle, which can run code when it is opened",
                 where=source.name,
-                hint="Take the model's .safetensors, which most are published as; or convert it where you trust it.",
+                hint="Take the model's .safetensors or its diffusers folder, as most are published; or convert it "
+                "where you trust it.",
             )
         for module in ("torch", "diffusers", "transformers", "safetensors"):
             need(module, PURPOSE)
@@ -123,8 +147,12 @@ def _of_transformers(shapes: Shapes) -> bool:
     return "transformer" in found or (bool(found) and not find_parts(shapes))
 
 
-def _pickle(source: Source) -> bool:
-    return len(source.files()) == 1 and PurePosixPath(next(iter(source.files()))).suffix in PICKLES
+def _pickle(source: Source) -> str | None:
+    """Return the first pickle of a source that has nothing else of a model."""
+    files = sorted(source.files())
+    if any(path.endswith(_MODELS) for path in files):
+        return None
+    return next((path for path in files if path.endswith(PICKLES)), None)
 
 
 class Conversion:
@@ -133,6 +161,7 @@ class Conversion:
     def __init__(self, parts: Folder | Checkpoint | TransformerCheckpoint, options: LoaderOptions) -> None:
         self.parts = parts
         self.options = options
+        self.components = {name: kind for name, kind in parts.components.items() if name not in options.skip}
         self.index = parts.index
 
     def bundle(self) -> ModelBundle:
@@ -172,22 +201,23 @@ class Conversion:
             raise ModelError(f"an {kind} named {component} is not known, only vae", where=f"{self.parts.name}: {INDEX}")
         config = self._full_config(component, kind)
         read = self.parts.weights(component)
-        if kind == "AutoencoderKLFlux2":
+        if kind in STATISTICS:
             assert not isinstance(self.parts, Checkpoint)  # which holds older autoencoders
-            config |= folded_statistics(self.parts.tensors(component, STATISTICS), config, self.parts.where(component))
+            tensors = self.parts.tensors(component, STATISTICS[kind])
+            config |= latent_statistics(kind, tensors, config, self.parts.where(component))
 
         def lazy(role: str) -> None:
             bundle.configs[role] = config
             bundle.models.lazy(role, lambda: self._convert(role, component, kind, read))
 
-        for role in self._roles(component, kind):
+        for role in self._roles(component, kind, config):
             lazy(role)
 
-    def _roles(self, component: str, kind: str) -> tuple[str, ...]:
+    def _roles(self, component: str, kind: str, config: Mapping[str, Any]) -> tuple[str, ...]:
         if component == "vae":
             return ("vae_encoder", "vae_decoder")
-        sees = self._sees() or self.parts.alone
-        return (component, VISION) if kind == QWEN2_5_VL and sees else (component,)
+        sees = kind == QWEN2_5_VL and is_whole(config) and (self._sees() or self.parts.alone)
+        return (component, VISION) if sees else (component,)
 
     def _sees(self) -> bool:
         """Say whether the pipeline shows pictures to its text encoder, and beside the latents."""
@@ -219,9 +249,13 @@ class Conversion:
         try:
             with quiet(), without_initial_weights():
                 if HOMES[kind] == "transformers":
-                    settings = cls.config_class.from_dict(config)
+                    whole = made_whole(config) if kind == QWEN2_5_VL else config
+                    settings = cls.config_class.from_dict(whole)
                     settings.dtype = None  # the type of the stored weights: parts of a model would be made in it
-                    return cls(settings)
+                    module = cls(settings)
+                    if kind == QWEN2_5_VL:
+                        take_half(module, config)
+                    return module
                 return cls.from_config(config)
         except Exception as error:  # whatever a class raises on a config, the config is what is wrong
             raise ModelError(
@@ -240,14 +274,15 @@ class Conversion:
 
     def _context(self) -> dict[str, Any]:
         """Return what one submodel must know of the others."""
-        components = self.parts.components
+        components = self.components
         vae = self._full_config("vae", components["vae"]) if "vae" in components else {}
         names = ("block_out_channels", "decoder_block_out_channels", "dim_mult")
         widths = next((vae[name] for name in names if vae.get(name)), None)
         levels = len(widths) if widths else 4
+        video = components.get("vae") == LTX_VAE
         scheduler = self.parts.optional("scheduler", "scheduler_config.json")
         return {
-            "vae_factor": 2 ** (levels - 1),
+            "vae_factor": compression(vae) if video else 2 ** (levels - 1),
             "patch": self._patch(),
             "tokens": self._tokens(),
             "prediction_type": scheduler.get("prediction_type"),
@@ -258,13 +293,15 @@ class Conversion:
 
     def _patch(self) -> int:
         """Return how many latents a side are one token: 2 in every transformer but those that say it."""
-        kind = self.parts.components.get("transformer")
-        if kind in ("SanaTransformer2DModel", "PixArtTransformer2DModel", "Lumina2Transformer2DModel"):
-            return int(self._full_config("transformer", kind)["patch_size"])
-        return 2 if kind else 1
+        components = self.components
+        role = "transformer" if "transformer" in components else "controlnet"
+        kind = components.get(role, "ControlNetModel")
+        if kind.startswith(("Sana", "PixArt", "Lumina2")):
+            return int(self._full_config(role, kind)["patch_size"])
+        return 1 if kind in ("ControlNetModel", "LTXVideoTransformer3DModel") else 2
 
     def _tokens(self) -> int | None:
         """Return the tokenizer's length, which a UNet of fixed sizes takes; None if it sets no limit."""
-        last = max((name for name, kind in self.parts.components.items() if kind in TOKENIZERS), default=None)
+        last = max((name for name, kind in self.components.items() if kind in TOKENIZERS), default=None)
         length = self.parts.optional(last, "tokenizer_config.json").get("model_max_length") if last else None
         return length if isinstance(length, int) and 0 < length < 2**17 else None

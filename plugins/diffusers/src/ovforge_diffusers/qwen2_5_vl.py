@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ovforge_convert import Port
 from ovforge_diffusers.attention import before, check_windows
 from ovforge_diffusers.ports import SCALE, Submodel
 
-__all__ = ["CLASS", "language_model", "vision_encoder"]
+__all__ = ["CLASS", "is_whole", "language_model", "made_whole", "take_half", "vision_encoder"]
 
 CLASS = "Qwen2_5_VLForConditionalGeneration"
+
+_HALVES = {"text_config": {"num_hidden_layers": 0, "vocab_size": 1}, "vision_config": {"depth": 0}}
+"""What stands, as long as a module is made, for a half that is not there: GGUF files hold one half each."""
+
+
+def is_whole(config: Mapping[str, Any]) -> bool:
+    """Say whether both halves are there."""
+    return all(config.get(name, {}) is not None for name in _HALVES)
+
+
+def made_whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that a module can be made of, if one half is None."""
+    return {**config, **{name: small for name, small in _HALVES.items() if config.get(name, small) is None}}
+
+
+def take_half(module: Any, config: Mapping[str, Any]) -> None:
+    """Take the half out of a module that is None in its config."""
+    if config.get("vision_config", {}) is None:
+        del module.model.visual
+    if config.get("text_config", {}) is None:
+        del module.model.language_model, module.lm_head
 
 
 def language_model(module: Any, *, pictures: bool) -> Submodel:

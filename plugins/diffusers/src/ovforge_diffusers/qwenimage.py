@@ -6,6 +6,7 @@ pictures beside the latents takes a list, of the latents first and then of each 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ovforge.errors import ModelError
@@ -13,7 +14,7 @@ from ovforge_convert import Port
 from ovforge_diffusers.ports import SCALE, Sizes, Submodel
 from ovforge_diffusers.rotation import rotated, rotation
 
-__all__ = ["qwenimage"]
+__all__ = ["qwenimage", "qwenimage_controlnet"]
 
 _THETA = 10000.0
 _REFUSED = {
@@ -37,9 +38,6 @@ def qwenimage(module: Any, latent: Sizes) -> Submodel:
                 where=f"transformer/config.json: {name}",
                 hint="Take Qwen-Image, or Qwen-Image-Edit.",
             )
-    rows, width, channels = latent.batch, config.joint_attention_dim, config.in_channels
-    packed = latent.height and latent.width and (latent.height // 2) * (latent.width // 2)
-    sides = (None,) if latent.beside else ()
     module.pos_embed = rotation(config.axes_dims_rope, _THETA)
 
     def forward(
@@ -53,20 +51,52 @@ def qwenimage(module: Any, latent: Sizes) -> Submodel:
         sides = height.reshape(-1), width.reshape(-1)
         return (_predict(module, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, *sides),)
 
+    return Submodel(forward, _inputs(config, latent), ("out_hidden_states",), SCALE)
+
+
+def _inputs(config: Any, latent: Sizes) -> tuple[Port, ...]:
+    """Return what the transformer and its ControlNets take alike; of latents that others stand beside, any number."""
+    rows, width, channels = latent.batch, config.joint_attention_dim, config.in_channels
+    packed = latent.height and latent.width and (latent.height // 2) * (latent.width // 2)
+    sides = (None,) if latent.beside else ()
     example = tuple(1 for _ in sides)  # a picture of one token
-    return Submodel(
-        forward,
-        (
-            Port("hidden_states", (rows, None if latent.beside else packed, channels), (2, 1, channels)),
-            Port("encoder_hidden_states", (rows, None, width), (2, 7, width)),
-            Port("encoder_hidden_states_mask", (rows, None), (2, 7), "i64"),
-            Port("timestep", (rows,), (2,)),
-            Port("height", sides, example, "i64"),
-            Port("width", sides, example, "i64"),
-        ),
-        ("out_hidden_states",),
-        SCALE,
+    return (
+        Port("hidden_states", (rows, None if latent.beside else packed, channels), (2, 1, channels)),
+        Port("encoder_hidden_states", (rows, None, width), (2, 7, width)),
+        Port("encoder_hidden_states_mask", (rows, None), (2, 7), "i64"),
+        Port("timestep", (rows,), (2,)),
+        Port("height", sides, example, "i64"),
+        Port("width", sides, example, "i64"),
     )
+
+
+def qwenimage_controlnet(module: Any, latent: Sizes, outputs: tuple[str, ...]) -> Submodel:
+    """Describe QwenImageControlNetModel, which takes what the transformer takes, and packed latents of a condition.
+
+    One for inpainting also takes what stays of the mask, packed beside them.
+    """
+    config = module.config
+    inputs = _inputs(config, replace(latent, beside=False))
+    rows, packed, _ = inputs[0].shape
+    condition = config.in_channels + config.extra_condition_channels
+    module.pos_embed = rotation(config.axes_dims_rope, _THETA)
+
+    def forward(
+        hidden_states: Any,
+        encoder_hidden_states: Any,
+        encoder_hidden_states_mask: Any,
+        timestep: Any,
+        height: Any,
+        width: Any,
+        controlnet_cond: Any,
+    ) -> tuple[Any, ...]:
+        picture = module.img_in(hidden_states) + module.controlnet_x_embedder(controlnet_cond)
+        sides = height.reshape(-1), width.reshape(-1)
+        pictures, _ = _blocks(module, picture, encoder_hidden_states, encoder_hidden_states_mask, timestep, *sides)
+        return tuple(add(each) for add, each in zip(module.controlnet_blocks, pictures, strict=True))
+
+    shown = Port("controlnet_cond", (rows, packed, condition), (2, 1, condition))
+    return Submodel(forward, (*inputs, shown), outputs, SCALE)
 
 
 def _predict(module: Any, latents: Any, states: Any, mask: Any, timestep: Any, heights: Any, widths: Any) -> Any:
@@ -74,27 +104,36 @@ def _predict(module: Any, latents: Any, states: Any, mask: Any, timestep: Any, h
 
     The first of `heights` and `widths` are the latents' own; the others those of pictures beside them.
     """
+    pictures, time = _blocks(module, module.img_in(latents), states, mask, timestep, heights, widths)
+    if module.zero_cond_t:
+        time = time.chunk(2)[0]
+    return module.proj_out(module.norm_out(pictures[-1], time))
+
+
+def _blocks(
+    module: Any, picture: Any, states: Any, mask: Any, timestep: Any, heights: Any, widths: Any
+) -> tuple[list[Any], Any]:
+    """Return what each block makes of embedded tokens, [batch, tokens, width], and the embedded timestep."""
     import torch
 
-    picture = module.img_in(latents)
     text = module.txt_in(module.txt_norm(states))
     tokens = torch.arange(picture.shape[1])
     places, start = _places(tokens, heights, widths)
     words = (start + torch.arange(text.shape[1])).unsqueeze(-1).expand(-1, places.shape[-1])
     turns = module.pos_embed(places.unsqueeze(0)), module.pos_embed(words.unsqueeze(0))
     shown = None
-    if module.zero_cond_t:  # pictures beside the latents are told that there is no noise in them
+    if getattr(module, "zero_cond_t", False):  # pictures beside the latents are told that there is no noise in them
         timestep = torch.cat([timestep, timestep * 0.0])
         shown = (tokens >= heights[0] * widths[0]).to(torch.int64).unsqueeze(0).expand(picture.shape[0], -1)
     time = module.time_text_embed(timestep, picture)
     seen = torch.cat([mask > 0, torch.ones_like(picture[:, :, 0]) > 0], dim=1)[:, None, None]
+    pictures = []
     *blocks, last = module.transformer_blocks
     for block in blocks:
         picture, text = _block(block, picture, text, seen, time, turns, shown)
-    picture, _ = _block(last, picture, text, seen, time, turns, shown, last=True)
-    if module.zero_cond_t:
-        time = time.chunk(2)[0]
-    return module.proj_out(module.norm_out(picture, time))
+        pictures.append(picture)
+    pictures.append(_block(last, picture, text, seen, time, turns, shown, last=True)[0])
+    return pictures, time
 
 
 def _places(tokens: Any, heights: Any, widths: Any) -> tuple[Any, Any]:

@@ -84,17 +84,44 @@ class DiffusersScheduler:
         first = 0 if spread else (steps - min(int(steps * strength), steps)) * scheduler.order
         return self._begun(scheduler, steps, {"num_inference_steps": steps, **spread}, first, strength)
 
-    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> DiffusersSampling:
-        """Begin a run as diffusers' pipelines of flow models do, with what they give to `set_timesteps`."""
+    @property
+    def order(self) -> int:
+        """How often the network is called for one step."""
+        return int(getattr(self._class, "order", 1))
+
+    def start_given(
+        self, strength: float = 1.0, *, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> DiffusersSampling:
+        """Begin a run over the timesteps or noise levels of a call. Raises InputError if the class takes none."""
         scheduler = self._make()
-        said = {name: getattr(flow, name) for name in ("sigmas", "timesteps") if getattr(flow, name) is not None}
+        said = self._said(scheduler, timesteps, sigmas)
+        run = self._begun(scheduler, sum(map(len, said.values())), said, 0, strength)
+        steps = len(run.timesteps)  # diffusers' pipelines count calls of the network here, of two calls a step, too
+        first = (steps - min(int(steps * strength), steps)) * self.order
+        return self._begun(scheduler, steps, said, first, strength)
+
+    def _said(
+        self, scheduler: Any, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    ) -> dict[str, Any]:
+        """Return levels of a call, or of a model's pipeline. Raises InputError if the class has no place for them."""
+        import numpy as np
+
+        said: dict[str, Any] = {} if timesteps is None else {"timesteps": list(timesteps)}
+        said |= {} if sigmas is None else {"sigmas": np.array(sigmas)}
         taken = inspect.signature(scheduler.set_timesteps).parameters
         if unknown := [name for name in said if name not in taken]:
             raise InputError(
-                f"the model's pipeline gives {unknown[0]} of its own, and {self._class.__name__} takes none",
-                where=WHERE,
-                hint="Choose another, such as 'FlowMatchEulerDiscreteScheduler'.",
+                f"{self._class.__name__} takes no {unknown[0]}, and the call, or the model's pipeline, gives some",
+                where=unknown[0],
+                hint="Leave them out of the call, or choose a class that takes them: 'EulerDiscreteScheduler', and "
+                "'FlowMatchEulerDiscreteScheduler' for flows.",
             )
+        return said
+
+    def start_flow(self, steps: int, flow: FlowRun, strength: float = 1.0) -> DiffusersSampling:
+        """Begin a run as diffusers' pipelines of flow models do, with what they give to `set_timesteps`."""
+        scheduler = self._make()
+        said = self._said(scheduler, flow.timesteps, flow.sigmas)
         given: dict[str, Any] = dict(said) or {"num_inference_steps": steps}
         mu = _shift(scheduler, flow) if flow.mu is None else flow.mu
         if scheduler.config.get("use_dynamic_shifting") and mu is not None:

@@ -34,12 +34,24 @@ transformer    SD3: hidden_states f32 [batch, channels, height, width], timestep
                Qwen-Image: hidden_states f32 [batch, patches, channels * 4], encoder_hidden_states f32 [batch, tokens,
                width], encoder_hidden_states_mask i64 [batch, tokens], timestep f32 [batch] from 0 to 1, height, width
                i64 [], in patches (of Qwen-Image-Edit, and alone: [pictures], the latents first) -> out_hidden_states
+               LTX-Video: hidden_states f32 [batch, tokens, channels], encoder_hidden_states, encoder_attention_mask
+               i64 [batch, tokens], width, height, num_frames i64 [] of latents, timestep f32 [batch, tokens or 1],
+               rope_interpolation_scale f32 [3] (seconds of a latent frame, pixels of a latent) -> out_sample
 controlnet     the UNet's inputs but timestep_cond, controlnet_cond f32 [batch, 3, height * 8, width * 8] from 0 to 1
                -> down_block_res_sample_0, ..., mid_block_res_sample, not scaled (names of OpenVINO's notebooks)
+               SD3, FLUX, Qwen-Image, Sana: what the transformer takes, and controlnet_cond, latents of the condition as
+               the transformer takes its own, or for XLabs' FLUX f32 [batch, 3, height * 8, width * 8] from -1 to 1
+               (, controlnet_mode i64 [batch, 1]) -> controlnet_block_samples_0, ...
+               (, controlnet_single_block_samples_0, ...), not scaled
+               SD3.5 large: hidden_states f32 [batch, tokens, width], which the transformer has embedded, and no text
+               Z-Image: picture_tokens, tokens f32 [batch, tokens, width], time f32 [batch, width] of the transformer,
+               txt_ids, img_ids, controlnet_cond (-> controlnet_refiner_samples_0, ... besides)
 vae_encoder    sample f32 [batch, 3, height, width] -> latent_parameters (mean and log variance, stacked; of the tiny
                autoencoder TAESD the latents themselves)
 vae_decoder    latent_sample f32 [batch, channels, height, width] -> sample
-               Qwen-Image's encoder and decoder have an axis of one frame before height
+               Qwen-Image's encoder and decoder have an axis of one frame before height, LTX-Video's one of frames;
+               its decoder may take timestep f32 [batch] and noise_0, ... f32 [draws, height, width]
+latent_upsampler latent_sample f32 [batch, channels, frames, height, width] -> sample
 """
 
 from __future__ import annotations
@@ -48,7 +60,12 @@ from typing import Any
 
 from ovforge.errors import ConfigError
 from ovforge_convert import Port
+from ovforge_diffusers.controlnets import CONTROLNETS, controlnet_of
 from ovforge_diffusers.denoisers import TRANSFORMERS, transformer
+from ovforge_diffusers.ltx_upsampler import CLASS as UPSAMPLER
+from ovforge_diffusers.ltx_upsampler import ltx_upsampler
+from ovforge_diffusers.ltx_vae import CLASS as LTX_VAE
+from ovforge_diffusers.ltx_vae import ltx_decoder, ltx_encoder
 from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.ports import SCALE, RuntimeOptions, Sizes, Submodel
 from ovforge_diffusers.qwen2_5_vl import CLASS as QWEN2_5_VL
@@ -89,12 +106,18 @@ def describe(
     )
     if kind in TRANSFORMERS:
         return transformer(module, latent)
+    if kind == UPSAMPLER:
+        return ltx_upsampler(module)
+    if kind in CONTROLNETS:
+        return controlnet_of(module, latent, factor)
     if role == "unet":
         return unet(module, latent, options.timestep, context["tokens"], index)
     if role.startswith("controlnet"):
         return controlnet(module, latent, options.timestep, context["tokens"], index)
     scale = _activation_scale(module, index, context)
     picture = Sizes(options.batch, options.height, options.width)
+    if kind == LTX_VAE:
+        return ltx_decoder(module, latent) if role == "vae_decoder" else ltx_encoder(module, picture, factor)
     framed = kind == QWENIMAGE_VAE
     if role == "vae_decoder":
         return qwenimage_decoder(module, latent, scale) if framed else _vae_decoder(module, latent, scale)

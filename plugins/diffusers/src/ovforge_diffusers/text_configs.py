@@ -14,6 +14,8 @@ from ovforge.errors import ModelError
 from ovforge_diffusers import infer
 from ovforge_diffusers.components import CLIP
 from ovforge_diffusers.header import Part, Shapes
+from ovforge_diffusers.qwen2_5_vl import CLASS as QWEN2_5_VL
+from ovforge_diffusers.sight import SIGHT, picture_tokens, sight_config, sight_name
 
 __all__ = ["text_encoder_config", "text_encoder_names", "uses_projection"]
 
@@ -31,12 +33,12 @@ _T5_BLOCK = {
     "ffn_down": "layer.1.DenseReluDense.wo",
     "ffn_norm": "layer.1.layer_norm",
 }
-_QWEN3_TOP = {
+_LANGUAGE_TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_QWEN3_BLOCK = {
+_LANGUAGE_BLOCK = {
     **{f"attn_{each}": f"self_attn.{each}_proj" for each in "qkv"},
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
@@ -45,6 +47,7 @@ _QWEN3_BLOCK = {
     "ffn_norm": "post_attention_layernorm",
     **{f"ffn_{each}": f"mlp.{each}_proj" for each in ("gate", "up", "down")},
 }
+"""Of Qwen's language models in llama.cpp."""
 
 
 def text_encoder_names(part: Part, shapes: Shapes) -> dict[str, str]:
@@ -78,15 +81,18 @@ def _t5_name(name: str) -> str | None:
     return _T5_TOP.get(name)
 
 
-def _qwen3_name(name: str) -> str | None:
-    if block := re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.weight", name):
-        return f"model.layers.{block[1]}.{_QWEN3_BLOCK[block[2]]}.weight" if block[2] in _QWEN3_BLOCK else None
-    return _QWEN3_TOP.get(name)
+def _language_name(name: str) -> str | None:
+    if block := re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.(weight|bias)", name):
+        number, inside, kind = block.groups()
+        return f"model.layers.{number}.{_LANGUAGE_BLOCK[inside]}.{kind}" if inside in _LANGUAGE_BLOCK else None
+    return _LANGUAGE_TOP.get(name)
 
 
 _RENAMED: dict[tuple[str, str], Callable[[str], str | None]] = {
     ("T5EncoderModel", "llama.cpp"): _t5_name,
-    ("Qwen3Model", "llama.cpp"): _qwen3_name,
+    ("Qwen3Model", "llama.cpp"): _language_name,
+    (QWEN2_5_VL, "llama.cpp"): _language_name,
+    (QWEN2_5_VL, SIGHT): sight_name,
 }
 
 
@@ -202,42 +208,34 @@ def _gemma2(part: Part, own: Shapes, metadata: Mapping[str, Any]) -> dict[str, A
 
 
 def _qwen2_5_vl(part: Part, own: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the whole, or of what reads or sees alone: the other half's is None then."""
+    vision = "model.visual." if "model.visual.merger.mlp.0.weight" in own else "visual."
     text = "model.language_model." if "model.language_model.embed_tokens.weight" in own else "model."
-    vision = "model.visual." if text != "model." else "visual."
-    head = 128
-    width, channels, frames, patch, _ = own[f"{vision}patch_embed.proj.weight"]
-    layers = _count(own, vision + "blocks.{}.attn.qkv.weight")
-    merged = own[f"{vision}merger.mlp.0.weight"][1] // width
     tied = "lm_head.weight" not in own
-    shared = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return {
         "model_type": "qwen2_5_vl",
-        "text_config": {
-            "model_type": "qwen2_5_vl_text",
-            **_language(own, text, head, shared),
-            "rope_parameters": rope,
-            "max_position_embeddings": 128000,
-        },
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": layers,
-            "hidden_size": width,
-            "intermediate_size": own[f"{vision}blocks.0.mlp.gate_proj.weight"][0],
-            "num_heads": 16,
-            "in_channels": channels,
-            "patch_size": patch,
-            "temporal_patch_size": frames,
-            "spatial_merge_size": round(merged**0.5),
-            "window_size": 112,
-            "out_hidden_size": own[f"{vision}merger.mlp.2.weight"][0],
-            "fullatt_block_indexes": [(number + 1) * layers // 4 - 1 for number in range(4)],  # 7, 15, 23, 31 of 32
-        },
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
+        "text_config": None if part.naming == SIGHT else _qwen2_5_vl_text(own, text, tied, metadata),
+        "vision_config": None if part.naming == "llama.cpp" else sight_config(own, vision, metadata),
+        **picture_tokens(metadata),
         "tie_word_embeddings": tied,
+    }
+
+
+def _qwen2_5_vl_text(own: Shapes, level: str, tied: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    named = metadata.get("general.architecture", "qwen2vl")
+    if named != "qwen2vl":  # those of Qwen2 have tensors of the same names
+        raise ModelError(f"it is a {named}, which only reads, and a Qwen2.5-VL (qwen2vl) is needed")
+    shared = {
+        "hidden_act": "silu",
+        "rms_norm_eps": _said(metadata, "attention.layer_norm_rms_epsilon", 1e-6),
+        "tie_word_embeddings": tied,
+    }
+    theta = _said(metadata, "rope.freq_base", 1e6)
+    return {
+        "model_type": "qwen2_5_vl_text",
+        **_language(own, level, 128, shared),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta, "mrope_section": [16, 24, 24]},
+        "max_position_embeddings": 128000,
     }
 
 
@@ -246,7 +244,7 @@ _CONFIGS: dict[str, Callable[[Part, Shapes, Mapping[str, Any]], dict[str, Any]]]
     "T5EncoderModel": _t5,
     "Qwen3Model": _qwen3,
     "Gemma2Model": _gemma2,
-    "Qwen2_5_VLForConditionalGeneration": _qwen2_5_vl,
+    QWEN2_5_VL: _qwen2_5_vl,
 }
 
 

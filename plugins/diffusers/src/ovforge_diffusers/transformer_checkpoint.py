@@ -1,7 +1,7 @@
 """A single file of a diffusion transformer, or of models that belong to one, seen as a diffusers folder.
 
-Such a file holds a transformer, an autoencoder and text encoders, all of them or one alone: safetensors of any float
-type, or GGUF.
+Such a file holds a transformer, an autoencoder and text encoders, all of them or one alone, or a ControlNet:
+safetensors of any float type, or GGUF.
 """
 
 from __future__ import annotations
@@ -18,26 +18,21 @@ from ovforge.model import Source
 from ovforge.store import parse_object
 from ovforge_convert import TensorWeight
 from ovforge_diffusers.autoencoders import autoencoder_config, autoencoder_names, autoencoder_weights
-from ovforge_diffusers.components import CLIP, TEXT_ENCODERS, find_components, is_gguf, read_contents
-from ovforge_diffusers.file_tokenizers import (
-    SENTENCEPIECE,
-    TOKENIZER_CLASSES,
-    folder_files,
-    gguf_files,
-    sentencepiece_files,
-)
+from ovforge_diffusers.components import CLIP, TEXT_ENCODERS, find_components
+from ovforge_diffusers.file_tokenizers import SENTENCEPIECE, TOKENIZER_CLASSES, find_tokenizer
 from ovforge_diffusers.folder import Folder
-from ovforge_diffusers.gguf_file import read_gguf_header
 from ovforge_diffusers.header import Part, Shapes, checkpoint_file
+from ovforge_diffusers.ltx_upsampler import ltx_upsampler_config
 from ovforge_diffusers.options import LoaderOptions
 from ovforge_diffusers.requirements import need
-from ovforge_diffusers.stored import SCALES, check_layers, dequantized, joined, read_gguf, read_scaled
+from ovforge_diffusers.sight import SIGHT, sight_weights
+from ovforge_diffusers.stored import SCALES, joined
+from ovforge_diffusers.stored_file import StoredFile
+from ovforge_diffusers.submodels import VISION
 from ovforge_diffusers.text_configs import text_encoder_config, text_encoder_names, uses_projection
 from ovforge_diffusers.transformer_configs import ZERO_TIMESTEP, scheduler_config, transformer_config
 from ovforge_diffusers.transformer_families import FAMILIES, Family, stored_as
 from ovforge_diffusers.transformer_names import diffusers_rows
-from ovforge_diffusers.vocabulary import packaged_files
-from ovforge_diffusers.weights import check_file, read_weights
 
 if TYPE_CHECKING:
     from ovforge_diffusers.transformer_names import Slice
@@ -46,11 +41,13 @@ __all__ = ["TransformerCheckpoint"]
 
 _BESIDE = re.compile(
     rf"(.*\.)?scaled_fp8$|.*\.(scale_input|input_scale|comfy_quant)$|(.*\.)?logit_scale$|.*position_ids$"
-    rf"|(.*\.)?norm_final\.weight$|(.*\.)?{ZERO_TIMESTEP}$"
+    rf"|(.*\.)?norm_final\.weight$|(.*\.)?{ZERO_TIMESTEP}$|(.*\.)?per_channel_statistics\.(?!(mean|std)-of-means$)"
 )
 """What float8 files hold for programs that compute in float8, marks of ComfyUI, and what is of training only."""
 
 _PROJECTION = "text_projection.weight"
+_LATENTS = 16
+"""Channels of Z-Image's latents."""
 
 
 class TransformerCheckpoint:
@@ -65,20 +62,27 @@ class TransformerCheckpoint:
     def __init__(self, source: Source, options: LoaderOptions) -> None:
         self.name = source.name
         self.protected = source.protection is not None
-        self._source, self._options = source, options
-        self._path = checkpoint_file(source) or ""
-        if not is_gguf(self._path):
-            check_file(source, self._path)
-        self._contents = read_contents(source, self._path)
-        self._shapes = self._contents.shapes
-        self._forms = {} if is_gguf(self._path) else check_layers(source, self._path, self._contents)
+        self._options = options
+        self._file = StoredFile(source, checkpoint_file(source) or "")
+        self._shapes = self._file.shapes
         found = find_components(self._shapes)
         if not found:
             raise ModelError(
                 "it holds no diffusion transformer that is known, nor an autoencoder or a text encoder of one",
                 where=source.name,
-                hint="It may be an adapter, or a model of another kind. A GGUF file of Qwen2.5-VL lacks what sees "
-                "pictures: take its .safetensors.",
+                hint="It may be an adapter, or a model of another kind.",
+            )
+        if "controlnet" in found and found["controlnet"].naming == "original":
+            raise ModelError(
+                "it holds a ControlNet that is, by its names, not one of diffusers' for SD 3, FLUX or Qwen-Image",
+                where=source.name,
+                hint="Take the ControlNet's diffusers folder, with config.json; of XLabs' those with `-diffusers`.",
+            )
+        if "transformer" in found and found["transformer"].kind not in FAMILIES:
+            raise ModelError(
+                f"it holds a {found['transformer'].kind}, which is read from a diffusers folder alone",
+                where=source.name,
+                hint="Take the transformer's folder, with config.json beside its weights.",
             )
         self._family = FAMILIES[found["transformer"].kind] if "transformer" in found else None
         self._parts, self.components = self._assigned(found)
@@ -120,9 +124,10 @@ class TransformerCheckpoint:
         return None
 
     def tensors(self, component: str, names: Collection[str]) -> dict[str, Any]:
-        """Read some of a component's tensors alone, by the names that they have in it."""
+        """Read some of a component's tensors alone, by diffusers' names or those that they have in it."""
         prefix = self._parts[component].prefix
-        return self._plain({prefix + name: name for name in names if prefix + name in self._shapes})
+        own = {prefix + name: name for name in names if prefix + name in self._shapes}
+        return self._file.tensors(own | {stored: new for stored, new in self._names[component].items() if new in names})
 
     def weights(self, component: str) -> Callable[[], Mapping[str, Any]]:
         """Return a function that reads a component's weights, in the naming of its class."""
@@ -136,7 +141,9 @@ class TransformerCheckpoint:
         Of two CLIPs the first is OpenAI's, the second OpenCLIP's, which is wider. Text encoders that the family does
         not take are left over.
         """
-        parts = {name: found[name] for name in ("transformer", "vae") if name in found}
+        parts = {
+            name: found[name] for name in ("transformer", "vae", "controlnet", "latent_upsampler") if name in found
+        }
         kinds = {name: part.kind for name, part in parts.items()}
         texts = sorted((part for part in found.values() if part.kind in TEXT_ENCODERS), key=self._by_width)
         if self._family is None:
@@ -147,7 +154,8 @@ class TransformerCheckpoint:
                     hint="Take files of one text encoder each: [load.parts] text_encoder = FILE, ...",
                 )
             for text in texts:
-                parts["text_encoder"], kinds["text_encoder"] = text, text.kind
+                role = VISION if text.naming == SIGHT else "text_encoder"
+                parts[role], kinds[role] = text, text.kind
             return parts, kinds
         for role, kind in self._family.encoders.items():
             if fitting := [text for text in texts if text.kind == stored_as(kind)]:
@@ -204,6 +212,10 @@ class TransformerCheckpoint:
                 return self._transformer_config(own)
             if component == "vae":
                 return self._vae_config(own)
+            if component == "controlnet":
+                return self._controlnet_config(own)
+            if component == "latent_upsampler":
+                return self._upsampler_config(own)
             return self._text_config(component, own)
         except (ModelError, LookupError, ValueError, TypeError, ArithmeticError) as error:  # shapes that no model has
             if isinstance(error, ModelError) and error.where:
@@ -226,6 +238,43 @@ class TransformerCheckpoint:
         marks = {name: () for name in (ZERO_TIMESTEP,) if part.prefix + name in self._shapes}
         return transformer_config(part.kind, {**named, **marks})
 
+    def _controlnet_config(self, own: Shapes) -> dict[str, Any]:
+        part = self._parts["controlnet"]
+        self._names["controlnet"] = {part.prefix + name: name for name in own}
+        if given := self._given("controlnet", part.kind):
+            return given
+        config = transformer_config(part.kind, own)
+        if part.kind == "ZImageControlNetModel":
+            config |= self._zimage_refiners(config)
+        if config.get("force_zeros_for_pooled_projection") and not config["extra_conditioning_channels"]:
+            self._say(
+                "it does not say whether it was trained with pooled states of the text: it is taken as InstantX's, "
+                "which were not. The option config = FOLDER, with the ControlNet's config.json, makes it certain"
+            )
+        return config
+
+    def _upsampler_config(self, own: Shapes) -> dict[str, Any]:
+        part = self._parts["latent_upsampler"]
+        self._names["latent_upsampler"] = {part.prefix + name: name for name in own}
+        return self._given("latent_upsampler", part.kind) or ltx_upsampler_config(own)
+
+    def _zimage_refiners(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a ControlNet of Z-Image does to the transformer's refiners: by its own, or by its first layers.
+
+        Only those that can paint as well, which are newer, do anything. Versions 2.0 bring refiners that are not used.
+        """
+        first = "control_noise_refiner.0.before_proj.weight"
+        if config["control_in_dim"] == _LATENTS:
+            return {}
+        trained = any(bool(tensor.any()) for tensor in self.tensors("controlnet", [first]).values())
+        if not trained:
+            names = self._names["controlnet"]
+            unused = "control_noise_refiner."
+            self._names["controlnet"] = {old: new for old, new in names.items() if not new.startswith(unused)}
+        own = "control_noise_refiner" if trained else "control_layers"
+        places = list(range(config["n_refiner_layers"]))
+        return {"add_control_noise_refiner": own, "control_refiner_layers_places": places}
+
     def _vae_config(self, own: Shapes) -> dict[str, Any]:
         part = self._parts["vae"]
         given = self._given("vae", part.kind)
@@ -243,7 +292,9 @@ class TransformerCheckpoint:
     def _text_config(self, component: str, own: Shapes) -> dict[str, Any]:
         part, kind = self._parts[component], self.components[component]
         names = text_encoder_names(part, {part.prefix + name: () for name in own})
-        inferred = text_encoder_config(part, {new: self._shapes[name] for name, new in names.items()}, self._metadata)
+        inferred = text_encoder_config(
+            part, {new: self._shapes[name] for name, new in names.items()}, self._file.metadata
+        )
         config = self._given(component, kind, inferred) or {**inferred, "architectures": [kind]}
         if kind == "CLIPTextModel" or (part.kind == CLIP and not uses_projection(part, config)):
             unused = [name for name, new in names.items() if new == _PROJECTION]
@@ -253,10 +304,6 @@ class TransformerCheckpoint:
             names = {name: new for name, new in names.items() if new != "lm_head.weight"}
         self._names[component] = names
         return config
-
-    @property
-    def _metadata(self) -> Mapping[str, Any]:
-        return self._contents.metadata if is_gguf(self._path) else {}
 
     def _given(self, component: str, kind: str, inferred: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """Return the config of the option's folder, if it has a component of this class; of several, one that fits.
@@ -286,30 +333,18 @@ class TransformerCheckpoint:
         part, names = self._parts[component], self._names[component]
         if component == "vae":
             try:
-                return autoencoder_weights(part, self._plain(names), self._configs["vae"])
+                return autoencoder_weights(part, self._file.tensors(names), self._configs["vae"])
             except ModelError as error:
                 raise ModelError(error.what, where=self.where("vae"), hint=self.misfit) from error
-        if is_gguf(self._path):
-            weights = read_gguf(self._source, self._path, names)
-        else:
-            weights = read_scaled(self._source, self._path, names, self._forms)
+        weights = self._file.weights(names)
         if component == "transformer":
             return weights if self._rows is None else joined(weights, self._rows)
+        if part.naming == SIGHT:
+            return sight_weights(weights, self.where(component))
         if self.components[component] == CLIP and _PROJECTION not in weights:
             eye = need("torch", "converting a checkpoint").eye(self._configs[component]["projection_dim"])
             return {**weights, _PROJECTION: TensorWeight(eye)}  # as diffusers fills it in: what is pooled is taken
         return weights
-
-    def _plain(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Read tensors of torch, also from GGUF."""
-        if not is_gguf(self._path):
-            return read_weights(self._source, [self._path], names.get)
-        torch = need("torch", "converting a checkpoint")
-        found = {}
-        for name, weight in read_gguf(self._source, self._path, names).items():
-            found[name] = torch.empty(weight.shape, dtype=torch.float32)
-            weight.fill(found[name].numpy())
-        return found
 
     # -- tokenizers and the scheduler -----------------------------------------------------------------------------
 
@@ -317,7 +352,7 @@ class TransformerCheckpoint:
         """Find an encoder's tokenizer: by the options, in the file, beside it, or in an installed package."""
         part, component = self._parts[encoder], encoder.replace("text_encoder", "tokenizer")
         kind = TOKENIZER_CLASSES[part.kind]
-        files = self._tokenizer_files(part, component, kind, self._configs[encoder])
+        files = find_tokenizer(component, kind, self._configs[encoder], self._file, self._options, alone=self.alone)
         if files is not None:
             self._assets[component] = files
             self.components[component] = kind
@@ -327,31 +362,9 @@ class TransformerCheckpoint:
                 "the option tokenizer = FOLDER, which may be a diffusers folder of the family"
             )
 
-    def _tokenizer_files(
-        self, part: Part, component: str, kind: str, config: Mapping[str, Any]
-    ) -> dict[str, bytes] | None:
-        if given := self._options.tokenizer:
-            if files := folder_files(component, kind, open_file(given), top=True):
-                return files
-            if self.alone:
-                raise ModelError(f"it holds no {kind}", where=f"load.tokenizer: {given}")
-        if kind == "GemmaTokenizer" and SENTENCEPIECE in self._shapes:
-            return sentencepiece_files(component, self._source, self._path, self._shapes[SENTENCEPIECE])
-        if files := gguf_files(component, kind, self._metadata, self.name):
-            return files
-        folder = self._options.config
-        if folder and (files := folder_files(component, kind, open_file(folder), top=True)):
-            return files
-        if files := folder_files(component, kind, self._source, top=False):
-            return files
-        if kind == "CLIPTokenizer":
-            pad = "!" if config["hidden_act"] == "gelu" else "<|endoftext|>"
-            return packaged_files(component, config["vocab_size"], config["max_position_embeddings"], pad)
-        return None
-
     def _add_scheduler(self) -> None:
         kind = self._parts["transformer"].kind
-        scheduler = scheduler_config(kind, self._configs["transformer"])
+        scheduler = scheduler_config(kind, self._configs["transformer"], self._configs.get("vae", {}))
         if self._folder and "scheduler" in self._folder.components:
             scheduler = self._folder.optional("scheduler", "scheduler_config.json")
         self._assets["scheduler"] = {"scheduler/scheduler_config.json": json.dumps(scheduler, indent=2).encode()}
@@ -395,23 +408,21 @@ class TransformerCheckpoint:
 
     def _warn_of_projection(self, part: Part, names: list[str]) -> None:
         """Say that a projection is left out that would change something: pipelines take what CLIP pools as it is."""
-        for tensor in read_weights(self._source, [self._path], {name: name for name in names}.get).values():
+        for tensor in self._file.tensors({name: name for name in names}).values():
             eye = need("torch", "converting a checkpoint").eye(*tensor.shape)
             if tensor.ndim != 2 or not (tensor.float() == eye).all():
                 self._say("its text_projection is left out: pipelines take what this text encoder pools as it is")
 
     def _warn_of_dequantized(self) -> None:
         """Say which quantized tensors of a GGUF file do not stay compressed."""
-        if not is_gguf(self._path) or self._options.weights == "f32":
+        if self._options.weights == "f32":
             return
-        entries = read_gguf_header(self._source, self._path).tensors
         found: dict[str, list[str]] = {}
         for component, names in self._names.items():
             if component == "vae":  # whose convolutions were never to stay compressed
                 continue
             rows = self._rows if component == "transformer" else None
-            own = {new: entries[name] for name, new in names.items()}
-            for kind, each in dequantized(own, rows).items():
+            for kind, each in self._file.dequantized(names, rows).items():
                 found.setdefault(kind, []).extend(each)
         for kind, several in found.items():
             self._say(f"{len(several)} tensors of {kind} do not stay compressed: {', '.join(several[:3])}...")

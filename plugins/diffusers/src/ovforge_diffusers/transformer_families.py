@@ -41,6 +41,7 @@ FAMILIES = {
     "QwenImageTransformer2DModel": Family("QwenImagePipeline", {"text_encoder": "Qwen2_5_VLForConditionalGeneration"}),
     "Flux2Transformer2DModel": Family("Flux2KleinPipeline", {"text_encoder": "Qwen3ForCausalLM"}),
     "ZImageTransformer2DModel": Family("ZImagePipeline", {"text_encoder": "Qwen3Model"}, _FLUX_LATENTS),
+    "LTXVideoTransformer3DModel": Family("LTXPipeline", {"text_encoder": "T5EncoderModel"}),
     "Lumina2Transformer2DModel": Family("Lumina2Pipeline", {"text_encoder": "Gemma2Model"}, _FLUX_LATENTS),
 }
 """Class of a transformer -> its family."""

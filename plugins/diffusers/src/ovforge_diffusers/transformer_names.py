@@ -251,6 +251,12 @@ def _sd3(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
             yield from _split([form.format(new, qkv[2], each, suffix) for each in _QKV], [rows // 3] * 3)
 
 
+def _ltx(stem: str, suffix: str, rows: int, own: Shapes) -> Placed:
+    """Yield where a tensor of Lightricks' LTX-Video goes: most names are diffusers' own."""
+    new = re.sub(r"^patchify_proj", "proj_in", re.sub(r"^adaln_single\.", "time_embed.", stem))
+    yield re.sub(r"\.([qk])_norm$", r".norm_\1", new) + suffix, 0, rows
+
+
 def _split(names: Sequence[str], sizes: Sequence[int]) -> Placed:
     """Yield parts that follow each other."""
     begin = 0
@@ -271,4 +277,5 @@ _NAMINGS: dict[str, Callable[[str, str, int, Shapes], Placed]] = {
     "Lumina2Transformer2DModel": _lumina2,
     "FluxTransformer2DModel": _flux,
     "SD3Transformer2DModel": _sd3,
+    "LTXVideoTransformer3DModel": _ltx,
 }

@@ -18,14 +18,17 @@ from ovforge_diffusers.requirements import need
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["STATISTICS", "check_file", "fill_weights", "folded_statistics", "read_weights", "weight_files"]
+__all__ = ["STATISTICS", "check_file", "fill_weights", "latent_statistics", "read_weights", "weight_files"]
 
 _INDEX = re.compile(r"\.safetensors\.index(?:\.(.+))?\.json$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _LANGUAGE = re.compile(r"^model\.(?!language_model\.|visual\.)")
 _VISION = re.compile(r"^visual\.")
-STATISTICS = ("bn.running_mean", "bn.running_var")
-"""Weights of FLUX.2's autoencoder that are the statistics of its folded latents."""
+STATISTICS = {
+    "AutoencoderKLFlux2": ("bn.running_mean", "bn.running_var"),
+    "AutoencoderKLLTXVideo": ("latents_mean", "latents_std"),
+}
+"""Class of an autoencoder -> those of its weights that are the statistics of its latents: FLUX.2's are folded ones."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -76,7 +79,7 @@ def _shards(source: Source, index: str) -> list[str]:
         names = set(parse_object(source.read(index), f"{source.name}: {index}")["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("no valid index of weights", where=f"{source.name}: {index}") from error
-    shards = [(PurePosixPath(index).parent / str(name)).as_posix() for name in sorted(names)]
+    shards = [(PurePosixPath(index).parent / name).as_posix() for name in sorted(map(str, names))]
     if missing := [shard for shard in shards if shard not in source.files()]:
         raise ModelError(
             f"{', '.join(missing)} is missing, {index} names it",
@@ -154,14 +157,14 @@ def _check_finite(tensor: torch.Tensor, name: str, source: Source, path: str) ->
         )
 
 
-def folded_statistics(weights: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the statistics of FLUX.2's folded latents as optimum-intel writes them into the decoder's config.json.
+def latent_statistics(kind: str, weights: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the statistics of latents as optimum-intel writes them into the decoder's config.json.
 
-    They are the running ones of the autoencoder's batch normalization, which belongs to neither encoder nor decoder.
-    Raises ModelError if the weights have none.
+    They belong to neither encoder nor decoder; FLUX.2's are the running ones of its batch normalization. Raises
+    ModelError if the weights have none.
     """
-    found = {}
-    for name in STATISTICS:
+    found: dict[str, Any] = {}
+    for name in STATISTICS[kind]:
         if (tensor := weights.get(name)) is None:
             raise ModelError(
                 f"the weights do not fit the config: {name} is missing",
@@ -171,7 +174,7 @@ def folded_statistics(weights: Mapping[str, Any], config: Mapping[str, Any], whe
         found[f"{name.replace('.', '_')}_data"] = _whole(
             tensor, need("torch", "converting a diffusers folder").empty(0)
         ).tolist()
-    return {**found, "bn_eps": float(config.get("batch_norm_eps", 1e-4))}
+    return {**found, "bn_eps": float(config.get("batch_norm_eps", 1e-4))} if kind == "AutoencoderKLFlux2" else found
 
 
 def fill_weights(model: Any, weights: Mapping[str, Any], where: str, hint: str) -> dict[str, Weight]:

@@ -12,7 +12,10 @@ _TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_enc
 _DENOISERS = ("unet", "transformer")
 _VISION = ("vision_encoder",)
 _PREVIEW = ("preview_decoder",)
-_TRANSFORMS = ("controlnet-inputs", "fractional-timesteps", "layer-skipping", "fold-upsample")
+_ENCODER = ("vae_encoder",)
+"""Makes latents of what ControlNets of transformers are shown."""
+# Layers are told apart by what they add to the streams, before ControlNets add to them, too.
+_TRANSFORMS = ("layer-skipping", "controlnet-inputs", "exact-timesteps", "fold-upsample")
 _SHALLOW = ("unet_shallow", "transformer_shallow")
 _INTERVALS = ({"guidance_stop": 0.8}, {"guidance_stop": 0.5}, {"guidance_start": 0.2, "guidance_stop": 0.8})
 _OPTIONAL = ("guidance-embedding",)
@@ -20,7 +23,7 @@ _OPTIONAL = ("guidance-embedding",)
 
 @hookimpl
 def ovforge_tasks() -> Iterator[TaskExtension]:
-    """Text to image, image to image, inpainting."""
+    """Text to image, image to image, inpainting; text and images to videos."""
     yield TaskExtension(
         name="text-to-image",
         summary="Make pictures from a prompt",
@@ -30,7 +33,7 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         factory="ovforge_diffusion.tasks:TextToImage",
         roles=("vae_decoder",),
         one_of=_DENOISERS,
-        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_PREVIEW),
+        optional_roles=(*_SHALLOW, *_TEXT, *_CONTROLS, *_ENCODER, *_PREVIEW),
         transforms=_TRANSFORMS,
         optional_transforms=_OPTIONAL,
         tunings=_INTERVALS,
@@ -63,6 +66,54 @@ def ovforge_tasks() -> Iterator[TaskExtension]:
         optional_transforms=_OPTIONAL,
         tunings=_INTERVALS,
     )
+    yield TaskExtension(
+        name="text-to-video",
+        summary="Make videos from a prompt",
+        config="ovforge_diffusion.video.inputs:VideoOptions",
+        inputs="ovforge_diffusion.video.inputs:TextToVideoInputs",
+        result="ovforge_diffusion.video.result:VideosResult",
+        factory="ovforge_diffusion.video.tasks:TextToVideo",
+        roles=("transformer", "vae_decoder"),
+        optional_roles=("transformer_shallow", "text_encoder", "tokenizer"),
+        transforms=("exact-timesteps",),
+        tunings=_INTERVALS,
+    )
+    yield TaskExtension(
+        name="image-to-video",
+        summary="Make videos from a prompt and their first frame",
+        config="ovforge_diffusion.video.inputs:VideoOptions",
+        inputs="ovforge_diffusion.video.inputs:ImageToVideoInputs",
+        result="ovforge_diffusion.video.result:VideosResult",
+        factory="ovforge_diffusion.video.tasks:ImageToVideo",
+        roles=("transformer", "vae_encoder", "vae_decoder"),
+        optional_roles=("transformer_shallow", "text_encoder", "tokenizer"),
+        transforms=("exact-timesteps",),
+        tunings=_INTERVALS,
+    )
+
+    yield TaskExtension(
+        name="video-to-video",
+        summary="Make videos from a prompt, and from pictures and videos at any of their frames",
+        config="ovforge_diffusion.video.inputs:VideoOptions",
+        inputs="ovforge_diffusion.video.inputs:VideoToVideoInputs",
+        result="ovforge_diffusion.video.result:VideosResult",
+        factory="ovforge_diffusion.video.tasks:VideoToVideo",
+        roles=("transformer", "vae_encoder", "vae_decoder"),
+        optional_roles=("transformer_shallow", "text_encoder", "tokenizer", "latent_upsampler"),
+        transforms=("video-places", "exact-timesteps"),
+        tunings=_INTERVALS,
+    )
+    yield TaskExtension(
+        name="upsample-video",
+        summary="Make videos, or latents to refine, of twice the sides",
+        config="ovforge_diffusion.video.inputs:UpsampleVideoOptions",
+        inputs="ovforge_diffusion.video.inputs:UpsampleVideoInputs",
+        result="ovforge_diffusion.video.result:VideosResult",
+        factory="ovforge_diffusion.video.upsampling:UpsampleVideo",
+        roles=("latent_upsampler", "vae_decoder"),
+        optional_roles=("vae_encoder",),
+        transforms=("exact-timesteps",),
+    )
 
 
 @hookimpl
@@ -78,15 +129,15 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
     )
     yield GraphTransformExtension(
         name="controlnet-inputs",
-        summary="Give the UNet the inputs that ControlNets add to",
+        summary="Give the denoiser the inputs that ControlNets add to",
         factory="ovforge_diffusion.graph.controlnet_inputs:ControlNetInputs",
         phase=Phase.STRUCTURE,
         recompute=True,
     )
     yield GraphTransformExtension(
-        name="fractional-timesteps",
-        summary="Let denoisers take timesteps with fractions",
-        factory="ovforge_diffusion.graph.fractional_timesteps:FractionalTimesteps",
+        name="exact-timesteps",
+        summary="Let denoisers take timesteps with fractions, and have them exactly on any device",
+        factory="ovforge_diffusion.graph.exact_timesteps:ExactTimesteps",
         phase=Phase.STRUCTURE,
         recompute=True,
     )
@@ -94,6 +145,13 @@ def ovforge_graph_transforms() -> Iterator[GraphTransformExtension]:
         name="layer-skipping",
         summary="Let rows of a batch leave layers of a transformer out",
         factory="ovforge_diffusion.graph.layer_skipping:LayerSkipping",
+        phase=Phase.STRUCTURE,
+        recompute=True,
+    )
+    yield GraphTransformExtension(
+        name="video-places",
+        summary="Tell LTX-Video's transformer where each token of a video is",
+        factory="ovforge_diffusion.graph.video_places:VideoPlaces",
         phase=Phase.STRUCTURE,
         recompute=True,
     )

@@ -1,4 +1,4 @@
-"""ControlNets beside a UNet (Zhang et al. 2023): they see what it sees, and what they give is added inside it."""
+"""ControlNets beside a denoiser (Zhang et al. 2023): they see what it sees, and what they give is added inside it."""
 
 from __future__ import annotations
 
@@ -10,168 +10,249 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovforge.errors import ModelError
+from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.network import Network
+from ovforge_diffusion.residuals import BLOCK, MIDDLE_RESIDUAL, RESIDUAL, SCALE
 
-__all__ = ["CONTROLNETS", "MIDDLE_RESIDUAL", "RESIDUAL", "RESIDUALS", "ControlNets", "residual_shapes"]
+__all__ = ["ControlNets"]
 
-Array = NDArray[np.float32]
+Tensors = Mapping[str, list[ov.Tensor]]
+"""The denoiser's inputs that have rows, by name: a tensor for each of its calls."""
 
-CONTROLNETS = ("controlnet", "controlnet_1", "controlnet_2", "controlnet_3")
+Arrays = Mapping[str, NDArray[Any]]
+Copy = tuple[NDArray[np.generic], NDArray[np.generic]]
 
-RESIDUAL = "down_block_additional_residual_"
-"""The UNet's inputs for what ControlNets give, before their number: names of diffusers and OpenVINO's notebooks."""
-
-MIDDLE_RESIDUAL = "mid_block_additional_residual"
-
-RESIDUALS = "ovforge_residuals"
-"""Key of the UNet's config.json for the number of such inputs, where the transform controlnet-inputs made them."""
-
-_FAMILIES = "A ControlNet must be made for the UNet's own architecture: one of Stable Diffusion 1.5 fits no 2.1 or XL."
-
-
-def residual_shapes(config: Mapping[str, Any], sample: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Return shapes of the inputs for residuals by name, as a UNet's config tells them for a sample of a shape.
-
-    They are those of what its way down leaves: the first convolution, then each layer of each level, and what halves
-    the sides after each level but the last.
-    """
-    rows, _, height, width = sample
-    widths, layers = config.get("block_out_channels"), config.get("layers_per_block", 2)
-    if not widths:
-        return {}
-    each = layers if isinstance(layers, list | tuple) else [layers] * len(widths)
-    shapes = [(rows, widths[0], height, width)]
-    for level, (channels, count) in enumerate(zip(widths, each, strict=False)):
-        shapes += [(rows, channels, height, width)] * count
-        if level + 1 < len(widths):
-            height, width = (height + 1) // 2, (width + 1) // 2
-            shapes.append((rows, channels, height, width))
-    return {**{f"{RESIDUAL}{number}": shape for number, shape in enumerate(shapes)}, MIDDLE_RESIDUAL: shapes[-1]}
+_CONDITION = "controlnet_cond"
 
 
 class ControlNets:
-    """ControlNets, by role, for the UNet's networks: one of each for each of the UNet's calls.
+    """A ControlNet for each condition, beside the networks of a denoiser: one of them for each of its calls.
 
-    `shared` are the UNet's input tensors, one for each call. Raises ModelError if a model does not belong to the UNet.
+    In families where ControlNets see the prompt alone there is one of each, and all calls take what it gives. `roles`
+    are those of the ControlNets, one for each condition. Raises ModelError if a model does not belong to the denoiser.
     """
 
     def __init__(
         self,
         models: Mapping[str, ov.CompiledModel],
-        unets: Sequence[Network],
-        sample: ov.Tensor,
-        timestep: ov.Tensor,
-        latent_channels: int,
-        shared: Mapping[str, list[ov.Tensor]],
+        roles: Sequence[str],
+        denoisers: Sequence[Network],
+        architecture: Architecture,
+        pictures: int,
+        halves: int,
     ) -> None:
-        self._unets, self._sample, self._timestep, self._channels = unets, sample, timestep, latent_channels
-        self._networks = [[Network(model, role, _FAMILIES) for _ in unets] for role, model in models.items()]
-        self._followers: list[tuple[NDArray[np.generic], NDArray[np.generic]]] = []
-        """Inputs of ControlNets, and what of the UNet's inputs is copied there at each step."""
-        for networks in self._networks:
-            self._check_fit(networks[0], {*shared, "sample", "timestep", "controlnet_cond"})
-        for network in self.each():
-            self._follow(network)
+        self.roles = tuple(roles)
+        self._denoisers, self._architecture, self._pictures = denoisers, architecture, pictures
+        self._per_call = halves // len(denoisers)
+        self._half = min(1, halves - 1) if architecture.controls_prompt else None
+        """The half that they see; None if each call has its own."""
+        known = "1.5 fits no 2.1 or XL" if architecture.denoiser == "unet" else "3 medium fits no 3.5"
+        self._advice = (
+            f"A ControlNet must be made for the {architecture.denoiser_name}'s own architecture: "
+            f"one of Stable Diffusion {known}."
+        )
+        calls = len(denoisers) if self._half is None else 1
+        self._networks = [[Network(models[role], role, self._advice) for role in roles] for _ in range(calls)]
+        self._taken = self._fitting(self._networks[0])
+        """For each condition, the denoiser's input -> the ControlNet's output."""
+        self._totals: list[dict[tuple[str | None, ...], ov.Tensor]] = [{} for _ in range(calls)]
+        self._followers: list[Copy] = []
+        self._copies: list[Copy] = []
+        """Inputs, and what of the denoiser's is copied there: at each step, or when the text changes."""
+        self._ran = False
 
     def each(self) -> list[Network]:
-        """Return the networks of every ControlNet and call."""
+        """Return the networks of every condition and call."""
         return [network for networks in self._networks for network in networks]
 
-    def of_call(self, call: int) -> list[Network]:
-        """Return the networks that go with one of the UNet's calls."""
-        return [networks[call] for networks in self._networks]
+    def begin(
+        self,
+        sample: ov.Tensor,
+        timestep: ov.Tensor,
+        channels: int,
+        shared: Tensors,
+        held: Arrays,
+        own: Sequence[Arrays],
+    ) -> None:
+        """Set what holds for a run.
 
-    def share(self, shared: Mapping[str, list[ov.Tensor]]) -> None:
-        """Give them the UNet's inputs: the same tensors, or copies if a model takes another type."""
-        for networks in self._networks:
-            for call, network in enumerate(networks):
+        They see the first `channels` of the denoiser's sample. `shared` and `held` are inputs of the denoiser, with
+        rows and without; `own` those of each condition, with a row for each picture.
+        """
+        self._followers, self._copies = [], []
+        self._totals = [{} for _ in self._networks]  # what Z-Image's give is as long as the text
+        for call, networks in enumerate(self._networks):
+            for network, inputs in zip(networks, own, strict=True):
+                self._check_inputs(network, {*shared, *held, *inputs})
+                self._see(network, sample, timestep, channels)
                 for name, tensors in shared.items():
-                    if name not in network.ports:
-                        continue
-                    if network.accepts(name, tensors[call]):
-                        network.share(name, tensors[call])
-                    else:
-                        network.allocate(name, tensors[call].shape).data[...] = tensors[call].data
+                    if name in network.ports and name not in inputs:
+                        self._share(network, name, tensors, call)
+                for name, value in held.items():
+                    if name in network.ports and name not in inputs:
+                        network.hold(name, value, self._rows)
+                for name, value in inputs.items():
+                    self._give(network, name, value)
+                if SCALE in network.ports:
+                    network.allocate(SCALE, ())
 
-    def show(self, number: int, pixels: Array, per_call: int) -> None:
-        """Give ControlNet `number` its picture: float32 (pictures, 3, height, width) from 0 to 1."""
-        for network in self._networks[number]:
-            tensor = network.allocate("controlnet_cond", (len(pixels) * per_call, *pixels.shape[1:]))
-            tensor.data.reshape(per_call, *pixels.shape)[...] = pixels
-
-    def follow(self) -> None:
-        """Copy what of the UNet's sample and timestep they cannot share."""
-        for own, source in self._followers:
+    def changed(self) -> None:
+        """Copy what they cannot share of the denoiser's inputs, which have other values now."""
+        for own, source in self._copies:
             own[...] = source
 
-    def run(self, call: int, scales: Sequence[float]) -> None:
-        """Run those of one call, and hand the UNet the sum of what they give, each by its scale."""
-        sums: dict[str, ov.Tensor] = {}
-        for networks, scale in zip(self._networks, scales, strict=True):
-            network = networks[call]
-            if scale or not sums:
-                network.run()
-            for name, port in network.outputs.items():
-                tensor = network.request.get_tensor(port)
-                if name not in sums:
-                    tensor.data[...] *= np.float32(scale)
-                    sums[name] = tensor
-                elif scale:
-                    sums[name].data[...] += np.float32(scale) * tensor.data
-        for name, tensor in sums.items():
-            self._unets[call].share(_residual(name), tensor)
+    def follow(self) -> None:
+        """Copy what of the denoiser's sample and timestep they cannot share: a step begins."""
+        for own, source in self._followers:
+            own[...] = source
+        self._ran = False
 
-    def _check_fit(self, network: Network, known: set[str]) -> None:
-        """Refuse a ControlNet whose inputs are not there, or whose outputs the UNet does not take."""
-        ports = self._unets[0].ports
-        takes = {name for name in ports if name.startswith(RESIDUAL) or name == MIDDLE_RESIDUAL}
-        if not takes:
-            raise ModelError(
-                "the UNet takes no residuals of a ControlNet",
-                where="unet",
-                hint="Leave optimize = false out, or add the transform 'controlnet-inputs'.",
-            )
-        missing = [name for name in ("sample", "timestep", "controlnet_cond") if name not in network.ports]
+    def run(self, call: int, scales: Sequence[float]) -> None:
+        """Run those of one of the denoiser's calls, and hand it the sum of what they give, each by its scale."""
+        number = call if self._half is None else 0
+        if self._half is not None and self._ran:
+            return
+        networks, totals = self._networks[number], self._totals[number]
+        for network, scale in zip(networks, scales, strict=True):
+            if SCALE in network.ports:
+                network.request.get_tensor(network.ports[SCALE]).data[...] = scale
+            if scale or not totals:
+                network.run()
+        if not totals:
+            self._allocate(number)
+        for names, total in totals.items():
+            view = total.data.reshape(-1, *self._output(networks, names).shape)
+            view[0] = 0
+            for network, name, scale in zip(networks, names, scales, strict=True):
+                if name is not None and scale:
+                    view[0] += np.float32(scale) * network.request.get_tensor(network.outputs[name]).data
+            view[1:] = view[0]
+        self._ran = True
+
+    # -- small parts ----------------------------------------------------------------------------------------------
+
+    @property
+    def _rows(self) -> int:
+        """Rows of their inputs."""
+        return self._pictures * (self._per_call if self._half is None else 1)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether they have as many rows as the denoiser's calls have."""
+        return self._half is None or self._per_call == 1
+
+    def _see(self, network: Network, sample: ov.Tensor, timestep: ov.Tensor, channels: int) -> None:
+        """Give a ControlNet the denoiser's sample and timestep: the same tensors, or ones that are copied."""
+        name, axis = self._architecture.sample, self._architecture.channel_axis
+        if self._whole and network.accepts(name, sample):
+            network.share(name, sample)
+        else:  # an inpainting UNet sees more channels than a ControlNet does
+            shape = [self._rows, *list(sample.shape)[1:]]
+            shape[axis] = channels
+            source = sample.data[(slice(self._rows), *[slice(None)] * (axis - 1), slice(channels))]
+            self._followers.append((network.allocate(name, shape).data, source))
+        if self._whole and network.accepts("timestep", timestep):
+            network.share("timestep", timestep)
+        else:
+            own = network.allocate_timestep(self._rows if self._architecture.timestep_rows else 1)
+            self._followers.append((own.data, timestep.data.reshape(-1)[:1]))
+
+    def _share(self, network: Network, name: str, tensors: Sequence[ov.Tensor], call: int) -> None:
+        """Give a ControlNet an input of the denoiser: the same tensor, or a copy of the rows that it sees."""
+        within = 0
+        if self._half is not None:
+            call, within = divmod(self._half, self._per_call)
+        tensor = tensors[call]
+        if self._whole and network.accepts(name, tensor):
+            network.share(name, tensor)
+            return
+        begin = within * self._pictures
+        source = tensor.data[begin : begin + self._rows]
+        own = network.allocate(name, source.shape)
+        own.data[...] = source
+        self._copies.append((own.data, source))
+
+    def _give(self, network: Network, name: str, value: NDArray[Any]) -> None:
+        """Give a ControlNet an input of its own, the same for each half."""
+        tensor = network.allocate(name, (self._rows, *value.shape[1:]))
+        tensor.data.reshape(-1, *value.shape)[...] = value
+
+    def _allocate(self, number: int) -> None:
+        """Make the tensors of sums, when it is known how large they are, and let the denoiser take them."""
+        networks, totals = self._networks[number], self._totals[number]
+        denoisers = [self._denoisers[number]] if self._half is None else self._denoisers
+        repeats = 1 if self._half is None else self._per_call
+        for name in dict.fromkeys(name for taken in self._taken for name in taken):
+            names = tuple(taken.get(name) for taken in self._taken)
+            if names not in totals:
+                rows, *rest = self._output(networks, names).shape
+                totals[names] = ov.Tensor(ov.Type.f32, [rows * repeats, *rest])
+            for denoiser in denoisers:
+                denoiser.share(name, totals[names])
+
+    def _output(self, networks: Sequence[Network], names: Sequence[str | None]) -> ov.Tensor:
+        """Return the first output of some that are summed."""
+        return next(
+            network.request.get_tensor(network.outputs[name])
+            for network, name in zip(networks, names, strict=True)
+            if name is not None
+        )
+
+    # -- what does not fit ----------------------------------------------------------------------------------------
+
+    def _check_inputs(self, network: Network, given: set[str]) -> None:
+        """Refuse a ControlNet with inputs that nobody gives."""
+        known = {*given, self._architecture.sample, "timestep", SCALE}
         # Compiling may give an input more names, so that one of them being known is enough.
         foreign = [min(port.names) for port in network.ports.values() if not port.names & known]
-        if missing or foreign:
-            wrong = f"has no input {missing[0]!r}" if missing else f"has an input that the UNet has not: {foreign[0]!r}"
-            raise ModelError(f"it {wrong}", where=network.role, hint=f"Is it a converted ControlNet? {_FAMILIES}")
-        gives = {_residual(name): port for name, port in network.outputs.items()}
-        if set(gives) != takes:
+        if foreign:
+            kind = self._architecture.denoiser_name
+            raise self._unfit(network, f"has an input that the {kind} has not: {foreign[0]!r}")
+
+    def _unfit(self, network: Network, what: str) -> ModelError:
+        return ModelError(f"it {what}", where=network.role, hint=f"Is it a converted ControlNet? {self._advice}")
+
+    def _fitting(self, networks: Sequence[Network]) -> list[dict[str, str]]:
+        """Return the denoiser's input -> output of each ControlNet.
+
+        Raises ModelError if the denoiser does not take what they give, or waits for what none of them gives.
+        """
+        architecture, ports = self._architecture, self._denoisers[0].ports
+        kind = architecture.denoiser_name
+        takes = {name for name in ports if name.startswith((RESIDUAL, BLOCK)) or name == MIDDLE_RESIDUAL}
+        if not takes:
             raise ModelError(
-                f"it gives {len(gives)} residuals, and the UNet takes {len(takes)}, or their names differ",
-                where=network.role,
-                hint=f"Outputs: {', '.join(sorted(network.outputs)) or 'none'}. {_FAMILIES}",
+                f"the {kind} takes no residuals of a ControlNet",
+                where=architecture.denoiser,
+                hint="Leave optimize = false out, or add the transform 'controlnet-inputs'.",
             )
-        for name, port in gives.items():
-            wanted = ports[name]
-            kinds = [each.get_element_type().get_type_name() for each in (port, wanted)]
-            shapes = [each.get_partial_shape() for each in (port, wanted)]
-            if kinds[0] != kinds[1] or not shapes[0].compatible(shapes[1]):
+        for network in networks:
+            for name in (architecture.sample, "timestep", _CONDITION):
+                if name not in network.ports:
+                    raise self._unfit(network, f"has no input {name!r}")
+        found = [architecture.residuals(network.role, network.outputs) for network in networks]
+        given = {name for taken in found for name in taken}
+        for network, taken in zip(networks, found, strict=True):
+            lacks = [output for output in taken.values() if output not in network.outputs]
+            if lacks or not taken or given != takes:
+                count = len(network.outputs)
                 raise ModelError(
-                    f"{name} is {kinds[0]} {shapes[0]}, and the UNet takes {kinds[1]} {shapes[1]}",
+                    f"it gives {count} residuals, and the {kind} takes {len(takes)}, or their names differ",
                     where=network.role,
-                    hint=_FAMILIES,
+                    hint=f"Outputs: {', '.join(sorted(network.outputs)) or 'none'}. {self._advice}",
                 )
+            for name, output in taken.items():
+                self._check_shape(network, network.outputs[output], name, ports[name])
+        return found
 
-    def _follow(self, network: Network) -> None:
-        """Give a ControlNet the UNet's sample and timestep: the same tensors, or ones that are copied at each step."""
-        if network.accepts("sample", self._sample):
-            network.share("sample", self._sample)
-        else:  # an inpainting UNet sees more channels than a ControlNet does
-            shape = [self._sample.shape[0], self._channels, *list(self._sample.shape)[2:]]
-            own = network.allocate("sample", shape)
-            self._followers.append((own.data, self._sample.data[:, : self._channels]))
-        if network.accepts("timestep", self._timestep):
-            network.share("timestep", self._timestep)
-        else:
-            own = network.allocate_timestep()
-            self._followers.append((own.data, self._timestep.data.reshape(-1)[:1]))
-
-
-def _residual(output: str) -> str:
-    """Return the UNet's input for an output of a ControlNet."""
-    if output == "mid_block_res_sample":
-        return MIDDLE_RESIDUAL
-    return output.replace("down_block_res_sample_", RESIDUAL)
+    def _check_shape(self, network: Network, port: ov.Output, name: str, wanted: ov.Output) -> None:
+        """Refuse a ControlNet that gives what is of another type or shape than the denoiser takes."""
+        kinds = [each.get_element_type().get_type_name() for each in (port, wanted)]
+        shapes = [each.get_partial_shape() for each in (port, wanted)]
+        if kinds[0] != kinds[1] or not shapes[0].compatible(shapes[1]):
+            kind = self._architecture.denoiser_name
+            raise ModelError(
+                f"{name} is {kinds[0]} {shapes[0]}, and the {kind} takes {kinds[1]} {shapes[1]}",
+                where=network.role,
+                hint=self._advice,
+            )

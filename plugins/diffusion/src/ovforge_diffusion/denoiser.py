@@ -8,9 +8,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovforge.errors import InputError
+from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.architectures.base import Architecture, Arrays
 from ovforge_diffusion.controlnets import ControlNets
 from ovforge_diffusion.network import Network
 from ovforge_diffusion.shallow import ShallowSteps, StepRule
@@ -26,7 +26,8 @@ class Denoiser:
     `shape` is what it takes of the pictures, and `latents` what of that are the latents: (pictures, ...), in the
     architecture's layout. With classifier-free guidance (Ho and Salimans 2021) there are two halves, the unconditional
     one first, or more if a prompt has several parts. They run as one batch (`calls` = 1), or each in a call of its own
-    (`calls` = `halves`); calls share the latents.
+    (`calls` = `halves`); calls share the latents. Each row is told so many timesteps (`columns`), if the network has an
+    axis for them.
     """
 
     def __init__(
@@ -37,15 +38,18 @@ class Denoiser:
         latents: tuple[int, ...],
         halves: int,
         calls: int,
+        columns: int = 1,
     ) -> None:
         pictures = shape[0]
         self.halves, self._calls, self._per_call = halves, calls, halves // calls
-        self._role, self._channels = architecture.denoiser, latents[1]
+        self._architecture = architecture
+        self._role, self._channels = architecture.denoiser, latents[architecture.channel_axis]
         self._networks = [Network(model, self._role) for _ in range(calls)]
         first = self._networks[0]
         batch = pictures * self._per_call
         self.sample = first.allocate(architecture.sample, (batch, *shape[1:]))
-        self.timestep = first.allocate_timestep(batch if architecture.timestep_rows else 1)
+        self.timestep = first.allocate_timestep(batch if architecture.timestep_rows else 1, columns)
+        self._latest: Array | None = None
         # Where the latents stand in what the network takes; the rest does not change from step to step.
         data = self.sample.data.reshape(self._per_call, *shape)
         self._latents = data[:, :, *(slice(0, side) for side in latents[1:])]
@@ -82,41 +86,36 @@ class Denoiser:
         return tensors
 
     def hold(self, name: str, value: NDArray[np.generic]) -> None:
-        """Set an input that all rows share; a model that takes it for each row gets it for each.
-
-        One number may be a list of one, too, which a model that takes no list gets without it.
-        """
+        """Set an input that all rows share; a model that takes it for each row gets it for each."""
         first = self._networks[0]
-        rank = first.ports[name].get_partial_shape().rank if name in first.ports else None
-        if rank is not None and rank.is_static and rank.get_length() == 0 and value.shape == (1,):
-            value = value.reshape(())
-        rows = rank is not None and rank.is_static and rank.get_length() == value.ndim + 1
-        shape = (self.sample.shape[0], *value.shape) if rows else value.shape
-        tensor = first.allocate(name, shape)
-        tensor.data[...] = value
+        tensor = first.hold(name, value, self.sample.shape[0])
         for network in self._networks[1:]:
             network.share(name, tensor)
 
     def change(self, name: str, value: NDArray[np.generic]) -> None:
         """Give an input that `condition` set, and what ControlNets see of it, other values of the same shape."""
-        for call, part in enumerate(np.split(value, self._calls)):
-            for network in (self._networks[call], *(self._controls.of_call(call) if self._controls else ())):
-                if name in network.ports:
-                    network.request.get_tensor(network.ports[name]).data[...] = part
+        for network, part in zip(self._networks, np.split(value, self._calls), strict=True):
+            network.request.get_tensor(network.ports[name]).data[...] = part
+        if self._controls:
+            self._controls.changed()
 
-    def control(self, models: Mapping[str, ov.CompiledModel], shared: Mapping[str, list[ov.Tensor]]) -> None:
-        """Let ControlNets, by role, condition each step; `shared` are tensors of the UNet.
+    def control(
+        self,
+        models: Mapping[str, ov.CompiledModel],
+        roles: Sequence[str],
+        shared: Mapping[str, list[ov.Tensor]],
+        held: Arrays,
+        own: Sequence[Arrays],
+    ) -> None:
+        """Let ControlNets condition each step: `roles` are those of each condition, `own` their own inputs.
 
-        Raises ModelError if one of them does not belong to the UNet.
+        `shared` are tensors of the denoiser, `held` what it holds for all rows. Raises ModelError if one of them does
+        not belong to the denoiser.
         """
-        if self._controls is None:
-            self._controls = ControlNets(models, self._networks, self.sample, self.timestep, self._channels, shared)
-        self._controls.share(shared)
-
-    def show(self, number: int, pixels: Array) -> None:
-        """Give ControlNet `number` its picture: float32 (pictures, 3, height, width) from 0 to 1."""
-        assert self._controls is not None
-        self._controls.show(number, pixels, self._per_call)
+        if self._controls is None or self._controls.roles != tuple(roles):
+            pictures = len(self._halves[0])
+            self._controls = ControlNets(models, roles, self._networks, self._architecture, pictures, self.halves)
+        self._controls.begin(self.sample, self.timestep, self._channels, shared, held, own)
 
     def check(self, timesteps: NDArray[np.generic]) -> None:
         """Refuse timesteps that a model's input would round."""
@@ -126,13 +125,27 @@ class Denoiser:
                 raise InputError(
                     f"this scheduler's timesteps have fractions, and the {network.role} takes {kind.get_type_name()}",
                     where="scheduler",
-                    hint="Leave optimize = false out, or add the transform 'fractional-timesteps'.",
+                    hint="Leave optimize = false out, or add the transform 'exact-timesteps'.",
                 )
 
     def extend(self, value: Array) -> None:
         """Set what stands beside the latents, such as an inpainting UNet's mask: (pictures, ...)."""
         assert self._extra is not None
         self._extra[...] = value
+
+    def keep_still(self, still: Array) -> None:
+        """Tell tokens that are given that there is less noise: none for those with 1 in `still`, (tokens,).
+
+        Others have at most the share of noise that 1 lacks. Raises ModelError for a network that takes one timestep for
+        all tokens.
+        """
+        if self.timestep.shape[1:] != still.shape:
+            raise ModelError(
+                f"the {self._role} takes one timestep for all tokens, and frames that are given have their own",
+                where=self._role,
+                hint="Convert the model with ovforge, or with optimum-intel 2.2.",
+            )
+        self._latest = (1 - still) * np.float32(self._architecture.train_timesteps)
 
     def predict(
         self,
@@ -149,7 +162,7 @@ class Denoiser:
         are overwritten by the next step.
         """
         self._latents[...] = latents
-        self.timestep.data[...] = timestep
+        self.timestep.data[...] = timestep if self._latest is None else np.minimum(timestep, self._latest)
         if self._controls:
             self._controls.follow()
         if self._shallow is not None and number == 0:

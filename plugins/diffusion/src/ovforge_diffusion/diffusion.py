@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,13 +16,14 @@ from PIL import Image
 
 from ovforge.contracts import Progress, Sampling, TaskContext, ignore_progress
 from ovforge.errors import InputError
-from ovforge.model import BatchGenerator, ImagesResult, Timings
+from ovforge.model import BatchGenerator, ImagesResult, Result, Timings
 from ovforge_diffusion.architectures import architecture_of
-from ovforge_diffusion.architectures.base import PREVIEW, PromptEncoder, Task, tokenizer_of
+from ovforge_diffusion.architectures.base import PREVIEW, Architecture, Arrays, PromptEncoder, Task, tokenizer_of
 from ovforge_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
-from ovforge_diffusion.examples import edges
+from ovforge_diffusion.controls import conditions
+from ovforge_diffusion.examples import edges, hole
 from ovforge_diffusion.guidance import Guidance, SkipLayers
-from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
+from ovforge_diffusion.inputs import DiffusionOptions
 from ovforge_diffusion.models import Models
 from ovforge_diffusion.network import not_finite
 from ovforge_diffusion.prediction import Prediction
@@ -41,15 +42,22 @@ _log = logging.getLogger("ovforge.diffusion")
 class Start:
     """Where a run begins: noised latents as the denoiser sees them, and the index of its first step.
 
-    `extra` is what stands beside the latents; `blend(latents, index)` is called after each step, `finish` with each
-    picture made.
+    `extra` is what stands beside the latents; `renew(latents, index)` is called before each step, `blend` after it, and
+    `finish` with each picture made. `still` has 1 for tokens that are given, (tokens,), and less for those that are so
+    in part. The first `before` tokens go with the latents, and are left out at last. `held` are inputs of the denoiser
+    that all rows share, and `notes` are warnings.
     """
 
     latents: Array
     first: int = 0
     extra: Array | None = None
+    renew: Callable[[Array, int], Array] | None = None
     blend: Callable[[Array, int], Array] | None = None
     finish: Callable[[Image.Image], Image.Image] = lambda image: image
+    still: Array | None = None
+    before: int = 0
+    held: Arrays = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Diffusion:
@@ -69,8 +77,8 @@ class Diffusion:
         self._prompts: PromptEncoder | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, inputs: DiffusionInputs, progress: Callable[[Progress], None] = ignore_progress) -> ImagesResult:
-        """Make pictures.
+    def __call__(self, inputs: Any, progress: Callable[[Progress], None] = ignore_progress) -> Any:
+        """Make pictures, an ImagesResult, or what else a task makes.
 
         Raises InputError for what the model cannot do, ModelError where it computes no numbers. What the progress
         callback raises ends the run.
@@ -110,9 +118,13 @@ class Diffusion:
         """Return the part of the schedule that a run goes."""
         return 1.0
 
+    def _as_inputs(self, inputs: Any, request: Request) -> dict[str, Any]:
+        """Return inputs that make the same again."""
+        return request.as_inputs()
+
     # -- the course of a run --------------------------------------------------------------------------------------
 
-    def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
+    def _requested(self, inputs: Any) -> tuple[Request, dict[str, float]]:
         """Return the call with every default filled in, and the adapters that its prompts name."""
         references = self._references(inputs)
         size = self.architecture.size_beside(references) if references else self._size_of(inputs)
@@ -121,25 +133,44 @@ class Diffusion:
             return request.without_adapters()
         return request, {}
 
-    def _made(self, inputs: DiffusionInputs, request: Request, progress: Callable[[Progress], None]) -> ImagesResult:
+    def _made(self, inputs: Any, request: Request, progress: Callable[[Progress], None]) -> Any:
         timings, models, roles = Timings(), self._models, self.architecture.encoders
         readers = (*map(tokenizer_of, roles), *roles, *self.architecture.image_encoders)
-        sampling = self.scheduling.start(request.steps, self._strength(request), self._size(request))
+        sampling, request = self.scheduling.start(request, self._strength(request), self._size(request))
         progress(Progress("text encoding", 0, request.steps))
         schedule, lost = self._encode(request, sampling, timings)
         learned, unused = self._learned(request)
         self._release_prompts(*readers)
         rng = BatchGenerator(request.seeds)
+        seen = self._seen_by_controlnets(request, rng, timings)
         start = self._begin(inputs, request, sampling, rng, timings)
         models.release("vae_encoder")
         try:
-            latents = self._denoise(request, sampling, schedule, start, rng, timings, progress)
+            latents = self._denoise(request, sampling, schedule, start, seen, rng, timings, progress)
         except InputError:
             models.forget_denoiser()  # its requests hold what a call that failed has set
             raise
         denoiser = self.architecture.denoiser
         models.release(denoiser, shallow_role(denoiser), *self.architecture.controlnets)
-        latents = self.architecture.unpack(latents, *self._size(request))
+        result = self._result(
+            self.architecture.unpack(latents, *self._size(request)), request, start, rng, timings, progress
+        )
+        models.release("vae_decoder", PREVIEW)
+        result.timings = timings
+        result.provenance = {"inputs": self._as_inputs(inputs, request), **learned}
+        result.warnings += [*request.remarks, *start.notes, *lost, *unused, *self.architecture.notes()]
+        return result
+
+    def _result(
+        self,
+        latents: Array,
+        request: Request,
+        start: Start,
+        rng: BatchGenerator,
+        timings: Timings,
+        progress: Callable[[Progress], None],
+    ) -> Result:
+        """Return what clean latents, (pictures, channels, height, width), are decoded to."""
         images = []
         if request.decode:
             progress(Progress("decoding", 0, len(latents)))
@@ -147,15 +178,7 @@ class Diffusion:
                 with timings.span("vae_decoder"):
                     images.append(start.finish(self.autoencoder.decode(row, request.asked)))
                 progress(Progress("decoding", number + 1, len(latents)))
-        models.release("vae_decoder", PREVIEW)
-        return ImagesResult(
-            timings=timings,
-            provenance={"inputs": request.as_inputs(), **learned},
-            warnings=[*request.remarks, *lost, *unused, *self.architecture.notes()],
-            images=images,
-            seeds=request.seeds,
-            latents=latents,
-        )
+        return ImagesResult(images=images, seeds=request.seeds, latents=latents)
 
     def _encode(self, request: Request, sampling: Sampling, timings: Timings) -> tuple[Schedule, list[str]]:
         """Return the conditions of each step, and warnings of what did not fit."""
@@ -174,19 +197,23 @@ class Diffusion:
         sampling: Sampling,
         schedule: Schedule,
         start: Start,
+        seen: Sequence[Arrays],
         rng: BatchGenerator,
         timings: Timings,
         progress: Callable[[Progress], None],
     ) -> Array:
         """Return clean latents, float32, packed as the denoiser has them."""
         steps = self.scheduling.steps(sampling, start.first, request.given.denoising_end)
-        prediction = self._prediction(request, sampling, schedule, start)  # compilation is not part of denoising
+        # Compilation is not part of denoising.
+        prediction = self._prediction(request, sampling, schedule, start, steps, seen)
         latents = start.latents
         with timings.span("denoise"):
             for number, index in enumerate(steps):
                 before = time.perf_counter()
-                seen = sampling.scale_input(latents, index)
-                output = prediction.at(number, len(steps), sampling.timesteps[index], seen, timings)
+                if start.renew is not None:
+                    latents = start.renew(latents, index)
+                scaled = sampling.scale_input(latents, index)
+                output = prediction.at(number, len(steps), sampling.timesteps[index], scaled, timings)
                 with timings.span("denoise.scheduler"):
                     latents = sampling.step(output, index, latents, rng)
                     if start.blend is not None:
@@ -195,11 +222,27 @@ class Diffusion:
                 if _log.isEnabledFor(logging.DEBUG):
                     self._say(f"step {number + 1}/{len(steps)} t={sampling.timesteps[index]:g} prediction", output)
                     self._say(f"step {number + 1}/{len(steps)} latents", latents, time.perf_counter() - before)
-                preview = partial(self._preview, request, sampling, latents, index)
+                preview = partial(self._preview, request, sampling, latents[:, start.before :], index)
                 progress(Progress("denoising", number + 1, len(steps), preview=preview))
-        return latents
+        return latents[:, start.before :]
 
-    def _prediction(self, request: Request, sampling: Sampling, schedule: Schedule, start: Start) -> Prediction:
+    def _seen_by_controlnets(self, request: Request, rng: BatchGenerator, timings: Timings) -> Sequence[Arrays]:
+        """Return the inputs of each condition's ControlNet."""
+        if not self.architecture.encodes_conditions:
+            return conditions(request, self.architecture, self.autoencoder, rng)
+        self._models.require_encoder()
+        with timings.span("vae_encoder"):
+            return conditions(request, self.architecture, self.autoencoder, rng)
+
+    def _prediction(
+        self,
+        request: Request,
+        sampling: Sampling,
+        schedule: Schedule,
+        start: Start,
+        steps: range,
+        seen: Sequence[Arrays],
+    ) -> Prediction:
         """Return what predicts at each step, with all that holds for this run set."""
         given = request.given
         skip = SkipLayers(
@@ -216,25 +259,47 @@ class Diffusion:
             skip if request.skipped_layers else None,
             given.guidance_start,
             given.guidance_stop,
-            self.architecture.keeps_norm,
+            self.architecture.keeps_norm and given.cfg_normalization != 0,
+            0.0 if self.architecture.keeps_norm else given.cfg_normalization or 0.0,
+            self._truncated(given.cfg_truncation, sampling.timesteps[steps.start : steps.stop]),
         )
         if guidance.is_partial and schedule.halves > 2:
             raise InputError(
                 "guidance in a part of the steps goes with one prompt, without AND and skip_guidance_layers",
-                where="guidance_start, guidance_stop",
+                where="guidance_start, guidance_stop, cfg_truncation",
                 hint="Leave one of them out.",
             )
         split = guidance.varies or self._options.guidance == "split"
         what = len(request.prompts), self._size(request), schedule.halves
         factor = self.architecture.factor
         beside = [(height // factor, width // factor) for width, height in request.references]
-        denoiser = self._models.denoiser(*what, split=split, beside=beside, length=given.max_sequence_length)
+        denoiser = self._models.denoiser(
+            *what,
+            split=split,
+            beside=beside,
+            length=given.max_sequence_length,
+            before=start.before,
+            timed=start.still is not None,
+        )
         controlnets = partial(self._models.controlnets, *what, split=split)
-        prediction = Prediction(denoiser, self.architecture, request, schedule, guidance, controlnets)
+        extra = start.extra
+        if self.architecture.stacks_condition:
+            [condition], seen = seen, ()
+            extra = condition["controlnet_cond"]
+        prediction = Prediction(denoiser, self.architecture, request, schedule, guidance, controlnets, seen)
+        for name, value in start.held.items():
+            denoiser.hold(name, value)
         denoiser.check(sampling.timesteps)
-        if start.extra is not None:
-            denoiser.extend(start.extra)
+        if extra is not None:
+            denoiser.extend(extra)
+        if start.still is not None:
+            denoiser.keep_still(start.still)
         return prediction
+
+    def _truncated(self, share: float | None, timesteps: NDArray[Any]) -> int | None:
+        """Return the step from which on a picture has more than a share of itself; None if there is no such step."""
+        inside = [self.architecture.timestep(time) <= (1.0 if share is None else share) for time in timesteps]
+        return None if share is None or all(inside) else inside.index(False)
 
     def _check(self, output: Array, latents: Array, number: int, steps: int) -> None:
         """Raise ModelError for what is not a number."""
@@ -246,10 +311,14 @@ class Diffusion:
 
     def _preview(self, request: Request, sampling: Sampling, latents: Array, index: int) -> list[Image.Image]:
         """Return pictures of latents after step `index`, scaled to what they will be at the end."""
+        rows = self._foreseen(request, sampling, latents, index)
+        return [self.autoencoder.preview(row, request.asked) for row in rows]
+
+    def _foreseen(self, request: Request, sampling: Sampling, latents: Array, index: int) -> Array:
+        """Return latents after step `index`, unpacked, scaled to what they will be at the end."""
         last = index + 1 >= len(sampling.timesteps)
         seen = latents if last else sampling.scale_input(latents, index + 1)
-        rows = self.architecture.unpack(seen, *self._size(request))
-        return [self.autoencoder.preview(row, request.asked) for row in rows]
+        return self.architecture.unpack(seen, *self._size(request))
 
     # -- small parts ----------------------------------------------------------------------------------------------
 
@@ -261,14 +330,15 @@ class Diffusion:
         """Return (pictures, channels, height, width) of the latents."""
         return (len(request.prompts), self.architecture.latent_channels, *self._size(request))
 
-    def _size(self, request: Request) -> tuple[int, int]:
-        """Return (height, width) in latents."""
+    def _size(self, request: Request) -> tuple[int, ...]:
+        """Return (height, width) in latents, of videos (frames, height, width)."""
         return request.height // self.architecture.factor, request.width // self.architecture.factor
 
     def _conditions(self, number: int) -> dict[str, Any]:
         """Return what example `number` needs for the pipeline's ControlNets."""
-        nets = self.architecture.controlnets
-        return {"control": [{"image": edges(number, self.architecture.size)} for _ in nets]} if nets else {}
+        architecture = self.architecture
+        size, nets = architecture.size, architecture.conditioned(1)
+        return {"control": [_example(architecture, role, number, size) for role in nets]} if nets else {}
 
     def _learned(self, request: Request) -> tuple[dict[str, list[str]], list[str]]:
         """Return the learned words that prompts used, for the provenance, and warnings of pictures that use none."""
@@ -298,3 +368,11 @@ class Diffusion:
                 "%s: %s %s min %.5g mean %.5g max %.5g std %.5g%s",
                 what, list(array.shape), array.dtype, array.min(), array.mean(), array.max(), array.std(), took,
             )  # fmt: skip
+
+
+def _example(architecture: Architecture, role: str, number: int, size: int) -> dict[str, Any]:
+    """Return a condition for a ControlNet: of each of its kinds in turn."""
+    modes = architecture.modes(role)
+    mode = {} if modes is None else {"mode": number % modes}
+    mask = {"mask": hole(number, size)} if architecture.paints(role) else {}
+    return {"image": edges(number, size), **mode, **mask}

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from ovforge.errors import InputError
+from ovforge_diffusion.generate_controls import controls_of
+from ovforge_diffusion.generate_videos import video_of
 
 __all__ = ["generate"]
 
@@ -51,7 +53,20 @@ def generate(
     mask: Annotated[Path | None, typer.Option("--mask", help="What of it to paint anew: the white part.")] = None,
     strength: Annotated[float | None, typer.Option("--strength", help="How far to go from it, 0 to 1.")] = None,
     controlnet: Annotated[
-        list[str] | None, typer.Option("--controlnet", metavar="FOLDER=PICTURE", help="A ControlNet and its condition.")
+        list[str] | None,
+        typer.Option(
+            "--controlnet",
+            metavar="FOLDER=PICTURE[,KEY=VALUE]...",
+            help="A ControlNet and its condition; keys: scale, start, end, mode, mask, around, preprocess, low, high.",
+        ),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="PICTURE[,KEY=VALUE]...",
+            help="A condition for a model that takes one itself, or one more for the ControlNet; keys likewise.",
+        ),
     ] = None,
     canny: Annotated[bool, typer.Option("--canny", help="Make conditions of the pictures' edges.")] = False,
     lora: Annotated[
@@ -67,9 +82,22 @@ def generate(
         Path | None, typer.Option("--latents", "-r", help="The first noise: .npy, or numpy's text.")
     ] = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one model in memory at a time.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture; .npy writes latents.")] = Path(
-        "result.png"
-    ),
+    frames: Annotated[
+        int | None, typer.Option("--frames", help="Make a video of so many frames, one more than a multiple of 8.")
+    ] = None,
+    frame_rate: Annotated[float | None, typer.Option("--frame-rate", help="Frames a second; 25 by default.")] = None,
+    upscaler: Annotated[
+        Path | None,
+        typer.Option(
+            "--upscaler", help="The latent upsampler of a video's model: make it small, enlarge and refine it."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The picture, or video; .npy writes latents. By default result.png or .mp4."
+        ),
+    ] = None,
     preview: Annotated[
         Path | None, typer.Option("--preview", help="A picture that is written anew after each step.")
     ] = None,
@@ -79,7 +107,7 @@ def generate(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
 ) -> None:
-    """Make pictures with a diffusion model in one command.
+    """Make pictures, or videos, with a diffusion model in one command.
 
     Example: ovforge generate -m package:ovforge_lcm/model -p 'a red car' --steps 4
     """
@@ -87,8 +115,15 @@ def generate(
     from ovforge import Cache
     from ovforge.cli import check_writable, print_result, progress_bar
     from ovforge.model import ImagesResult
+    from ovforge_diffusion.video.result import VideosResult
 
-    check_writable(output, ImagesResult)
+    video = video_of(
+        frames, frame_rate, upscaler, image, mask=mask, strength=strength is not None, controlnet=controlnet,
+        control=control, canny=canny,
+    )  # fmt: skip
+    kind = ImagesResult if video is None else VideosResult
+    output = output or Path(f"result{kind.suffixes[0]}")
+    check_writable(output, kind)
     if preview is not None:
         check_writable(preview, ImagesResult)
     if image is None and (mask or strength is not None):
@@ -100,14 +135,16 @@ def generate(
         "latents": latents and str(latents.resolve()), "mask": mask and str(mask.resolve()),
         "image": image and str(image.resolve()), "strength": strength,
     }  # fmt: skip
-    nets = [_pair(item) for item in controlnet or []]
-    if nets:
-        optional["control"] = [
-            {"image": str(Path(picture).resolve()), **({"preprocess": "canny"} if canny else {})} for _, picture in nets
-        ]
+    parts, conditions = controls_of(controlnet or [], control or [], canny=canny)
+    if conditions:
+        optional["control"] = conditions
+    use = "inpainting" if mask else "image-to-image" if image else "text-to-image"
+    if video is not None:
+        use, own, parts = video
+        optional |= {"image": None, **own}
     config: dict[str, Any] = {
         "task": {
-            "use": "inpainting" if mask else "image-to-image" if image else "text-to-image",
+            "use": use,
             **({"static": False} if not static else {}),
             **({"prompts": "weighted"} if weighted else {}),
             **({"long_prompts": "chunks"} if chunks else {}),
@@ -115,9 +152,7 @@ def generate(
         },
         "load": {
             "source": model,
-            **(
-                {"parts": {("controlnet", *_NUMBERED)[n]: folder for n, (folder, _) in enumerate(nets)}} if nets else {}
-            ),
+            **({"parts": parts} if parts else {}),
         },
         "transform": [*_adapters(lora or [], alpha or []), *([_clip_skip(clip_skip)] if clip_skip else [])],
         "quantize": [{"use": "nncf-weights", "mode": "int8_sym"}] if weights == "INT8" else [],
@@ -133,9 +168,6 @@ def generate(
         result = pipe(progress=_previewing(show, preview))
     files = result.save(output)
     print_result(result, files, pipe, quiet=quiet)
-
-
-_NUMBERED = ("controlnet_1", "controlnet_2", "controlnet_3")
 
 
 def _type(text: str | None) -> tuple[str | None, bool]:
@@ -160,13 +192,6 @@ def _weights(model: str, weights: str) -> dict[str, str]:
     if options is None or "weights" not in options.model_fields:
         return {}
     return {"weights": {"FP32": "f32", "FP16": "f16"}[weights]}
-
-
-def _pair(text: str) -> tuple[str, str]:
-    folder, equals, picture = text.rpartition("=")
-    if not equals or not folder:
-        raise InputError(f"{text!r} is not FOLDER=PICTURE", where="--controlnet")
-    return folder, picture
 
 
 def _adapters(files: list[Path], strengths: list[float]) -> list[dict[str, Any]]:

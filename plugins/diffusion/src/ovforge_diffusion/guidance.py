@@ -54,6 +54,12 @@ class Guidance:
     keeps_norm: bool = False
     """Whether the result has the norm, along the last axis, of a prediction that is not guided."""
 
+    largest_norm: float = 0.0
+    """How many times the norm of such a prediction, over a whole picture, the result may have; 0: any."""
+
+    until: int | None = None
+    """The step at which it ends, if not by `stop` before."""
+
     @property
     def varies(self) -> bool:
         """Whether steps differ in the halves that they need: each half is then a call of its own."""
@@ -62,12 +68,13 @@ class Guidance:
     @property
     def is_partial(self) -> bool:
         """Whether guidance acts in a part of the steps only."""
-        return self.halves > 1 and (self.start > 0 or self.stop < 1)
+        return self.halves > 1 and (self.start > 0 or self.stop < 1 or self.until is not None)
 
     def active(self, number: int, steps: int) -> tuple[int, ...]:
         """Return the halves that step `number` of `steps` needs: outside the interval, not the unconditional one."""
         last = self.halves - 1 if self.skip and not self.skip.acts(number, steps) else self.halves
-        inside = not self.is_partial or int(self.start * steps) <= number < int(self.stop * steps)
+        end = int(self.stop * steps) if self.until is None else min(int(self.stop * steps), self.until)
+        inside = not self.is_partial or int(self.start * steps) <= number < end
         return tuple(range(0 if inside else 1, last))
 
     def combine(self, halves: Mapping[int, Array]) -> Array:
@@ -81,6 +88,7 @@ class Guidance:
         rescale = np.float32(self.rescale)
         deviation = _deviation(output + without) if rescale else None
         norm = _norm(output + without) if self.keeps_norm else None
+        most = _norm(output + without, whole=True) * np.float32(self.largest_norm) if self.largest_norm else None
         output *= np.float32(self.scale)
         output += without
         if deviation is not None:  # section 3.4
@@ -88,13 +96,17 @@ class Guidance:
             output *= rescale * ratio + (np.float32(1) - rescale)
         if norm is not None:
             output *= norm / _norm(output)
+        if most is not None:
+            output *= np.minimum(most / _norm(output, whole=True), np.float32(1))
         if self.skip is not None and self.halves - 1 in halves:
             output += (halves[1] - halves[self.halves - 1]) * np.float32(self.skip.scale)
         return output
 
 
-def _norm(values: Array) -> Array:
-    norm: Array = np.sqrt(np.square(values).sum(axis=-1, keepdims=True, dtype=np.float32))
+def _norm(values: Array, *, whole: bool = False) -> Array:
+    """Return the norm along the last axis, or of each picture, (pictures, 1, ...)."""
+    axes = tuple(range(1, values.ndim)) if whole else -1
+    norm: Array = np.sqrt(np.square(values).sum(axis=axes, keepdims=True, dtype=np.float32))
     return np.maximum(norm, np.finfo(np.float32).tiny)
 
 

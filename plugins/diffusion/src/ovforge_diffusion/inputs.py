@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ovforge.model import Picture
 
@@ -35,11 +44,23 @@ def _latents(value: Any, info: ValidationInfo) -> Any:
 
 Latents = Annotated[Any, BeforeValidator(_latents), WithJsonSchema({"type": "string", "format": "path"})]
 
+GuidanceRescale = Annotated[
+    float,
+    Field(ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."),
+]
+GuidanceStart = Annotated[
+    float,
+    Field(ge=0, lt=1, description="Part of the steps after which guidance begins; before it a step is half the work."),
+]
+GuidanceStop = Annotated[
+    float, Field(gt=0, le=1, description="Part of the steps after which guidance ends (Kynkaanniemi et al. 2024).")
+]
+
 
 class DiffusionOptions(BaseModel):
     """How the tasks run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     static: bool = Field(
         True,
@@ -77,21 +98,81 @@ class DiffusionOptions(BaseModel):
 class Control(BaseModel):
     """A condition for a ControlNet: a picture, how strongly it counts, and in which part of the run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     image: Picture = Field(description="The condition, or the picture that it is made of.")
     scale: float = Field(1.0, ge=0, le=10, description="Strength of the condition.")
     start: float = Field(0.0, ge=0, le=1, description="Part of the run after which it begins to count.")
     end: float = Field(1.0, ge=0, le=1, description="Part of the run after which it counts no more.")
+    mode: int | None = Field(
+        None, ge=0, description="Which kind of condition it is, by the number that a union of several kinds has for it."
+    )
+    mask: Picture | None = Field(
+        None, description="For a ControlNet for inpainting: what is painted anew, white, of the picture that stays."
+    )
+    around: Picture | None = Field(
+        None, description="Z-Image: the picture that the mask is for, beside the condition; others take them as one."
+    )
     preprocess: Literal["none", "canny"] = Field("none", description="canny: the edges of the picture, by OpenCV.")
     low: int = Field(100, ge=0, le=1000, description="Canny's lower threshold.")
     high: int = Field(200, ge=0, le=1000, description="Canny's upper threshold.")
 
 
+_CONTROL = "`{}` of each `control`"
+_OF_DIFFUSERS = {
+    "num_inference_steps": "`steps`",
+    "num_images_per_prompt": "`count`",
+    "num_videos_per_prompt": "`count`",
+    "generator": "`seed`",
+    "mask_image": '`mask`, in the task "inpainting",',
+    "image_reference": '`reference`, in the task "inpainting",',
+    "control_image": "`control`",
+    "control_mask": _CONTROL.format("mask"),
+    "control_mode": _CONTROL.format("mode"),
+    "controlnet_conditioning_scale": _CONTROL.format("scale"),
+    "control_guidance_start": _CONTROL.format("start"),
+    "control_guidance_end": _CONTROL.format("end"),
+    "use_resolution_binning": "`resolution_binning`",
+    "complex_human_instruction": "`instruction`, one text with line breaks,",
+    "system_prompt": "`instruction`",
+    "cfg_trunc_ratio": "`guidance_stop`",
+    "clip_skip": 'the transform "clip-skip"',
+    "callback_on_step_end": "`progress`, in Python,",
+    "callback": "`progress`, in Python,",
+    "output_type": "`decode`, for latents in place of pictures,",
+    "crops_coords_top_left": "`crop`",
+    "negative_crops_coords_top_left": "`negative_crop`",
+    "eta": "the scheduler's option `eta`",
+    "max_timesteps": "the option `max_timesteps` of the scheduler 'scm'",
+    "intermediate_timesteps": "the option `intermediate_timesteps` of the scheduler 'scm'",
+    **dict.fromkeys(
+        ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"), "`scale` of the transform 'lora'"
+    ),
+}
+"""Arguments of diffusers' pipelines that have another name."""
+
+_NOT_HERE = {
+    "clean_caption": "prompts are read as with clean_caption=False",
+    **dict.fromkeys(("pag_scale", "pag_adaptive_scale"), "guidance by perturbed attention is not there"),
+    **dict.fromkeys(
+        (
+            "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+            "prompt_attention_mask", "negative_prompt_attention_mask",
+        ),
+        "a call takes texts, not their states",
+    ),
+    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), "IP-Adapters are not there"),
+    "return_dict": "a call returns one result",
+    "callback_steps": "progress is told at each step",
+    "callback_on_step_end_tensor_inputs": "nobody can choose what `progress` is told",
+}  # fmt: skip
+"""Arguments that have no counterpart here, and why."""
+
+
 class DiffusionInputs(BaseModel):
     """What the tasks share. What is left out, the model's own defaults fill."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     prompt: str | list[str] = Field(description="What the picture shows; a list gives a batch.")
     negative_prompt: str | list[str] | None = Field(None, description="What it should not show.")
@@ -100,6 +181,17 @@ class DiffusionInputs(BaseModel):
     prompt_3: str | list[str] | None = Field(None, description="Another prompt for the third text encoder.")
     negative_prompt_3: str | list[str] | None = Field(None, description="Likewise what it should not show.")
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    timesteps: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="The timesteps to go over, in place of steps, if the scheduler's class takes some.",
+    )
+    sigmas: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Likewise levels of noise: of flows a share for each step, before any shift; of 'euler' also the "
+        "one to end at.",
+    )
     guidance_scale: float | None = Field(None, ge=0, description="How closely to follow the prompt.")
     true_cfg_scale: float | None = Field(
         None,
@@ -128,14 +220,17 @@ class DiffusionInputs(BaseModel):
     skip_layer_guidance_scale: float = Field(2.8, ge=0, description="How far it does.")
     skip_layer_guidance_start: float = Field(0.01, ge=0, le=1, description="Part of the steps after which it begins.")
     skip_layer_guidance_stop: float = Field(0.2, ge=0, le=1, description="Part of the steps at which it ends.")
-    guidance_rescale: float = Field(
-        0.0, ge=0, le=1, description="How far guided predictions keep the deviation of unguided ones (Lin et al. 2024)."
+    guidance_rescale: GuidanceRescale = 0.0
+    guidance_start: GuidanceStart = 0.0
+    guidance_stop: GuidanceStop = 1.0
+    cfg_normalization: float | None = Field(
+        None,
+        ge=0,
+        description="Z-Image: times the norm of an unguided prediction that a guided one keeps to, 0 for any. Lumina "
+        "2: whether it keeps that norm along each row, 1 by default, or 0.",
     )
-    guidance_start: float = Field(
-        0.0, ge=0, lt=1, description="Part of the steps after which guidance begins; before it a step is half the work."
-    )
-    guidance_stop: float = Field(
-        1.0, gt=0, le=1, description="Part of the steps after which guidance ends (Kynkaanniemi et al. 2024)."
+    cfg_truncation: float | None = Field(
+        None, ge=0, le=1, description="Z-Image: the share of the picture, from 0 to 1, above which guidance ends."
     )
     resolution_binning: bool = Field(
         False,
@@ -168,6 +263,17 @@ class DiffusionInputs(BaseModel):
     aesthetic_score: float = Field(6.0, description="SDXL refiner: score of the pictures to follow.")
     negative_aesthetic_score: float = Field(2.5, description="SDXL refiner: score of those to avoid.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_as_here(cls, value: Any) -> Any:
+        """Say what an argument of diffusers' pipelines is called here, or that there is none like it."""
+        names = list(value) if isinstance(value, dict) else []
+        said = [f"`{name}` of diffusers is {_OF_DIFFUSERS[name]} here" for name in names if name in _OF_DIFFUSERS]
+        said += [f"leave `{name}` of diffusers out: {_NOT_HERE[name]}" for name in names if name in _NOT_HERE]
+        if said:
+            raise ValueError("; ".join(said))
+        return value
+
     @field_validator("prompt")
     @classmethod
     def _some_prompt(cls, value: str | list[str]) -> str | list[str]:
@@ -197,6 +303,7 @@ class ImageToImageInputs(DiffusionInputs):
 
     image: list[Picture] | None = Field(
         None,
+        min_length=1,
         description="The picture to start from; a list gives one for each prompt, or all that FLUX.2 or "
         "Qwen-Image-Edit is to see. Or give latents.",
     )
@@ -204,8 +311,9 @@ class ImageToImageInputs(DiffusionInputs):
         None,
         gt=0,
         le=1,
-        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.6 for SD 3, FLUX, Z-Image, "
-        "Qwen-Image and Sana-Sprint. Not for models that see the picture: FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit.",
+        description="How far to go from it; 1 keeps next to nothing. By default 0.8; 0.3 for SDXL, 0.6 for SD 3, FLUX, "
+        "Z-Image, Qwen-Image and Sana-Sprint. Not for models that see the picture: FLUX.1 Kontext, FLUX.2, "
+        "Qwen-Image-Edit.",
     )
     denoising_start: float | None = Field(
         None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
@@ -220,17 +328,22 @@ class ImageToImageInputs(DiffusionInputs):
 class InpaintingInputs(DiffusionInputs):
     """Inputs of inpainting. The size is the picture's own, rounded down to the autoencoder's grid."""
 
-    image: Picture = Field(description="The picture to change.")
+    image: Picture | None = Field(None, description="The picture to change; or give latents, with denoising_start.")
     mask: Picture = Field(description="What to change: white is painted anew, black stays. Of the picture's size.")
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="How far to go from what is there. By default 1; 0.6 for SD 3, FLUX.1 (Kontext: 1) and "
-        "Qwen-Image, 0.8 for FLUX.2.",
+        description="How far to go from what is there. By default 1; 0.9999 for SDXL, 0.6 for SD 3, FLUX.1 "
+        "(Kontext: 1) and Qwen-Image, 0.8 for FLUX.2.",
+    )
+    denoising_start: float | None = Field(
+        None, gt=0, lt=1, description="SDXL refiner: where in the noise schedule the latents of the base model stand."
     )
     reference: Picture | None = Field(
-        None, description="FLUX.1 Kontext: the picture that the model sees, in place of the one to change."
+        None,
+        description="FLUX.1 Kontext: the picture that the model sees, in place of the one to change. FLUX.2: one that "
+        "it sees besides.",
     )
     padding_mask_crop: int | None = Field(
         None,

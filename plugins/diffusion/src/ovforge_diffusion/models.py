@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import openvino as ov
 
 from ovforge.contracts import CompiledModels
-from ovforge_diffusion.architectures.base import FRAMED, PREVIEW, Architecture, tokenizer_of
+from ovforge.errors import ModelError
+from ovforge_diffusion.architectures.base import PREVIEW, Architecture, tokenizer_of
 from ovforge_diffusion.architectures.bins import binned
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.inputs import DiffusionOptions
+from ovforge_diffusion.scale import FRAMED
 from ovforge_diffusion.sequence import SequenceTokenizer
 from ovforge_diffusion.shallow import CACHED, StepRule, shallow_role
 from ovforge_diffusion.text import learned_tokens
@@ -64,7 +66,7 @@ class Models:
             bundle.start(encoder)
         for role in architecture.image_encoders:
             bundle.start(role)
-        if self.encodes:
+        if self.encodes or architecture.encodes_conditions:
             bundle.start("vae_encoder", self._encoder_shapes(self._pixels))
         for role in ("vae_decoder", PREVIEW) if architecture.previewing else ("vae_decoder",):
             folding = architecture.folding
@@ -104,44 +106,62 @@ class Models:
     def denoiser(
         self,
         pictures: int,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         halves: int,
         *,
         split: bool,
         beside: Sequence[tuple[int, int]] = (),
         length: int | None = None,
+        before: int = 0,
+        timed: bool = False,
     ) -> Denoiser:
         """Return the denoiser for pictures of a size (height, width) in latents; `split` runs each half by itself.
 
         `beside` are the sizes of the pictures that it sees beside them, `length` the tokens of text that a call asks
-        for, None for the usual number.
+        for, None for the usual number; `before` are tokens that stand before the latents, and `timed` says that tokens
+        have timesteps of their own.
         """
         architecture = self._architecture
         calls = halves if split else 1
         shape = architecture.sample_shape(pictures, *size)
+        latents = architecture.packed_shape(pictures, *size)
         if beside:
             shape = architecture.widened(shape, beside)
+        if before:
+            shape, latents = ((first, tokens + before, *rest) for first, tokens, *rest in (shape, latents))
         usual = architecture.length
-        foreseen = not beside and (length or usual) == (self._inputs.get("max_sequence_length") or usual)
-        key = (foreseen, halves, calls, pictures, *size, *(side for each in beside for side in each))
+        foreseen = not beside and not before and (length or usual) == (self._inputs.get("max_sequence_length") or usual)
+        key = (foreseen, halves, calls, pictures, before, timed, *size, *(side for each in beside for side in each))
         if self._denoiser is None or self._denoiser[0] != key:
             shapes = self._denoiser_shapes((pictures * halves // calls, *size)) if foreseen else None
             if shapes is None and self._expected and self._denoiser is None:
                 self._bundle.release(architecture.denoiser)  # nobody has asked for the size that was foreseen
             model = self._bundle.get(architecture.denoiser, shapes)
-            latents = architecture.packed_shape(pictures, *size)
-            denoiser = Denoiser(model, architecture, shape, latents, halves, calls)
+            denoiser = Denoiser(model, architecture, shape, latents, halves, calls, shape[1] if timed else 1)
             if (outer := shallow_role(architecture.denoiser)) in self._bundle:
                 shapes = self._shallow_shapes((pictures * halves // calls, *size)) if foreseen else None
                 denoiser.cache_steps(self._bundle.get(outer, shapes), StepRule.of(self._bundle.configs[outer]))
             self._denoiser = (key, denoiser)
         return self._denoiser[1]
 
-    def controlnets(self, pictures: int, size: tuple[int, int], halves: int, *, split: bool) -> dict[str, Any]:
+    def any_size(self, role: str) -> ov.CompiledModel:
+        """Return a model for any size."""
+        return self._bundle[role]
+
+    def controlnets(self, pictures: int, size: tuple[int, ...], halves: int, *, split: bool) -> dict[str, Any]:
         """Return the pipeline's ControlNets by role, for the same."""
         sample = (pictures * (1 if split else halves), *size)
         nets = self._architecture.controlnets
         return {role: self._bundle.get(role, self._control_shapes(role, sample)) for role in nets}
+
+    def require_encoder(self) -> None:
+        """Raise ModelError if the pipeline has no vae_encoder, which makes latents of conditions."""
+        if "vae_encoder" not in self._bundle:
+            raise ModelError(
+                "the model has none, and it makes the latents of conditions",
+                where="vae_encoder",
+                hint="Bring one of the same model by [load.parts]: vae_encoder = FOLDER.",
+            )
 
     def forget_denoiser(self) -> None:
         """Make the denoiser anew the next time."""
@@ -165,8 +185,12 @@ class Models:
         """Begin to read a tokenizer's files, which takes a while for 49,000 words; other models compile meanwhile."""
         if role not in self._tokenizers:
             assets, pool = self._bundle.assets, ThreadPoolExecutor(1, thread_name_prefix="ovforge-tokenizer")
-            sequences = map(tokenizer_of, self._architecture.sequence_encoders)
-            reading = SequenceTokenizer if role in sequences else partial(FileTokenizer, learned=self.learned.get(role))
+            encoder = {tokenizer_of(each): each for each in self._architecture.sequence_encoders}.get(role)
+            if encoder is None:
+                reading: Callable[..., Any] = partial(FileTokenizer, learned=self.learned.get(role))
+            else:
+                words = self._bundle.configs.get(encoder, {}).get("vocab_size")
+                reading = partial(SequenceTokenizer, words=words)
             self._tokenizers[role] = pool.submit(reading, assets, role)
             pool.shutdown(wait=False)
         return self._tokenizers[role]
@@ -182,14 +206,18 @@ class Models:
 
     # -- shapes ---------------------------------------------------------------------------------------------------
 
-    def _expected_call(self) -> tuple[int, int, int] | None:
-        """Return (rows, height, width) in latents of the calls that the config foresees; None if of no one size."""
+    def _expected_call(self) -> tuple[int, ...] | None:
+        """Return (rows, height, width) in latents of the calls that the config foresees; None if of no one size.
+
+        Videos have frames before height.
+        """
         architecture, inputs = self._architecture, self._inputs
         width, height, count = (
             inputs.get(name) or default
             for name, default in (*zip(("width", "height"), architecture.sides, strict=True), ("count", 1))
         )
-        if not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
+        frames = architecture.foreseen_frames(inputs)
+        if frames is None or not all(isinstance(value, int) and value > 0 for value in (width, height, count)):
             return None
         if architecture.bins and inputs.get("resolution_binning") is True:
             width, height = binned(width, height, architecture.bins)
@@ -200,25 +228,27 @@ class Models:
         halves = architecture.foreseen_halves(inputs) if joint else 1
         unit = architecture.multiple // architecture.factor
         high, wide = (int(side) // architecture.multiple * unit for side in (height, width))
-        return pictures * halves, high, wide
+        return (pictures * halves, *frames, high, wide)
 
     @property
-    def _size(self) -> tuple[int, int] | None:
+    def _size(self) -> tuple[int, ...] | None:
         return self._expected and self._expected[1:]
 
     @property
     def _pixels(self) -> tuple[int, int] | None:
-        """(height, width) in pixels of the calls that the config foresees."""
+        """(height, width) in pixels of the calls that the config foresees; None for videos, decoded at any size."""
         factor = self._architecture.factor
-        return self._size and (self._size[0] * factor, self._size[1] * factor)
+        if self._size is None or self._architecture.makes_videos:
+            return None
+        return self._size[0] * factor, self._size[1] * factor
 
-    def _denoiser_shapes(self, sample: tuple[int, int, int] | None) -> Shapes | None:
+    def _denoiser_shapes(self, sample: tuple[int, ...] | None) -> Shapes | None:
         """Return fixed shapes of every input for (rows, height, width); None if these are not the expected ones."""
         if sample is None or sample != self._expected:
             return None
         return self._architecture.input_shapes(sample[0], sample[1:], self._options, self._inputs)
 
-    def _shallow_shapes(self, sample: tuple[int, int, int] | None) -> Shapes | None:
+    def _shallow_shapes(self, sample: tuple[int, ...] | None) -> Shapes | None:
         """Return the same of the denoiser's outer part, which also takes what the inner part gave."""
         shapes = self._denoiser_shapes(sample)
         if shapes is None or sample is None:
@@ -229,7 +259,7 @@ class Models:
             CACHED: self._architecture.kept_shape(sample[0], sample[1:], config["channels"]),
         }
 
-    def _control_shapes(self, role: str, sample: tuple[int, int, int] | None) -> Shapes | None:
+    def _control_shapes(self, role: str, sample: tuple[int, ...] | None) -> Shapes | None:
         shapes = self._denoiser_shapes(sample)
         if shapes is None or self._pixels is None:
             return None

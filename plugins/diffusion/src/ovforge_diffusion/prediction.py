@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import openvino as ov
@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from ovforge.errors import InputError
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.architectures.base import Architecture, Arrays
 from ovforge_diffusion.conditioning import Schedule
-from ovforge_diffusion.controls import condition
 from ovforge_diffusion.denoiser import Denoiser
 from ovforge_diffusion.guidance import Guidance
 from ovforge_diffusion.inputs import Control
@@ -26,7 +25,7 @@ Array = NDArray[np.float32]
 class Prediction:
     """A denoiser with all that one run gives it. Each step runs the halves that guidance needs there.
 
-    `controlnets` returns compiled ControlNets by role.
+    `controlnets` returns compiled ControlNets by role; `conditions` are the inputs of each condition's.
     """
 
     def __init__(
@@ -37,6 +36,7 @@ class Prediction:
         schedule: Schedule,
         guidance: Guidance,
         controlnets: Callable[[], Mapping[str, ov.CompiledModel]],
+        conditions: Sequence[Arrays] = (),
     ) -> None:
         self._denoiser, self._architecture, self._request = denoiser, architecture, request
         self._schedule, self._guidance = schedule, guidance
@@ -45,11 +45,8 @@ class Prediction:
         shared |= {name: denoiser.condition(name, value) for name, value in rows.items()}
         for name, value in held.items():
             denoiser.hold(name, value)
-        if request.controls:
-            denoiser.control(controlnets(), shared)
-            for number, control in enumerate(request.controls):
-                pixels = condition(control, request.width, request.height)
-                denoiser.show(number, np.repeat(pixels[None], len(request.prompts), axis=0))
+        if conditions:
+            denoiser.control(controlnets(), architecture.conditioned(len(conditions)), shared, held, conditions)
 
     def at(self, number: int, steps: int, timestep: float, seen: Array, timings: Timings) -> Array:
         """Return the prediction of step `number` of `steps`: float32 in the shape of `seen`.

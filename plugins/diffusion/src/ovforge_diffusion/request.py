@@ -15,12 +15,32 @@ from ovforge_diffusion.architectures.bins import binned
 from ovforge_diffusion.editing import adapters_in, without_comments
 from ovforge_diffusion.inputs import Control, DiffusionInputs
 
-__all__ = ["Request", "make_request", "seeds_of"]
+__all__ = ["Request", "Video", "check_side", "make_request", "seeds_of"]
+
+
+@dataclass(frozen=True)
+class Video:
+    """What is said of a video alone: its frames, how many a second, and the noise that is decoded with its latents."""
+
+    frames: int
+    rate: float
+    decode_timestep: float | None = None
+    decode_noise_scale: float | None = None
+
+
+_SIZES = (
+    "original_size", "target_size", "crop", "negative_original_size", "negative_target_size", "negative_crop",
+    "aesthetic_score", "negative_aesthetic_score",
+)  # fmt: skip
+"""What tells models of Stable Diffusion XL of sizes and scores."""
+
+_PICTURES = ("image", "mask", "around")
+"""What of a condition is a picture."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is made. Sizes in pixels; prompts, negative prompts and seeds are one for each picture."""
+    """What is made. Sizes in pixels; prompts, negative prompts and seeds are one for each picture or video."""
 
     prompts: tuple[Texts, ...]
     """A text for each text encoder that can have its own."""
@@ -48,6 +68,9 @@ class Request:
 
     remarks: tuple[str, ...] = ()
     """Warnings: what of the call was changed, or has no effect."""
+
+    video: Video | None = None
+    """None for pictures."""
 
     @property
     def guided(self) -> bool:
@@ -82,7 +105,10 @@ class Request:
                 written[name] = [_name(item) for item in value] if isinstance(value, list) else _name(value)
         if "control" in written:
             written["control"] = [
-                {**control.model_dump(exclude={"image"}, exclude_defaults=True), "image": _name(control.image)}
+                {
+                    **control.model_dump(exclude={*_PICTURES}, exclude_defaults=True),
+                    **{name: _name(value) for name in _PICTURES if (value := getattr(control, name)) is not None},
+                }
                 for control in self.controls
             ]
         return {
@@ -95,7 +121,36 @@ class Request:
         }
 
 
-def _check_interval(inputs: DiffusionInputs, *, guided: bool) -> None:
+def _check_guidance_options(inputs: DiffusionInputs, architecture: Architecture, *, guided: bool) -> None:
+    """Refuse options of guidance that are of other families, or would have no effect."""
+    for name, families in (("cfg_normalization", "Z-Image and Lumina-Image 2.0"), ("cfg_truncation", "Z-Image")):
+        if getattr(inputs, name) is None:
+            continue
+        if name not in architecture.guidance_options:
+            raise InputError(f"is for {families}", where=name, hint="Leave it out.")
+        if not guided:
+            raise InputError("no effect without guidance", where=name, hint="Set a larger guidance_scale.")
+
+
+def _guided_hint(architecture: Architecture) -> str:
+    """Say how a model gets what an option for classifier-free guidance needs."""
+    if not architecture.negatives:
+        return "Leave it out: the model has its guidance built in."
+    return f"It is for classifier-free guidance: set a larger {architecture.guided_by}, or leave it out."
+
+
+def _check_sizes(inputs: DiffusionInputs, architecture: Architecture) -> None:
+    """Refuse what tells a denoiser of sizes and scores, if this one is not told."""
+    for name in _SIZES:
+        if name not in architecture.size_options and getattr(inputs, name) != type(inputs).model_fields[name].default:
+            raise InputError(
+                f"no effect with this model, {architecture.name}",
+                where=name,
+                hint="It tells some models of Stable Diffusion XL of sizes or scores: leave it out.",
+            )
+
+
+def _check_interval(inputs: DiffusionInputs, architecture: Architecture, *, guided: bool) -> None:
     """Refuse an interval of guidance that is empty, or that would have no effect."""
     if (inputs.guidance_start, inputs.guidance_stop) == (0, 1):
         return
@@ -104,7 +159,7 @@ def _check_interval(inputs: DiffusionInputs, *, guided: bool) -> None:
         raise InputError(
             "no effect, since this model runs without an unguided half",
             where=where,
-            hint="It is for classifier-free guidance: set guidance_scale above 1, or leave it out.",
+            hint=_guided_hint(architecture),
         )
     if inputs.guidance_start >= inputs.guidance_stop:
         raise InputError(
@@ -158,8 +213,10 @@ def make_request(
             hint="Leave it out.",
         )
     if inputs.guidance_rescale and guidance is None:
-        raise InputError("no effect without guidance", where="guidance_rescale", hint="Set guidance_scale above 1.")
-    _check_interval(inputs, guided=guidance is not None)
+        raise InputError("no effect without guidance", where="guidance_rescale", hint=_guided_hint(architecture))
+    _check_guidance_options(inputs, architecture, guided=guidance is not None)
+    _check_interval(inputs, architecture, guided=guidance is not None)
+    _check_sizes(inputs, architecture)
     if inputs.decode and inputs.denoising_end is not None:
         raise InputError(
             "latents that a refiner is to finish make no picture", where="decode", hint="Leave denoising_end out."
@@ -170,7 +227,7 @@ def make_request(
         prompts=_each("prompt", prompts, _others(inputs, "prompt", architecture), prompts, inputs.count),
         negatives=_negatives(inputs, architecture, prompts, guided=guidance is not None),
         guidance=guidance,
-        steps=inputs.steps or defaults.steps,
+        steps=len(_levels(inputs)) or inputs.steps or defaults.steps,
         guidance_scale=scale,
         width=_side("width", made[0], architecture, remarks),
         height=_side("height", made[1], architecture, remarks),
@@ -184,6 +241,13 @@ def make_request(
         given=inputs,
     )
     return replace(request, remarks=(*remarks, *architecture.remarks(request)))
+
+
+def _levels(inputs: DiffusionInputs) -> Sequence[float]:
+    """Return the timesteps or levels of noise that a call gives, if it does."""
+    if inputs.timesteps is not None and inputs.sigmas is not None:
+        raise InputError("given beside timesteps, and each says it all", where="sigmas", hint="Leave one of them out.")
+    return inputs.timesteps or inputs.sigmas or ()
 
 
 def _binning(inputs: DiffusionInputs, architecture: Architecture) -> int | None:
@@ -284,18 +348,30 @@ def _floor(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def _side(name: str, pixels: int, architecture: Architecture, remarks: list[str]) -> int:
     """Return a width or height that the model can make."""
-    multiple = architecture.multiple
-    if pixels % multiple == 0:
-        return pixels
-    lower = max(pixels // multiple * multiple, multiple)
-    if architecture.rounds_sizes:
+    multiple, longest = architecture.multiple, architecture.longest_side
+    if longest is not None and pixels > longest:
+        raise InputError(
+            f"{pixels} is more than the {longest} pixels a side that the model has places for",
+            where=name,
+            hint="Set width and height.",
+        )
+    if architecture.rounds_sizes and pixels % multiple:
+        lower = max(pixels // multiple * multiple, multiple)
         remarks.append(f"{name} = {pixels} is made {lower}: this model takes multiples of {multiple}")
         return lower
-    raise InputError(
-        f"{pixels} is not a multiple of {multiple}",
-        where=name,
-        hint=f"The nearest sizes are {lower} and {lower + multiple}.",
-    )
+    check_side(name, pixels, multiple)
+    return pixels
+
+
+def check_side(name: str, pixels: int, multiple: int) -> None:
+    """Raise InputError, with the nearest sizes, for a width or height that is not a multiple of so many pixels."""
+    if pixels % multiple:
+        lower = max(pixels // multiple * multiple, multiple)
+        raise InputError(
+            f"{pixels} is not a multiple of {multiple}",
+            where=name,
+            hint=f"The nearest sizes are {lower} and {lower + multiple}.",
+        )
 
 
 def seeds_of(seed: int | list[int] | None, pictures: int) -> tuple[int, ...]:
@@ -310,13 +386,72 @@ def seeds_of(seed: int | list[int] | None, pictures: int) -> tuple[int, ...]:
 
 def _controls(inputs: DiffusionInputs, architecture: Architecture) -> tuple[Control, ...]:
     given = tuple(inputs.control or ())
-    if len(given) != len(architecture.controlnets):
+    roles = architecture.conditioned(len(given))
+    if architecture.stacks_condition:
+        _check_stacked(given, architecture)
+    elif len(given) != len(roles) or bool(given) != bool(architecture.controlnets):
         raise InputError(
             f"{len(given)} given for {len(architecture.controlnets)} ControlNets in the pipeline",
             where="control",
             hint='A ControlNet comes by [load.parts]: controlnet = "FOLDER", controlnet_1 = ...; give one for each.',
         )
-    for control in given:
+    for role, control in zip(roles, given, strict=True):
         if control.start >= control.end:
             raise InputError(f"start = {control.start:g} is not before end = {control.end:g}", where="control")
+        _check_kind(role, control, architecture.modes(role))
+        _check_mask(role, control, architecture)
     return given
+
+
+def _check_stacked(given: tuple[Control, ...], architecture: Architecture) -> None:
+    """Refuse anything but one condition that counts in the whole run."""
+    if len(given) != 1:
+        raise InputError(
+            f"{len(given)} given, and {architecture.name} of this kind sees one beside the latents",
+            where="control",
+            hint="Give one.",
+        )
+    [control] = given
+    if (control.scale, control.start, control.end) != (1, 0, 1):
+        raise InputError(
+            f"{architecture.name} of this kind sees the condition in each step, and as it is",
+            where="control.scale, control.start, control.end",
+            hint="Leave them out: they are for ControlNets.",
+        )
+
+
+def _check_mask(role: str, control: Control, architecture: Architecture) -> None:
+    """Refuse a mask that a ControlNet has no use for, and one that paints without one."""
+    paints, around = architecture.paints(role), architecture.paints_around(role)
+    if paints and control.mask is None:
+        raise InputError(
+            f"the {role} is for inpainting, and there is no mask", where="control.mask",
+            hint="Give one: white is painted anew, black stays.",
+        )  # fmt: skip
+    if control.mask is not None and not paints and not around:
+        raise InputError(f"the {role} takes no mask", where="control.mask", hint="Leave it out.")
+    if control.around is not None and not around:
+        raise InputError(
+            f"the {role} takes no picture beside its condition", where="control.around", hint="Leave it out."
+        )
+    if around and (control.mask is None) != (control.around is None):
+        raise InputError(
+            f"the {role} paints in a picture by a mask, and one of them is missing",
+            where="control.mask, control.around",
+            hint="Give both, or neither.",
+        )
+
+
+def _check_kind(role: str, control: Control, modes: int | None) -> None:
+    """Refuse a mode that a ControlNet has not, and a union without one."""
+    if modes is None and control.mode is not None:
+        raise InputError(
+            f"the {role} is for one kind of condition, and takes no mode", where="control.mode", hint="Leave it out."
+        )
+    if modes is not None and (control.mode is None or control.mode >= modes):
+        given = "nothing says which" if control.mode is None else f"it has no {control.mode}"
+        raise InputError(
+            f"the {role} is for {modes} kinds of conditions, and {given}",
+            where="control.mode",
+            hint=f"Give a number from 0 to {modes - 1}, as the ControlNet's card says.",
+        )

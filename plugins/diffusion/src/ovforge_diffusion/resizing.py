@@ -10,7 +10,7 @@ from PIL import Image
 
 from ovforge.model import open_picture
 
-__all__ = ["filling", "resized", "resized_mask", "scaled"]
+__all__ = ["enlarged", "filling", "resized", "resized_mask", "scaled"]
 
 Array = NDArray[np.float32]
 
@@ -36,11 +36,16 @@ def filling(sample: Array, width: int, height: int) -> Array:
     Between pixels it is bilinear, and does not average: resize_and_crop_tensor of diffusers' PixArtImageProcessor.
     """
     _, own_height, own_width = sample.shape
-    ratio = max(height / own_height, width / own_width)
-    rows, columns = int(own_height * ratio), int(own_width * ratio)
-    top, left = (rows - height) // 2, (columns - width) // 2
+    rows, columns, top, left = enlarged(own_width, own_height, width, height)
     scaled_rows = _between(sample, rows, axis=1)[:, top : top + height]
     return _between(scaled_rows, columns, axis=2)[:, :, left : left + width]
+
+
+def enlarged(own_width: int, own_height: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return to how many rows and columns a sample is scaled to fill a size, and the first row and column kept."""
+    ratio = max(height / own_height, width / own_width)
+    rows, columns = int(own_height * ratio), int(own_width * ratio)
+    return rows, columns, (rows - height) // 2, (columns - width) // 2
 
 
 def _between(sample: Array, length: int, axis: int) -> Array:

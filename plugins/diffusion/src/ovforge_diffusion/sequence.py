@@ -27,11 +27,13 @@ Ids = NDArray[np.int64]
 class SequenceTokenizer:
     """The tokenizer of the file tokenizer.json in the folder `role` of `assets`, as the library tokenizers reads it.
 
-    Raises ModelError for a missing or damaged file, PluginError if the package tokenizers is not installed.
+    `words` is how many the text encoder knows, if its config says so. Raises ModelError for a missing or damaged file,
+    PluginError if the package tokenizers is not installed.
     """
 
-    def __init__(self, assets: Mapping[str, bytes], role: str) -> None:
+    def __init__(self, assets: Mapping[str, bytes], role: str, words: object = None) -> None:
         self._role = role
+        self._words = words if isinstance(words, int) else None
         self._reader = _read(assets, role)
         self._reader.no_truncation()
         self._reader.no_padding()
@@ -61,7 +63,8 @@ class SequenceTokenizer:
     def cut(self, text: str, length: int) -> tuple[Ids, str | None]:
         """Return up to `length` token ids, cut before the tokens that end a text; and what was cut off.
 
-        Raises InputError for text that cannot be written in UTF-8.
+        Raises InputError for text that cannot be written in UTF-8, ModelError for words that the text encoder does not
+        know: a graph would take any states for them.
         """
         try:
             read = self._reader.encode(text, add_special_tokens=False)
@@ -69,10 +72,20 @@ class SequenceTokenizer:
             raise InputError(
                 "holds half of a surrogate pair, which is not a character", where="prompt", hint="Remove it."
             ) from error
+        except Exception as error:  # the library raises bare Exception for a vocabulary that does not hold together
+            raise ModelError(
+                f"its tokenizer.json cannot read a text: {error}", where=self._role, hint="Fetch the tokenizer again."
+            ) from error
         room = max(length - self._reader.num_special_tokens_to_add(False), 0)
         cut = " ".join(text[read.offsets[room][0] :].split()) if len(read.ids) > room else None
         read.truncate(room)
         ids = self._reader.post_process(read, add_special_tokens=True).ids
+        if self._words is not None and (largest := max(ids[:length], default=0)) >= self._words:
+            raise ModelError(
+                f"its word {largest} is not one of the {self._words} that the text encoder knows",
+                where=self._role,
+                hint="Take the tokenizer and the text encoder of one model.",
+            )
         return np.array(ids[:length], np.int64), cut
 
 
@@ -113,25 +126,26 @@ class SequenceEncoder:
         return self._states(inputs), self._notes(length, [cut for _, cut in read])
 
     def encode_each(
-        self, texts: Sequence[str], length: int, timings: Timings, *, both: bool = False, dropped: int = 0
+        self, texts: Sequence[str], length: int, timings: Timings, *, both: bool = False, dropped: range = range(0)
     ) -> tuple[list[Array], list[str]]:
         """Return the states of each text's own tokens, float32 (tokens, width), and warnings of what did not fit.
 
-        The first `dropped` tokens, such as an instruction's, are read beside the `length` that count, and left out.
+        The tokens `dropped`, such as an instruction's, are read beside the `length` that count, and left out.
 
         There is no padding if the model takes any number of tokens. If it does not, an attention_mask hides it, or the
         encoder reads from left to right, so that what stands after a text changes nothing: `both` says that it reads
         both ways. Raises InputError for a text of no tokens, ModelError for a model that would see the padding.
         """
         with timings.span("text_encoder.tokenizer"):
-            read = [self._tokenizer.cut(text, dropped + length) for text in texts]
-        if not all(len(ids) > dropped for ids, _ in read):
+            read = [self._tokenizer.cut(text, len(dropped) + length) for text in texts]
+        if not all(len(ids) > len(dropped) for ids, _ in read):
             raise InputError("has no tokens", where="prompt", hint="Write something.")
         made: dict[bytes, Array] = {}
         for ids, _ in read:
             if ids.tobytes() not in made:
                 made[ids.tobytes()] = self._alone(ids, both=both)
-        return [made[ids.tobytes()][dropped:] for ids, _ in read], self._notes(length, [cut for _, cut in read])
+        states = {key: np.delete(value, dropped, axis=0) for key, value in made.items()}
+        return [states[ids.tobytes()] for ids, _ in read], self._notes(length, [cut for _, cut in read])
 
     def states(self, ids: Ids, more: Mapping[str, NDArray[Any]]) -> Array:
         """Return the states of one text's tokens, float32 (tokens, width); `more` are its further inputs by name.
@@ -207,12 +221,12 @@ def before_last(model: ov.CompiledModel) -> tuple[str, ...]:
     return (penultimate_output(model.outputs),) if numbered else ("last_hidden_state",)
 
 
-def stacked(rows: Sequence[Array]) -> tuple[Array, Array]:
+def stacked(rows: Sequence[Array], length: int = 0) -> tuple[Array, Array]:
     """Return states of texts, each (tokens, width), as one array (texts, tokens, width); and which count, of ones.
 
-    What fills up is zero in both.
+    What fills up, to the longest of them or to `length`, is zero in both.
     """
-    states = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
+    states = np.zeros((len(rows), max(length, *map(len, rows)), rows[0].shape[1]), np.float32)
     mask = np.zeros(states.shape[:2], np.float32)
     for number, row in enumerate(rows):
         states[number, : len(row)] = row

@@ -13,7 +13,7 @@ from PIL import Image
 from ovforge.contracts import Sampling
 from ovforge.errors import InputError, ModelError
 from ovforge.model import BatchGenerator, ImagesResult, Timings, open_picture
-from ovforge_diffusion.architectures.base import Task
+from ovforge_diffusion.architectures.base import Arrays, Task
 from ovforge_diffusion.batching import joined, key_of, parts_of
 from ovforge_diffusion.cropping import Crop
 from ovforge_diffusion.diffusion import Diffusion, Start
@@ -96,12 +96,7 @@ class ImageToImage(TextToImage):
             return None
         if inputs.latents is not None:
             raise InputError("given beside an image", where="latents", hint="Start from one of them.")
-        if inputs.denoising_start is not None:
-            raise InputError(
-                "says where latents stand, and an image stands at the end",
-                where="denoising_start",
-                hint="Give the base model's latents, or set strength.",
-            )
+        _refuse_start(inputs)
         size: tuple[int, int] = open_picture(inputs.image[0], "image").size
         return size
 
@@ -133,10 +128,9 @@ class ImageToImage(TextToImage):
         return tuple(sizes if self.architecture.references > 1 else sizes[:1])
 
     def _strength(self, request: Request) -> float:
-        given: Any = request.given
         if self.architecture.references:
             return 1.0
-        return request.strength if given.denoising_start is None else 1.0
+        return _part(request)
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
         self._refuse_masked()
@@ -198,20 +192,25 @@ class Inpainting(TextToImage):
 
     def _requested(self, inputs: DiffusionInputs) -> tuple[Request, dict[str, float]]:
         request, adapters = super()._requested(inputs)
-        seen = self._reference(inputs)
-        if self.architecture.references:  # it sees the picture that it paints in, or another one
-            request = replace(request, references=(seen.size if seen else (request.width, request.height),))
+        other = self._reference(inputs)
+        if self.architecture.references:
+            own, others = [(request.width, request.height)], [other.size] if other else []
+            request = replace(request, references=tuple(self._seen_of(own, others)))
         return request, adapters
 
+    def _seen_of(self, own: list[Any], others: list[Any]) -> list[Any]:
+        """Return what the denoiser sees: of one picture another in place of the one to paint in, else both."""
+        return own + others if self.architecture.references > 1 else others or own
+
     def _reference(self, inputs: Any) -> Image.Image | None:
-        """Return the picture that the denoiser sees in place of the one to paint in, if there is one."""
+        """Return the picture that the denoiser sees besides the one to paint in, or in its place, if there is one."""
         if inputs.reference is None:
             return None
-        if self.architecture.references != 1 or self.architecture.image_encoders:
+        if not self.architecture.references or self.architecture.image_encoders:
             raise InputError(
                 f"{self.architecture.name} takes no other picture to see in inpainting",
                 where="reference",
-                hint="It is for FLUX.1 Kontext: leave it out.",
+                hint="It is for FLUX.1 Kontext and FLUX.2: leave it out.",
             )
         return self.architecture.shown(open_picture(inputs.reference, "reference"))
 
@@ -220,7 +219,11 @@ class Inpainting(TextToImage):
         image: Image.Image = open_picture(inputs.image, "image")
         return image if inputs.width or inputs.height else self.architecture.limited(image)
 
-    def _size_of(self, inputs: Any) -> tuple[int, int]:
+    def _size_of(self, inputs: Any) -> tuple[int, int] | None:
+        if inputs.image is None:
+            self._check_continued(inputs)
+            return None
+        _refuse_start(inputs)
         size: tuple[int, int] = open_picture(inputs.image, "image").size
         mask: tuple[int, int] = open_picture(inputs.mask, "mask").size
         if size != mask:
@@ -232,10 +235,34 @@ class Inpainting(TextToImage):
         limited: tuple[int, int] = self._picture(inputs).size
         return limited
 
+    def _check_continued(self, inputs: Any) -> None:
+        """Refuse what a run needs a picture for, or cannot continue."""
+        if inputs.denoising_start is None or inputs.latents is None:
+            more = "; or the latents that a base model began, with denoising_start"
+            hint = f"Give one{more if self.architecture.denoiser == 'unet' else ''}."
+            raise InputError("no picture to paint in", where="image", hint=hint)
+        if self.architecture.denoiser != "unet" or self.architecture.masked:
+            raise InputError(
+                f"{self.architecture.name} continues no latents in inpainting"
+                + (": its UNet sees the picture" if self.architecture.masked else ""),
+                where="denoising_start",
+                hint="Give the picture.",
+            )
+        for name in ("padding_mask_crop", "paste", "reference"):
+            if getattr(inputs, name):
+                raise InputError("needs the picture, and there are latents alone", where=name, hint="Leave it out.")
+
     def _strength(self, request: Request) -> float:
-        return request.strength
+        return _part(request)
+
+    def _seen_by_controlnets(self, request: Request, rng: BatchGenerator, timings: Timings) -> Sequence[Arrays]:
+        if self.architecture.stacks_condition:  # diffusers draws latents of the masked picture first, and drops them
+            rng.randn(self.latents_shape(request))
+        return super()._seen_by_controlnets(request, rng, timings)
 
     def _begin(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator, timings: Timings) -> Start:
+        if inputs.image is None:
+            return self._continued(inputs, request, sampling, rng)
         architecture, autoencoder = self.architecture, self.autoencoder
         pack = architecture.pack
         image, grey, finish = self._to_paint(inputs, request)
@@ -246,9 +273,10 @@ class Inpainting(TextToImage):
         seen: Array | None = None
         with timings.span("vae_encoder"):
             if architecture.references:
-                original = seen = self._to_see(pixels, pictures, rng)
-                if (other := self._reference(inputs)) is not None:
-                    seen = self._to_see(pixels_of(other), pictures, rng)
+                original = self._to_see(pixels, pictures, rng)
+                other = self._reference(inputs)
+                others = [] if other is None else [self._to_see(pixels_of(other), pictures, rng)]
+                seen = np.concatenate(self._seen_of([original], others), axis=1)
             elif not (full and architecture.masked):
                 original = pack(autoencoder.sample([autoencoder.encode(pixels)] * pictures, rng))
             noise = pack(self._noise(request, rng))
@@ -265,9 +293,24 @@ class Inpainting(TextToImage):
         if seen is None:  # where the other kind of UNet draws the latents of the masked picture, diffusers draws, too
             rng.randn(shape)
         assert original is not None
-        where = pack(np.broadcast_to(architecture.kept(mask), shape))
-        blend = _Blend(original, noise, where, sampling)
+        blend = self._blend(original, noise, mask, request, sampling, sampling.first)
         return Start(latents, sampling.first, extra=seen, blend=blend, finish=finish)
+
+    def _continued(self, inputs: Any, request: Request, sampling: Sampling, rng: BatchGenerator) -> Start:
+        """Return where latents of a base model stand, which also are what the mask leaves, as in diffusers."""
+        shape = self.latents_shape(request)
+        latents = self.architecture.pack(read_latents(inputs.latents, shape))
+        noise = self.architecture.pack(rng.randn(shape))
+        mask = _mask(resized_mask(inputs.mask, "mask", request.width, request.height))
+        first = self.scheduling.first_below(sampling, inputs.denoising_start, request.steps)
+        return Start(latents, first, blend=self._blend(latents, noise, mask, request, sampling, first))
+
+    def _blend(
+        self, original: Array, noise: Array, mask: Array, request: Request, sampling: Sampling, first: int
+    ) -> _Blend:
+        where = np.broadcast_to(self.architecture.kept(mask), self.latents_shape(request))
+        last = self.scheduling.steps(sampling, first, request.given.denoising_end)[-1]
+        return _Blend(original, noise, self.architecture.pack(where), sampling, last)
 
     def _to_paint(
         self, inputs: Any, request: Request
@@ -278,13 +321,7 @@ class Inpainting(TextToImage):
             image = scaled(self._picture(inputs), *size)
             grey = resized_mask(inputs.mask, "mask", *size)
             return image, grey, _Paste(image, _mask(grey)) if inputs.paste else Start.finish
-        if self.architecture.references:
-            raise InputError(
-                f"{self.architecture.name} sees the whole picture that it paints in",
-                where="padding_mask_crop",
-                hint="Leave it out.",
-            )
-        whole = open_picture(inputs.image, "image")
+        whole = self._picture(inputs)
         mask = resized_mask(inputs.mask, "mask", *whole.size)
         crop = Crop.around(whole, mask, inputs.padding_mask_crop, size)
         return crop.seen(whole, *size), crop.seen(mask, *size), crop.put_back
@@ -297,15 +334,38 @@ class Inpainting(TextToImage):
         return self.architecture.pack(np.stack([self.autoencoder.likeliest(encoded)] * pictures))
 
 
-class _Blend:
-    """Puts what stays back after each step, at the step's level of noise (Lugmayr et al. 2022, without resampling)."""
+def _refuse_start(inputs: Any) -> None:
+    """Refuse to begin with a picture where latents should stand."""
+    if inputs.denoising_start is not None:
+        raise InputError(
+            "says where latents stand, and an image stands at the end",
+            where="denoising_start",
+            hint="Give the base model's latents in place of the image, or set strength.",
+        )
 
-    def __init__(self, original: Array, noise: Array, mask: Array, sampling: Sampling) -> None:
-        self._original, self._noise, self._mask, self._sampling = original, noise, mask, sampling
+
+def _part(request: Request) -> float:
+    """Return the part of the schedule that a run goes, if it does not begin where latents stand."""
+    given: Any = request.given
+    if given.denoising_start is None:
+        return request.strength
+    if given.strength is not None:
+        raise InputError("given beside denoising_start", where="strength", hint="Leave one of them out.")
+    return 1.0
+
+
+class _Blend:
+    """Puts what stays back after each step, at the step's level of noise (Lugmayr et al. 2022, without resampling).
+
+    After the `last` step it has none, also where a run ends early: so diffusers hands it to a refiner.
+    """
+
+    def __init__(self, original: Array, noise: Array, mask: Array, sampling: Sampling, last: int) -> None:
+        self._original, self._noise, self._mask, self._sampling, self._last = original, noise, mask, sampling, last
 
     def __call__(self, latents: Array, index: int) -> Array:
         kept = self._original
-        if index + 1 < len(self._sampling.timesteps):
+        if index < self._last:
             kept = self._sampling.add_noise(kept, self._noise, index + 1)
         return (np.float32(1) - self._mask) * kept + self._mask * latents
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from ovforge.contracts import RandomStream
 from ovforge.errors import ModelError
-from ovforge_diffusion.architectures.base import Architecture, Scale
+from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.network import not_finite
 from ovforge_diffusion.resizing import filling
+from ovforge_diffusion.scale import Scale
 
 __all__ = ["Autoencoder", "Model", "pixels_of", "to_image"]
 

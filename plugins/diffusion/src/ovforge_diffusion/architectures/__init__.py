@@ -7,6 +7,7 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture, Task
 from ovforge_diffusion.architectures.flux import Flux
 from ovforge_diffusion.architectures.flux2 import Flux2
+from ovforge_diffusion.architectures.ltx import LTXVideo
 from ovforge_diffusion.architectures.lumina2 import Lumina2
 from ovforge_diffusion.architectures.pixart import PixArt
 from ovforge_diffusion.architectures.qwenimage import QwenImage
@@ -32,6 +33,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Lumina2,
     QwenImageEdit,
     QwenImage,
+    LTXVideo,
 )
 """In the order in which a model is offered to them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,8 @@ from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import ModelError
 from ovforge.model import Timings
 from ovforge.store import parse_object
+from ovforge_diffusion.residuals import BLOCK, CONTROLNETS, block_residuals, check_class
+from ovforge_diffusion.scale import Scale
 from ovforge_diffusion.tokenizer import Learned
 
 if TYPE_CHECKING:
@@ -25,14 +27,13 @@ if TYPE_CHECKING:
     from ovforge_diffusion.request import Request
 
 __all__ = [
-    "FRAMED",
     "PREVIEW",
     "Architecture",
     "Arrays",
+    "Condition",
     "Defaults",
     "OpenEncoder",
     "PromptEncoder",
-    "Scale",
     "Task",
     "Texts",
     "tokenizer_of",
@@ -42,61 +43,20 @@ Array = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
 """Values by the name of the denoiser's input."""
 
-Task = Literal["text-to-image", "image-to-image", "inpainting"]
+Task = Literal["text-to-image", "image-to-image", "inpainting", "text-to-video", "image-to-video", "video-to-video"]
 Texts = tuple[str, ...]
 """What a picture's prompt is to each text encoder."""
 
 PREVIEW = "preview_decoder"
 """Role of a small decoder, such as TAESD's, that makes the previews."""
 
-FRAMED = "AutoencoderKLQwenImage"
-"""Class of autoencoders for videos, which take a picture as one frame."""
-
-_UNSCALED = ("AutoencoderTiny", FRAMED)
-"""Classes of autoencoders whose latents have no factor if their configs name none."""
+_STATISTICS = ("bn_running_mean_data", "bn_running_var_data", "bn_eps", "latents_mean_data", "latents_std_data")
+"""What configs of decoders say of latents that are normalized."""
 
 OpenEncoder = Callable[[str], tuple[Any, ov.CompiledModel, Learned | None]]
 """Returns a text encoder's tokenizer, its compiled model, and the words that it was taught, by its role.
 
 The tokenizer is a `Tokenizer` of CLIP, or a `SequenceTokenizer` for an architecture's `sequence_encoders`."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How an autoencoder's latents become the denoiser's: less a shift or a mean, times a factor, by a deviation."""
-
-    factor: float
-    shift: float
-    mean: tuple[float, ...] | None
-    deviation: tuple[float, ...] | None
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], family: tuple[float, float] | None = None) -> Scale:
-        """Read an autoencoder's config.json. Defaults are those of its class.
-
-        A scaling_factor of null is one that its file does not tell: factor and shift are then those of the `family`.
-        Raises ModelError if that has none.
-        """
-        if (mean := _numbers(config.get("bn_running_mean_data"))) and (
-            variance := _numbers(config.get("bn_running_var_data"))
-        ):  # of FLUX.2, whose statistics are those of a batch normalization
-            spread = np.sqrt(np.array(variance, np.float32) + np.float32(config.get("bn_eps", 1e-4)))
-            return cls(factor=1.0, shift=0.0, mean=mean, deviation=tuple(spread.tolist()))
-        if config.get("scaling_factor", 1.0) is None:
-            if family is None:
-                raise ModelError(
-                    "its scaling_factor is null: the file that it was made of does not tell it",
-                    where="vae_decoder/config.json",
-                    hint="Convert it again with the option config = FOLDER, a diffusers folder of the same model.",
-                )
-            return cls(factor=family[0], shift=family[1], mean=None, deviation=None)
-        plain = config.get("_class_name") in _UNSCALED
-        return cls(
-            factor=float(config.get("scaling_factor", 1.0 if plain else 0.18215)),
-            shift=float(config.get("shift_factor") or 0.0),
-            mean=_numbers(config.get("latents_mean")),
-            deviation=_numbers(config.get("latents_std")),
-        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +66,33 @@ class Defaults:
     steps: int = 50
     guidance_scale: float = 7.5
     strength: float = 0.8
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a ControlNet is to be shown. Pictures are float32 (channels, height, width), of the size that is made."""
+
+    role: str
+    mode: int | None
+    pixels: Array
+    """From 0 to 1."""
+
+    mask: Array | None
+    """1 for each pixel that is painted anew, 0 for the others."""
+
+    around: Array | None
+    """A picture that the mask is for, from 0 to 1."""
+
+    pictures: int
+    drawn: Callable[[Array], Array]
+    """Returns latents of pixels from -1 to 1 for each picture that is made, drawn from the run's random numbers."""
+
+    likeliest: Callable[[Array], Array]
+    """Returns the same without drawing."""
+
+    def each(self, value: Array) -> Array:
+        """Return a row of a value for each picture that is made."""
+        return np.repeat(value[None], self.pictures, axis=0)
 
 
 class PromptEncoder(ABC):
@@ -133,6 +120,9 @@ class Architecture(ABC):
 
     tasks: ClassVar[tuple[Task, ...]] = ("text-to-image", "image-to-image", "inpainting")
     """What models of the family can do."""
+
+    makes_videos: ClassVar[bool] = False
+    """Whether it makes videos: sizes are then (frames, height, width), and latents have an axis more."""
 
     denoiser: ClassVar[str] = "transformer"
     """Role of the network that predicts."""
@@ -167,6 +157,9 @@ class Architecture(ABC):
     negatives: bool = True
     """Whether it can follow one prompt and avoid another at all."""
 
+    guidance_measure: float = 1.0
+    """What a guidance scale of 1 is to a denoiser that takes the scale itself, as its input `guidance`."""
+
     guided_by: ClassVar[str] = "guidance_scale"
     """The input that switches classifier-free guidance on."""
 
@@ -182,11 +175,20 @@ class Architecture(ABC):
     length: int | None = None
     """Tokens that the longest text encoder reads by default, where a call can say it; else None."""
 
+    longest_side: int | None = None
+    """Pixels a side that it has places for; None if there is no limit."""
+
     rounds_sizes: ClassVar[bool] = False
     """Whether sides that do not fit are rounded down, as diffusers' pipeline does, rather than refused."""
 
     keeps_norm: ClassVar[bool] = False
     """Whether guided predictions are scaled to the norm, along the last axis, of those with the prompt."""
+
+    guidance_options: ClassVar[tuple[str, ...]] = ()
+    """Inputs that say how guidance acts, and count for this family alone: cfg_normalization, cfg_truncation."""
+
+    size_options: tuple[str, ...] = ()
+    """Inputs that tell the denoiser of sizes and scores: those of Stable Diffusion XL that count for this model."""
 
     given_channels: int | None = None
     """Channels that the denoiser gives, if it gives more than those of the latents, which come first."""
@@ -204,6 +206,22 @@ class Architecture(ABC):
     """Pixels a side of the square in the list of sizes that the model was trained on; None if there is no list."""
 
     controlnets: tuple[str, ...] = ()
+    """Roles of the pipeline's ControlNets."""
+
+    encodes_conditions: bool = False
+    """Whether its ControlNets take latents of their pictures."""
+
+    controls_prompt: ClassVar[bool] = False
+    """Whether ControlNets see the half with the prompt alone, and what they give goes to all halves."""
+
+    several_conditions: ClassVar[bool] = False
+    """Whether one ControlNet may get several conditions."""
+
+    stacks_condition: bool = False
+    """Whether the denoiser itself takes latents of a condition, as channels beside its own."""
+
+    overriding: ClassVar[str] = "as diffusers' pipeline reads it"
+    """Why `overrides` changes a scheduler's config."""
 
     folding: ClassVar[int] = 1
     """How many of the autoencoder's latents a side are one of the denoiser's, with so many times the channels."""
@@ -221,9 +239,17 @@ class Architecture(ABC):
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         if task not in self.tasks:
-            ways = {"text-to-image": "text", "image-to-image": "a picture", "inpainting": "a masked picture"}
+            ways = {
+                "text-to-image": "text",
+                "image-to-image": "a picture",
+                "inpainting": "a masked picture",
+                "text-to-video": "text",
+                "image-to-video": "the first frame",
+                "video-to-video": "other videos",
+            }
+            made = "videos" if self.makes_videos else "pictures"
             raise ModelError(
-                f"{self.name} makes pictures from {' or '.join(ways[known] for known in self.tasks)} alone",
+                f"{self.name} makes {made} from {' or '.join(ways[known] for known in self.tasks)} alone",
                 where=f"{self.denoiser}/config.json",
                 hint=f"Set task = {' or '.join(repr(known) for known in self.tasks)}, or take another family.",
             )
@@ -231,7 +257,11 @@ class Architecture(ABC):
         vae = bundle.configs.get("vae_decoder", {})
         self.config: Mapping[str, Any] = bundle.configs.get(self.denoiser, {})
         self.configs = bundle.configs
+        self.controlnets = tuple(role for role in CONTROLNETS if role in bundle)
+        for role in self.controlnets:
+            check_class(role, bundle.configs.get(role, {}), self.denoiser, self.config)
         self.task = task
+        self.pipeline_class = str(bundle.index.get("_class_name"))
         widths = ("block_out_channels", "decoder_block_out_channels", "dim_mult")
         levels = len(next((vae[name] for name in widths if vae.get(name)), (0,) * 4))
         self.factor: int = 2 ** (levels - 1) * self.folding
@@ -252,7 +282,10 @@ class Architecture(ABC):
                 hint="Bring one, with its tokenizer, by [load.parts]: text_encoder = FOLDER and tokenizer = FOLDER, "
                 "where FOLDER is a converted model of the same family.",
             )
-        self.encoding = self._counting(Scale.of(bundle.configs.get("vae_encoder", vae), self.latent_scale))
+        encoder = bundle.configs.get("vae_encoder", vae)
+        if encoder.get("_class_name") == vae.get("_class_name"):  # optimum-intel tells statistics to the decoder alone
+            encoder = {**{name: vae[name] for name in _STATISTICS if name in vae}, **encoder}
+        self.encoding = self._counting(Scale.of(encoder, self.latent_scale))
         self.decoding = self._counting(Scale.of(vae, self.latent_scale))
         preview = Scale.of(bundle.configs.get(PREVIEW, {}), self.latent_scale) if PREVIEW in bundle else None
         self.previewing = preview and self._counting(preview)
@@ -377,15 +410,23 @@ class Architecture(ABC):
         return {}, {}
 
     def input_shapes(
-        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+        self, rows: int, size: tuple[int, ...], options: DiffusionOptions, inputs: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]] | None:
         """Return fixed shapes of all of the denoiser's inputs for a batch of `rows`; None if the configs do not tell.
 
-        `size` is (height, width) in latents, `inputs` what the pipeline's config says of a call, unchecked.
+        `size` is (height, width) in latents, of videos (frames, height, width); `inputs` is what the pipeline's config
+        says of a call, unchecked.
         """
         return None
 
-    def kept_shape(self, rows: int, size: tuple[int, int], channels: int) -> tuple[int, ...]:
+    def foreseen_frames(self, inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """Return the frames, in latents, of calls that the pipeline's config foresees: () for pictures.
+
+        None if the config says no number of them.
+        """
+        return ()
+
+    def kept_shape(self, rows: int, size: tuple[int, ...], channels: int) -> tuple[int, ...]:
         """Return the shape of what step-cache keeps, of so many channels, for the same fixed shapes."""
         return (rows, channels, *size)
 
@@ -410,13 +451,62 @@ class Architecture(ABC):
         """Pixels that the denoiser itself wants of sides, for models that were converted without free sizes."""
         return self.multiple
 
+    # -- ControlNets ----------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser_name(self) -> str:
+        """What people call the network that predicts."""
+        return "UNet" if self.denoiser == "unet" else self.denoiser
+
+    def refuse_controlnets(self, why: str) -> None:
+        """Raise ModelError if the pipeline has a ControlNet."""
+        if self.controlnets:
+            raise ModelError(why, where=self.controlnets[0], hint="Leave it out of [load.parts].")
+
+    def conditioned(self, count: int) -> tuple[str, ...]:
+        """Return the role of the ControlNet that gets each of so many conditions, or of a denoiser that takes one."""
+        if self.stacks_condition:
+            return (self.denoiser,)
+        several = len(self.controlnets) == 1 and self.several_conditions
+        return self.controlnets * count if several else self.controlnets
+
+    def modes(self, role: str) -> int | None:
+        """Return how many kinds of conditions a ControlNet is for; None if it does not ask which one it gets."""
+        modes: int | None = self.configs.get(role, {}).get("num_mode")
+        return modes
+
+    def paints(self, role: str) -> bool:
+        """Say whether a ControlNet is for inpainting, and takes a mask."""
+        config = self.configs.get(role, {})
+        return bool(config.get("extra_conditioning_channels") or config.get("extra_condition_channels"))
+
+    def paints_around(self, role: str) -> bool:
+        """Say whether a ControlNet may get a mask, and the picture that it is for, beside its condition."""
+        return False
+
+    def condition(self, given: Condition, request: Request) -> dict[str, NDArray[Any]]:
+        """Return a ControlNet's own inputs, with a row for each picture: over what it shares with the denoiser."""
+        return {"controlnet_cond": given.each(given.pixels)}
+
+    def residuals(self, role: str, outputs: Iterable[str]) -> dict[str, str]:
+        """Return the denoiser's input -> the ControlNet's output that is added there."""
+        taken = block_residuals(self.configs[role], self.config)
+        return {f"{BLOCK}{block}": output for block, output in taken.items()}
+
+    def painted(self, given: Condition) -> Array:
+        """Return latents of what stays of a condition, and 1 where it does: (pictures, channels + 1, height, width)."""
+        assert given.mask is not None
+        pixels = np.where(given.mask > 0.5, np.float32(-1), given.pixels * np.float32(2) - np.float32(1))
+        kept = np.float32(1) - self.kept(given.mask)
+        return np.concatenate([given.likeliest(pixels), given.each(kept)], axis=1)
+
     # -- the schedule ---------------------------------------------------------------------------------------------
 
     def overrides(self, config: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
         """Return what of the model's scheduler config diffusers' pipeline for this model would change."""
         return {}
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run, or the part of one that `strength` says; `size` is (height, width) in latents."""
         return scheduler.start(steps, strength)
 
@@ -424,6 +514,11 @@ class Architecture(ABC):
         """Return what plans and results should say of this model."""
         said = Scale.of(self.configs.get("vae_decoder", {}), self.latent_scale)
         notes = []
+        if "PAG" in self.pipeline_class:
+            notes.append(
+                f"model_index.json names {self.pipeline_class}, and guidance by perturbed attention is not there: "
+                "pictures are those of pag_scale = 0"
+            )
         if self.decoding.mean and self.decoding.deviation:
             notes.append("the autoencoder's latents_mean and latents_std are applied")
         elif said.mean and said.deviation:
@@ -445,7 +540,3 @@ class _Own(BaseModel):
 def tokenizer_of(encoder: str) -> str:
     """Return the role of a text encoder's tokenizer."""
     return encoder.replace("text_encoder", "tokenizer")
-
-
-def _numbers(value: Any) -> tuple[float, ...] | None:
-    return tuple(float(number) for number in value) if value else None

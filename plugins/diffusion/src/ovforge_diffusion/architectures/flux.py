@@ -1,4 +1,4 @@
-"""FLUX.1 dev, schnell, Fill and Kontext (Black Forest Labs 2024): packed latents, a CLIP and a T5."""
+"""FLUX.1 dev, schnell, Fill, Kontext, Canny and Depth (Black Forest Labs 2024): packed latents, a CLIP and a T5."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from PIL import Image
 from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.base import (
+    Architecture,
+    Condition,
+    Defaults,
+    OpenEncoder,
+    PromptEncoder,
+    Task,
+    Texts,
+)
 from ovforge_diffusion.architectures.flow import SIDE, begin_flow, grid, packed, sequence_length, unpacked
 from ovforge_diffusion.prompts import plain, weighs
 from ovforge_diffusion.resizing import scaled
@@ -40,7 +48,7 @@ class Flux(Architecture):
     """FLUX.1. Its guidance scale is an input of the transformer (dev), or built in (schnell).
 
     A negative prompt is followed with `true_cfg_scale` above 1, at two calls a step. Kontext sees a picture beside the
-    latents, and makes an edited one.
+    latents, and makes an edited one; Canny and Depth see a condition, as further channels.
     """
 
     name = "FLUX.1"
@@ -54,6 +62,8 @@ class Flux(Architecture):
     guided_by = "true_cfg_scale"
     rounds_sizes = True
     noise_at_full_strength = False
+    controls_prompt = True
+    several_conditions = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
@@ -62,19 +72,32 @@ class Flux(Architecture):
         plain = self.latent_channels * SIDE**2
         self.channels = int(self.config.get("in_channels", 64))
         filling = 2 * plain + (self.factor * SIDE) ** 2
-        if self.channels not in (plain, filling):
+        if self.channels not in (plain, 2 * plain, filling):
             raise ModelError(
                 f"a transformer with {self.channels} input channels does not fit latents of {self.latent_channels}",
                 where="transformer/config.json",
-                hint=f"Expected {plain}, or {filling} for FLUX.1 Fill.",
+                hint=f"Expected {plain}, {2 * plain} for FLUX.1 Canny and Depth, or {filling} for FLUX.1 Fill.",
             )
         self.masked = self.channels == filling
+        self.stacks_condition = self.channels == 2 * plain
         if self.masked:
             self.defaults = self.own_defaults(context, Defaults(50, 30.0, 1.0))
-        if str(context.bundle.index.get("_class_name", "")).startswith("FluxKontext"):
+        if self.pipeline_class.startswith("FluxKontext"):
+            if self.channels != plain:
+                raise ModelError(
+                    f"FLUX.1 Kontext sees pictures as further tokens, and its transformer takes {self.channels} "
+                    f"channels in place of {plain}",
+                    where="transformer/config.json",
+                    hint="Control LoRAs are for FLUX.1 dev: leave the adapter out, or take that model.",
+                )
             self.references = 1
             self.defaults = self.own_defaults(context, Defaults(28, 3.5, 1.0))
         self._embeds = bool(self.config.get("guidance_embeds", False))
+        if self.masked or self.references or self.stacks_condition:
+            self.refuse_controlnets(
+                "ControlNets go with FLUX.1 dev and schnell, not with Fill, Kontext, Canny or Depth"
+            )
+        self.encodes_conditions = self.stacks_condition or not all(map(self._shows, self.controlnets))
         missing = [role for role in self.text_encoders if role not in self.encoders]
         if missing:
             raise ModelError("the model lacks it, and FLUX.1 needs both of its text encoders", where=missing[0])
@@ -177,18 +200,38 @@ class Flux(Architecture):
         text = np.zeros((sequence_length(request.given.max_sequence_length, self.length), 3), np.float32)
         return guidance, {"img_ids": places, "txt_ids": text}
 
+    def condition(self, given: Condition, request: Request) -> dict[str, NDArray[Any]]:
+        """Return latents of a picture, packed, or its pixels from -1 to 1 for XLabs', and what else a ControlNet takes.
+
+        That is the guidance scale, which some take where the transformer has none and the other way round, and a mode.
+        """
+        config, pictures = self.configs[given.role], given.pictures
+        pixels = given.pixels * np.float32(2) - np.float32(1)
+        own: dict[str, NDArray[Any]] = {
+            "controlnet_cond": given.each(pixels) if self._shows(given.role) else self.pack(given.drawn(pixels))
+        }
+        if given.mode is not None:
+            own["controlnet_mode"] = np.full((pictures, 1), given.mode, np.int64)
+        if config.get("guidance_embeds"):
+            own["guidance"] = np.full(pictures, request.guidance_scale, np.float32)
+        return own
+
+    def _shows(self, role: str) -> bool:
+        """Say whether a ControlNet takes pixels."""
+        return self.configs.get(role, {}).get("conditioning_embedding_channels") is not None
+
     def input_shapes(
-        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+        self, rows: int, size: tuple[int, ...], options: DiffusionOptions, inputs: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]] | None:
         """Return none: the places of tokens have an axis for rows in some models, and none in others."""
         return None
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run of evenly spread levels, shifted by the number of the picture's tokens."""
         sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
         return begin_flow(scheduler, steps, strength, tokens=self._tokens(size), sigmas=sigmas)
 
-    def _tokens(self, size: tuple[int, int]) -> int:
+    def _tokens(self, size: tuple[int, ...]) -> int:
         return (size[0] // SIDE) * (size[1] // SIDE)
 
 

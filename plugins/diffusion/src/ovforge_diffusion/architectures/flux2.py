@@ -173,7 +173,7 @@ class Flux2(Architecture):
         """Return two if there is guidance, and an unguided half."""
         return 1 if not self.negatives else super().foreseen_halves(inputs)
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run of evenly spread levels, shifted by the number of the picture's tokens and of the steps."""
         tokens, sigmas = size[0] * size[1], np.linspace(1.0, 1 / steps, steps).tolist()
         return begin_flow(scheduler, steps, strength, tokens=tokens, sigmas=sigmas, mu=_shift(tokens, steps))

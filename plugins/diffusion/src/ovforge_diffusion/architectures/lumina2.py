@@ -17,7 +17,7 @@ from ovforge_diffusion.prompts import unweighted
 from ovforge_diffusion.sequence import SequenceEncoder, before_last, stacked
 
 if TYPE_CHECKING:
-    from ovforge_diffusion.inputs import DiffusionOptions
+    from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
 __all__ = ["Lumina2", "before"]
@@ -44,6 +44,7 @@ class Lumina2(Architecture):
     latent_scale = (0.3611, 0.1159)
     length = 256
     keeps_norm = True
+    guidance_options = ("cfg_normalization",)
     instructed = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
@@ -69,6 +70,13 @@ class Lumina2(Architecture):
         encoder = SequenceEncoder(tokenizer, model, _GEMMA, before_last(model))
         return _Prompts(encoder, self, weighted=options.prompts == "weighted")
 
+    def guidance(self, inputs: DiffusionInputs, scale: float) -> float | None:
+        """Return by how much predictions are guided. Raises InputError for a norm that is neither kept nor let be."""
+        if inputs.cfg_normalization not in (None, 0, 1):
+            what = f"{inputs.cfg_normalization:g} times the norm cannot be kept by this model"
+            raise InputError(what, where="cfg_normalization", hint="Give 1, its default, or 0.")
+        return super().guidance(inputs, scale)
+
     def timestep(self, timestep: float) -> float:
         """Return the share of the picture, from 0 to 1."""
         return float(np.float32(1) - np.float32(timestep) / np.float32(1000))
@@ -77,7 +85,7 @@ class Lumina2(Architecture):
         """Return the way from the picture to the noise: the transformer gives that from the noise to the picture."""
         return -output
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run of evenly spread levels. diffusers shifts them by the number of channels, not of tokens."""
         sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
         return begin_flow(scheduler, steps, strength, tokens=self.channels, sigmas=sigmas)

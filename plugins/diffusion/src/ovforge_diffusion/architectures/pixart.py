@@ -24,12 +24,15 @@ _T5 = "text_encoder"
 _NAMES = ("PixArtTransformer2DModel", "Transformer2DModel")
 """Its class in diffusers, and the one that the published configs name."""
 
+_ALPHA = 120
+"""Tokens that diffusers' pipeline of PixArt-Alpha reads by default."""
+
 _BINS = {32: 256, 64: 512, 128: 1024, 256: 2048}
 """Side of latents -> side of the square of its list of sizes."""
 
 
 class PixArt(Architecture):
-    """PixArt-Sigma, from text."""
+    """PixArt-Sigma, from text; and PixArt-Alpha, whose pipeline reads fewer tokens."""
 
     name = "PixArt-Sigma"
     shifts_latents = False
@@ -37,7 +40,7 @@ class PixArt(Architecture):
     text_encoders = (_T5,)
     sequence_encoders = (_T5,)
     default_size = 128
-    length = 300
+    length: int = 300
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
@@ -45,6 +48,8 @@ class PixArt(Architecture):
         self.check_channels()
         self.given_channels = int(self.config.get("out_channels") or self.channels)
         self.bins = _BINS.get(self.size // self.factor)
+        if self.pipeline_class.startswith("PixArtAlpha"):
+            self.length = _ALPHA
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -58,14 +63,15 @@ class PixArt(Architecture):
 
     def prompt_encoder(self, opened: OpenEncoder, options: DiffusionOptions) -> PromptEncoder:
         """Return T5, which reads prompts in lower case."""
-        return _Prompts(SequenceEncoder(*opened(_T5)[:2], _T5), weighted=options.prompts == "weighted")
+        encoder = SequenceEncoder(*opened(_T5)[:2], _T5)
+        return _Prompts(encoder, self.length, weighted=options.prompts == "weighted")
 
 
 class _Prompts(PromptEncoder):
     """T5's states of each prompt's own tokens."""
 
-    def __init__(self, encoder: SequenceEncoder, *, weighted: bool) -> None:
-        self._encoder, self._weighted = encoder, weighted
+    def __init__(self, encoder: SequenceEncoder, length: int, *, weighted: bool) -> None:
+        self._encoder, self._length, self._weighted = encoder, length, weighted
 
     def encode(
         self, texts: Sequence[Texts], request: Request, timings: Timings, negative: Sequence[bool]
@@ -74,7 +80,7 @@ class _Prompts(PromptEncoder):
 
         What fills up a prompt of diffusers' is masked, in T5 and in the transformer: it is left out here.
         """
-        length = sequence_length(request.given.max_sequence_length, PixArt.length)
+        length = sequence_length(request.given.max_sequence_length, self._length)
         words, lost = unweighted([each[0] for each in texts], self._weighted, "PixArt-Sigma")
         with timings.span("text_encoder"):
             read, notes = self._encoder.encode_each(

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.base import (
+    Architecture,
+    Condition,
+    Defaults,
+    OpenEncoder,
+    PromptEncoder,
+    Task,
+    Texts,
+)
 from ovforge_diffusion.architectures.flow import SIDE, begin_flow, packed, sequence_length, unpacked
 from ovforge_diffusion.prompts import unweighted
 from ovforge_diffusion.sequence import SequenceEncoder, stacked
@@ -49,6 +57,8 @@ class QwenImage(Architecture):
     keeps_norm = True
     rounds_sizes = True
     noise_at_full_strength = False
+    controls_prompt = True
+    several_conditions = True
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
@@ -56,6 +66,7 @@ class QwenImage(Architecture):
         self.sides = (self.default_size * self.factor,) * 2
         self.channels = int(self.config.get("in_channels", 64))
         self.check_channels(self.latent_channels * SIDE**2)
+        self.encodes_conditions = bool(self.controlnets)
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -118,7 +129,16 @@ class QwenImage(Architecture):
         width, height = np.array([(request.width, request.height), *request.references]).T // self.multiple
         return {}, {"height": height, "width": width}
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def condition(self, given: Condition, request: Request) -> dict[str, NDArray[Any]]:
+        """Return latents of a picture, packed, drawn; for inpainting the likeliest ones, and what stays of the mask.
+
+        These diffusers draws with torch's global generator, which no seed of a call decides.
+        """
+        if self.paints(given.role):
+            return {"controlnet_cond": self.pack(self.painted(given))}
+        return {"controlnet_cond": self.pack(given.drawn(given.pixels * np.float32(2) - np.float32(1)))}
+
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run of evenly spread levels, shifted by the number of the picture's tokens."""
         tokens = (size[0] // SIDE) * (size[1] // SIDE)
         sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
@@ -143,7 +163,7 @@ class _Prompts(PromptEncoder):
         words, lost = unweighted([each[0] for each in texts], self._weighted, QwenImage.name)
         with timings.span("text_encoder"):
             asked = [TEMPLATE.format(text) for text in words]
-            read, notes = self._encoder.encode_each(asked, length, timings, dropped=DROPPED)
+            read, notes = self._encoder.encode_each(asked, length, timings, dropped=range(DROPPED))
         return filled(read), notes + lost
 
 

@@ -55,8 +55,9 @@ class QwenImageEdit(QwenImage):
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
+        self.refuse_controlnets("ControlNets go with Qwen-Image, and not with Qwen-Image-Edit")
         bundle = context.bundle
-        self._several = "Plus" in str(bundle.index.get("_class_name"))
+        self._several = "Plus" in self.pipeline_class
         if task == "inpainting" and self._several:
             raise ModelError(
                 f"{self.name} of this kind changes pictures as a whole",

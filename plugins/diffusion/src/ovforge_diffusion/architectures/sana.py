@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from ovforge.contracts import CompiledModels, RandomStream, Sampling, Scheduler, TaskContext
 from ovforge.errors import ConfigError
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.base import (
+    Architecture,
+    Condition,
+    Defaults,
+    OpenEncoder,
+    PromptEncoder,
+    Task,
+    Texts,
+)
 from ovforge_diffusion.architectures.flow import sequence_length
 from ovforge_diffusion.prompts import unweighted
 from ovforge_diffusion.sequence import SequenceEncoder, SequenceTokenizer, stacked
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
     from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
     from ovforge_diffusion.request import Request
 
-__all__ = ["Sana", "SanaSprint"]
+__all__ = ["Sana", "SanaSprint", "instruction_of", "tokens_left_out"]
 
 Array = NDArray[np.float32]
 
@@ -52,6 +60,20 @@ _BINS = {16: 512, 32: 1024, 64: 2048, 128: 4096}
 """Side of latents -> side of the square of its list of sizes."""
 
 
+def instruction_of(request: Request) -> str:
+    """Return what stands before each prompt that is followed; may be empty."""
+    given = request.given.instruction
+    return _INSTRUCTION if given is None else given
+
+
+def tokens_left_out(tokenizer: SequenceTokenizer, instruction: str) -> int:
+    """Return how many tokens are left out after the first one of a prompt that follows an instruction.
+
+    The instruction's last token counts as the prompt's own, as in diffusers.
+    """
+    return len(tokenizer.cut(instruction, _LONGEST_INSTRUCTION)[0]) - 2 if instruction else 0
+
+
 class Sana(Architecture):
     """Sana, from text."""
 
@@ -70,7 +92,8 @@ class Sana(Architecture):
         self.check_channels()
         self.given_channels = int(self.config.get("out_channels") or self.channels)
         self.bins = _BINS.get(self.size // self.factor)
-        self._scale = np.float32(self.config.get("timestep_scale", 1.0))
+        self._scale = np.float32(float(self.config.get("timestep_scale", 1.0)))
+        self.encodes_conditions = bool(self.controlnets)
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -86,6 +109,10 @@ class Sana(Architecture):
         tokenizer, model, _ = opened(_GEMMA)
         return _Prompts(tokenizer, SequenceEncoder(tokenizer, model, _GEMMA), weighted=options.prompts == "weighted")
 
+    def condition(self, given: Condition, request: Request) -> dict[str, NDArray[Any]]:
+        """Return latents of a picture."""
+        return {"controlnet_cond": given.likeliest(given.pixels * np.float32(2) - np.float32(1))}
+
     def timestep(self, timestep: float) -> float:
         """Return it in the transformer's own scale."""
         return float(np.float32(timestep) * self._scale)
@@ -97,6 +124,11 @@ class SanaSprint(Sana):
     name = "Sana-Sprint"
     tasks = ("text-to-image", "image-to-image")
     negatives = False
+
+    def __init__(self, context: TaskContext, task: Task) -> None:
+        super().__init__(context, task)
+        self.refuse_controlnets("ControlNets go with Sana, and not with Sana-Sprint")
+        self.guidance_measure = float(self.config.get("guidance_embeds_scale", 0.1))
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -113,14 +145,14 @@ class SanaSprint(Sana):
 
     def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Return the guidance scale for each row, in the transformer's own measure."""
-        measure = np.float32(self.config.get("guidance_embeds_scale", 0.1))
-        return {"guidance": np.full(len(request.prompts), request.guidance_scale, np.float32) * measure}, {}
+        scales = np.full(len(request.prompts), request.guidance_scale, np.float32)
+        return {"guidance": scales * np.float32(self.guidance_measure)}, {}
 
     def timestep(self, timestep: float) -> float:
         """Return the share of noise, from 0 to 1, of an angle in radians."""
         return float(_share(timestep))
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run along angles. Raises ConfigError for a scheduler of another kind."""
         inner = scheduler.start(steps, strength)
         deviation = getattr(inner, "sigma_data", None)
@@ -191,8 +223,7 @@ class _Prompts(PromptEncoder):
         What fills up a prompt of diffusers' is masked, and changes nothing: it is left out here.
         """
         length = sequence_length(request.given.max_sequence_length, Sana.length)
-        given = request.given.instruction
-        instruction = _INSTRUCTION if given is None else given
+        instruction = instruction_of(request)
         plain, lost = unweighted([each[0] for each in texts], self._weighted, "Sana")
         words = [text.lower().strip() for text in plain]
         rows: list[Array | None] = [None] * len(words)
@@ -214,10 +245,5 @@ class _Prompts(PromptEncoder):
         """Return states of up to `length` tokens for each text after an instruction, and what did not fit."""
         if not words:
             return [], []
-        if not instruction:
-            return self._encoder.encode_each(words, length, timings)
-        # The last token of the instruction counts as the prompt's own, as in diffusers.
-        begin = len(self._tokenizer.cut(instruction, _LONGEST_INSTRUCTION)[0]) - 1
-        asked = [instruction + text for text in words]
-        read, notes = self._encoder.encode_each(asked, begin + length - 1, timings)
-        return [np.concatenate([row[:1], row[begin:]])[:length] for row in read], notes
+        dropped = range(1, 1 + tokens_left_out(self._tokenizer, instruction))
+        return self._encoder.encode_each([instruction + text for text in words], length, timings, dropped=dropped)

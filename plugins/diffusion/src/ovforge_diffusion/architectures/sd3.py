@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.base import (
+    Architecture,
+    Condition,
+    Defaults,
+    OpenEncoder,
+    PromptEncoder,
+    Task,
+    Texts,
+)
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
 from ovforge_diffusion.graph.layer_skipping import LAYERS, SKIPPED_LAYERS
 from ovforge_diffusion.prompts import plain, weighs
+from ovforge_diffusion.residuals import RESIDUALS
 from ovforge_diffusion.sequence import SequenceEncoder
 from ovforge_diffusion.text import DEFAULT_LENGTH, TextEncoder, TextEncoders
 
@@ -43,6 +52,7 @@ class StableDiffusion3(Architecture):
         super().__init__(context, task)
         self._patch = int(self.config.get("patch_size", 2))
         self.multiple = self.factor * self._patch
+        self.longest_side = int(self.config.get("pos_embed_max_size") or 96) * self.multiple
         self.channels = int(self.config.get("in_channels", 16))
         if self.channels not in (self.latent_channels, 2 * self.latent_channels + 1):
             raise ModelError(
@@ -57,6 +67,9 @@ class StableDiffusion3(Architecture):
         self.prompts = len(self.encoders)
         self.layers = int(self.config.get(LAYERS, 0))
         self._width = int(self.config.get("joint_attention_dim", 4096))
+        self.encodes_conditions = bool(self.controlnets)
+        if self.masked:
+            self.refuse_controlnets("ControlNets go with Stable Diffusion 3 that was not made for inpainting")
         if task == "inpainting":
             # StableDiffusion3InpaintPipeline of diffusers decodes without the shift, which other pipelines add.
             self.decoding = replace(self.decoding, shift=0.0)
@@ -90,12 +103,49 @@ class StableDiffusion3(Architecture):
             skipped[-1, :, request.skipped_layers] = True
         return {SKIPPED_LAYERS: skipped.reshape(-1, self.layers)}, {}
 
+    def condition(self, given: Condition, request: Request) -> dict[str, NDArray[Any]]:
+        """Return latents of a picture, and zeros for the pooled text if the ControlNet was trained so.
+
+        diffusers draws these latents with torch's global generator, which no seed of a call decides: here they are the
+        likeliest ones. ControlNets that were trained without pooled text take latents that are not shifted, but for
+        those for inpainting.
+        """
+        config = self.configs[given.role]
+        unpooled = bool(config.get("force_zeros_for_pooled_projection", True))
+        if self.paints(given.role):
+            latents, unpooled = self.painted(given), True
+        else:
+            latents = given.likeliest(given.pixels * np.float32(2) - np.float32(1))
+            if unpooled:
+                latents = latents + np.float32(self.encoding.shift * self.encoding.factor)
+        pooled = int(config.get("pooled_projection_dim", 2048))
+        zeros = {"pooled_projections": np.zeros((given.pictures, pooled), np.float32)} if unpooled else {}
+        return {"controlnet_cond": latents, **zeros}
+
+    def control_shapes(
+        self, role: str, denoiser: Mapping[str, tuple[int, ...]], pixels: tuple[int, int]
+    ) -> dict[str, tuple[int, ...]] | None:
+        """Return fixed shapes of a ControlNet's inputs, beside a transformer of fixed ones."""
+        config, (rows, _, *size) = self.configs[role], denoiser["hidden_states"]
+        names = ["hidden_states", "timestep", "pooled_projections"]
+        names += [] if config.get("joint_attention_dim", 4096) is None else ["encoder_hidden_states"]
+        channels = self.latent_channels + int(config.get("extra_conditioning_channels", 0))
+        return {**{name: denoiser[name] for name in names}, "controlnet_cond": (rows, channels, *size)}
+
+    def _residual_shapes(self, rows: int, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return shapes of what ControlNets give the transformer."""
+        heads, width = self.config.get("num_attention_heads", 18), self.config.get("attention_head_dim", 64)
+        names = {name for role in self.controlnets for name in self.residuals(role, ())}
+        return {name: self.kept_shape(rows, size, heads * width) for name in names}
+
     def input_shapes(
-        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+        self, rows: int, size: tuple[int, ...], options: DiffusionOptions, inputs: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]] | None:
         """Return the transformer's shapes."""
         pooled = self.config.get("pooled_projection_dim")
         if options.long_prompts == "chunks" or not isinstance(pooled, int):
+            return None
+        if self.controlnets and not self.config.get(RESIDUALS):
             return None
         try:
             tokens = DEFAULT_LENGTH + sequence_length(inputs.get("max_sequence_length"), self.length)
@@ -107,13 +157,14 @@ class StableDiffusion3(Architecture):
             "timestep": (rows,),
             "encoder_hidden_states": (rows, tokens, self._width),
             "pooled_projections": (rows, pooled),
+            **self._residual_shapes(rows, size),
         }
 
-    def kept_shape(self, rows: int, size: tuple[int, int], channels: int) -> tuple[int, ...]:
+    def kept_shape(self, rows: int, size: tuple[int, ...], channels: int) -> tuple[int, ...]:
         """Return (rows, tokens, channels)."""
         return (rows, (size[0] // self._patch) * (size[1] // self._patch), channels)
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run, shifted by the number of the picture's tokens if the scheduler does that."""
         return begin_flow(scheduler, steps, strength, tokens=(size[0] // self._patch) * (size[1] // self._patch))
 

@@ -5,7 +5,7 @@ Models with guidance built in (latent consistency models) take an embedding of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +16,8 @@ from ovforge.contracts import CompiledModels, Embedder, Sampling, Scheduler, Tas
 from ovforge.errors import InputError, ModelError
 from ovforge.model import Timings
 from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
-from ovforge_diffusion.controlnets import CONTROLNETS, RESIDUALS, residual_shapes
 from ovforge_diffusion.overrides import overridden
+from ovforge_diffusion.residuals import RESIDUALS, residual_shapes, unet_residuals
 from ovforge_diffusion.text import DEFAULT_LENGTH, TextEncoder, TextEncoders
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ class StableDiffusion(Architecture):
         self._consistency = bool(self._guidance_width) and "LatentConsistency" in pipeline
         self.negatives = not self._guidance_width
         self.prompts = len(self.encoders)
-        self.controlnets = tuple(role for role in CONTROLNETS if role in context.bundle)
         self._grid: int = self.factor * 2 ** (len(self.config.get("block_out_channels", (0,) * 4)) - 1)
 
     @classmethod
@@ -96,7 +95,7 @@ class StableDiffusion(Architecture):
         return {GUIDANCE: np.tile(self._embed(request.guidance_scale), (halves * len(request.prompts), 1))}, {}
 
     def input_shapes(
-        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+        self, rows: int, size: tuple[int, ...], options: DiffusionOptions, inputs: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]] | None:
         """Return the UNet's shapes, with those of what ControlNets add."""
         if self._context is None or options.long_prompts == "chunks":  # states of any length
@@ -126,6 +125,10 @@ class StableDiffusion(Architecture):
             **{name: denoiser[name] for name in names},
         }
 
+    def residuals(self, role: str, outputs: Iterable[str]) -> dict[str, str]:
+        """Return the UNet's input -> the ControlNet's output that is added there: all of them, by their names."""
+        return unet_residuals(outputs)
+
     def _residual_shapes(self, sample: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
         """Return shapes of what ControlNets give the UNet; None if the configs do not tell."""
         nets = [self.configs.get(role, {}) for role in self.controlnets]
@@ -147,7 +150,7 @@ class StableDiffusion(Architecture):
             return {}
         return overridden(config, inpainting=self.task == "inpainting", own=own)
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run.
 
         Latent consistency sampling spreads its steps over the part of the run only for latent consistency models, as
@@ -180,6 +183,12 @@ class StableDiffusionXL(StableDiffusion):
             self.encoding = replace(self.encoding, mean=None, deviation=None)
             self.decoding = replace(self.decoding, mean=None, deviation=None) if self.controlnets else self.decoding
         self._numbers = 5 if aesthetic else 6  # that tell of sizes, or of sizes and an aesthetic score
+        self.size_options = ("original_size", "crop", "negative_original_size")
+        if aesthetic:
+            self.size_options += ("negative_crop", "aesthetic_score", "negative_aesthetic_score")
+        else:
+            self.size_options += ("target_size", "negative_target_size")
+            self.size_options += ("negative_crop",) if task == "text-to-image" else ()
         self.zero_negative = bool(bundle.index.get("force_zeros_for_empty_prompt", True))
 
     @classmethod
@@ -189,7 +198,10 @@ class StableDiffusionXL(StableDiffusion):
 
     def usual(self, task: Task) -> Defaults:
         """Return the defaults of StableDiffusionXLPipeline and its kin."""
-        return Defaults(50, 5.0, 1.0 if task == "inpainting" else 0.8)
+        controlled = bool(self.controlnets)
+        if task == "inpainting":
+            return Defaults(50, 5.0 if controlled else 7.5, 0.9999)
+        return Defaults(50, 5.0, 0.8 if controlled else 0.3)
 
     def constants(self, request: Request, halves: int) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Return the numbers that tell of sizes, as well."""
@@ -228,7 +240,7 @@ class StableDiffusionXL(StableDiffusion):
         return np.array(rows, np.float32)
 
     def input_shapes(
-        self, rows: int, size: tuple[int, int], options: DiffusionOptions, inputs: Mapping[str, Any]
+        self, rows: int, size: tuple[int, ...], options: DiffusionOptions, inputs: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]] | None:
         """Return the UNet's shapes, with those of the pooled states and the numbers."""
         shapes = super().input_shapes(rows, size, options, inputs)

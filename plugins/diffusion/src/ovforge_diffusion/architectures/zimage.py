@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from ovforge.contracts import CompiledModels, Sampling, Scheduler, TaskContext
 from ovforge.model import Timings
-from ovforge_diffusion.architectures.base import Architecture, Defaults, OpenEncoder, PromptEncoder, Task, Texts
+from ovforge_diffusion.architectures.base import (
+    Architecture,
+    Condition,
+    Defaults,
+    OpenEncoder,
+    PromptEncoder,
+    Task,
+    Texts,
+)
 from ovforge_diffusion.architectures.flow import begin_flow, sequence_length
 from ovforge_diffusion.chat import ChatTemplate
 from ovforge_diffusion.prompts import unweighted
@@ -42,12 +50,14 @@ class ZImage(Architecture):
     default_size = 128
     latent_scale = (0.3611, 0.1159)
     length = 512
+    guidance_options = ("cfg_normalization", "cfg_truncation")
 
     def __init__(self, context: TaskContext, task: Task) -> None:
         super().__init__(context, task)
         self.multiple = self.factor * _SIDE
         self.check_channels()
         self._assets = context.bundle.assets
+        self.encodes_conditions = bool(self.controlnets)
 
     @classmethod
     def matches(cls, bundle: CompiledModels) -> bool:
@@ -74,6 +84,23 @@ class ZImage(Architecture):
         scale = inputs.get("guidance_scale", self.defaults.guidance_scale)
         return 1 if isinstance(scale, int | float) and scale <= 0 else 2
 
+    def paints_around(self, role: str) -> bool:
+        """Say whether a ControlNet takes more than latents of a condition, as newer ones do."""
+        return int(self.configs[role].get("control_in_dim") or self.channels) > self.channels
+
+    def condition(self, given: Condition, request: Request) -> dict[str, NDArray[Any]]:
+        """Return latents of a picture, and for a ControlNet that can also paint what stays of another; zeros for none.
+
+        What stays is 1 in the mask, and grey is painted over in the picture.
+        """
+        latents = given.likeliest(given.pixels * np.float32(2) - np.float32(1))
+        if given.around is None or given.mask is None:
+            more = int(self.configs[given.role].get("control_in_dim") or self.channels) - self.channels
+            return {"controlnet_cond": np.pad(latents, ((0, 0), (0, more), (0, 0), (0, 0)))}
+        stays = given.likeliest((given.around * np.float32(2) - np.float32(1)) * (given.mask < 0.5))
+        kept = given.each(np.float32(1) - self.kept(given.mask))
+        return {"controlnet_cond": np.concatenate([latents, kept, stays], axis=1)}
+
     def timestep(self, timestep: float) -> float:
         """Return the share of the picture, from 0 to 1."""
         return float((np.float32(1000) - np.float32(timestep)) / np.float32(1000))
@@ -82,7 +109,7 @@ class ZImage(Architecture):
         """Return the way from the picture to the noise: the transformer gives that from the noise to the picture."""
         return -output
 
-    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, int]) -> Sampling:
+    def sampling(self, scheduler: Scheduler, steps: int, strength: float, size: tuple[int, ...]) -> Sampling:
         """Begin a run of evenly spread levels, shifted by the number of the picture's tokens."""
         tokens = (size[0] // _SIDE) * (size[1] // _SIDE)
         return begin_flow(scheduler, steps, strength, tokens=tokens, sigmas=linspace(1, 1 / steps, steps).tolist())

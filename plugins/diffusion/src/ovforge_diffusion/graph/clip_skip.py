@@ -16,6 +16,7 @@ __all__ = ["ClipSkip", "ClipSkipOptions"]
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _LAST = "last_hidden_state"
+_SD3 = "SD3Transformer2DModel"
 
 
 class ClipSkipOptions(BaseModel):
@@ -45,13 +46,15 @@ class ClipSkip:
         roles = tuple(role for role in _ENCODERS if role in bundle.models)
         if not roles:
             raise ModelError("the model has no text encoder", where="clip-skip")
-        denoisers = {**bundle.configs.get("unet", {}), **bundle.configs.get("transformer", {})}
-        if denoisers.get("_class_name") == "FluxTransformer2DModel":
+        transformer = bundle.configs.get("transformer", {}).get("_class_name")
+        if transformer not in (None, _SD3):
             raise ModelError(
-                "FLUX.1 takes no states of CLIP's layers", where="clip-skip", hint="Take the transform from the config."
+                f"a {transformer} takes no states of CLIP's layers",
+                where="clip-skip",
+                hint="Take the transform from the config.",
             )
-        xl = denoisers.get("addition_embed_type") == "text_time"
-        penultimate = xl or denoisers.get("_class_name") == "SD3Transformer2DModel"
+        xl = bundle.configs.get("unet", {}).get("addition_embed_type") == "text_time"
+        penultimate = xl or transformer == _SD3
         report = Report(roles=roles)
         for role in roles:
             model = bundle.models[role]

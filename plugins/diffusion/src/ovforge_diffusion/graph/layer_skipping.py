@@ -42,6 +42,8 @@ class LayerSkipping:
         if any(SKIPPED_LAYERS in port.names for port in model.inputs):
             return Report(notes=["nothing to do: the transformer has the input"])
         layers, dual = int(config.get("num_layers", 18)), set(config.get("dual_attention_layers") or ())
+        if not 0 < layers <= len(model.get_ops()):
+            return Report(notes=[f"{_ROLE}: stays as it is, because its config.json says num_layers = {layers}"])
         # Each layer adds to the picture twice, and once more if it has an attention of the picture alone; it adds to
         # the text twice, but the last layer only reads it.
         picture = _gates(model, "hidden_states", [2 + (number in dual) for number in range(layers)])

@@ -22,7 +22,11 @@ STRIDE = 2
 
 @dataclass(frozen=True)
 class Grid:
-    """Places (1-D, int64) of sources and destinations among the tokens of a picture, row by row, and their counts."""
+    """Places (1-D, int64) of sources and destinations among the tokens of a picture, row by row, and their count.
+
+    The last source is a stand-in, the first destination again. If no token is to be merged, it is merged into itself,
+    which changes nothing: tensors without elements end the process in OpenVINO 2026.4, if shapes are fixed.
+    """
 
     sources: ov.Output
     destinations: ov.Output
@@ -37,7 +41,7 @@ class Groups:
     """Places of the sources that stay as they are."""
 
     merged: ov.Output
-    """Places of the sources that are merged."""
+    """Places of the sources that are merged, at least one: see `Grid`."""
 
     into: ov.Output
     """For each of those, the number of its destination."""
@@ -52,8 +56,7 @@ class Groups:
 
     def merge(self, tokens: ov.Output) -> ov.Output:
         """Return (batch, what is left, width): each destination is the mean of itself and what is merged into it."""
-        kept = ops.gather(tokens, self.kept, _number(1), 1)
-        merged = ops.gather(tokens, self.merged, _number(1), 1)
+        kept, merged = (_taken(tokens, places) for places in (self.kept, self.merged))
         destinations = ops.gather(tokens, self.grid.destinations, _number(1))
         indices = ops.broadcast(ops.unsqueeze(self.into, _number(2)), ops.shape_of(merged))
         # Sums and counts apart: the reduction "mean" takes five times as long on a CPU.
@@ -65,7 +68,7 @@ class Groups:
 
     def unmerge(self, left: ov.Output) -> ov.Output:
         """Return (batch, tokens, width) of (batch, what is left, width): merged tokens all get what their mean gave."""
-        return ops.gather(left, self.places, _number(1), 1).output(0)
+        return _taken(left, self.places).output(0)
 
 
 def grid(picture: ov.Output) -> Grid:
@@ -77,7 +80,7 @@ def grid(picture: ov.Output) -> Grid:
     rows, columns = (_starts(side) for side in (height, width))
     starts = ops.add(ops.unsqueeze(ops.multiply(rows, width), _number(1)), ops.unsqueeze(columns, _number(0)))
     destinations = ops.reshape(starts, _list(-1), special_zero=False)
-    every = ops.range(_number(0), tokens, _number(1), "i64")
+    every = _numbers(tokens)
     marks = ops.scatter_update(
         ops.broadcast(_flag(1), ops.unsqueeze(tokens, _number(0))),
         destinations,
@@ -85,6 +88,7 @@ def grid(picture: ov.Output) -> Grid:
         _number(0),
     )
     sources = ops.gather(every, ops.squeeze(ops.non_zero(marks), _number(0)), _number(0))
+    sources = ops.concat([sources, _list(0)], 0)
     return Grid(sources.output(0), destinations.output(0), tokens.output(0))
 
 
@@ -95,14 +99,19 @@ def matched(states: ov.Output, grid: Grid, ratio: Fraction) -> Groups:
     closeness = ops.matmul(sources, destinations, False, True)
     nearest = ops.topk(closeness, _number(1), -1, "max", "none", index_element_type="i64")
     best, target = (ops.squeeze(nearest.output(number), _number(2)) for number in (0, 1))
-    count = _count(grid.sources)
-    order = ops.topk(best, count, -1, "max", "value", index_element_type="i64").output(1)
+    every = _count(grid.sources)
+    count = ops.subtract(every, _number(1))
+    # The stand-in belongs to the first destination, and comes last.
+    stand_in = ops.equal(_numbers(every), count)
+    best, target = ops.select(stand_in, np.float32(-2), best), ops.select(stand_in, _number(0), target)
+    order = ops.topk(best, every, -1, "max", "value", index_element_type="i64").output(1)
     share = ops.divide(ops.multiply(grid.tokens, _number(ratio.numerator)), _number(ratio.denominator))
-    merges = ops.unsqueeze(ops.minimum(share, count), _number(0))
-    first = ops.slice(order, _list(0), merges, _list(1), _list(1))
-    rest = ops.slice(order, merges, _list(np.iinfo(np.int32).max), _list(1), _list(1))
+    share = ops.minimum(share, count)
+    begin = ops.multiply(count, ops.convert(ops.equal(share, _number(0)), "i64"))
+    first = _columns(order, begin, ops.add(begin, ops.maximum(share, _number(1))))
+    rest = _columns(order, share, count)
     kept, merged = (ops.gather(grid.sources, part, _number(0)) for part in (rest, first))
-    into = ops.gather(target, first, _number(1), 1)
+    into = _taken(target, first)
     places = _places(kept.output(0), merged.output(0), into.output(0), grid)
     return Groups(kept.output(0), merged.output(0), into.output(0), places, _sizes(into, grid), grid)
 
@@ -126,19 +135,35 @@ def _places(kept: ov.Output, merged: ov.Output, into: ov.Output, grid: Grid) -> 
     def rows(values: ov.Node) -> ov.Node:
         return ops.broadcast(values, ops.concat([batch, ops.shape_of(values)], 0))
 
-    numbers = ops.range(_number(0), _count(grid.destinations), _number(1), "i64")
-    tokens = ops.concat([kept, merged, rows(grid.destinations)], 1)
-    groups = ops.concat(
-        [rows(ops.range(_number(0), stays, _number(1), "i64")), ops.add(into, stays), rows(ops.add(numbers, stays))], 1
-    )
-    empty = ops.broadcast(_number(0), ops.shape_of(tokens))
-    return ops.scatter_elements_update(empty, tokens, groups, _number(1)).output(0)
+    left = ops.concat([kept, rows(grid.destinations)], 1)
+    empty = ops.broadcast(_number(0), ops.concat([batch, ops.unsqueeze(grid.tokens, _number(0))], 0))
+    numbers = _numbers(ops.add(stays, _count(grid.destinations)))
+    places = ops.scatter_elements_update(empty, left, rows(numbers), _number(1))
+    return ops.scatter_elements_update(places, merged, ops.add(into, stays), _number(1)).output(0)
+
+
+def _taken(values: ov.Output | ov.Node, places: ov.Output | ov.Node) -> ov.Node:
+    """Return, (batch, places, ...), what stands at places, (batch, places), of each row of values.
+
+    Gather does the same, but in OpenVINO 2026.4 that of the CPU takes wrong numbers if shapes are fixed and small.
+    """
+    return ops.gather_nd(values, ops.unsqueeze(places, _number(2)), batch_dims=1)
 
 
 def _starts(side: ov.Node) -> ov.Node:
     """Return where squares begin along a side: 0, 2, 4... with only whole ones, but at least one."""
     whole = ops.maximum(ops.divide(side, _number(STRIDE)), _number(1))
-    return ops.multiply(ops.range(_number(0), whole, _number(1), "i64"), _number(STRIDE))
+    return ops.multiply(_numbers(whole), _number(STRIDE))
+
+
+def _numbers(count: ov.Node) -> ov.Node:
+    return ops.range(_number(0), count, _number(1), "i64")
+
+
+def _columns(values: ov.Output, begin: ov.Node, end: ov.Node) -> ov.Node:
+    """Return columns of (batch, columns) from one to before another."""
+    first, last = (ops.unsqueeze(number, _number(0)) for number in (begin, end))
+    return ops.slice(values, first, last, _list(1), _list(1))
 
 
 def _count(values: ov.Output) -> ov.Node:

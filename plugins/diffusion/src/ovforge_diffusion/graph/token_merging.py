@@ -24,7 +24,7 @@ _PROBE = 64
 class TokenMergingOptions(BaseModel):
     """How many tokens are merged, and for which layers. The names are those of the authors' tomesd."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ratio: float = Field(
         0.5, ge=0.01, le=0.75, description="Share of the tokens that are merged into others. Less is closer."

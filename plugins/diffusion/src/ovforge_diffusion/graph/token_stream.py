@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import openvino as ov
 
 from ovforge_diffusion.graph.nodes import ancestors, kept_operand, operands, positions
+from ovforge_diffusion.residuals import BLOCK
 
 __all__ = ["Stream", "stream_of"]
 
@@ -34,6 +35,11 @@ class Stream:
 
     picture: ov.Node | None
     """A Slice that takes the picture's tokens out of those of the first block; None if there are no others."""
+
+    refined: list[ov.Output]
+    """What goes into the first block that refines the picture's tokens before they meet the text, and what each gives.
+
+    Empty if there is none."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,20 @@ def stream_of(model: ov.Model) -> Stream | None:
     places = positions(model)
     sums, _ = _Walk(places, told).back(last.input_value(0).get_node(), 0)
     attends = [_attends(one, computed, places) for one in sums]
-    groups = [group for group in _blocks(sums, attends) if group[-1].after.get_name() in told]
+    every = _blocks(sums, attends)
+    groups = [group for group in every if group[-1].after.get_name() in told]
     if not groups:
         return None
+    refiners = [group for group in every if group[-1].after.get_name() not in told]
+    refined = [refiners[0][0].before, *(group[-1].after for group in refiners)] if refiners else []
     final = groups[-1][-1]
     # The tokens of earlier blocks are those that are cut out of the last one's.
     ends = [final.after.output(0) if group[-1].part == final.part else last.input_value(0) for group in groups]
     cut = last.input_value(0).get_node()
     others = cut.get_type_name() == "Slice" and groups[0][-1].part == final.part
     blocks = [group[-1].after.output(0) for group in groups]
-    return Stream(groups[0][0].before.output(0), blocks, ends, cut if others else None)
+    begin = groups[0][0].before.output(0)
+    return Stream(begin, blocks, ends, cut if others else None, [node.output(0) for node in refined])
 
 
 class _Walk:
@@ -80,14 +90,18 @@ class _Walk:
     def back(self, node: ov.Node, part: int) -> tuple[list[_Sum], ov.Node]:
         """Return the sums on the way to a value, the first one first, and what the stream begins with."""
         sums: list[_Sum] = []
+        after: ov.Node | None = None
         while True:
             kind = node.get_type_name()
+            if (plain := _without_residual(node)) is not None:  # what a ControlNet adds belongs to the block before it
+                node, after = plain, after or node
+                continue
             chosen = operands(node)[2] if kind == "Select" else node  # layer-skipping keeps what went into a layer
             before = self._kept(chosen)
             if before is not None:
                 branch = next(one for one in operands(chosen) if one.get_name() != before.get_name())
-                sums.append(_Sum(before, branch, node, part))
-                node = before
+                sums.append(_Sum(before, branch, after or node, part))
+                node, after = before, None
             elif kind == "FakeQuantize":
                 node = operands(node)[0]
             elif kind in _PIECES:
@@ -117,6 +131,18 @@ class _Walk:
                 if any(each.get_name() == first.get_name() for each in ancestors(other, self._places, down_to)):
                     return one
         return kept
+
+
+def _without_residual(node: ov.Node) -> ov.Node | None:
+    """Return what an addition takes beside a ControlNet's residual; None for other operations."""
+    if node.get_type_name() != "Add":
+        return None
+    for kept, added in (operands(node), operands(node)[::-1]):
+        source = operands(added)[0] if added.get_type_name() == "Pad" else added
+        names = source.output(0).names if source.get_type_name() == "Parameter" else ()
+        if any(name.startswith(BLOCK) for name in names):
+            return kept
+    return None
 
 
 def _blocks(sums: Sequence[_Sum], attends: Sequence[bool]) -> list[list[_Sum]]:

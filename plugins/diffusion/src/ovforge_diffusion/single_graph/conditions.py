@@ -12,34 +12,17 @@ from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.architectures.flow import sequence_length
 from ovforge_diffusion.architectures.flux import Flux
-from ovforge_diffusion.architectures.pixart import PixArt
-from ovforge_diffusion.architectures.sana import Sana
 from ovforge_diffusion.architectures.sd3 import StableDiffusion3
 from ovforge_diffusion.architectures.unet import STATES, StableDiffusion, StableDiffusionXL
 from ovforge_diffusion.request import Request
 from ovforge_diffusion.single_graph.joining import constant, part, reshaped, rows_of, shape_of, zeros
-from ovforge_diffusion.single_graph.language import LANGUAGE_MODELS, read_by_language_model
+from ovforge_diffusion.single_graph.language import read_by_language_model
 from ovforge_diffusion.single_graph.texts import Texts
 
-__all__ = ["check_family", "conditions", "constants"]
+__all__ = ["conditions", "constants"]
 
 Values = dict[str, ov.Output]
 """By the name of the denoiser's input, each with a row for each picture of each half, the one to avoid first."""
-
-_FAMILIES = (StableDiffusion, StableDiffusion3, Flux, *LANGUAGE_MODELS)
-
-
-def check_family(architecture: Architecture) -> None:
-    """Raise ModelError for a family whose prompts are not read inside a graph."""
-    if not isinstance(architecture, _FAMILIES):
-        raise ModelError(
-            f"{architecture.name} reads prompts in lower case, and as many tokens as there are, which is not done "
-            "inside a graph"
-            if isinstance(architecture, Sana | PixArt)
-            else f"{architecture.name} sees a picture",
-            where="model_index.json",
-            hint=f"Single graphs are made of: {', '.join(family.name for family in (StableDiffusionXL, *_FAMILIES))}.",
-        )
 
 
 def conditions(architecture: Architecture, texts: Texts, request: Request) -> Values:

@@ -6,8 +6,10 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from ovforge_diffusion.architectures.base import Architecture, Scale
-from ovforge_diffusion.single_graph.joining import constant, converted, join, reshaped
+from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.resizing import enlarged
+from ovforge_diffusion.scale import Scale
+from ovforge_diffusion.single_graph.joining import constant, converted, join, part, reshaped
 from ovforge_diffusion.vae import unfolded
 
 __all__ = ["packed", "pictures"]
@@ -20,8 +22,13 @@ def packed(architecture: Architecture, latents: ov.Output, size: tuple[int, int]
     return _moved(latents, architecture.pack(places).astype(np.int64))
 
 
-def pictures(architecture: Architecture, decoder: ov.Model, latents: ov.Output, size: tuple[int, int]) -> ov.Output:
-    """Return pictures, uint8 (pictures, height, width, 3), of the denoiser's last latents."""
+def pictures(
+    architecture: Architecture, decoder: ov.Model, latents: ov.Output, size: tuple[int, int], asked: tuple[int, int]
+) -> ov.Output:
+    """Return pictures, uint8 (pictures, height, width, 3), of the denoiser's last latents, (height, width) large.
+
+    Those that are not as large as `asked`, (width, height), are scaled and cut.
+    """
     shape = architecture.packed_shape(1, *size)
     places = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     latents = _moved(latents, architecture.unpack(places, *size).astype(np.int64))
@@ -34,10 +41,23 @@ def pictures(architecture: Architecture, decoder: ov.Model, latents: ov.Output, 
     seen = ops.unsqueeze(sample, constant([2])).output(0) if framed else sample
     made = converted(join(decoder, "vae_decoder", {"latent_sample": seen}).values[0], ov.Type.f32)
     made = ops.squeeze(made, constant([2])).output(0) if framed else made
+    made = _filling(made, (size[1] * architecture.factor, size[0] * architecture.factor), asked)
     half = constant(np.array([0.5], np.float32))
     pixels = ops.clamp(ops.add(ops.multiply(made, half), half), 0.0, 1.0)
     whole = ops.round(ops.multiply(pixels, constant(np.array([255], np.float32))), "half_to_even")
     return ops.convert(ops.transpose(whole, constant([0, 2, 3, 1])), "u8").output(0)
+
+
+def _filling(sample: ov.Output, own: tuple[int, int], asked: tuple[int, int]) -> ov.Output:
+    """Return samples (pictures, channels, height, width) as `filling` of the pipeline scales and cuts them."""
+    if own == asked:
+        return sample
+    rows, columns, top, left = enlarged(*own, *asked)
+    scaled = ops.interpolate(
+        sample, constant([rows, columns]), "linear_onnx", "sizes", coordinate_transformation_mode="half_pixel",
+        axes=constant([2, 3]),
+    ).output(0)  # fmt: skip
+    return part(part(scaled, top, top + asked[1], 2), left, left + asked[0], 3)
 
 
 def _moved(value: ov.Output, places: np.ndarray) -> ov.Output:

@@ -13,6 +13,7 @@ from openvino import opset13 as ops
 from ovforge.errors import ModelError
 from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.single_graph.joining import constant, converted, join, part, reshaped, rows_of, shape_of
+from ovforge_diffusion.single_graph.loops import Body
 from ovforge_diffusion.single_graph.sampler import LinearSampler
 
 __all__ = ["Guided", "Network", "in_a_loop", "one_after_another"]
@@ -53,16 +54,8 @@ class Network:
             raise ModelError(
                 f"the scheduler's timesteps have fractions, and it takes {kind.get_type_name()}",
                 where=self.role,
-                hint="Leave optimize = false out, or add the transform 'fractional-timesteps'.",
+                hint="Leave optimize = false out, or add the transform 'exact-timesteps'.",
             )
-
-    def check_shapes(self) -> None:
-        """Raise ModelError for sizes that depend on values: OpenVINO 2026.4's CPU crashes at them in such a graph."""
-        if any(node.get_type_name() == "NonZero" for node in self.model.get_ops()):
-            raise ModelError(
-                "it computes sizes from values, as token-merging makes it do, and OpenVINO's CPU crashes at that in a "
-                "graph of several steps", where=self.role, hint="Take the transform token-merging from the config.",
-            )  # fmt: skip
 
     def predict(
         self, seen: ov.Output, timestep: ov.Output, values: Values, scale: ov.Output | None, rescale: float
@@ -72,7 +65,11 @@ class Network:
         inputs = {self.architecture.sample: sample, "timestep": self._told(timestep, sample), **values}
         output = converted(join(self.model, self.role, inputs).values[0], ov.Type.f32)
         # Models that were converted for any size leave open which one they give back, even if it is fixed.
-        output = reshaped(output, [side.get_length() if side.is_static else -1 for side in sample.get_partial_shape()])
+        shape = [side.get_length() if side.is_static else -1 for side in sample.get_partial_shape()]
+        axis, own = self.architecture.channel_axis, self.architecture.given_channels
+        output = reshaped(output, [*shape[:axis], own or shape[axis], *shape[axis + 1 :]])
+        if own and own != shape[axis]:  # what comes after them is a variance, which no sampling method takes
+            output = part(output, 0, shape[axis], axis)
         if scale is None:
             return output
         without, along = (ops.split(output, constant(0), 2).output(half) for half in (0, 1))
@@ -117,7 +114,7 @@ def in_a_loop(
     call takes its own, and adds what its prediction gives to each that comes later. So it remembers as many predictions
     as a method wants, and the sums are in float32 whatever the network computes in.
     """
-    body = _Body()
+    body = Body()
     network = replace(network, model=_with_plain_norms(network.model))
     rank = len(latents.get_partial_shape())
     wide = [-1, *[1] * rank]
@@ -141,7 +138,7 @@ def in_a_loop(
             drawn = body.sliced_value(rows)
             column = ops.reshape(body.sliced(column_weights), constant(wide), False)
             following = ops.add(following, ops.multiply(column, drawn))
-    end = body.run(sampler.calls, state, first.output(0), following.output(0))
+    end = body.run(sampler.calls, first.output(0), following.output(0))
     return ops.squeeze(part(end, -1, 2**31 - 1, 0), constant([0])).output(0)
 
 
@@ -203,52 +200,6 @@ def _with_plain_norms(model: ov.Model) -> ov.Model:
         for user in node.output(0).get_target_inputs():
             user.replace_source_output(moved.output(0))
     return copy
-
-
-class _Body:
-    """The body of a loop while it is built: its parameters, and what each of them takes."""
-
-    def __init__(self) -> None:
-        self._state: ov.Node | None = None
-        self._sliced: list[tuple[ov.Node, ov.Output]] = []
-        self._invariant: list[tuple[ov.Node, ov.Output]] = []
-
-    def parameter(self, value: ov.Output) -> ov.Output:
-        """Return the body's own form of what the loop hands on."""
-        self._state = ops.parameter(value.get_partial_shape(), value.get_element_type())
-        return self._state.output(0)
-
-    def sliced(self, table: NDArray[np.generic]) -> ov.Output:
-        """Return the row, (1, ...), of a table that belongs to an iteration."""
-        return self.sliced_value(constant(table))
-
-    def sliced_value(self, value: ov.Output) -> ov.Output:
-        """Return the row of a value that belongs to an iteration."""
-        shape = value.get_partial_shape()
-        parameter = ops.parameter(ov.PartialShape([ov.Dimension(1), *list(shape)[1:]]), value.get_element_type())
-        self._sliced.append((parameter, value))
-        return parameter.output(0)
-
-    def invariant(self, value: ov.Output) -> ov.Output:
-        """Return a value that is the same in all iterations."""
-        parameter = ops.parameter(value.get_partial_shape(), value.get_element_type())
-        self._invariant.append((parameter, value))
-        return parameter.output(0)
-
-    def run(self, times: int, state: ov.Output, first: ov.Output, following: ov.Output) -> ov.Output:
-        """Return the state after so many iterations, from its first value and the body's next one."""
-        goes_on = constant(np.array(True))
-        results = [ops.result(goes_on), ops.result(following)]
-        parameters = [self._state, *(node for node, _ in (*self._sliced, *self._invariant))]
-        loop = ops.loop(constant(times), constant(np.array(True)))
-        loop.set_function(ov.Model(results, parameters, "step"))
-        loop.set_special_body_ports([-1, 0])
-        loop.set_merged_input(self._state, first, following)
-        for parameter, value in self._sliced:
-            loop.set_sliced_input(parameter, value, 0, 1, 1, -1, 0)
-        for parameter, value in self._invariant:
-            loop.set_invariant_input(parameter, value)
-        return loop.get_iter_value(following, -1)
 
 
 def _noise_by_call(sampler: LinearSampler, noise: ov.Output) -> list[tuple[ov.Output, Array]]:

@@ -17,7 +17,7 @@ from ovforge_diffusion.architectures.base import Architecture
 from ovforge_diffusion.inputs import DiffusionOptions, TextToImageInputs
 from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.shallow import shallow_role
-from ovforge_diffusion.single_graph.conditions import check_family, conditions, constants
+from ovforge_diffusion.single_graph.conditions import conditions, constants
 from ovforge_diffusion.single_graph.decoding import packed, pictures
 from ovforge_diffusion.single_graph.denoising import Guided, Network, in_a_loop, one_after_another
 from ovforge_diffusion.single_graph.joining import constant, converted, reshaped, rows_of, shape_of, zeros
@@ -32,7 +32,7 @@ _OF_A_CALL = ("prompt", "negative_prompt", "seed", "count", "latents")
 """Inputs of a call that the graph's own inputs stand for."""
 
 _GUIDANCE = "guidance"
-"""FLUX.1's input for a guidance scale."""
+"""The guidance scale as an input of the denoiser: FLUX.1 and Sana-Sprint have it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def single_graph(
             f"the pipeline decodes {request.width}x{request.height} pixels in tiles of {side}, and a graph decodes "
             "them whole", where="task.tile", hint=f"Set task.tile = {max(request.width, request.height)}.",
         )  # fmt: skip
-    sampler = linear_sampler(lambda: task.scheduling.start(request.steps, 1.0, size), architecture)
+    _, request = task.scheduling.start(request, 1.0, size)
+    sampler = linear_sampler(lambda: task.scheduling.start(request, 1.0, size)[0], architecture)
     graph = _Graph(pipe, architecture, request, sampler, size, pictures_at_once)
     model = graph.joined(unroll=unroll, guidance_input=guidance_input)
     unused = tuple(name for name in _OF_A_CALL if given.get(name) is not None)
@@ -101,7 +102,6 @@ def _check(pipe: Pipeline, architecture: Architecture, options: DiffusionOptions
             where=pipe.config.load.source,
             hint="Run `ovforge decrypt` first if that is what you want; then encrypt the graph's folder.",
         )
-    check_family(architecture)
     if bundle.adapters or bundle.controls:
         raise ConfigError(
             f"{', '.join([*bundle.adapters, *bundle.controls])} can be set while the pipeline runs, and a graph "
@@ -119,13 +119,21 @@ def _check(pipe: Pipeline, architecture: Architecture, options: DiffusionOptions
             "ControlNets see a picture, and the graph takes none", where="load.parts.controlnet",
             hint="Take them from the config.",
         )  # fmt: skip
+    if architecture.stacks_condition:
+        raise ModelError(
+            "it sees a condition, and the graph takes no picture", where=architecture.denoiser,
+            hint="Take a model made for text.",
+        )  # fmt: skip
     for name, plain in (("prompts", "plain"), ("long_prompts", "cut")):
         if (value := getattr(options, name)) != plain:
             raise ConfigError(
                 f"{value!r} prompts are split in Python, before they are tokens", where=f"task.{name}",
                 hint=f'Set {name} = "{plain}", or leave it out.',
             )  # fmt: skip
-    for name in ("prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3", "denoising_end"):
+    for name in (
+        "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3", "denoising_end", "cfg_normalization",
+        "cfg_truncation",
+    ):  # fmt: skip
         if getattr(request.given, name) is not None:
             raise InputError("is not an input of the graph", where=f"input.{name}", hint="Leave it out.")
     if request.skipped_layers:
@@ -161,7 +169,6 @@ class _Graph:
         rows = -1 if self._count is None else self._count
         denoiser = Network(bundle.models[architecture.denoiser], architecture, self._halves)
         denoiser.check(self._sampler.timesteps)
-        denoiser.check_shapes()
         texts = self._texts()
         values = self._conditions(texts)
         latents = self._input("latents", [rows, architecture.latent_channels, *self._size])
@@ -174,7 +181,8 @@ class _Graph:
         if scale is not None and (beyond := (self._request.guidance or 0) - self._request.guidance_scale) > 0:
             scale = ops.add(scale, constant(np.array([beyond], np.float32))).output(0)  # of Z-Image, counted from 0
         if scale is not None and _GUIDANCE in values:
-            values[_GUIDANCE] = ops.broadcast(scale, rows_of(values[_GUIDANCE])).output(0)
+            measured = ops.multiply(scale, constant(np.array([architecture.guidance_measure], np.float32)))
+            values[_GUIDANCE] = ops.broadcast(measured, rows_of(values[_GUIDANCE])).output(0)
         elif scale is not None and not (self._halves == 2 and architecture.guided_by == "guidance_scale"):
             raise ConfigError(
                 "this model's guidance is built in, switched off or an embedding that is computed in Python",
@@ -184,8 +192,10 @@ class _Graph:
         guided = self._guided(scale if _GUIDANCE not in values else None)
         run = one_after_another if unroll else in_a_loop
         last = run(denoiser, self._sampler, packed(architecture, latents, self._size), noise, values, guided)
-        image = pictures(architecture, bundle.models["vae_decoder"], last, self._size)
-        image = reshaped(image, (rows, self._request.height, self._request.width, 3))  # as its size is known
+        request = self._request
+        asked = request.asked or (request.width, request.height)
+        image = pictures(architecture, bundle.models["vae_decoder"], last, self._size, asked)
+        image = reshaped(image, (rows, *asked[::-1], 3))  # as its size is known
         image.get_tensor().set_names({"image"})
         result = ops.result(image)
         result.set_friendly_name("image")

@@ -38,7 +38,7 @@ It needs OpenVINO {openvino} or newer and the operations of openvino_tokenizers.
 | --- | --- | --- | --- |
 {rows}
 
--1 is any number, the same for all. `ovforge.json` says the same for programs.
+{open_sizes}`ovforge.json` says the same for programs.
 
 Written by ovforge {version} (`ovforge single-graph`).
 """
@@ -61,26 +61,33 @@ def write_folder(graph: SingleGraph, folder: Path, *, replace: bool) -> None:
 def facts_of(graph: SingleGraph) -> dict[str, Any]:
     """Return what ovforge.json says of a graph, JSON-able."""
     request, sampler = graph.request, graph.sampler
+    width, height = request.asked or (request.width, request.height)
+    pictures = _shape(graph.model.outputs[0])[0]
     return {
         "format": FORMAT,
-        "width": request.width,
-        "height": request.height,
+        "width": width,
+        "height": height,
         "steps": request.steps,
         "calls": sampler.calls,
         "timesteps": [float(timestep) for timestep in sampler.timesteps],
         "scheduler": graph.scheduler,
         "guidance_scale": request.guidance_scale,
         "unrolled": graph.unrolled,
-        "inputs": [_port(port) for port in graph.model.inputs],
-        "outputs": [_port(port) for port in graph.model.outputs],
+        "inputs": [_port(port, pictures) for port in graph.model.inputs],
+        "outputs": [_port(port, pictures) for port in graph.model.outputs],
         "versions": {"ovforge": __version__, "openvino": openvino_version()},
     }
 
 
-def _port(port: ov.Output) -> dict[str, Any]:
-    shape = [side.get_length() if side.is_static else -1 for side in port.get_partial_shape()]
+def _port(port: ov.Output, pictures: int) -> dict[str, Any]:
+    # Strings have an open shape for the sake of the tokenizer's operations, and yet one is needed for each picture.
+    shape = [pictures] if port.get_element_type() == ov.Type.string else _shape(port)
     name = port.any_name
     return {"name": name, "type": port.get_element_type().get_type_name(), "shape": shape, "what": _MEANINGS[name]}
+
+
+def _shape(port: ov.Output) -> list[int]:
+    return [side.get_length() if side.is_static else -1 for side in port.get_partial_shape()]
 
 
 def _readme(facts: dict[str, Any], title: str) -> str:
@@ -88,7 +95,9 @@ def _readme(facts: dict[str, Any], title: str) -> str:
     rows = "\n".join(
         f"| {kind} `{port['name']}` | {port['type']} | {port['shape']} | {port['what']} |" for port, kind in ports
     )
+    open_sizes = "-1 is any number, the same for all. " if "-1" in rows else ""
     return _README.format(
+        open_sizes=open_sizes,
         title=title, rows=rows, openvino=facts["versions"]["openvino"], version=facts["versions"]["ovforge"],
         **{name: facts[name] for name in ("calls", "width", "height", "scheduler")},
     )  # fmt: skip

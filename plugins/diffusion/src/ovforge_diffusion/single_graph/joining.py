@@ -14,7 +14,7 @@ from openvino import opset13 as ops
 from ovforge.errors import InputError, ModelError
 from ovforge_diffusion.graph.nodes import port_named
 
-__all__ = ["Joined", "constant", "converted", "join", "part", "reshaped", "rows_of", "shape_of", "zeros"]
+__all__ = ["Joined", "constant", "converted", "join", "longer", "part", "reshaped", "rows_of", "shape_of", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,17 @@ def reshaped(value: ov.Output, shape: Sequence[int]) -> ov.Output:
 def part(value: ov.Output, begin: int, end: int, axis: int) -> ov.Output:
     """Return what lies from `begin` to before `end` along an axis; negative numbers count from the end."""
     return ops.slice(value, constant([begin]), constant([end]), constant([1]), constant([axis])).output(0)
+
+
+def longer(value: ov.Output, missing: int) -> ov.Output:
+    """Return a value with so many zeros behind it along the second axis."""
+    if not missing:
+        return value
+    rest = [rows_of(value), constant([missing])]
+    if (rank := len(value.get_partial_shape())) > 2:
+        rest.append(part(shape_of(value), 2, rank, 0))
+    filling = converted(zeros(ops.concat(rest, 0).output(0)), value.get_element_type())
+    return ops.concat([value, filling], 1).output(0)
 
 
 def rows_of(value: ov.Output) -> ov.Output:

@@ -1,40 +1,41 @@
 """What conditions a denoiser if a language model reads the prompt: states of as many tokens as a prompt may have.
 
 Of a prompt's own tokens, the pipeline gives a denoiser no more than there are. Here the rest is there, and masked, so
-that one graph serves prompts of any length; a model that reads from left to right gives the same states.
+that one graph serves prompts of any length; a model that reads from left to right, or is told what counts, gives the
+same states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.architectures.base import Architecture, tokenizer_of
 from ovforge_diffusion.architectures.flow import sequence_length
 from ovforge_diffusion.architectures.flux2 import Flux2, states_of
 from ovforge_diffusion.architectures.lumina2 import Lumina2, before
+from ovforge_diffusion.architectures.pixart import PixArt
 from ovforge_diffusion.architectures.qwenimage import DROPPED, LONGEST, TEMPLATE, QwenImage
+from ovforge_diffusion.architectures.sana import Sana, instruction_of, tokens_left_out
 from ovforge_diffusion.architectures.zimage import MULTIPLE, ZImage, filled
 from ovforge_diffusion.chat import ChatTemplate
 from ovforge_diffusion.request import Request
-from ovforge_diffusion.single_graph.joining import constant, converted, part, rows_of, shape_of, zeros
+from ovforge_diffusion.sequence import SequenceTokenizer
+from ovforge_diffusion.single_graph.joining import constant, converted, longer, part, shape_of
 from ovforge_diffusion.single_graph.texts import Frame, Texts
 
-__all__ = ["LANGUAGE_MODELS", "read_by_language_model"]
+__all__ = ["read_by_language_model"]
 
 Values = dict[str, ov.Output]
-
-LANGUAGE_MODELS = (Flux2, ZImage, Lumina2, QwenImage)
-"""Families whose prompts a language model reads, as far as a graph can."""
 
 _ROLE = "text_encoder"
 
 
 def read_by_language_model(architecture: Architecture, texts: Texts, request: Request) -> Values:
-    """Return what a denoiser of one of `LANGUAGE_MODELS` takes of prompts."""
+    """Return what a denoiser takes of prompts, of a family whose only text encoder is a language model."""
     given = request.given.max_sequence_length
     match architecture:
         case Flux2():
@@ -52,6 +53,12 @@ def read_by_language_model(architecture: Architecture, texts: Texts, request: Re
             frames = [Frame(before, after, TEMPLATE.format)] * len(texts.strings)
             states, mask = (part(value, DROPPED, length, 1) for value in texts.sequence(_ROLE, length, frames))
             return {"encoder_hidden_states": _masked(states, mask), "encoder_hidden_states_mask": mask}
+        case PixArt():
+            length, frames = sequence_length(given, PixArt.length), [Frame(lower=True)] * len(texts.strings)
+            states, mask = texts.sequence(_ROLE, length, frames, both=True)
+            return _with_mask(states, mask)
+        case Sana():
+            return _sana(texts, request)
     raise AssertionError(architecture.name)
 
 
@@ -69,7 +76,7 @@ def _zimage(architecture: ZImage, texts: Texts, request: Request) -> Values:
     length = sequence_length(request.given.max_sequence_length, ZImage.length)
     states, mask = texts.sequence(_ROLE, length, _chat(texts))
     room = filled(length)
-    states, mask = _longer(_masked(states, mask), room), _longer(mask, room)
+    states, mask = (longer(value, room - length) for value in (_masked(states, mask), mask))
     tokens = ops.reduce_sum(mask, constant([1]), True)
     # Without a division: the CPU's gives fractions of whole numbers, too.
     above = ops.add(tokens, constant(MULTIPLE - 1))
@@ -95,8 +102,7 @@ def _lumina2(architecture: Lumina2, texts: Texts, request: Request) -> Values:
     states, mask = texts.sequence(_ROLE, length, [Frame(), asked][-len(texts.strings) :])
     numbers = ops.broadcast(constant(np.arange(length, dtype=np.int64)[None]), shape_of(mask))
     return {
-        "encoder_hidden_states": _masked(states, mask),
-        "encoder_attention_mask": converted(mask, ov.Type.f32),
+        **_with_mask(states, mask),
         "txt_ids": _first_of_three(numbers),
         "img_ids": _after_texts(
             lambda text: architecture.places(request, [text])[0], ops.reduce_sum(mask, constant([1]), True)
@@ -104,19 +110,33 @@ def _lumina2(architecture: Lumina2, texts: Texts, request: Request) -> Values:
     }
 
 
+def _sana(texts: Texts, request: Request) -> Values:
+    """Return the states of each prompt's first token, and of those after the instruction before it."""
+    length = sequence_length(request.given.max_sequence_length, Sana.length)
+    told = instruction_of(request)
+    out = tokens_left_out(SequenceTokenizer(texts.bundle.assets, tokenizer_of(_ROLE)), told)
+    asked = Frame(told, ask=lambda text: told + text, lower=True, length=out + length)
+    frames = [Frame(lower=True, length=length), asked][-len(texts.strings) :]
+    states, mask = texts.sequence(_ROLE, max(length, out + length), frames)
+    kept = [[*range(length)], [0, *range(out + 1, out + length)]][-len(texts.strings) :]
+    return _with_mask(_tokens(states, kept), _tokens(mask, kept))
+
+
+def _tokens(value: ov.Output, places: Sequence[Sequence[int]]) -> ov.Output:
+    """Return some of each row's tokens: their places are given for the rows of each half."""
+    halves = ops.split(value, constant(0), len(places)).outputs()
+    each = [ops.gather(half, constant(own), constant(1)) for half, own in zip(halves, places, strict=True)]
+    return ops.concat(each, 0).output(0)
+
+
+def _with_mask(states: ov.Output, mask: ov.Output) -> Values:
+    return {"encoder_hidden_states": _masked(states, mask), "encoder_attention_mask": converted(mask, ov.Type.f32)}
+
+
 def _masked(states: ov.Output, mask: ov.Output) -> ov.Output:
     """Return states, zero where a mask is."""
     seen = ops.unsqueeze(ops.equal(mask, constant(1)), constant([2]))
     return ops.select(seen, converted(states, ov.Type.f32), constant(np.zeros(1, np.float32))).output(0)
-
-
-def _longer(value: ov.Output, length: int) -> ov.Output:
-    """Return a value with zeros behind it along the second axis."""
-    shape = value.get_partial_shape()
-    if (missing := length - shape[1].get_length()) == 0:
-        return value
-    rest = ops.concat([rows_of(value), constant([missing]), part(shape_of(value), 2, len(shape), 0)], 0).output(0)
-    return ops.concat([value, converted(zeros(rest), value.get_element_type())], 1).output(0)
 
 
 def _first_of_three(numbers: ov.Node) -> ov.Output:

@@ -5,7 +5,7 @@ to what text encoders say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import openvino as ov
@@ -16,7 +16,20 @@ from ovforge.errors import ModelError
 from ovforge.model import ModelBundle, core
 from ovforge_diffusion.architectures.base import tokenizer_of
 from ovforge_diffusion.sequence import SequenceTokenizer
-from ovforge_diffusion.single_graph.joining import Joined, constant, converted, join, part, reshaped, rows_of
+from ovforge_diffusion.single_graph.joining import (
+    Joined,
+    constant,
+    converted,
+    join,
+    longer,
+    part,
+    reshaped,
+    rows_of,
+    shape_of,
+    zeros,
+)
+from ovforge_diffusion.single_graph.loops import Body
+from ovforge_diffusion.single_graph.lower_case import lowered
 from ovforge_diffusion.single_graph.token_graph import put_between, token_graph
 from ovforge_diffusion.text import DEFAULT_LENGTH, SKIPPED, fitted, penultimate_output
 from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, has_files
@@ -24,8 +37,8 @@ from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, 
 __all__ = ["Frame", "Texts"]
 
 Ids = NDArray[np.int64]
-Reader = Callable[[Sequence[str]], Ids]
-"""Returns the token ids of texts that the pipeline itself would read, (texts, length)."""
+Reader = Callable[[Sequence[str], int], Ids]
+"""Returns the token ids of texts that the pipeline itself would read, (texts, length), of a length."""
 
 _SAMPLES = (
     "a beautiful pink unicorn, 8k", "", "A Photo of the Eiffel Tower at night -- highly detailed (35mm), f/1.8",
@@ -34,6 +47,9 @@ _SAMPLES = (
     "  two  blanks \n\n and   a line\u3000", "ﬁne print ½",
 )  # fmt: skip
 """Texts that a tokenizer's graph must read as the pipeline does: case, accents, scripts, signs, and too many words."""
+
+_CAPITALS = (" \x1c İSTANBUL'DA, ΟΔΥΣΣΕΥΣ: ΣΑΣ. ΑΣ.Β Σ ", "ǅUNGLA ẞ Ⅷ ÉTÉ ЁЛКА ԱԲԳ Ⴀ 𐐀 \u212a \u212b", " \n\t\x85")
+"""Further ones, for models that read in lower case."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +63,24 @@ class _Row:
 
 @dataclass(frozen=True)
 class Frame:
-    """Constant texts that are read around a prompt, and `ask`, which puts a prompt there as the pipeline does."""
+    """How a prompt is read: between constant texts, in lower case without blanks around it, and how much of it.
+
+    `ask` puts a prompt between the texts as the pipeline does, `length` are its tokens with those of the texts.
+    """
 
     before: str = ""
     after: str = ""
     ask: Callable[[str], str] = str
+    lower: bool = False
+    length: int | None = None
+
+    def around(self, text: ov.Output) -> ov.Output:
+        """Return what is read of strings, (texts,)."""
+        return put_between(self.before, lowered(text) if self.lower else text, self.after)
+
+    def asked(self, text: str) -> str:
+        """Return what the pipeline reads of a text."""
+        return self.ask(text.lower().strip() if self.lower else text)
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,9 @@ class Texts:
         length = _tokens_of(model, role) or DEFAULT_LENGTH
         reader = self._clip_reader(tokenizer)
         row = _Row(length, reader.padding, reader.end)
-        ids, _ = self._ids(self._tokenizer(tokenizer), tokenizer, lambda texts: fitted(reader, texts, length), row)
+        ids, _ = self._ids(
+            self._tokenizer(tokenizer), tokenizer, lambda texts, length: fitted(reader, texts, length), row
+        )
         made = join(model, role, {"input_ids": ids})
         name = penultimate_output(made.ports) if penultimate else "last_hidden_state"
         states = self._with_skipped(made, made.named(name))
@@ -93,23 +124,27 @@ class Texts:
         length: int,
         frames: Sequence[Frame] = (),
         outputs: Sequence[str] = ("last_hidden_state",),
+        *,
+        both: bool = False,
     ) -> tuple[ov.Output, ov.Output]:
         """Return states of a text encoder other than CLIP, (rows, length, width), and which count, i64 (rows, length).
 
-        `frames` stand around each of the strings' prompts; several `outputs` stand one beside the other.
+        `frames` say how each of the strings is read, of which a length of its own is not more than `length`; several
+        `outputs` stand one beside the other. `both` says that the encoder reads both ways, and must not see what fills
+        up a prompt: each prompt's own tokens are then read by themselves, as the pipeline does.
         """
         model, tokenizer = self.bundle.models[role], tokenizer_of(role)
-        reader, graph = SequenceTokenizer(self.bundle.assets, tokenizer), token_graph(self.bundle.assets, tokenizer)
+        words = self.bundle.configs.get(role, {}).get("vocab_size")
+        reader = SequenceTokenizer(self.bundle.assets, tokenizer, words)
+        graph = token_graph(self.bundle.assets, tokenizer)
 
-        def read(texts: Sequence[str]) -> Ids:
+        def read(texts: Sequence[str], length: int) -> Ids:
             return np.stack([reader.padded(reader.cut(text, length)[0], length) for text in texts])
 
         padding = int(reader.padded(np.zeros(0, np.int64), 1)[0])
         ids, mask = self._ids(graph.model, tokenizer, read, _Row(length, padding, graph.end), frames, graph.words)
-        takes_mask = any("attention_mask" in port.names for port in model.inputs)
-        made = join(model, role, {"input_ids": ids, **({"attention_mask": mask} if takes_mask else {})})
-        states = [made.named(name) for name in outputs]
-        return states[0] if len(states) == 1 else ops.concat(states, 2).output(0), mask
+        read_all = _read_each if both else _read
+        return read_all(model, role, ids, mask, outputs), mask
 
     def _with_skipped(self, made: Joined, states: ov.Output) -> ov.Output:
         """Return states: those of the prompts to follow leave layers out, if the transform clip-skip is there."""
@@ -146,16 +181,53 @@ class Texts:
         words: Sequence[str] = (),
     ) -> tuple[ov.Output, ov.Output]:
         """Return token ids and which of them count, both int64 (rows, length), checked against the pipeline's."""
-        texts = [*_SAMPLES, *self.examples, *self.learned.get(role, ()), *words]
         frames = frames or [Frame()] * len(self.strings)
-        for frame in dict.fromkeys(frames):
-            _check_tokens(model, role, read, row, texts, frame)
-        each = [_fitted(model, role, text, row, frame) for text, frame in zip(self.strings, frames, strict=True)]
+        lengths = [frame.length or row.length for frame in frames]
+        for frame, own in dict.fromkeys(zip(frames, lengths, strict=True)):
+            texts = [
+                *_SAMPLES,
+                *(_CAPITALS if frame.lower else ()),
+                *self.examples,
+                *self.learned.get(role, ()),
+                *words,
+            ]
+            _check_tokens(model, role, read, replace(row, length=own), texts, frame)
+        each = [
+            [longer(value, row.length - own) for value in _fitted(model, role, text, replace(row, length=own), frame)]
+            for text, frame, own in zip(self.strings, frames, lengths, strict=True)
+        ]
         ids, mask = (ops.concat([pair[n] for pair in each], 0).output(0) for n in (0, 1))
         if self.pictures is None:
             return ids, mask
         shape = (self.pictures * len(self.strings), row.length)
         return reshaped(ids, shape), reshaped(mask, shape)
+
+
+def _read(model: ov.Model, role: str, ids: ov.Output, mask: ov.Output, outputs: Sequence[str]) -> ov.Output:
+    """Return a text encoder's states of token ids, (rows, tokens): several outputs, one beside the other."""
+    takes_mask = any("attention_mask" in port.names for port in model.inputs)
+    made = join(model, role, {"input_ids": ids, **({"attention_mask": mask} if takes_mask else {})})
+    states = [made.named(name) for name in outputs]
+    return states[0] if len(states) == 1 else ops.concat(states, 2).output(0)
+
+
+def _read_each(model: ov.Model, role: str, ids: ov.Output, mask: ov.Output, outputs: Sequence[str]) -> ov.Output:
+    """Return the same, of the tokens of each row that `mask` counts, and zeros after them."""
+    if (fixed := _tokens_of(model, role)) is not None:
+        raise ModelError(
+            f"it was converted for {fixed} tokens, and a graph reads prompts as long as they are",
+            where=role,
+            hint="Convert it for any length.",
+        )
+    body = Body()
+    own_ids, own_mask = body.sliced_value(ids), body.sliced_value(mask)
+    count = ops.reduce_sum(own_mask, constant([0, 1]), False)
+    begin, end, step, axis = constant([0]), ops.unsqueeze(count, constant([0])), constant([1]), constant([1])
+    own_ids, seen = (ops.slice(value, begin, end, step, axis).output(0) for value in (own_ids, own_mask))
+    states = converted(_read(model, role, own_ids, seen, outputs), ov.Type.f32)
+    missing = ops.subtract(part(shape_of(own_mask), 1, 2, 0), end)
+    room = ops.concat([constant([1]), missing, part(shape_of(states), 2, 3, 0)], 0).output(0)
+    return body.rows(rows_of(ids), ops.concat([states, zeros(room)], 1).output(0))
 
 
 def _tokens_of(model: ov.Model, role: str) -> int | None:
@@ -169,9 +241,8 @@ def _tokens_of(model: ov.Model, role: str) -> int | None:
 
 def _fitted(model: ov.Model, role: str, text: ov.Output, row: _Row, frame: Frame) -> tuple[ov.Output, ov.Output]:
     """Return a tokenizer's ids and mask of strings, both int64 (strings, length): cut before the end, or filled up."""
-    framed = put_between(frame.before, text, frame.after)
     # A tokenizer's states are options, such as whether to cut, that are made when it is converted.
-    made = join(model, role, {next(iter(model.inputs[0].names)): framed}, settle=True)
+    made = join(model, role, {next(iter(model.inputs[0].names)): frame.around(text)}, settle=True)
     target = ops.concat([rows_of(text), constant([row.length])], 0)
     # One more row's length is put behind, so that what is cut off, or is not there, has a place to be looked at.
     ids, mask = (
@@ -198,7 +269,7 @@ def _check_tokens(model: ov.Model, role: str, read: Reader, row: _Row, texts: Se
         raise ModelError(
             f"OpenVINO cannot run the tokenizer's graph: {reason}", where=role, hint="Fetch the tokenizer again."
         ) from error
-    wanted = read([frame.ask(text) for text in texts])
+    wanted = read([frame.asked(text) for text in texts], row.length)
     for text, theirs, ours in zip(texts, wanted, found, strict=True):
         if (theirs != ours).any():
             raise ModelError(

@@ -270,9 +270,10 @@ class _Reader:
         words = {str(word): int(number) for word, number in model["vocab"].items()}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         added = {token["content"]: int(token["id"]) for token in self._added}
-        listed: list[Any] = [""] * (1 + max([*words.values(), *added.values()], default=0))
-        if len(listed) > _LONGEST:
-            raise ModelError(f"it numbers words up to {len(listed)}, more than {_LONGEST}", where=self._path)
+        last = max([*words.values(), *added.values()], default=0)
+        if last >= _LONGEST:  # before there is a list of as many
+            raise ModelError(f"it numbers words up to {last + 1}, more than {_LONGEST}", where=self._path)
+        listed: list[Any] = [""] * (last + 1)
         for word, number in words.items():
             listed[number] = word
         pairs: list[tuple[Any, Any]] = [(left, right) for left, right in merges]
