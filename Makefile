@@ -1,9 +1,10 @@
-# make demo · make test · make lint · make format · make docs · make bench · make torture · make release · make changelog
+# make demo · make test · make test-all · make lint · make format · make docs · make bench · make torture · make release · make changelog
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
-.PHONY: demo test lint bench docs format torture release changelog clean
+.PHONY: demo test test-all lint bench docs format torture release changelog clean
 .DELETE_ON_ERROR:
 
 # Stamps say what is installed; a changed requirement installs again.
@@ -26,7 +27,11 @@ demo: $(VENV)/.demo
 	$(BIN)/ovforge run examples/unicorn.toml
 
 test: $(VENV)/.test lint docs
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# Every case of the long sweeps, too.
+test-all: $(VENV)/.test lint docs
+	$(PYTEST) --all-cases
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -59,7 +59,7 @@ def refused(data: bytes, key: Key = KEY) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 5 * CHUNK + 1), st.integers(0, 2**32 - 1), st.data())
 def test_round_trips(size: int, seed: int, data: st.DataObject) -> None:
     plain = random.Random(seed).randbytes(size)
@@ -108,7 +108,7 @@ def test_every_flipped_bit_of_header_and_borders_is_refused() -> None:
             unseal(bytes(changed))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_other_byte_is_refused(data: st.DataObject) -> None:
     sealed = SEALED
@@ -117,7 +117,7 @@ def test_any_other_byte_is_refused(data: st.DataObject) -> None:
     refused(sealed[:position] + bytes([value]) + sealed[position + 1 :])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=400))
 def test_anything_else_is_no_container(data: bytes) -> None:
     refused(data)

@@ -45,7 +45,6 @@ DINO = DetectorSpec(
 # -- texts and pictures -------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([1012, 1029, 2000, 3000]), max_size=40))
 def test_masks_of_phrases_are_those_of_transformers(inside: list[int]) -> None:
     ids = np.array([101, *inside, 102])
@@ -73,7 +72,7 @@ def test_texts_are_normalized_and_said() -> None:
             wanted(nothing)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12))
 def test_pictures_are_prepared_as_transformers_does(height: int, width: int, scale: int) -> None:
     rng = np.random.default_rng(height)

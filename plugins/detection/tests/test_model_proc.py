@@ -305,7 +305,7 @@ def reference(grids: list[np.ndarray], kind: str, *, sigmoid: bool, softmax: boo
     return sorted(boxes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**31), st.sampled_from(["yolo_v2", "yolo_v3", "yolo_v4", "yolo_v5"]), st.booleans(), st.booleans(),
     st.sampled_from(["NCHW", "NHWC", "flat"]), st.booleans(),
@@ -419,7 +419,7 @@ def converted(image: np.ndarray, params: dict[str, Any]) -> tuple[np.ndarray, An
     return result, restored
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(20, 200), st.integers(20, 200), st.sampled_from(RESIZE), st.sampled_from(CROP), st.integers(0, 12),
     st.integers(0, 12), st.sampled_from(["RGB", "BGR"]),

@@ -36,7 +36,6 @@ class Compiled:
     """The roles of a folder or checkpoint, in f32."""
 
     def __init__(self, source: Path, **options: Any) -> None:
-        torch.set_num_threads(2)
         bundle = GroundingDinoLoader(LoaderOptions(weights="f32", **options)).load(FileSource(source))
         self.bundle = bundle
         self.text, self.detector = (

@@ -107,7 +107,7 @@ def run(model: ov.Model, hints: Mapping[str, str] = EXACT) -> Array:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(times=st.sampled_from([0.1, 300.0, 2e3, 3e4]))
 def test_all_values_fit_and_results_stay(norm: str, times: float) -> None:
     model = transformer(NORMS[norm], times)

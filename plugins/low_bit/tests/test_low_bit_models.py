@@ -200,7 +200,7 @@ def test_products_keep_their_weights_small_while_they_run(bits: int, symmetric: 
 # -- statistics of inputs -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     strides=st.tuples(st.integers(1, 3), st.integers(1, 2)),

@@ -138,7 +138,7 @@ def fill(reservoir: Reservoir, runs: Sequence[int], start: int = 0) -> Reservoir
     return reservoir
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(0, 5), st.lists(st.integers(0, 9), max_size=8))
 def test_what_is_kept_are_the_lowest_priorities_of_all(capacity: int, seed: int, runs: list[int]) -> None:
     """However calls fall into runs; so the draw is a simple random sample, and a smaller one begins a larger one."""
@@ -160,7 +160,7 @@ def test_the_draw_is_even() -> None:
     assert statistic < 43.8, "p = 0.001"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 6), st.booleans())
 def test_on_disk_is_as_in_memory_and_an_interruption_leaves_no_trace(
     runs: list[int], stop: int, lost: int, sealed: bool
@@ -368,6 +368,12 @@ def test_mistakes_are_found_before_any_run(
         ovforge.load(written, plugins=plugins(), cache=cache)
     assert RUNS == []
     assert cache.entries() == []
+
+
+@pytest.mark.parametrize("limit", ["nan", "-inf", "inf"])
+def test_a_limit_that_is_no_number_is_refused(config: dict[str, Any], cache: Cache, limit: str) -> None:
+    with pytest.raises(ConfigError, match="quality: `min_score` should be a finite number"):
+        ovforge.load({**config, "quality": {"min_score": float(limit)}}, plugins=plugins(), cache=cache)
 
 
 @pytest.mark.parametrize(

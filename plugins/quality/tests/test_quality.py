@@ -115,7 +115,7 @@ def test_metrics_are_those_of_the_papers(amount: float) -> None:
     assert psnr(first, second) == pytest.approx(10 * math.log10(255**2 / error) if error else 100.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 30), st.sampled_from([1, 3, 4]), st.integers(0, 99))
 def test_metrics_have_bounds(height: int, width: int, channels: int, seed: int) -> None:
     """Of any size: equal pictures have the best score, the order of two does not matter."""
@@ -461,7 +461,7 @@ def test_a_model_that_computes_no_numbers_fails(config: dict[str, Any], tmp_path
 # -- the search -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 300), st.integers(0, 300))
 def test_bisection_finds_the_least(count: int, needed: int) -> None:
     tried: list[int] = []

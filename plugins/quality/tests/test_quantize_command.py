@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,21 @@ from ovforge import testing
 from ovforge.cli import app
 from ovforge.errors import QualityError
 from ovforge_diffusion.examples import drawing, hole, prompts
+from program import Ended
+from program import ovforge as ovforge_program
 
 MODEL = "package:ovforge_lcm/model"
 
 
-def run(*arguments: object, code: int = 0, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [Path(sys.executable).with_name("ovforge"), *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def run(*arguments: object, code: int = 0, cwd: Path) -> Ended:
+    done = ovforge_program(*arguments, cwd=cwd)
+    assert done.code == code, done.stdout + done.stderr
     return done
 
 

@@ -280,7 +280,7 @@ def test_an_archive_that_says_it_has_more_disks_is_damaged(tmp_path: Path) -> No
         read(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damage_anywhere_is_an_error_or_harmless(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Bytes changed, cut or added: a clear error, or finite numbers of a sane shape."""
@@ -299,7 +299,7 @@ def test_damage_anywhere_is_an_error_or_harmless(data: st.DataObject, tmp_path_f
     assert all(np.isfinite(part).all() and part.ndim == 2 for word in words for part in word.parts.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     vectors=st.integers(1, 20),
     width=st.integers(1, 200),

@@ -181,7 +181,7 @@ def test_what_has_no_table_is_said() -> None:
         width_of(ov.Model([ops.add(*two)], [ids], "two"), TOKENS, "text_encoder")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(tokens=st.integers(1, 40), extra=st.integers(0, 3), counts=st.lists(st.integers(1, 5), min_size=1, max_size=3))
 def test_any_sizes(tokens: int, extra: int, counts: list[int]) -> None:
     """Extended again and again, every row is where its number says."""

@@ -130,7 +130,7 @@ names = st.text(st.sampled_from("abz<>-_|.*+?^$\\(){}[]#'é1 "), min_size=1, max
 pieces = st.sampled_from(["a ", "cat", ", ", " ", "<", ">", "'s", "1", "É", "unicorn ", "🦄"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_words_in_any_prompt(data: st.DataObject) -> None:
     words = data.draw(st.dictionaries(names, st.integers(1, 3), min_size=1, max_size=4))
@@ -145,7 +145,7 @@ def test_any_words_in_any_prompt(data: st.DataObject) -> None:
         assert ours(prompt) == by_hand(tokenizer, numbered(words, graph.size), prompt), (words, prompt)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(prompt=st.lists(st.one_of(pieces, st.sampled_from(list(WORDS)), st.text(max_size=5)), max_size=12).map("".join))
 def test_prompts_without_words_are_read_as_before(prompt: str, both: Any, plain: Callable[[str], list[int]]) -> None:
     """Whatever the tokenizer makes of other text, it still does."""

@@ -1,9 +1,9 @@
 """Parts of a diffusion transformer, found by what depends on what: by no name of a model, a class or a layer.
 
-A denoiser takes a step (an input of one axis or none) and a sample (inputs of three axes and more). What depends on
-inputs of at most two axes, the step among them, is the same for all tokens: it conditions the denoiser. Its layers are
-embeddings while another such layer comes after them, and modulation at the end (scales, shifts and gates of adaptive
-layer norm, Peebles and Xie 2022). Places and steps are what sines and cosines are taken of.
+A denoiser takes a step (an input of one axis or none, or of two, whose sines are embedded) and a sample (inputs of
+three axes and more). What depends on inputs of at most two axes, the step among them, conditions the denoiser. Its
+layers are embeddings while another such layer comes after them, and modulation at the end (scales, shifts and gates of
+adaptive layer norm, Peebles and Xie 2022). Places and steps are what sines and cosines are taken of.
 """
 
 from __future__ import annotations
@@ -207,13 +207,24 @@ def _conditions(graph: _Graph) -> set[int]:
 
     Nothing if the model takes no step, or no tokens: it does not denoise.
     """
-    steps = {op for op, axes in graph.inputs.items() if axes <= 1}
+    depends = graph.depends()
+    steps = {op for op, axes in graph.inputs.items() if axes <= 1} | _embedded(graph, depends)
     tokens = {op for op, axes in graph.inputs.items() if axes >= 3}
     if not steps or not tokens:
         return set()
-    depends = graph.depends()
     of_steps = {op for op in graph.computed if depends[op] & steps and not depends[op] & tokens}
     return of_steps | (graph.above(of_steps) & graph.computed)
+
+
+def _embedded(graph: _Graph, depends: list[frozenset[int]]) -> set[int]:
+    """Return the inputs of two axes whose sines go through layers: a step for each token of a video, but no places."""
+
+    def goes_through_layers(wave: int) -> bool:
+        alone = graph.reached([wave], lambda op: (user for user in graph.users[op] if depends[user] <= depends[wave]))
+        return bool(alone & graph.layers)
+
+    waves = [op for op in graph.computed if graph.kinds[op] in ("Sin", "Cos") and goes_through_layers(op)]
+    return {each for wave in waves for each in depends[wave] if graph.inputs[each] == 2}
 
 
 def _first(graph: _Graph, apart: Collection[int]) -> set[int]:

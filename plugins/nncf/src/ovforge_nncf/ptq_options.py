@@ -19,7 +19,7 @@ Ranges = Literal["minmax", "mean_minmax", "median_minmax", "mean_no_outliers_min
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SmoothQuant(_Table):
@@ -96,7 +96,7 @@ class AdvancedPtq(_Table):
 class PtqBase(BaseModel):
     """What `nncf-ptq`, `nncf-accuracy` and `nncf-hybrid` have in common."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     NAME: ClassVar[str]
     roles: tuple[str, ...] = Field(
         (),

@@ -20,7 +20,7 @@ __all__ = ["IgnoredScope", "Scope", "Subgraph"]
 class Subgraph(BaseModel):
     """All operations on the paths from some operations to others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     inputs: tuple[str, ...] = Field(min_length=1, description="Names of the operations that paths start at.")
     outputs: tuple[str, ...] = Field(min_length=1, description="Names of the operations that they end at.")
@@ -29,7 +29,7 @@ class Subgraph(BaseModel):
 class Scope(BaseModel):
     """Operations of an OpenVINO model: by name, by type, or by the part of a diffusion transformer that they are."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     names: tuple[str, ...] = Field((), description="Names of operations.")
     patterns: tuple[str, ...] = Field((), description="Regular expressions that the beginning of a name matches.")

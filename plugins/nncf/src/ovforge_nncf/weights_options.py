@@ -28,7 +28,7 @@ _FROM_DATA = ("scale_estimation", "gptq", "lora_correction")
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Awq(_Table):
@@ -90,7 +90,7 @@ class AdvancedWeights(_Table):
 class WeightsOptions(BaseModel):
     """What is compressed, and how."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     NAME: ClassVar[str] = "nncf-weights"
 
     mode: Mode = Field("int8_sym", description="Type of the weights; modes below 8 bits keep a part of them in 8.")

@@ -12,7 +12,7 @@ __all__ = ["CalibrationSection", "QualitySection"]
 class _Data(BaseModel):
     """Inputs to run a pipeline with: by default the task's own examples."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     file: str | None = Field(
         None,
