@@ -44,7 +44,7 @@ class ReadAhead:
             return
         import openvino  # noqa: F401 - in this thread, so that no other one waits for the import
 
-        pool = ThreadPoolExecutor(max_workers=len(keys), thread_name_prefix="ovforge-read-ahead")
+        pool = ThreadPoolExecutor(max_workers=min(3, len(keys)), thread_name_prefix="ovforge-read-ahead")
         self._futures = {key: pool.submit(self._read, key) for key in keys}
         pool.shutdown(wait=False)
 
@@ -57,7 +57,7 @@ class ReadAhead:
 
     def conclude(self, keys: Iterable[str]) -> None:
         """Remember which keys this start began with, and let go of what was read for others."""
-        wanted = sorted(set(keys))
+        wanted = list(dict.fromkeys(keys))
         for key in set(self._futures) - set(wanted):
             self._futures.pop(key).cancel()
         known = self._remembered()
