@@ -35,9 +35,18 @@ if TYPE_CHECKING:
     from ovforge.contracts.stages import DevicePlan, Inference
     from ovforge.model.bundle import ModelBundle
     from ovforge.model.sources import Protection
+    from ovforge.run.ahead import ReadAhead
     from ovforge.store.cache import Cache, Entry
 
-__all__ = ["CompiledBundle", "CompiledRole", "Shapes", "can_store", "compile_dependencies", "compile_model"]
+__all__ = [
+    "CompiledBundle",
+    "CompiledRole",
+    "Shapes",
+    "can_store",
+    "compile_dependencies",
+    "compile_model",
+    "read_compiled",
+]
 
 _BLOB = "compiled.blob"
 
@@ -80,6 +89,7 @@ class CompiledBundle:
         *,
         execute: bool = True,
         observe: Observer | None = None,
+        ahead: ReadAhead | None = None,
     ) -> None:
         self.source = bundle
         self.variables = Variables()
@@ -89,7 +99,7 @@ class CompiledBundle:
         self.assets = bundle.assets
         self.wanted: list[tuple[str, Shapes | None]] = []
         self._roles = list(roles)
-        self._plan, self._cache, self._execute = plan, cache, execute
+        self._plan, self._cache, self._execute, self._ahead = plan, cache, execute, ahead
         # Three at a time: the largest role keeps most cores busy, the small ones fit in its gaps.
         self._pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="ovforge-compile")
         self._futures: dict[tuple[str, str], Future[CompiledRole]] = {}
@@ -114,7 +124,22 @@ class CompiledBundle:
             self.wanted.append((role, shapes))
         if self._execute:
             self._released.pop(key, None)
-            self._futures[key] = self._pool.submit(compile_model, self.source, role, self._plan, self._cache, shapes)
+            self._futures[key] = self._pool.submit(
+                compile_model, self.source, role, self._plan, self._cache, shapes, self._ahead
+            )
+
+    def stored(self) -> list[str]:
+        """Return the keys in the cache of what was started so far, as far as it can be read without a key of theirs.
+
+        Properties that are not text are written in another form there than the runtime takes.
+        """
+        keys = []
+        for role, shapes in self.wanted:
+            identity = self.source.identity.get(role)
+            texts = all(isinstance(value, str) for value in placement(role, self._plan)[1].values())
+            if texts and identity and not self.source.protection and can_store(self.source, role, self._plan):
+                keys.append(fingerprint(compile_dependencies(role, identity, self._plan, shapes)))
+        return keys
 
     def on_demand(self) -> None:
         """Compile nothing before it is asked for: for tasks that hold one role at a time in memory."""
@@ -252,7 +277,12 @@ def can_store(bundle: ModelBundle, role: str, plan: DevicePlan) -> bool:
 
 
 def compile_model(
-    bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None = None
+    bundle: ModelBundle,
+    role: str,
+    plan: DevicePlan,
+    cache: Cache | None,
+    shapes: Shapes | None = None,
+    ahead: ReadAhead | None = None,
 ) -> CompiledRole:
     """Compile one role, or read it from the cache; what was compiled is put there.
 
@@ -260,17 +290,22 @@ def compile_model(
     are compressed, if its middle is a picture of 1x1 in a batch of two.
     """
     try:
-        return _compile_or_read(bundle, role, plan, cache, shapes)
+        return _compile_or_read(bundle, role, plan, cache, shapes, ahead)
     except DeviceError as error:
         if not shapes:
             raise
         name, shape = next(iter(shapes.items()))
         note = f"{role} is compiled for any size, which is slower; for {name} {list(shape)}, {error.what}"
-        return replace(_compile_or_read(bundle, role, plan, cache, None), note=note)
+        return replace(_compile_or_read(bundle, role, plan, cache, None, ahead), note=note)
 
 
 def _compile_or_read(
-    bundle: ModelBundle, role: str, plan: DevicePlan, cache: Cache | None, shapes: Shapes | None
+    bundle: ModelBundle,
+    role: str,
+    plan: DevicePlan,
+    cache: Cache | None,
+    shapes: Shapes | None,
+    ahead: ReadAhead | None,
 ) -> CompiledRole:
     start = time.perf_counter()
     device, properties = placement(role, plan)
@@ -281,7 +316,10 @@ def _compile_or_read(
     dependencies = compile_dependencies(role, identity, plan, shapes, sealed)
     if (entry := cache.get(dependencies)) is not None:
         try:
-            return _done(_import(entry, sealed, device, properties), start, cached=True)
+            model = ahead.take(entry.key) if ahead else None
+            if model is None:
+                model = read_compiled(entry, sealed, device, properties)
+            return _done(model, start, cached=True)
         except DamagedError as damage:
             cache.discard(entry, damage)
         except (*OPENVINO_ERRORS, ModelError) as error:
@@ -385,7 +423,9 @@ class _Into(io.BytesIO):
         return self._file.tell()
 
 
-def _import(entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]) -> ov.CompiledModel:
+def read_compiled(
+    entry: Entry, sealed: Protection | None, device: str, properties: Mapping[str, Any]
+) -> ov.CompiledModel:
     """Read a compiled model; its weights stay in the file, or in the tensor that it was decrypted into."""
     if sealed is not None:
         tensor = tensor_of(sealed.open(entry.path, entry.key), _BLOB)

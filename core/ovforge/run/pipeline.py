@@ -26,6 +26,7 @@ from ovforge.model.runtime import openvino_version
 from ovforge.model.sources import PACKAGE
 from ovforge.plugins.manager import Plugins
 from ovforge.run.adapters import Controls
+from ovforge.run.ahead import ReadAhead
 from ovforge.run.calls import expect, from_caller
 from ovforge.run.compiled import CompiledBundle
 from ovforge.run.identity import content_of
@@ -129,6 +130,7 @@ class Pipeline:
         self._began = self._ended = time.perf_counter()
         self._cache = chosen_cache(cache)
         base = Path.cwd() if base is None else as_path(base, where="base")
+        ahead = ReadAhead(config, base, self._cache)
         with self.timings.span("load"):
             self._session = Session.of(config, base, plugins, self._cache)
             self.resolved = resolve(config, base, self._session)
@@ -141,7 +143,9 @@ class Pipeline:
             self.outcome = runner.outcome
             self._roles = roles_of(self.resolved, self.bundle)
         self._compile_start = time.perf_counter()
-        self.compiled = CompiledBundle(self.bundle, self.device_plan, self._roles, self._cache, observe=observe)
+        self.compiled = CompiledBundle(
+            self.bundle, self.device_plan, self._roles, self._cache, observe=observe, ahead=ahead
+        )
         self.controls = Controls(self.bundle.controls, self.compiled.variables)
         self.adapters = make_adapters(self.resolved, self.compiled, self._load_adapter)
         with self.compiled.telling(runner.progress):
@@ -149,6 +153,7 @@ class Pipeline:
         assert self.resolved.task is not None
         self._turns = Turns(self.resolved.task.extension)
         self._at_start = len(self.compiled.wanted)
+        ahead.conclude(self.compiled.stored())
 
     @property
     def base(self) -> Path:

@@ -168,8 +168,12 @@ class Cache:
 
     def peek(self, dependencies: Dependencies) -> Entry | None:
         """Return the entry, or None, touching and removing nothing."""
+        return self.find(fingerprint(dependencies))
+
+    def find(self, key: str) -> Entry | None:
+        """Return the entry of a key, or None, touching and removing nothing."""
         try:
-            return self._find(fingerprint(dependencies))
+            return self._find(key) if _is_key(key) else None
         except DamagedError:
             return None
 
