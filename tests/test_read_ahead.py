@@ -106,7 +106,7 @@ def test_the_second_start_reads_before_the_task_asks(
         assert reads[0].wait(60), "nothing asked for the model yet, and it is read"
 
     monkeypatch.setattr(Multiply, "began", staticmethod(wait))
-    pipe = start(input={"words": "b"})
+    pipe = start(input={"words": "b"}, output="elsewhere.json")
     assert pipe(3.0).value == 24.0  # type: ignore[attr-defined]
     assert len(reads) == 1, "what is read ahead is not read again"
     assert [role.cached for _, role in pipe.compiled.all()] == [True]

@@ -90,12 +90,12 @@ class ReadAhead:
 def _name(config: PipelineConfig, base: Path) -> str | None:
     """Return what a start is remembered by; None if the config holds objects that are not JSON.
 
-    Texts of the input decide on no shape, and are left out: they change from call to call.
+    Texts of the input are left out, since they change from call to call, and few decide on a shape.
     """
     try:
-        written = config.as_dict()
-        written["input"] = {name: value for name, value in config.input.items() if not isinstance(value, str)}
-        return fingerprint({"config": written, "base": str(base.resolve())})
+        written = {key: value for key, value in config.as_dict().items() if key not in ("input", "output")}
+        numbers = {name: value for name, value in config.input.items() if not isinstance(value, str)}
+        return fingerprint({"config": written, "input": numbers, "base": str(base.resolve())})
     except (TypeError, ValueError, OSError, RecursionError):
         return None
 
