@@ -336,6 +336,22 @@ def test_the_graph_alone_makes_the_pipelines_picture(folder: Path, session_cache
         equal(made, pipe(prompt, seed=7))
 
 
+@pytest.mark.parametrize("pictures_at_once", [2, None])
+def test_prompts_of_a_batch(session_cache: Cache, pictures_at_once: int | None) -> None:
+    """All of them empty is what negative prompts often are; of another number is refused, and the next call goes on."""
+    pipe = loaded(EMBEDDED, session_cache, {"steps": 2, "width": 64, "height": 64})
+    made = single_graph(pipe, pictures_at_once=pictures_at_once)
+    for prompts in (["", ""], [PROMPT, ""], ["", "word " * 200]):
+        equal(run(made, [7, 8], prompts), pipe(prompts, seed=[7, 8]))
+    compiled = core().compile_model(made.model, "CPU", EXACT)
+    noise = {"latents": np.ones((2, 4, 8, 8), np.float32), "noise": np.ones((1, 2, 4, 8, 8), np.float32)}
+    wrong = [["a", "b", "c"], ["a"], []] if pictures_at_once else [[]]
+    for number in wrong:
+        with pytest.raises(RuntimeError, match="incompatible"):
+            compiled({"prompt": ov.Tensor(np.array(number, dtype="<U1")), **noise})
+        assert compiled({"prompt": ov.Tensor(np.array(["a", "b"])), **noise})["image"].shape == (2, 64, 64, 3)
+
+
 def normal_like_libstdcxx(seed: int, count: int) -> np.ndarray:
     """Return what std::normal_distribution<float> of libstdc++ draws from std::mt19937 (Marsaglia's polar method)."""
     words, drawn = np.random.RandomState(seed), list[float]()

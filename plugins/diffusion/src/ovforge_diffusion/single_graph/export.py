@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from ovforge_diffusion.single_graph.decoding import packed, pictures
 from ovforge_diffusion.single_graph.denoising import Guided, Network, in_a_loop, one_after_another
 from ovforge_diffusion.single_graph.joining import constant, converted, reshaped, rows_of, shape_of, zeros
 from ovforge_diffusion.single_graph.sampler import LinearSampler, linear_sampler
-from ovforge_diffusion.single_graph.texts import Texts
+from ovforge_diffusion.single_graph.texts import Texts, opened
 from ovforge_diffusion.tasks import TextToImage
 from ovforge_diffusion.text import learned_tokens
 
@@ -203,11 +203,11 @@ class _Graph:
 
     def _texts(self) -> Texts:
         """Return the prompts, which are inputs."""
-        # Of any number, whatever the rest of the graph is made for: tokenizers split strings into more of them.
-        prompt = self._input("prompt", [-1], ov.Type.string)
+        rows = ov.Dimension(1, -1) if self._count is None else self._count  # of none, tokenizers make anything
+        prompt = opened(self._input("prompt", [rows], ov.Type.string))
         strings = [prompt]
         if self._request.guided and self._request.negatives is not None:
-            strings = [self._input("negative_prompt", [-1], ov.Type.string), prompt]
+            strings = [opened(self._input("negative_prompt", [rows], ov.Type.string)), prompt]
         learned = learned_tokens(self._bundle.assets)
         return Texts(self._bundle, strings, self._count, learned, self._examples)
 
@@ -233,8 +233,8 @@ class _Graph:
             given.guidance_rescale,
         )
 
-    def _input(self, name: str, shape: list[int], kind: ov.Type = ov.Type.f32) -> ov.Output:
-        parameter = ops.parameter(shape, kind, name)
+    def _input(self, name: str, shape: Sequence[int | ov.Dimension], kind: ov.Type = ov.Type.f32) -> ov.Output:
+        parameter = ops.parameter(ov.PartialShape(list(shape)), kind, name)
         parameter.output(0).get_tensor().set_names({name})
         self._parameters.append(parameter)
         return parameter.output(0)

@@ -62,7 +62,6 @@ def facts_of(graph: SingleGraph) -> dict[str, Any]:
     """Return what ovforge.json says of a graph, JSON-able."""
     request, sampler = graph.request, graph.sampler
     width, height = request.asked or (request.width, request.height)
-    pictures = _shape(graph.model.outputs[0])[0]
     return {
         "format": FORMAT,
         "width": width,
@@ -73,21 +72,16 @@ def facts_of(graph: SingleGraph) -> dict[str, Any]:
         "scheduler": graph.scheduler,
         "guidance_scale": request.guidance_scale,
         "unrolled": graph.unrolled,
-        "inputs": [_port(port, pictures) for port in graph.model.inputs],
-        "outputs": [_port(port, pictures) for port in graph.model.outputs],
+        "inputs": [_port(port) for port in graph.model.inputs],
+        "outputs": [_port(port) for port in graph.model.outputs],
         "versions": {"ovforge": __version__, "openvino": openvino_version()},
     }
 
 
-def _port(port: ov.Output, pictures: int) -> dict[str, Any]:
-    # Strings have an open shape for the sake of the tokenizer's operations, and yet one is needed for each picture.
-    shape = [pictures] if port.get_element_type() == ov.Type.string else _shape(port)
+def _port(port: ov.Output) -> dict[str, Any]:
+    shape = [side.get_length() if side.is_static else -1 for side in port.get_partial_shape()]
     name = port.any_name
     return {"name": name, "type": port.get_element_type().get_type_name(), "shape": shape, "what": _MEANINGS[name]}
-
-
-def _shape(port: ov.Output) -> list[int]:
-    return [side.get_length() if side.is_static else -1 for side in port.get_partial_shape()]
 
 
 def _readme(facts: dict[str, Any], title: str) -> str:
