@@ -352,6 +352,45 @@ def test_prompts_of_a_batch(session_cache: Cache, pictures_at_once: int | None) 
         assert compiled({"prompt": ov.Tensor(np.array(["a", "b"])), **noise})["image"].shape == (2, 64, 64, 3)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_guidance_below_one_is_none(torch_sd: Path, session_cache: Cache, scale: float) -> None:
+    pipe = loaded(torch_sd, session_cache, {"steps": 2, "guidance_scale": 3.0, "width": 24, "height": 16})
+    made = single_graph(pipe, guidance_input=True)
+    pictures = run(made, [7], [PROMPT], ["photo"], guidance_scale=np.array([scale], np.float32))
+    equal(pictures, pipe(PROMPT, seed=7, guidance_scale=scale))
+
+
+def test_what_is_wrong_is_said_before_a_model_is_read(folder: Path, tmp_path: Path) -> None:
+    """Of a config whose model is not there, what a graph cannot do, and what must not be replaced."""
+    config, other = tmp_path / "c.toml", tmp_path / "other"
+    config.write_text('task = "text-to-image"\nload = "nothing"\n')
+    other.mkdir()
+    (other / "letter.txt").write_text("hello")
+    parts = 'load={source="nothing",parts={controlnet="canny"}}'
+    for output, change, message in (
+        (other, "input.steps=2", "is a folder that ovforge did not write"),
+        (config, "input.steps=2", "is a file, and a folder is to be written"),
+        (tmp_path / "out", "task=detect", "task: a single graph makes pictures from text"),
+        (tmp_path / "out", 'task={use="text-to-image",prompts="weighted"}', "task.prompts: 'weighted' prompts"),
+        (tmp_path / "out", 'transform=["step-cache"]', "transform: step-cache: it runs another graph"),
+        (tmp_path / "out", parts, "load.parts.controlnet: ControlNets see a picture"),
+        (tmp_path / "out", "input.skip_guidance_layers=[1]", "input.skip_guidance_layers: needs a third call"),
+        (folder, f'load={{source="nothing",parts={{vae_decoder="{folder}"}}}}', "is what the model is read from"),
+    ):
+        words = ["single-graph", str(config), "-o", str(output), "--force", "--trust", "--set", change]
+        done = CliRunner().invoke(app, words)
+        assert message in str(done.exception)
+    assert (other / "letter.txt").exists() and config.exists() and (folder / "model.xml").exists()
+
+
+def test_what_of_a_config_is_not_in_the_graph_is_said(folder: Path, tmp_path: Path) -> None:
+    words = ["single-graph", str(folder.parent / "car.toml"), "-o", str(tmp_path / "out"), "-i", "count=3"]
+    done = CliRunner().invoke(app, words)
+    assert "callers give these inputs themselves: prompt, seed\n" in done.output
+    assert "input.count has no effect: --batch says" in done.output
+    assert "the config's `device` has no effect on it" in done.output
+
+
 def normal_like_libstdcxx(seed: int, count: int) -> np.ndarray:
     """Return what std::normal_distribution<float> of libstdc++ draws from std::mt19937 (Marsaglia's polar method)."""
     words, drawn = np.random.RandomState(seed), list[float]()
@@ -416,7 +455,7 @@ def test_what_was_done_to_the_models_is_in_the_graph(session_cache: Cache) -> No
         ({"scheduler": Use("lcm", clip_sample=True)}, "scheduler: its steps are not linear"),
         ({"input": {"decode": False}}, "input.decode: the graph makes pictures"),
         ({"input": {"denoising_end": 0.5}}, "input.denoising_end: is not an input of the graph"),
-        ({"guidance_input": True}, "--guidance-input: this model's guidance is built in"),
+        ({"guidance_input": True}, "--guidance-input: no input guides this model"),
     ],
 )  # fmt: skip
 def test_what_a_graph_cannot_do_is_refused_by_name(session_cache: Cache, changes: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ _MEANINGS = {
     "negative_prompt": "what each picture should not show; may be empty",
     "latents": "standard normal noise that a picture begins as",
     "noise": "standard normal noise for the steps that add some, in their order",
-    "guidance_scale": "how closely to follow the prompts",
+    "guidance_scale": "how closely to follow the prompts, as the pipeline takes it",
     "image": "RGB pictures, 0 to 255",
 }
 
@@ -32,7 +32,8 @@ _README = """\
 
 One OpenVINO graph that makes pictures from text: {calls} calls of the network, {width}x{height} pixels, the sampling
 method `{scheduler}`.
-It needs OpenVINO {openvino} or newer and the operations of openvino_tokenizers.
+It needs OpenVINO {openvino} or newer and the operations of openvino_tokenizers. Whoever compiles it chooses the device
+and its precision.
 
 | | type | shape | |
 | --- | --- | --- | --- |
