@@ -360,6 +360,17 @@ def test_guidance_below_one_is_none(torch_sd: Path, session_cache: Cache, scale:
     equal(pictures, pipe(PROMPT, seed=7, guidance_scale=scale))
 
 
+def test_an_interval_without_a_step_is_said(torch_sd: Path, session_cache: Cache) -> None:
+    """By the pipeline and by the graph; with one more step, there is one in it."""
+    size = {"guidance_scale": 3.0, "width": 24, "height": 16}
+    for steps, said in ((4, True), (5, False)):
+        call = {**size, "steps": steps, "guidance_start": 0.5, "guidance_stop": 0.6}
+        pipe = loaded(torch_sd, session_cache, call, scheduler="euler")
+        wanted = f"nothing is guided: of {steps} calls of the network, none lies between guidance_start = 0.5"
+        for warnings in (pipe(PROMPT, seed=1).warnings, single_graph(pipe).request.remarks):
+            assert any(warning.startswith(wanted) for warning in warnings) == said
+
+
 def test_what_is_wrong_is_said_before_a_model_is_read(folder: Path, tmp_path: Path) -> None:
     """Of a config whose model is not there, what a graph cannot do, and what must not be replaced."""
     config, other = tmp_path / "c.toml", tmp_path / "other"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ovforge import Pipeline, PipelineConfig
 from ovforge.config import checked
 from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.guidance import never_acts
 from ovforge_diffusion.inputs import DiffusionOptions, TextToImageInputs
 from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.residuals import CONTROLNETS
@@ -78,6 +79,8 @@ def single_graph(
         )  # fmt: skip
     _, request = task.scheduling.start(request, 1.0, size)
     sampler = linear_sampler(lambda: task.scheduling.start(request, 1.0, size)[0], architecture)
+    idle = never_acts(request.given.guidance_start, request.given.guidance_stop, sampler.calls)
+    request = replace(request, remarks=(*request.remarks, *idle))
     graph = _Graph(pipe, architecture, request, sampler, size, pictures_at_once)
     model = graph.joined(unroll=unroll, guidance_input=guidance_input)
     unused = tuple(name for name in _OF_A_CALL if pipe.config.input.get(name) is not None)
