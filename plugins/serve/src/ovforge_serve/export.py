@@ -52,7 +52,7 @@ _OF_CLIENTS = {
     *_SIZE, "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "count",
     "guidance_scale", "max_sequence_length", "seed", "strength", "image", "mask",
 }  # fmt: skip
-"""Inputs that the server takes of a request, by their names here: docs/model_server_rest_api_image_generation.md."""
+"""Inputs that the server takes of a request, by their names here: docs/model_server_rest_api_image_edit.md."""
 
 _OF_MEMORY = {"static", "low_memory", "guidance"}
 """Options of a task that change no picture."""
