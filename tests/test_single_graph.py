@@ -336,6 +336,72 @@ def test_the_graph_alone_makes_the_pipelines_picture(folder: Path, session_cache
         equal(made, pipe(prompt, seed=7))
 
 
+@pytest.mark.parametrize("pictures_at_once", [2, None])
+def test_prompts_of_a_batch(session_cache: Cache, pictures_at_once: int | None) -> None:
+    """All of them empty is what negative prompts often are; of another number is refused, and the next call goes on."""
+    pipe = loaded(EMBEDDED, session_cache, {"steps": 2, "width": 64, "height": 64})
+    made = single_graph(pipe, pictures_at_once=pictures_at_once)
+    for prompts in (["", ""], [PROMPT, ""], ["", "word " * 200]):
+        equal(run(made, [7, 8], prompts), pipe(prompts, seed=[7, 8]))
+    compiled = core().compile_model(made.model, "CPU", EXACT)
+    noise = {"latents": np.ones((2, 4, 8, 8), np.float32), "noise": np.ones((1, 2, 4, 8, 8), np.float32)}
+    wrong = [["a", "b", "c"], ["a"], []] if pictures_at_once else [[]]
+    for number in wrong:
+        with pytest.raises(RuntimeError, match="incompatible"):
+            compiled({"prompt": ov.Tensor(np.array(number, dtype="<U1")), **noise})
+        assert compiled({"prompt": ov.Tensor(np.array(["a", "b"])), **noise})["image"].shape == (2, 64, 64, 3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_guidance_below_one_is_none(torch_sd: Path, session_cache: Cache, scale: float) -> None:
+    pipe = loaded(torch_sd, session_cache, {"steps": 2, "guidance_scale": 3.0, "width": 24, "height": 16})
+    made = single_graph(pipe, guidance_input=True)
+    pictures = run(made, [7], [PROMPT], ["photo"], guidance_scale=np.array([scale], np.float32))
+    equal(pictures, pipe(PROMPT, seed=7, guidance_scale=scale))
+
+
+def test_an_interval_without_a_step_is_said(torch_sd: Path, session_cache: Cache) -> None:
+    """By the pipeline and by the graph; with one more step, there is one in it."""
+    size = {"guidance_scale": 3.0, "width": 24, "height": 16}
+    for steps, said in ((4, True), (5, False)):
+        call = {**size, "steps": steps, "guidance_start": 0.5, "guidance_stop": 0.6}
+        pipe = loaded(torch_sd, session_cache, call, scheduler="euler")
+        wanted = f"nothing is guided: of {steps} calls of the network, none lies between guidance_start = 0.5"
+        for warnings in (pipe(PROMPT, seed=1).warnings, single_graph(pipe).request.remarks):
+            assert any(warning.startswith(wanted) for warning in warnings) == said
+
+
+def test_what_is_wrong_is_said_before_a_model_is_read(folder: Path, tmp_path: Path) -> None:
+    """Of a config whose model is not there, what a graph cannot do, and what must not be replaced."""
+    config, other = tmp_path / "c.toml", tmp_path / "other"
+    config.write_text('task = "text-to-image"\nload = "nothing"\n')
+    other.mkdir()
+    (other / "letter.txt").write_text("hello")
+    parts = 'load={source="nothing",parts={controlnet="canny"}}'
+    for output, change, message in (
+        (other, "input.steps=2", "is a folder that ovforge did not write"),
+        (config, "input.steps=2", "is a file, and a folder is to be written"),
+        (tmp_path / "out", "task=detect", "task: a single graph makes pictures from text"),
+        (tmp_path / "out", 'task={use="text-to-image",prompts="weighted"}', "task.prompts: 'weighted' prompts"),
+        (tmp_path / "out", 'transform=["step-cache"]', "transform: step-cache: it runs another graph"),
+        (tmp_path / "out", parts, "load.parts.controlnet: ControlNets see a picture"),
+        (tmp_path / "out", "input.skip_guidance_layers=[1]", "input.skip_guidance_layers: needs a third call"),
+        (folder, f'load={{source="nothing",parts={{vae_decoder="{folder}"}}}}', "is what the model is read from"),
+    ):
+        words = ["single-graph", str(config), "-o", str(output), "--force", "--trust", "--set", change]
+        done = CliRunner().invoke(app, words)
+        assert message in str(done.exception)
+    assert (other / "letter.txt").exists() and config.exists() and (folder / "model.xml").exists()
+
+
+def test_what_of_a_config_is_not_in_the_graph_is_said(folder: Path, tmp_path: Path) -> None:
+    words = ["single-graph", str(folder.parent / "car.toml"), "-o", str(tmp_path / "out"), "-i", "count=3"]
+    done = CliRunner().invoke(app, words)
+    assert "callers give these inputs themselves: prompt, seed\n" in done.output
+    assert "input.count has no effect: --batch says" in done.output
+    assert "the config's `device` has no effect on it" in done.output
+
+
 def normal_like_libstdcxx(seed: int, count: int) -> np.ndarray:
     """Return what std::normal_distribution<float> of libstdc++ draws from std::mt19937 (Marsaglia's polar method)."""
     words, drawn = np.random.RandomState(seed), list[float]()
@@ -400,7 +466,7 @@ def test_what_was_done_to_the_models_is_in_the_graph(session_cache: Cache) -> No
         ({"scheduler": Use("lcm", clip_sample=True)}, "scheduler: its steps are not linear"),
         ({"input": {"decode": False}}, "input.decode: the graph makes pictures"),
         ({"input": {"denoising_end": 0.5}}, "input.denoising_end: is not an input of the graph"),
-        ({"guidance_input": True}, "--guidance-input: this model's guidance is built in"),
+        ({"guidance_input": True}, "--guidance-input: no input guides this model"),
     ],
 )  # fmt: skip
 def test_what_a_graph_cannot_do_is_refused_by_name(session_cache: Cache, changes: dict[str, Any], message: str) -> None:

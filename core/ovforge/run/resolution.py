@@ -235,6 +235,8 @@ def resolve(config: PipelineConfig, base: Path, session: Session) -> ResolvedPip
         *(_implicit(session, config, task, base) if task else ()),
     ]
     driven_by, driver = _driver(config, steps, task, base, session)
+    if task is not None:
+        _check_parts(config, task, session)
     source = resolve_source(session, config.load.source, base, config.load.use, config.load.options)
     parts = {
         role: resolve_source(session, text, base, key=f"load.parts.{role}") for role, text in config.load.parts.items()
@@ -257,6 +259,24 @@ def resolve(config: PipelineConfig, base: Path, session: Session) -> ResolvedPip
         scheduler=scheduler,
         device=device,
     )
+
+
+def _check_parts(config: PipelineConfig, task: Chosen, session: Session) -> None:
+    """Refuse a part for a role that no task has: it would be read, and used by nothing. Raises ConfigError."""
+    own = _all_roles(task.extension)
+    for role in config.load.parts.keys() - {*own}:
+        # What another task uses may stay: one config serves several.
+        if not any(role in _all_roles(offer.extension) for offer in session.plugins.all("task")):
+            raise ConfigError(
+                f"the task {task.extension.name!r} has no role {role!r}.{did_you_mean(role, own)}",
+                where="load.parts",
+                hint=f"Its roles: {', '.join(own)}." if own else "Take it out.",
+            )
+
+
+def _all_roles(task: Any) -> tuple[str, ...]:
+    """Return every role that a task may use."""
+    return (*task.one_of, *task.roles, *task.optional_roles)
 
 
 def resolve_source(

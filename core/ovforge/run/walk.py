@@ -13,6 +13,7 @@ from ovforge.errors import ModelError
 from ovforge.model.bundle import ModelBundle
 from ovforge.run.quantizing import NO_CALIBRATION, Run, quantize
 from ovforge.run.stages import LoadStage, StepStage, perform
+from ovforge.store.documents import parse_object
 
 if TYPE_CHECKING:
     from ovforge.run.resolution import ResolvedPipeline, Step
@@ -55,7 +56,8 @@ def _put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> N
     """Give `bundle` another model for `role`: the one of that role in `part`, or the only one that `part` has.
 
     Of several, a "preview_decoder" may be the only one whose name ends in "_decoder". A part that is not a pipeline
-    does not know its number: its "text_encoder" may be a "text_encoder_2". A tokenizer brings its files.
+    does not know its number: its "text_encoder" may be a "text_encoder_2". A tokenizer brings its files, and a folder
+    of one model its config.json.
     """
     stem = re.sub(r"_\d+$", "", role)
     alike = [name for name in part.models if name.rpartition("_")[2] == role.rpartition("_")[2]]
@@ -68,10 +70,16 @@ def _put_part(bundle: ModelBundle, role: str, part: ModelBundle, name: str) -> N
             f"it has no {role!r}", where=f"load.parts.{role}: {name}", hint=f"It has: {', '.join(sorted(part.models))}."
         )
     bundle.take(role, part, chosen)
-    assets = {path: data for path, data in part.assets.items() if path.startswith(f"{chosen}/")}
+    if chosen == "model":  # a folder of one model, whose files lie beside it
+        assets = {path: data for path, data in part.assets.items() if "/" not in path}
+        if (config := assets.pop("config.json", None)) is not None:
+            bundle.configs[role] = parse_object(config, f"{name}/config.json")
+    else:
+        beside = f"{chosen}/"
+        assets = {path.removeprefix(beside): data for path, data in part.assets.items() if path.startswith(beside)}
     for path in [path for path in bundle.assets if assets and path.startswith(f"{role}/")]:
         del bundle.assets[path]
-    bundle.assets.update({f"{role}/{path.removeprefix(f'{chosen}/')}": data for path, data in assets.items()})
+    bundle.assets.update({f"{role}/{path}": data for path, data in assets.items()})
 
 
 @dataclass

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ovforge.store.digests import digest_file, fingerprint
     from ovforge.store.documents import parse_json, parse_object, parse_toml
     from ovforge.store.files import atomic_file, atomic_folder, atomic_write, sync_folder
-    from ovforge.store.folders import check_apart
+    from ovforge.store.folders import check_apart, check_replaceable
     from ovforge.store.processes import run_program, run_python
     from ovforge.store.tables import csv_table
     from ovforge.store.temporary import scratch_folder
@@ -27,6 +27,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "check_apart",
+    "check_replaceable",
     "csv_table",
     "digest_file",
     "fingerprint",
@@ -46,7 +47,7 @@ __getattr__, __dir__ = lazy(
         "digests": ["digest_file", "fingerprint"],
         "documents": ["parse_json", "parse_object", "parse_toml"],
         "files": ["atomic_file", "atomic_folder", "atomic_write", "sync_folder"],
-        "folders": ["check_apart"],
+        "folders": ["check_apart", "check_replaceable"],
         "processes": ["run_program", "run_python"],
         "tables": ["csv_table"],
         "temporary": ["scratch_folder"],

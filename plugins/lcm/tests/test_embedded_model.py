@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ovforge
 import ovforge_lcm
 from ovforge import Use
 from ovforge.cli import app
+from ovforge.errors import OvforgeError
 
 MODEL = Path(ovforge_lcm.__file__).parent / "model"
 TINY = "package:ovforge_lcm/tiny_decoder"
@@ -78,6 +80,51 @@ def test_the_tiny_decoder_makes_pictures_and_previews_much_like_the_models_own()
         previews = [images[0] for images in seen if images]
         np.testing.assert_allclose(np.asarray(previews[-1], int), np.asarray(made.images[0], int), atol=1)
     assert np.mean(scores) > 0.9
+
+
+@pytest.mark.parametrize("role", ["unet", "text_encoder", "tokenizer", "vae_decoder"])
+def test_a_part_brings_what_lies_beside_it(role: str, tmp_path: Path) -> None:
+    """The folder of one model, as a part of another pipeline whose own says something else."""
+    other = tmp_path / "model"
+    shutil.copytree(MODEL, other)
+    if role == "tokenizer":
+        for name in ("tokenizer.json", "vocab.json"):
+            (other / role / name).unlink()
+    else:
+        (other / role / "config.json").write_text("{}")
+    part = {"parts": {role: f"{ovforge_lcm.EMBEDDED_MODEL}/{role}"}}
+    call: dict[str, Any] = {"prompt": "a red car", "steps": 2, "seed": 3, "width": 64, "height": 64}
+    plain, made = (
+        ovforge.Pipeline("text-to-image", source=source, load=load, device=Use("cpu", precision="f32"))(**call)
+        for source, load in ((MODEL, {}), (other, part))
+    )
+    assert (made.compare(plain, "ssim"), made.warnings) == (1.0, plain.warnings)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"vae_decodr": TINY},
+            "load.parts: the task 'text-to-image' has no role 'vae_decodr'. Did you mean 'vae_decoder'?",
+        ),
+        (
+            {"vae_decoder": f"{ovforge_lcm.EMBEDDED_MODEL}/unet"},
+            "vae_decoder/config.json: it is a UNet2DConditionModel",
+        ),
+        ({"preview_decoder": "wide"}, "preview_decoder/config.json: it has latents of 16 channels, and the model's"),
+    ],
+)
+def test_a_part_that_cannot_be_is_refused_before_a_run(
+    parts: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODEL / "vae_decoder", "wide")
+    config = json.loads(Path("wide/config.json").read_text())
+    Path("wide/config.json").write_text(json.dumps({**config, "latent_channels": 16}))
+    with pytest.raises(OvforgeError) as raised:
+        ovforge.Pipeline("text-to-image", source=ovforge_lcm.EMBEDDED_MODEL, load={"parts": parts})
+    assert message in str(raised.value)
 
 
 def test_the_embedded_model_draws_the_same_in_int8() -> None:

@@ -12,8 +12,8 @@ from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_fa
 
 import ovforge
 from ovforge import testing
-from ovforge.errors import InputError
-from ovforge_serve.export import graph, ovms
+from ovforge.errors import InputError, ModelError
+from ovforge_serve.export import graph, ovms, write_servables
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 
@@ -141,6 +141,36 @@ def test_adapters_that_are_switched_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="adapters are switched"):
         ovms(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "nothing"], ids=["images", "models"])
+def test_encrypted_models_are_refused_by_their_name(tmp_path: Path, name: str) -> None:
+    """And before anything is written."""
+    config = ovforge.PipelineConfig.of({"load": "secret", "input": {}})
+    bundle = testing.small_bundle()
+    bundle.protection = object()
+    bundle.index = {"_class_name": name}
+    with pytest.raises(ModelError, match="^secret: the model, or something that was put into it, is encrypted"):
+        write_servables(bundle, config, "mine", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_server_does_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps that leave a part of the network out, weighted prompts, guidance in a part of the steps."""
+    config = tmp_path / "lcm.toml"
+    config.write_text(
+        'load = "package:ovforge_lcm/model"\ntask = { use = "text-to-image", prompts = "weighted", low_memory = true }\n'
+        'transform = ["step-cache"]\n[input]\nsteps = 4\nseed = 1\nguidance_rescale = 0.5\nwidth = 64\n'
+    )
+    ovms(config, tmp_path / "out")
+    said = capsys.readouterr().err.splitlines()
+    for line in (
+        "the server does not run these models, and what they are for is not done: unet_shallow",
+        "the server does not know these options of the task: prompts",
+        "clients give these inputs themselves: seed, width",
+        "the server does not know these inputs, and does without them: guidance_rescale",
+    ):
+        assert f"warning: {line}" in said
 
 
 def test_graphs_quote_what_they_hold(pool: descriptor_pool.DescriptorPool) -> None:

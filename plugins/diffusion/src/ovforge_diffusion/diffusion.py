@@ -22,7 +22,7 @@ from ovforge_diffusion.architectures.base import PREVIEW, Architecture, Arrays, 
 from ovforge_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
 from ovforge_diffusion.controls import conditions
 from ovforge_diffusion.examples import edges, hole
-from ovforge_diffusion.guidance import Guidance, SkipLayers
+from ovforge_diffusion.guidance import Guidance, SkipLayers, never_acts
 from ovforge_diffusion.inputs import DiffusionOptions
 from ovforge_diffusion.models import Models
 from ovforge_diffusion.network import not_finite
@@ -158,7 +158,9 @@ class Diffusion:
         models.release("vae_decoder", PREVIEW)
         result.timings = timings
         result.provenance = {"inputs": self._as_inputs(inputs, request), **learned}
-        result.warnings += [*request.remarks, *start.notes, *lost, *unused, *self.architecture.notes()]
+        given, calls = request.given, len(self.scheduling.steps(sampling, start.first, request.given.denoising_end))
+        idle = never_acts(given.guidance_start, given.guidance_stop, calls)
+        result.warnings += [*request.remarks, *idle, *start.notes, *lost, *unused, *self.architecture.notes()]
         return result
 
     def _result(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Guidance", "SkipLayers"]
+__all__ = ["Guidance", "SkipLayers", "never_acts"]
 
 Array = NDArray[np.float32]
 
@@ -101,6 +101,16 @@ class Guidance:
         if self.skip is not None and self.halves - 1 in halves:
             output += (halves[1] - halves[self.halves - 1]) * np.float32(self.skip.scale)
         return output
+
+
+def never_acts(start: float, stop: float, calls: int) -> list[str]:
+    """Return a warning if no call lies in an interval of guidance, so that there is none at all."""
+    if int(start * calls) < int(stop * calls):
+        return []
+    return [
+        f"nothing is guided: of {calls} calls of the network, none lies between guidance_start = {start:g} and "
+        f"guidance_stop = {stop:g}"
+    ]
 
 
 def _norm(values: Array, *, whole: bool = False) -> Array:

@@ -8,6 +8,7 @@ generation; of any other, each role becomes a model for the Open Inference Proto
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,18 @@ _SIZE = {"width", "height"}
 _MOST_SIDE, _MOST_STEPS = 4096, 100
 """What the server refuses more than, unless the graph says another number."""
 
+_OF_CLIENTS = {
+    *_SIZE, "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "count",
+    "guidance_scale", "max_sequence_length", "seed", "strength", "image", "mask",
+}  # fmt: skip
+"""Inputs that the server takes of a request, by their names here: docs/model_server_rest_api_image_edit.md."""
+
+_OF_MEMORY = {"static", "low_memory", "guidance"}
+"""Options of a task that change no picture."""
+
+_ROLE = re.compile(r"(text_encoder|tokenizer)(_[23])?|unet|transformer|vae_encoder|vae_decoder")
+"""Models that openvino-genai runs."""
+
 _PROPERTIES = {
     "precision": "INFERENCE_PRECISION_HINT", "hint": "PERFORMANCE_HINT", "threads": "INFERENCE_NUM_THREADS",
     "streams": "NUM_STREAMS",
@@ -79,17 +92,21 @@ def ovms(
     from ovforge import PipelineConfig, prepare
     from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar, split_name
     from ovforge.model import named_path
-    from ovforge.store import atomic_folder, check_apart
+    from ovforge.store import atomic_folder, check_apart, check_replaceable
 
     overrides = set_ or []
     name, _ = split_name(str(config))
     check_trust(config, overrides, trust)
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
+    if output.exists():
+        check_replaceable(output)
     checked = PipelineConfig.read(config, overrides)
     # What the task changes to run faster is for the task: the server gives the UNet integer timesteps, for example.
     checked = checked.model_copy(update={"optimize": False})
-    check_apart(output, named_path(checked.load.source, config.parent))
+    check_apart(
+        output, *(named_path(source, config.parent) for source in (checked.load.source, *checked.load.parts.values()))
+    )
     check_folder(output.parent)
     with progress_bar(False) as progress:
         bundle = prepare(checked, base=config.parent, cache=None if no_cache else "default", progress=progress).bundle
@@ -109,6 +126,12 @@ def write_servables(bundle: ModelBundle, config: PipelineConfig, name: str, fold
     """Write models and config.json into a folder; return the servables' names. Raises ModelError for encrypted ones."""
     import openvino as ov
 
+    if bundle.protection is not None:
+        raise ModelError(
+            "the model, or something that was put into it, is encrypted, and would be written plain",
+            where=config.load.source,
+            hint="Run `ovforge decrypt` first if that is what you want.",
+        )
     device, properties = _device(config)
     servers: dict[str, list[dict[str, Any]]] = {"model_config_list": [], "mediapipe_config_list": []}
     if _draws(bundle):
@@ -117,8 +140,6 @@ def write_servables(bundle: ModelBundle, config: PipelineConfig, name: str, fold
         names = [name]
         servers["mediapipe_config_list"] = [{"name": name, "base_path": name}]
     else:
-        if bundle.protection is not None:
-            raise ModelError("the model is encrypted, and would be written plain", where=str(folder))
         roles = {role: name if len(bundle.models) == 1 else f"{name}.{role}" for role in bundle.models}
         for role, model in roles.items():
             (folder / model / "1").mkdir(parents=True)
@@ -180,14 +201,28 @@ def _device(config: PipelineConfig) -> tuple[str, dict[str, Any]]:
 
 def _lost(bundle: ModelBundle, config: PipelineConfig) -> Iterator[str]:
     """Yield what of a pipeline the server does not do."""
-    if _draws(bundle) and config.scheduler is not None:
-        yield f"the server takes the model's own scheduler, not the config's ({config.scheduler.use})"
     if bundle.controls:
         yield f"controls keep their first values: {', '.join(bundle.controls)}"
     if other := sorted(config.device.options.keys() - _PROPERTIES.keys() - {"index", "properties"}):
         yield f"the server does not know these options of the device: {', '.join(other)}"
-    if _draws(bundle) and "steps" not in config.input:
+    if _draws(bundle):
+        yield from _lost_of_pictures(bundle, config)
+    elif config.input:
+        yield f"clients give these inputs themselves: {', '.join(sorted(config.input))}"
+
+
+def _lost_of_pictures(bundle: ModelBundle, config: PipelineConfig) -> Iterator[str]:
+    """Yield what of a pipeline the server's image generation does not do."""
+    if config.scheduler is not None:
+        yield f"the server takes the model's own scheduler, not the config's ({config.scheduler.use})"
+    if other := sorted(role for role in bundle.models if not _ROLE.fullmatch(role)):
+        yield f"the server does not run these models, and what they are for is not done: {', '.join(other)}"
+    if config.task is not None and (other := sorted(config.task.options.keys() - _OF_MEMORY)):
+        yield f"the server does not know these options of the task: {', '.join(other)}"
+    if "steps" not in config.input:
         yield "requests that name no steps take 50: say steps under [input]"
-    known = {"steps", *(_SIZE if config.input.keys() >= _SIZE else ())} if _draws(bundle) else set()
-    if other := sorted(config.input.keys() - known):
-        yield f"clients give these inputs themselves: {', '.join(other)}"
+    rest = config.input.keys() - {"steps", *(_SIZE if config.input.keys() >= _SIZE else ())}
+    if given := sorted(rest & _OF_CLIENTS):
+        yield f"clients give these inputs themselves: {', '.join(given)}"
+    if other := sorted(rest - _OF_CLIENTS):
+        yield f"the server does not know these inputs, and does without them: {', '.join(other)}"

@@ -260,6 +260,9 @@ class Architecture(ABC):
         self.controlnets = tuple(role for role in CONTROLNETS if role in bundle)
         for role in self.controlnets:
             check_class(role, bundle.configs.get(role, {}), self.denoiser, self.config)
+        for role in ("vae_decoder", "vae_encoder", PREVIEW):
+            if role in bundle:
+                _check_autoencoder(role, bundle.configs.get(role, {}), vae)
         self.task = task
         self.pipeline_class = str(bundle.index.get("_class_name"))
         widths = ("block_out_channels", "decoder_block_out_channels", "dim_mult")
@@ -540,3 +543,19 @@ class _Own(BaseModel):
 def tokenizer_of(encoder: str) -> str:
     """Return the role of a text encoder's tokenizer."""
     return encoder.replace("text_encoder", "tokenizer")
+
+
+def _check_autoencoder(role: str, config: Mapping[str, Any], decoder: Mapping[str, Any]) -> None:
+    """Raise ModelError for another kind of model, or for latents of other channels than the decoder's."""
+    kind = str(config.get("_class_name") or "Autoencoder")
+    if "Autoencoder" not in kind:
+        raise ModelError(
+            f"it is a {kind}, which makes no pictures of latents", where=f"{role}/config.json",
+            hint=f"Name an autoencoder in [load.parts]: {role} = FOLDER.",
+        )  # fmt: skip
+    given, wanted = (each.get("latent_channels", each.get("z_dim")) for each in (config, decoder))
+    if given is not None and wanted is not None and given != wanted:
+        raise ModelError(
+            f"it has latents of {given} channels, and the model's decoder has {wanted}", where=f"{role}/config.json",
+            hint="Take one that was made for the same family.",
+        )  # fmt: skip

@@ -46,7 +46,7 @@ def single_graph(
     from ovforge import Pipeline, PipelineConfig
     from ovforge.cli import check_folder, check_trust, print_line, print_warning, progress_bar
     from ovforge.model import named_path
-    from ovforge.store import check_apart
+    from ovforge.store import check_apart, check_replaceable
     from ovforge_diffusion.single_graph import export
     from ovforge_diffusion.single_graph.folder import write_folder
 
@@ -54,12 +54,17 @@ def single_graph(
     check_trust(config, overrides, trust)
     if output.exists() and not force:
         raise InputError("is there already", where=str(output), hint="Name another folder, or add --force.")
+    if output.exists():
+        check_replaceable(output)
     checked = PipelineConfig.read(config, overrides)
     if checked.task is None:
         raise ConfigError("`task` is missing", where=str(config), hint='Write: task = "text-to-image".')
+    export.check_config(checked, config.parent)
     # Nothing is compiled before it is asked for: the graph takes the models as they are.
     task = checked.task.model_copy(update={"low_memory": True})
-    check_apart(output, named_path(checked.load.source, config.parent))
+    check_apart(
+        output, *(named_path(source, config.parent) for source in (checked.load.source, *checked.load.parts.values()))
+    )
     check_folder(output.parent)
     with progress_bar(False) as progress:
         pipe = Pipeline.from_config(
@@ -74,4 +79,11 @@ def single_graph(
         print_warning(warning)
     if made.unused:
         print_warning(f"callers give these inputs themselves: {', '.join(made.unused)}")
+    if checked.input.get("count") is not None:
+        print_warning("input.count has no effect: --batch says how many pictures are made at once")
+    if "device" in checked.as_dict():
+        print_warning(
+            "callers choose the device and its precision when they compile the graph: "
+            "the config's `device` has no effect on it"
+        )
     print_line(f"{output}: {', '.join(port.any_name for port in made.model.inputs)} -> image")

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from ovforge import Pipeline
+from ovforge import Pipeline, PipelineConfig
 from ovforge.config import checked
 from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge_diffusion.architectures.base import Architecture
+from ovforge_diffusion.guidance import never_acts
 from ovforge_diffusion.inputs import DiffusionOptions, TextToImageInputs
 from ovforge_diffusion.request import Request, make_request
+from ovforge_diffusion.residuals import CONTROLNETS
 from ovforge_diffusion.shallow import shallow_role
 from ovforge_diffusion.single_graph.conditions import conditions, constants
 from ovforge_diffusion.single_graph.decoding import packed, pictures
 from ovforge_diffusion.single_graph.denoising import Guided, Network, in_a_loop, one_after_another
 from ovforge_diffusion.single_graph.joining import constant, converted, reshaped, rows_of, shape_of, zeros
 from ovforge_diffusion.single_graph.sampler import LinearSampler, linear_sampler
-from ovforge_diffusion.single_graph.texts import Texts
+from ovforge_diffusion.single_graph.texts import Texts, opened
 from ovforge_diffusion.tasks import TextToImage
 from ovforge_diffusion.text import learned_tokens
 
-__all__ = ["SingleGraph", "single_graph"]
+__all__ = ["SingleGraph", "check_config", "single_graph"]
 
-_OF_A_CALL = ("prompt", "negative_prompt", "seed", "count", "latents")
+_OF_A_CALL = ("prompt", "negative_prompt", "seed", "latents")
 """Inputs of a call that the graph's own inputs stand for."""
 
 _GUIDANCE = "guidance"
@@ -63,20 +66,11 @@ def single_graph(
     `guidance_input`, each call gives its guidance_scale. Raises ConfigError, InputError or ModelError for what a graph
     cannot do.
     """
+    check_config(pipe.config, pipe.base)
     task: Any = pipe.task
-    if not isinstance(task, TextToImage) or task.name != "text-to-image":
-        raise ConfigError("a single graph makes pictures from text", where="task", hint='Set task = "text-to-image".')
     architecture = task.architecture
-    options = checked(DiffusionOptions, pipe.config.task.options if pipe.config.task else {}, where="task")
-    given = pipe.config.input
-    inputs = {name: value for name, value in given.items() if name not in _OF_A_CALL}
-    negative = {} if given.get("negative_prompt") is None else {"negative_prompt": ""}
-    request = make_request(
-        checked(TextToImageInputs, {**inputs, **negative, "prompt": "", "seed": 0}, where="input", base=pipe.base),
-        architecture,
-        None,
-    )
-    _check(pipe, architecture, options, request)
+    request = make_request(_inputs(pipe.config, pipe.base), architecture, None)
+    _check(pipe, architecture)
     size = (request.height // architecture.factor, request.width // architecture.factor)
     if side := task.autoencoder.tile(request.height, request.width):
         raise InputError(
@@ -85,20 +79,75 @@ def single_graph(
         )  # fmt: skip
     _, request = task.scheduling.start(request, 1.0, size)
     sampler = linear_sampler(lambda: task.scheduling.start(request, 1.0, size)[0], architecture)
+    idle = never_acts(request.given.guidance_start, request.given.guidance_stop, sampler.calls)
+    request = replace(request, remarks=(*request.remarks, *idle))
     graph = _Graph(pipe, architecture, request, sampler, size, pictures_at_once)
     model = graph.joined(unroll=unroll, guidance_input=guidance_input)
-    unused = tuple(name for name in _OF_A_CALL if given.get(name) is not None)
+    unused = tuple(name for name in _OF_A_CALL if pipe.config.input.get(name) is not None)
     own = pipe.config.scheduler
     scheduler = own.use if own else str(pipe.bundle.scheduler_config().get("_class_name"))
     return SingleGraph(model, request, sampler, scheduler, unroll, unused)
 
 
-def _check(pipe: Pipeline, architecture: Architecture, options: DiffusionOptions, request: Request) -> None:
-    """Raise for what a graph cannot do, before anything is made."""
+def check_config(config: PipelineConfig, base: Path) -> None:
+    """Raise for what of a config a graph cannot do, before a model is read. Raises ConfigError or InputError."""
+    if config.task is None or config.task.use != TextToImage.name:
+        raise ConfigError("a single graph makes pictures from text", where="task", hint='Set task = "text-to-image".')
+    options = checked(DiffusionOptions, config.task.options, where="task")
+    for name, plain in (("prompts", "plain"), ("long_prompts", "cut")):
+        if (value := getattr(options, name)) != plain:
+            raise ConfigError(
+                f"{value!r} prompts are split in Python, before they are tokens", where=f"task.{name}",
+                hint=f'Set {name} = "{plain}", or leave it out.',
+            )  # fmt: skip
+    if any(transform.use == "step-cache" for transform in config.transform):
+        raise _step_cache()
+    inputs = _inputs(config, base)
+    if config.load.parts.keys() & {*CONTROLNETS} or inputs.control:
+        raise _controlnets()
+    for name in (
+        "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3", "denoising_end", "cfg_normalization",
+        "cfg_truncation",
+    ):  # fmt: skip
+        if getattr(inputs, name) is not None:
+            raise InputError("is not an input of the graph", where=f"input.{name}", hint="Leave it out.")
+    if inputs.skip_guidance_layers is not None:
+        raise InputError(
+            "needs a third call of the network in some steps, which the graph does not make",
+            where="input.skip_guidance_layers", hint="Leave it out.",
+        )  # fmt: skip
+    if inputs.decode is False:
+        raise InputError("the graph makes pictures, not latents", where="input.decode", hint="Leave it out.")
+
+
+def _inputs(config: PipelineConfig, base: Path) -> TextToImageInputs:
+    """Return what a config says of every call, of one picture, with a prompt that stands for those of the calls."""
+    given = {name: value for name, value in config.input.items() if name not in (*_OF_A_CALL, "count")}
+    if config.input.get("negative_prompt") is not None:
+        given["negative_prompt"] = ""
+    return checked(TextToImageInputs, {**given, "prompt": "", "seed": 0}, where="input", base=base)
+
+
+def _step_cache() -> ConfigError:
+    return ConfigError(
+        "it runs another graph in most steps, and a single graph holds one network", where="transform: step-cache",
+        hint="Take the transform from the config.",
+    )  # fmt: skip
+
+
+def _controlnets() -> ConfigError:
+    return ConfigError(
+        "ControlNets see a picture, and the graph takes none", where="load.parts.controlnet",
+        hint="Take them, and `control`, from the config.",
+    )  # fmt: skip
+
+
+def _check(pipe: Pipeline, architecture: Architecture) -> None:
+    """Raise for what a graph cannot do with a model, before anything is made."""
     bundle = pipe.bundle
     if bundle.protection is not None:
         raise ModelError(
-            "the model is encrypted, and would be written plain",
+            "the model, or something that was put into it, is encrypted, and would be written plain",
             where=pipe.config.load.source,
             hint="Run `ovforge decrypt` first if that is what you want; then encrypt the graph's folder.",
         )
@@ -108,41 +157,16 @@ def _check(pipe: Pipeline, architecture: Architecture, options: DiffusionOptions
             "stays as it is", where="transform", hint='Fuse adapters: the transform\'s mode = "fuse".',
         )  # fmt: skip
     if shallow_role(architecture.denoiser) in bundle.models:
-        raise ConfigError(
-            "it runs another graph in most steps, and the loop's body is one", where="transform: step-cache",
-            hint="Take the transform from the config.",
-        )  # fmt: skip
+        raise _step_cache()
     if architecture.masked:
         raise ModelError("was made for inpainting", where=architecture.denoiser, hint="Take a model made for text.")
     if architecture.controlnets:
-        raise ConfigError(
-            "ControlNets see a picture, and the graph takes none", where="load.parts.controlnet",
-            hint="Take them from the config.",
-        )  # fmt: skip
+        raise _controlnets()
     if architecture.stacks_condition:
         raise ModelError(
             "it sees a condition, and the graph takes no picture", where=architecture.denoiser,
             hint="Take a model made for text.",
         )  # fmt: skip
-    for name, plain in (("prompts", "plain"), ("long_prompts", "cut")):
-        if (value := getattr(options, name)) != plain:
-            raise ConfigError(
-                f"{value!r} prompts are split in Python, before they are tokens", where=f"task.{name}",
-                hint=f'Set {name} = "{plain}", or leave it out.',
-            )  # fmt: skip
-    for name in (
-        "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3", "denoising_end", "cfg_normalization",
-        "cfg_truncation",
-    ):  # fmt: skip
-        if getattr(request.given, name) is not None:
-            raise InputError("is not an input of the graph", where=f"input.{name}", hint="Leave it out.")
-    if request.skipped_layers:
-        raise InputError(
-            "is a third call in some of the steps, which the loop has not", where="input.skip_guidance_layers",
-            hint="Leave it out.",
-        )  # fmt: skip
-    if not request.decode:
-        raise InputError("the graph makes pictures, not latents", where="input.decode", hint="Leave it out.")
 
 
 class _Graph:
@@ -183,9 +207,11 @@ class _Graph:
         if scale is not None and _GUIDANCE in values:
             measured = ops.multiply(scale, constant(np.array([architecture.guidance_measure], np.float32)))
             values[_GUIDANCE] = ops.broadcast(measured, rows_of(values[_GUIDANCE])).output(0)
-        elif scale is not None and not (self._halves == 2 and architecture.guided_by == "guidance_scale"):
+        elif scale is not None and self._halves == 2 and architecture.guided_by == "guidance_scale":
+            scale = ops.maximum(scale, constant(np.ones(1, np.float32))).output(0)  # below 1, pipelines do not guide
+        elif scale is not None:
             raise ConfigError(
-                "this model's guidance is built in, switched off or an embedding that is computed in Python",
+                "no input guides this model: its guidance is built in, switched off, an embedding or by true_cfg_scale",
                 where="--guidance-input",
                 hint="Leave the option out: guidance is then what [input] says.",
             )
@@ -203,11 +229,11 @@ class _Graph:
 
     def _texts(self) -> Texts:
         """Return the prompts, which are inputs."""
-        # Of any number, whatever the rest of the graph is made for: tokenizers split strings into more of them.
-        prompt = self._input("prompt", [-1], ov.Type.string)
+        rows = ov.Dimension(1, -1) if self._count is None else self._count  # of none, tokenizers make anything
+        prompt = opened(self._input("prompt", [rows], ov.Type.string))
         strings = [prompt]
         if self._request.guided and self._request.negatives is not None:
-            strings = [self._input("negative_prompt", [-1], ov.Type.string), prompt]
+            strings = [opened(self._input("negative_prompt", [rows], ov.Type.string)), prompt]
         learned = learned_tokens(self._bundle.assets)
         return Texts(self._bundle, strings, self._count, learned, self._examples)
 
@@ -233,8 +259,8 @@ class _Graph:
             given.guidance_rescale,
         )
 
-    def _input(self, name: str, shape: list[int], kind: ov.Type = ov.Type.f32) -> ov.Output:
-        parameter = ops.parameter(shape, kind, name)
+    def _input(self, name: str, shape: Sequence[int | ov.Dimension], kind: ov.Type = ov.Type.f32) -> ov.Output:
+        parameter = ops.parameter(ov.PartialShape(list(shape)), kind, name)
         parameter.output(0).get_tensor().set_names({name})
         self._parameters.append(parameter)
         return parameter.output(0)

@@ -23,7 +23,7 @@ _MEANINGS = {
     "negative_prompt": "what each picture should not show; may be empty",
     "latents": "standard normal noise that a picture begins as",
     "noise": "standard normal noise for the steps that add some, in their order",
-    "guidance_scale": "how closely to follow the prompts",
+    "guidance_scale": "how closely to follow the prompts, as the pipeline takes it",
     "image": "RGB pictures, 0 to 255",
 }
 
@@ -32,7 +32,8 @@ _README = """\
 
 One OpenVINO graph that makes pictures from text: {calls} calls of the network, {width}x{height} pixels, the sampling
 method `{scheduler}`.
-It needs OpenVINO {openvino} or newer and the operations of openvino_tokenizers.
+It needs OpenVINO {openvino} or newer and the operations of openvino_tokenizers. Whoever compiles it chooses the device
+and its precision.
 
 | | type | shape | |
 | --- | --- | --- | --- |
@@ -62,7 +63,6 @@ def facts_of(graph: SingleGraph) -> dict[str, Any]:
     """Return what ovforge.json says of a graph, JSON-able."""
     request, sampler = graph.request, graph.sampler
     width, height = request.asked or (request.width, request.height)
-    pictures = _shape(graph.model.outputs[0])[0]
     return {
         "format": FORMAT,
         "width": width,
@@ -73,21 +73,16 @@ def facts_of(graph: SingleGraph) -> dict[str, Any]:
         "scheduler": graph.scheduler,
         "guidance_scale": request.guidance_scale,
         "unrolled": graph.unrolled,
-        "inputs": [_port(port, pictures) for port in graph.model.inputs],
-        "outputs": [_port(port, pictures) for port in graph.model.outputs],
+        "inputs": [_port(port) for port in graph.model.inputs],
+        "outputs": [_port(port) for port in graph.model.outputs],
         "versions": {"ovforge": __version__, "openvino": openvino_version()},
     }
 
 
-def _port(port: ov.Output, pictures: int) -> dict[str, Any]:
-    # Strings have an open shape for the sake of the tokenizer's operations, and yet one is needed for each picture.
-    shape = [pictures] if port.get_element_type() == ov.Type.string else _shape(port)
+def _port(port: ov.Output) -> dict[str, Any]:
+    shape = [side.get_length() if side.is_static else -1 for side in port.get_partial_shape()]
     name = port.any_name
     return {"name": name, "type": port.get_element_type().get_type_name(), "shape": shape, "what": _MEANINGS[name]}
-
-
-def _shape(port: ov.Output) -> list[int]:
-    return [side.get_length() if side.is_static else -1 for side in port.get_partial_shape()]
 
 
 def _readme(facts: dict[str, Any], title: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
+from openvino import opset15
 
 from ovforge.errors import ModelError
 from ovforge.model import ModelBundle, core
@@ -34,7 +35,7 @@ from ovforge_diffusion.single_graph.token_graph import put_between, token_graph
 from ovforge_diffusion.text import DEFAULT_LENGTH, SKIPPED, fitted, penultimate_output
 from ovforge_diffusion.tokenizer import FileTokenizer, GraphTokenizer, Learned, has_files
 
-__all__ = ["Frame", "Texts"]
+__all__ = ["Frame", "Texts", "opened"]
 
 Ids = NDArray[np.int64]
 Reader = Callable[[Sequence[str], int], Ids]
@@ -241,12 +242,15 @@ def _tokens_of(model: ov.Model, role: str) -> int | None:
 
 def _fitted(model: ov.Model, role: str, text: ov.Output, row: _Row, frame: Frame) -> tuple[ov.Output, ov.Output]:
     """Return a tokenizer's ids and mask of strings, both int64 (strings, length): cut before the end, or filled up."""
+    read = frame.around(_and_a_word(text))
     # A tokenizer's states are options, such as whether to cut, that are made when it is converted.
-    made = join(model, role, {next(iter(model.inputs[0].names)): frame.around(text)}, settle=True)
+    made = join(model, role, {next(iter(model.inputs[0].names)): read}, settle=True)
     target = ops.concat([rows_of(text), constant([row.length])], 0)
     # One more row's length is put behind, so that what is cut off, or is not there, has a place to be looked at.
     ids, mask = (
-        ops.concat([converted(made.named(name), ov.Type.i64), ops.broadcast(constant(value), target)], 1).output(0)
+        ops.concat(
+            [part(converted(made.named(name), ov.Type.i64), 0, -1, 0), ops.broadcast(constant(value), target)], 1
+        )
         for name, value in (("input_ids", row.padding), ("attention_mask", 0))
     )
     ids = ops.select(ops.equal(mask, constant(1)), ids, constant(row.padding)).output(0)
@@ -255,6 +259,36 @@ def _fitted(model: ov.Model, role: str, text: ov.Output, row: _Row, frame: Frame
         goes_on = ops.equal(part(mask, row.length, row.length + 1, 1), constant(1))
         last = ops.select(goes_on, constant([row.end]), last).output(0)
     return ops.concat([part(ids, 0, row.length - 1, 1), last], 1).output(0), part(mask, 0, row.length, 1)
+
+
+def opened(text: ov.Output) -> ov.Output:
+    """Return strings, (texts,), of which no shape says how many there are, even if that is known.
+
+    Tokenizers' operations make more and fewer pieces than there are strings, and would take a known number for that of
+    the pieces.
+    """
+    begins, ends, letters = opset15.string_tensor_unpack(text).outputs()
+    # All strings are marked, and no letter is: no shape says how many marks there are.
+    none, each = ops.less(letters, ops.constant(np.uint8(0))), ops.greater_equal(begins, ops.constant(np.int32(0)))
+    marks = ops.squeeze(ops.non_zero(ops.concat([none, each], 0), "i32"), constant([0]))
+    places = ops.subtract(marks, _letters_of(letters))
+    begins, ends = (ops.gather(value, places, constant(0)).output(0) for value in (begins, ends))
+    return opset15.string_tensor_pack(begins, ends, letters).output(0)
+
+
+def _and_a_word(text: ov.Output) -> ov.Output:
+    """Return strings with one more behind them, which is not empty: of empty ones alone, tokenizers make one row."""
+    begins, ends, letters = opset15.string_tensor_unpack(text).outputs()
+    size = _letters_of(letters)
+    begins = ops.concat([begins, size], 0).output(0)
+    ends = ops.concat([ends, ops.add(size, ops.constant(np.int32(1)))], 0).output(0)
+    letters = ops.concat([letters, ops.constant(np.frombuffer(b"a", np.uint8))], 0).output(0)
+    return opset15.string_tensor_pack(begins, ends, letters).output(0)
+
+
+def _letters_of(letters: ov.Output) -> ov.Output:
+    """Return how many bytes there are, int32 (1,)."""
+    return ops.convert(shape_of(letters), "i32").output(0)
 
 
 def _check_tokens(model: ov.Model, role: str, read: Reader, row: _Row, texts: Sequence[str], frame: Frame) -> None:
