@@ -21,6 +21,7 @@ from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import ModelBundle, read_provenance
 from ovforge.store.cache import Cache
 from ovforge_diffusion.graph.video_places import VideoPlaces
+from ovforge_diffusion.sequence import SequenceEncoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -449,6 +450,43 @@ def test_a_batch_that_is_enlarged_with_little_memory(later: Path, converted: Pat
     assert [video.shape for video in both.videos] == [(9, 64, 64, 3)] * 2
     assert both.seeds == (4, 5)
     np.testing.assert_array_less(np.abs(alone.videos[0].astype(int) - both.videos[1]), 3)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_prompts_of_an_enlarged_video_are_read_once(
+    later: Path,
+    upsampler: Path,
+    converted: Path,
+    session_cache: Cache,
+    monkeypatch: pytest.MonkeyPatch,
+    low_memory: bool,
+) -> None:
+    """The text encoder is opened once, and runs once for each text, whichever of the two runs asks for it."""
+    opened, read = list[str](), list[int]()
+    begin, states = SequenceEncoder.__init__, SequenceEncoder._states
+
+    def count_opened(self: Any, tokenizer: Any, model: Any, role: str, *rest: Any) -> None:
+        opened.append(role)
+        begin(self, tokenizer, model, role, *rest)
+
+    def count_read(self: Any, inputs: Any) -> Any:
+        read.append(len(next(iter(inputs.values()))))
+        return states(self, inputs)
+
+    call: dict[str, Any] = {"num_frames": 9, "steps": 2, "seed": 3}
+    small, large = {"width": 64, "height": 64}, {"width": 128, "height": 128}
+    texts = {"prompt": "a [cat:dog:1] in snow", "negative_prompt": "blue"}  # the first run reads no dog
+    pipe = upscaling(later, converted, session_cache, low_memory=low_memory, prompts="weighted")
+    low = pipe(**texts, **small, **call, decode=False)
+    high = ours(upsampler, session_cache, "upsample-video")(latents=low.latents, decode=False)
+    wanted = pipe(**texts, **large, **call | {"steps": 3}, latents=high.latents, strength=0.5)
+    monkeypatch.setattr(SequenceEncoder, "__init__", count_opened)
+    monkeypatch.setattr(SequenceEncoder, "_states", count_read)
+    made = pipe(**texts, **large, **call, upscale={"steps": 3, "strength": 0.5})
+    np.testing.assert_array_equal(made.videos[0], wanted.videos[0])
+    assert read == [1, 1, 1]
+    assert len(opened) == low_memory
+    assert len(made.timings.spans["text_encoder"]) == 1
 
 
 @pytest.mark.parametrize("kind", ["image", "enlarged"])

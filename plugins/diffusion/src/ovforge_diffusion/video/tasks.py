@@ -217,19 +217,19 @@ class VideoToVideo(TextToVideo):
 
     def _upscaled(self, inputs: Any, request: Request, progress: Callable[[Progress], None]) -> VideosResult:
         """Return a video that is made small, enlarged and refined: what three calls give, of which the last is it."""
-        upsampler, timings = self._upsampler_for(request), Timings()
-        size, seeds, scale = (request.width, request.height), request.seeds, self.architecture.decoding
-        self._check_refining(inputs.refining(size, seeds, np.zeros(self.latents_shape(request), np.float32)))
+        upsampler, timings, scale = self._upsampler_for(request), Timings(), self.architecture.decoding
+        size, seeds, upscale = (request.width, request.height), request.seeds, inputs.upscale
         small = inputs.small(size, seeds)
-        low = self._made(small, self._requested(small)[0], progress)
+        refining = inputs.refining(size, seeds, np.zeros(self.latents_shape(request), np.float32))
+        both = [self._requested(small)[0], self._refined(refining)]
+        first, second = self._read(both, timings, progress)
+        low = self._carried_out(small, first, timings, progress)
         assert low.latents is not None
-        upscale = inputs.upscale
         large = upsampler(low.latents, upscale.adain_factor, upscale.tone_map_compression_ratio, timings, progress)
-        refining = inputs.refining(size, seeds, normalized(large, scale))
-        result = self._made(refining, self._requested(refining)[0], progress)
+        refining = refining.model_copy(update={"latents": normalized(large, scale)})
+        result: VideosResult = self._carried_out(refining, second, timings, progress)
         request = replace(request, steps=low.provenance["inputs"]["steps"])
         result.provenance["inputs"] = self._as_inputs(inputs, request)
-        result.timings = low.timings.merged(timings).merged(result.timings)
         result.warnings = list(dict.fromkeys([*low.warnings, *result.warnings]))
         return result
 
@@ -251,15 +251,16 @@ class VideoToVideo(TextToVideo):
             check_side(name, getattr(request, name), 2 * self.architecture.multiple)
         return self._upsampler
 
-    def _check_refining(self, inputs: Any) -> None:
-        """Refuse a second run that cannot be, before the first one takes its time."""
+    def _refined(self, inputs: Any) -> Request:
+        """Return the second run; refuse one that cannot be, before the first one takes its time."""
         try:
             request = self._requested(inputs)[0]
-            sampling, request = self.scheduling.start(request, self._strength(request), self._size(request))
-            _first(request, sampling)
+            sampling, begun = self.scheduling.start(request, self._strength(request), self._size(request))
+            _first(begun, sampling)
         except InputError as error:
             error.where = f"upscale.{error.where}" if error.where in Upscale.model_fields else error.where
             raise
+        return request
 
     def _check_frame(self, condition: VideoCondition, where: str, frames: int) -> None:
         """Refuse a frame that is not there, and one that a video cannot begin at."""
