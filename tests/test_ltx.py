@@ -664,6 +664,31 @@ def test_a_video_that_is_enlarged(upsampler: Path, session_cache: Cache, tmp_pat
     assert example.video.shape == (9, 128, 128, 3)
 
 
+def test_a_run_that_is_ended_holds_nothing_in_low_memory(
+    later: Path, converted: Path, upsampler: Path, session_cache: Cache
+) -> None:
+    """Neither of its models, nor the upsampler's."""
+
+    class Stopped(Exception):
+        """What a callback may raise to end a run."""
+
+    def stop(moment: Any) -> None:
+        if moment.stage == "upsampling" and moment.done == 1:
+            raise Stopped
+
+    call: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 9, "steps": 2, "upscale": {}, "prompt": PROMPT}
+    enlarging = ours(upsampler, session_cache, Use("upsample-video", low_memory=True))
+    for pipe, given in (
+        (upscaling(later, converted, session_cache, low_memory=True), call),
+        (enlarging, {"latents": np.zeros((1, 8, 2, 2, 2), np.float32)}),
+    ):
+        with pytest.raises(Stopped):
+            pipe(**given, progress=stop)
+        compiled = dict(pipe.compiled.all())
+        assert "latent_upsampler" in compiled
+        assert not [role for role, each in compiled.items() if each.model is not None]
+
+
 def test_a_video_that_is_changed(later: Path, session_cache: Cache, tmp_path: Path) -> None:
     """A file is what its latents are; less strength leaves more of it; what was made is made again from its inputs."""
     frames = [frame.resize((96, 64)) for frame in clip(9)]

@@ -99,20 +99,12 @@ class Diffusion:
         """
         with self._lock:
             request, adapters = self._requested(inputs)
-            if not adapters:
-                return self._made(inputs, request, progress)
-            if self._adapters is None:
-                raise InputError(
-                    f"no adapters can be switched here, and the prompt names {', '.join(adapters)}",
-                    where="prompt",
-                    hint='Add each to the config as a transform with mode = "runtime".',
-                )
-            before = dict(self._adapters)
-            self._adapters.set({**before, **adapters})
             try:
-                return self._made(inputs, request, progress)
-            finally:
-                self._adapters.set(before)
+                return self._with_adapters(inputs, request, adapters, progress)
+            except BaseException:
+                self._release_prompts()
+                self._models.release_all()  # or the next run would hold its text encoders beside the denoiser
+                raise
 
     # -- what subclasses say --------------------------------------------------------------------------------------
 
@@ -146,6 +138,25 @@ class Diffusion:
         if self._options.prompts == "weighted":
             return request.without_adapters()
         return request, {}
+
+    def _with_adapters(
+        self, inputs: Any, request: Request, adapters: dict[str, float], progress: Callable[[Progress], None]
+    ) -> Any:
+        """Make a call with the adapters that its prompts name switched on."""
+        if not adapters:
+            return self._made(inputs, request, progress)
+        if self._adapters is None:
+            raise InputError(
+                f"no adapters can be switched here, and the prompt names {', '.join(adapters)}",
+                where="prompt",
+                hint='Add each to the config as a transform with mode = "runtime".',
+            )
+        before = dict(self._adapters)
+        self._adapters.set({**before, **adapters})
+        try:
+            return self._made(inputs, request, progress)
+        finally:
+            self._adapters.set(before)
 
     def _made(self, inputs: Any, request: Request, progress: Callable[[Progress], None]) -> Any:
         timings = Timings()

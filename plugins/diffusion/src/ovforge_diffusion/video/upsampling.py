@@ -64,7 +64,12 @@ class UpsampleVideo:
         progress callback raises ends the run.
         """
         with self._lock:
-            return self._made(inputs, progress)
+            try:
+                return self._made(inputs, progress)
+            except BaseException:
+                for role in self._bundle:
+                    self._release(role)
+                raise
 
     def examples(self, count: int) -> Sequence[UpsampleVideoInputs]:
         """Return small videos of drawn pictures that move to the left."""
