@@ -21,6 +21,7 @@ from ovforge.errors import ConfigError, InputError, ModelError
 from ovforge.model import ModelBundle, read_provenance
 from ovforge.store.cache import Cache
 from ovforge_diffusion.graph.video_places import VideoPlaces
+from ovforge_diffusion.sequence import SequenceEncoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -451,6 +452,119 @@ def test_a_batch_that_is_enlarged_with_little_memory(later: Path, converted: Pat
     np.testing.assert_array_less(np.abs(alone.videos[0].astype(int) - both.videos[1]), 3)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_prompts_of_an_enlarged_video_are_read_once(
+    later: Path,
+    upsampler: Path,
+    converted: Path,
+    session_cache: Cache,
+    monkeypatch: pytest.MonkeyPatch,
+    low_memory: bool,
+) -> None:
+    """The text encoder is opened once, and runs once for each text, whichever of the two runs asks for it."""
+    opened, read = list[str](), list[int]()
+    begin, states = SequenceEncoder.__init__, SequenceEncoder._states
+
+    def count_opened(self: Any, tokenizer: Any, model: Any, role: str, *rest: Any) -> None:
+        opened.append(role)
+        begin(self, tokenizer, model, role, *rest)
+
+    def count_read(self: Any, inputs: Any) -> Any:
+        read.append(len(next(iter(inputs.values()))))
+        return states(self, inputs)
+
+    call: dict[str, Any] = {"num_frames": 9, "steps": 2, "seed": 3}
+    small, large = {"width": 64, "height": 64}, {"width": 128, "height": 128}
+    texts = {"prompt": "a [cat:dog:1] in snow", "negative_prompt": "blue"}  # the first run reads no dog
+    pipe = upscaling(later, converted, session_cache, low_memory=low_memory, prompts="weighted")
+    low = pipe(**texts, **small, **call, decode=False)
+    high = ours(upsampler, session_cache, "upsample-video")(latents=low.latents, decode=False)
+    wanted = pipe(**texts, **large, **call | {"steps": 3}, latents=high.latents, strength=0.5)
+    monkeypatch.setattr(SequenceEncoder, "__init__", count_opened)
+    monkeypatch.setattr(SequenceEncoder, "_states", count_read)
+    made = pipe(**texts, **large, **call, upscale={"steps": 3, "strength": 0.5})
+    np.testing.assert_array_equal(made.videos[0], wanted.videos[0])
+    assert read == [1, 1, 1]
+    assert len(opened) == low_memory
+    assert len(made.timings.spans["text_encoder"]) == 1
+
+
+@pytest.fixture(scope="module", params=["frames", "both"])
+def longer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the pipeline of an upsampler that makes more frames, and one that makes twice the sides, too."""
+    folder = tmp_path_factory.mktemp("longer") / request.param
+    made: Path = maker("test_ltx").make_upsample_pipeline(folder, kind=request.param)
+    return made
+
+
+def test_one_call_is_three_for_more_frames(later: Path, longer: Path, session_cache: Cache, tmp_path: Path) -> None:
+    """The first run makes each second frame, at half the rate, of each second frame of what is shown."""
+    from diffusers import LTXLatentUpsamplePipeline
+
+    ovforge.open_model(longer, options={"weights": "f32"}, cache=session_cache).save(tmp_path / "converted")
+    pipe = upscaling(later, tmp_path / "converted", session_cache)
+    side = 64 if longer.name == "frames" else 32
+    shown, last = clip(20), clip(1, 1)[0]
+    few = [{"video": shown[:17:2], "strength": 0.8}, {"image": last, "frame_index": 16}]
+    many = [{"video": shown[:17], "strength": 0.8}, {"image": last, "frame_index": 32}]
+    small = {"width": side, "height": side, "num_frames": 17, "frame_rate": 15, "guidance_scale": 3.0}
+    large = {"width": 64, "height": 64, "num_frames": 33, "frame_rate": 30}
+    upscale = {"adain_factor": 0.7, "steps": 5, "strength": 0.5, "guidance_scale": 1.0}
+    given = [{**many[0], "video": shown}, many[1]]
+    made = pipe(PROMPT, steps=3, seed=7, **large, guidance_scale=3.0, conditions=given, upscale=upscale)
+    assert made.videos[0].shape == (33, 64, 64, 3)
+    assert made.frame_rate == 30
+    said = [warning for warning in made.warnings if "left out" in warning]
+    assert said == [f"conditions.0.video: {text}, and the others left out" for text in (
+        "of its first 17 frames the first run takes every second", "its first 17 frames are taken",
+    )]  # fmt: skip
+
+    low = pipe(PROMPT, steps=3, seed=7, **small, conditions=few, decode=False)
+    high = ours(longer, session_cache, "upsample-video")(latents=low.latents, adain_factor=0.7, decode=False)
+    rest = {"steps": 5, "guidance_scale": 1.0}
+    third = pipe(PROMPT, seed=7, latents=high.latents, strength=0.5, conditions=many, **rest, **large)
+    np.testing.assert_array_equal(made.videos[0], third.videos[0])
+
+    begun = theirs_of(later, prompt=PROMPT, steps=3, seed=7, output_type="latent", conditions=few, **small)
+    enlarge = LTXLatentUpsamplePipeline.from_pretrained(longer)
+    sides = {name: large[name] for name in ("width", "height")}
+    enlarged = enlarge(latents=begun, adain_factor=0.7, output_type="latent", **sides).frames
+    np.testing.assert_allclose(high.latents, enlarged.numpy(), atol=2e-3)
+    wanted = theirs_of(
+        later, prompt=PROMPT, seed=7, latents=enlarged, denoise_strength=0.5, conditions=many, **rest, **large
+    )
+    agree(made, wanted)
+
+
+def test_a_video_that_is_changed_before_it_gets_more_frames(later: Path, longer: Path, session_cache: Cache) -> None:
+    """The first run starts from each second frame of it. What has no half is refused."""
+    parts = {"parts": {"latent_upsampler": str(longer / "latent_upsampler")}}
+    pipe = ovforge.Pipeline("video-to-video", source=later, load=parts, cache=session_cache)
+    shown, side = clip(18), 64 if longer.name == "frames" else 32
+    call: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1, "strength": 0.6, "upscale": {}}
+    made = pipe(PROMPT, num_frames=17, video=shown, **call)
+    small = {**call, "width": side, "height": side, "upscale": None, "frame_rate": 12.5, "decode": False}
+    low = pipe(PROMPT, num_frames=9, video=shown[:17:2], **small)
+    high = ours(longer, session_cache, "upsample-video")(latents=low.latents, decode=False)
+    assert high.latents.shape[2] == made.latents.shape[2] == 3
+    again = pipe(PROMPT, num_frames=17, latents=low.latents, **{**call, "strength": 0.01, "steps": 100})
+    assert again.compare(made, "psnr") > 15
+
+    def never(_: Any) -> None:
+        raise AssertionError("the run began")
+
+    picture = clip(1)[0]
+    for change, message in (
+        ({"num_frames": 25}, r"25 is not one more than a multiple of 16(.|\n)*17 and 33"),
+        ({"conditions": {"image": picture, "frame_index": 7}}, r"7 is not a multiple of 2, at which the first run has"),
+        ({"conditions": {"video": [picture] * 9, "frame_index": 8}}, r"8 is not a multiple of 16(.|\n)*0 and 16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipe(PROMPT, **{**call, "num_frames": 17, "video": shown, **change}, progress=never)
+    with pytest.raises(InputError, match="17 of its frames can be taken, and 33 are to be made of it"):
+        pipe(PROMPT, num_frames=33, video=shown, **call)
+
+
 @pytest.mark.parametrize("kind", ["image", "enlarged"])
 def test_generate_makes_videos_as_python_does(
     later: Path, converted: Path, session_cache: Cache, tmp_path: Path, kind: str
@@ -513,9 +627,24 @@ def test_what_cannot_be_enlarged_is_said(later: Path, converted: Path, session_c
     ):
         with pytest.raises((InputError, ConfigError), match=message):
             pipe(PROMPT, **{**call, **change}, progress=never)
-    maker("test_ltx").make_upsampler(temporal_upsample=True).save_pretrained(tmp_path / "longer")
-    with pytest.raises(InputError, match="makes more frames"):
-        upscaling(later, tmp_path / "longer", session_cache)(PROMPT, **call, progress=never)
+
+
+def test_a_video_that_gets_more_frames(longer: Path, session_cache: Cache, tmp_path: Path) -> None:
+    """A file of n frames becomes one of 2n - 1 that takes as long, as its latents do."""
+    from diffusers import LTXLatentUpsamplePipeline
+
+    frames = [frame.resize((96, 64)) for frame in clip(10)]
+    frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:], lossless=True, duration=100)
+    pipe = ours(longer, session_cache, "upsample-video")
+    call = {"decode_timestep": 0.2, "decode_noise_scale": 0.1}
+    made = pipe(video=tmp_path / "x.webp", seed=6, **call)
+    enlarge = LTXLatentUpsamplePipeline.from_pretrained(longer)
+    wanted = enlarge(video=frames, width=96, height=64, generator=seeded([6]), output_type="np", **call).frames
+    agree(made, (wanted * 255).round().astype(np.uint8))
+    side = 1 if longer.name == "frames" else 2
+    assert made.videos[0].shape == (17, side * 64, side * 96, 3)
+    assert made.frame_rate == pytest.approx(20)
+    assert pipe(video=tmp_path / "x.webp", seed=6, frame_rate=12, decode=False).frame_rate == 12
 
 
 def test_a_video_that_is_enlarged(upsampler: Path, session_cache: Cache, tmp_path: Path) -> None:
@@ -533,6 +662,31 @@ def test_a_video_that_is_enlarged(upsampler: Path, session_cache: Cache, tmp_pat
     assert any("first 9 frames" in warning for warning in made.warnings)
     [example] = ours(upsampler, session_cache, "upsample-video").task.examples(1)
     assert example.video.shape == (9, 128, 128, 3)
+
+
+def test_a_run_that_is_ended_holds_nothing_in_low_memory(
+    later: Path, converted: Path, upsampler: Path, session_cache: Cache
+) -> None:
+    """Neither of its models, nor the upsampler's."""
+
+    class Stopped(Exception):
+        """What a callback may raise to end a run."""
+
+    def stop(moment: Any) -> None:
+        if moment.stage == "upsampling" and moment.done == 1:
+            raise Stopped
+
+    call: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 9, "steps": 2, "upscale": {}, "prompt": PROMPT}
+    enlarging = ours(upsampler, session_cache, Use("upsample-video", low_memory=True))
+    for pipe, given in (
+        (upscaling(later, converted, session_cache, low_memory=True), call),
+        (enlarging, {"latents": np.zeros((1, 8, 2, 2, 2), np.float32)}),
+    ):
+        with pytest.raises(Stopped):
+            pipe(**given, progress=stop)
+        compiled = dict(pipe.compiled.all())
+        assert "latent_upsampler" in compiled
+        assert not [role for role, each in compiled.items() if each.model is not None]
 
 
 def test_a_video_that_is_changed(later: Path, session_cache: Cache, tmp_path: Path) -> None:

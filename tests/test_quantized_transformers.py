@@ -30,13 +30,20 @@ pytest.importorskip("diffusers")
 from ovforge_diffusers.loader import DiffusersLoader  # noqa: E402
 from ovforge_diffusers.options import LoaderOptions  # noqa: E402
 
-FAMILIES = ("sd3", "flux", "flux2", "zimage", "sana")
+FAMILIES = ("sd3", "flux", "flux2", "zimage", "sana", "pixart", "lumina2")
 ROTARY = {"flux": 2 * 4, "flux2": 2 * 4, "zimage": 2 * 6}
 """Family -> rotations of queries and keys in its blocks."""
-EMBEDDINGS = r"^(time_text_embed|time_guidance_embed|time_embed\.emb|t_embedder)"
-MODULATION = r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|modulation|time_embed\.linear"
-FIRST = r"^(x_embedder|context_embedder|pos_embed\.proj|patch_embed\.proj|all_x_embedder|cap_embedder|caption_projection\.linear_1)"
-LAST = r"^(proj_out|all_final_layer\.2-1\.linear)"
+EMBEDDINGS = (
+    r"^(time_text_embed|time_guidance_embed|time_embed\.emb|t_embedder|adaln_single\.emb|time_caption_embed\.timestep)"
+)
+MODULATION = (
+    r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear(_1)?$|modulation|(time_embed|adaln_single)\.linear"
+)
+FIRST = (
+    r"^(x_embedder|context_embedder|pos_embed\.proj|patch_embed\.proj|all_x_embedder|cap_embedder"
+    r"|caption_projection\.linear_1|time_caption_embed\.caption)"
+)
+LAST = r"^(proj_out|all_final_layer\.2-1\.linear|norm_out\.linear_2)"
 """What parts are called in diffusers' modules, which the plugin does not look at."""
 
 CALL: dict[str, Any] = {"steps": 2, "width": 32, "height": 24}
@@ -76,7 +83,7 @@ class Recorded:
         if name.endswith("_ids"):
             places = np.arange(tokens, dtype=kind)[:, None] * np.ones(shape[-1], kind)
             return np.broadcast_to(places, shape).copy()
-        return np.zeros(shape, kind) if name.endswith("mask") else self._rng.standard_normal(shape).astype(kind)
+        return np.ones(shape, kind) if name.endswith("mask") else self._rng.standard_normal(shape).astype(kind)
 
 
 _SIZES = {
@@ -186,7 +193,9 @@ def test_activations_leave_rotations_whole(folder: Folder, family: str) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    ("family", "recipe"), [(family, "transformer-int8") for family in FAMILIES] + [("sana", "transformer-ptq")]
+    ("family", "recipe"),
+    [(family, "transformer-int8") for family in FAMILIES]
+    + [(family, "transformer-ptq") for family in ("sana", "pixart", "lumina2")],
 )
 def test_a_quantized_pipeline(
     folder: Folder, session_cache: Cache, family: str, recipe: str, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +222,29 @@ def test_a_quantized_pipeline(
     monkeypatch.setattr(nncf, "compress_weights", again)
     second = ours(folder(family), session_cache, **options)
     np.testing.assert_array_equal(np.asarray(second(PROMPT, seed=5, **CALL).images[0]), made)
+
+
+def test_what_eight_bits_are_too_few_for_stays_exact(folder: Folder) -> None:
+    """Of activations, besides what conditions the model: sums that others are divided by, and depthwise convolutions."""
+    model = DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder("sana"))).models["transformer"]
+    blocks = [f"__module.transformer_blocks.{number}" for number in (0, 1)]
+    products = {f"{block}.attn1/aten::matmul/MatMul{end}" for block in blocks for end in ("", "_1")}
+    depthwise = {f"{block}.ff.conv_depth/aten::_convolution/GroupConvolution" for block in blocks}
+    found = parts_of(model)
+    assert (found["linear_attention"], found["depthwise"]) == (products, depthwise)
+    bundle, report = quantize("transformer-ptq", {}, {"transformer": model})
+    done = set(report.layers["transformer"])
+    assert not done & (products | depthwise)
+    assert {f"{block}.{layer}" for block in blocks for layer in (
+        "attn1.to_q/aten::linear/MatMul", "attn1.to_out.0/aten::linear/MatMul",
+        "ff.conv_inverted/aten::_convolution/Convolution", "ff.conv_point/aten::_convolution/Convolution",
+    )} <= done  # fmt: skip
+    [record, _] = Recorded(model).inputs("transformer", 2)
+    wanted, _ = run(model, record)
+    conditions = {"parts": ["embeddings", "modulation", "first", "last"]}
+    everything, _ = quantize("transformer-ptq", {"ignored_scope": conditions}, {"transformer": model})
+    errors = [off(run(each.models["transformer"], record)[0], wanted) for each in (bundle, everything)]
+    assert 0 < errors[0] < errors[1]
 
 
 def test_the_gate_refuses_what_is_too_far(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:

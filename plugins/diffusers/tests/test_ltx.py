@@ -185,9 +185,9 @@ def make_upsampler(**options: Any) -> Any:
     return _transformers().noise(LTXLatentUpsamplerModel(**{**small, **options})).eval()
 
 
-def make_upsample_pipeline(folder: Path, version: str = "0.9.5") -> Path:
-    """Write what LTXLatentUpsamplePipeline is published as: the upsampler and an autoencoder."""
-    make_upsampler().save_pretrained(folder / "latent_upsampler")
+def make_upsample_pipeline(folder: Path, version: str = "0.9.5", kind: str = "sides") -> Path:
+    """Write what LTXLatentUpsamplePipeline is published as: the upsampler, one of `UPSAMPLERS`, and an autoencoder."""
+    make_upsampler(**UPSAMPLERS[kind]).save_pretrained(folder / "latent_upsampler")
     make_autoencoder(version).save_pretrained(folder / "vae")
     index = {
         "_class_name": "LTXLatentUpsamplePipeline", "_diffusers_version": diffusers.__version__,

@@ -144,7 +144,7 @@ def test_parts_are_found_by_structure(outer: bool) -> None:
     layers = {part: sorted(name for name in names if name.startswith("layer")) for part, names in found.items()}
     assert layers == {
         "positions": [], "embeddings": ["layer.0", "layer.1"], "modulation": ["layer.2"], "first": ["layer.3"],
-        "last": ["layer.8"],
+        "last": ["layer.8"], "linear_attention": [], "depthwise": [],
     }  # fmt: skip
     assert set(layers) == set(PARTS)
     assert found["positions"] == positions_of(model)
@@ -164,6 +164,43 @@ def test_what_is_no_denoiser_has_no_parts() -> None:
     )
     model = ov.Model([ops.sin(states)], [words], "sines of features")
     assert not any(parts_of(model).values())
+
+
+@pytest.mark.parametrize("by", ["a row of ones", "a sum", "another number"])
+def test_products_that_their_own_sums_divide(by: str) -> None:
+    """The sum may be one more row of the product; a product that another one divides is none."""
+    rng = np.random.default_rng(0)
+    query, key, value = inputs = [ops.parameter([1, 8, 20], np.float32, name=name) for name in ("q", "k", "v")]
+    above, one = ops.relu(key), ops.constant(np.ones((1, 1, 20), np.float32))
+    scores = ops.matmul(ops.concat([value, one], 1), above, False, True)
+    product = ops.matmul(scores, ops.relu(query), False, False)
+    rows = ops.split(product, ops.constant(1), 9).outputs() if by != "a sum" else ()
+    last = rows[8] if rows else ops.reduce_sum(product, ops.constant([1]), True)
+    other = ops.matmul(ops.relu(query), above, False, True)
+    if by == "another number":
+        last = ops.reduce_sum(other, ops.constant([1, 2]), True)
+    divided = ops.divide(ops.concat(rows[:8], 1) if rows else product, ops.add(last, ops.constant(np.float32(1e-6))))
+    weights = ops.constant(rng.normal(size=(20, 20)).astype(np.float32))
+    for name, op in (("scores", scores), ("product", product), ("other", other)):
+        op.set_friendly_name(name)
+    model = ov.Model([ops.matmul(divided, weights, False, False), other], inputs, "attention")
+    wanted = set() if by == "another number" else {"scores", "product"}
+    assert parts_of(model)["linear_attention"] == wanted
+
+
+def test_convolutions_of_single_channels() -> None:
+    image = ops.parameter([1, 8, 6, 6], np.float32, name="image")
+    made, none, one = image, [0, 0], [1, 1]
+    for name, groups in (("depthwise", 8), ("grouped", 4)):
+        weights = ops.constant(np.ones((groups, 8 // groups, 8 // groups, 3, 3), np.float32))
+        made = ops.group_convolution(made, weights, one, one, one, one)
+        made.set_friendly_name(name)
+    transposed = ops.constant(np.ones((8, 1, 2, 4, 4), np.float32))  # of each channel two
+    made = ops.group_convolution_backprop_data(
+        made, transposed, strides=[2, 2], pads_begin=none, pads_end=none, dilations=one
+    )
+    made.set_friendly_name("upsampling")
+    assert parts_of(ov.Model([made], [image], "image"))["depthwise"] == {"depthwise", "upsampling"}
 
 
 @pytest.mark.parametrize("options", [{}, {"model_type": "transformer"}, {"mode": "fp8_e4m3"}])
@@ -275,7 +312,7 @@ def test_a_model_without_parts() -> None:
         quantize("nncf-weights", {"backup_scope": {"parts": ["modulation"]}})
     with pytest.raises(ConfigError, match="backup_scope is what gets backup_mode, and that is none"):
         quantize("nncf-weights", {"mode": "nf4", "backup_mode": "none", "backup_scope": {"parts": ["last"]}})
-    with pytest.raises(ConfigError, match="'embeddings', 'modulation', 'first' or 'last'"):
+    with pytest.raises(ConfigError, match="'last', 'linear_attention' or 'depthwise'"):
         quantize("nncf-ptq", {"ignored_scope": {"parts": ["middle"]}})
     with pytest.raises(ConfigError, match=r"Did you mean 'layer\.2'"):
         quantize("nncf-weights", {"mode": "nf4", "backup_scope": {"names": ["layer2"]}})

@@ -18,7 +18,7 @@ from ovforge.contracts import Progress, Sampling, TaskContext, ignore_progress
 from ovforge.errors import InputError
 from ovforge.model import BatchGenerator, ImagesResult, Result, Timings
 from ovforge_diffusion.architectures import architecture_of
-from ovforge_diffusion.architectures.base import PREVIEW, Architecture, Arrays, PromptEncoder, Task, tokenizer_of
+from ovforge_diffusion.architectures.base import PREVIEW, Architecture, Arrays, PromptEncoder, Task, Texts, tokenizer_of
 from ovforge_diffusion.conditioning import ConditionPlan, Schedule, plan_conditions
 from ovforge_diffusion.controls import conditions
 from ovforge_diffusion.examples import edges, hole
@@ -31,7 +31,7 @@ from ovforge_diffusion.request import Request, make_request
 from ovforge_diffusion.scheduling import Scheduling
 from ovforge_diffusion.shallow import shallow_role
 
-__all__ = ["Diffusion", "Start"]
+__all__ = ["Diffusion", "Run", "Start"]
 
 Array = NDArray[np.float32]
 
@@ -60,6 +60,20 @@ class Start:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Run:
+    """A call that is to be carried out: its schedule, and what its prompts became.
+
+    `learned` says for the provenance which learned words they used, and `notes` are warnings.
+    """
+
+    request: Request
+    sampling: Sampling
+    conditions: Schedule
+    learned: dict[str, list[str]]
+    notes: list[str]
+
+
 class Diffusion:
     """A task that makes pictures; calls are served one at a time. Subclasses say where a run begins."""
 
@@ -85,20 +99,12 @@ class Diffusion:
         """
         with self._lock:
             request, adapters = self._requested(inputs)
-            if not adapters:
-                return self._made(inputs, request, progress)
-            if self._adapters is None:
-                raise InputError(
-                    f"no adapters can be switched here, and the prompt names {', '.join(adapters)}",
-                    where="prompt",
-                    hint='Add each to the config as a transform with mode = "runtime".',
-                )
-            before = dict(self._adapters)
-            self._adapters.set({**before, **adapters})
             try:
-                return self._made(inputs, request, progress)
-            finally:
-                self._adapters.set(before)
+                return self._with_adapters(inputs, request, adapters, progress)
+            except BaseException:
+                self._release_prompts()
+                self._models.release_all()  # or the next run would hold its text encoders beside the denoiser
+                raise
 
     # -- what subclasses say --------------------------------------------------------------------------------------
 
@@ -133,20 +139,54 @@ class Diffusion:
             return request.without_adapters()
         return request, {}
 
+    def _with_adapters(
+        self, inputs: Any, request: Request, adapters: dict[str, float], progress: Callable[[Progress], None]
+    ) -> Any:
+        """Make a call with the adapters that its prompts name switched on."""
+        if not adapters:
+            return self._made(inputs, request, progress)
+        if self._adapters is None:
+            raise InputError(
+                f"no adapters can be switched here, and the prompt names {', '.join(adapters)}",
+                where="prompt",
+                hint='Add each to the config as a transform with mode = "runtime".',
+            )
+        before = dict(self._adapters)
+        self._adapters.set({**before, **adapters})
+        try:
+            return self._made(inputs, request, progress)
+        finally:
+            self._adapters.set(before)
+
     def _made(self, inputs: Any, request: Request, progress: Callable[[Progress], None]) -> Any:
-        timings, models, roles = Timings(), self._models, self.architecture.encoders
-        readers = (*map(tokenizer_of, roles), *roles, *self.architecture.image_encoders)
-        sampling, request = self.scheduling.start(request, self._strength(request), self._size(request))
-        progress(Progress("text encoding", 0, request.steps))
-        schedule, lost = self._encode(request, sampling, timings)
-        learned, unused = self._learned(request)
-        self._release_prompts(*readers)
+        timings = Timings()
+        [run] = self._read([request], timings, progress)
+        return self._carried_out(inputs, run, timings, progress)
+
+    def _read(self, requests: Sequence[Request], timings: Timings, progress: Callable[[Progress], None]) -> list[Run]:
+        """Return the runs of one call, which read prompts alike: each text is encoded once for all of them."""
+        roles = self.architecture.encoders
+        begun = [self.scheduling.start(each, self._strength(each), self._size(each)) for each in requests]
+        weighted = self._options.prompts == "weighted"
+        plans = [plan_conditions(each, len(sampling.timesteps), weighted=weighted) for sampling, each in begun]
+        progress(Progress("text encoding", 0, begun[0][1].steps))
+        schedules, lost = self._encode(plans, begun[0][1], timings)
+        runs = []
+        for (sampling, request), plan, schedule in zip(begun, plans, schedules, strict=True):
+            learned, unused = self._learned(request)
+            runs.append(Run(request, sampling, schedule, learned, [*lost, *plan.warnings, *unused]))
+        self._release_prompts(*map(tokenizer_of, roles), *roles, *self.architecture.image_encoders)
+        return runs
+
+    def _carried_out(self, inputs: Any, run: Run, timings: Timings, progress: Callable[[Progress], None]) -> Any:
+        """Return what a run makes."""
+        models, request, sampling = self._models, run.request, run.sampling
         rng = BatchGenerator(request.seeds)
         seen = self._seen_by_controlnets(request, rng, timings)
         start = self._begin(inputs, request, sampling, rng, timings)
         models.release("vae_encoder")
         try:
-            latents = self._denoise(request, sampling, schedule, start, seen, rng, timings, progress)
+            latents = self._denoise(request, sampling, run.conditions, start, seen, rng, timings, progress)
         except InputError:
             models.forget_denoiser()  # its requests hold what a call that failed has set
             raise
@@ -157,10 +197,10 @@ class Diffusion:
         )
         models.release("vae_decoder", PREVIEW)
         result.timings = timings
-        result.provenance = {"inputs": self._as_inputs(inputs, request), **learned}
+        result.provenance = {"inputs": self._as_inputs(inputs, request), **run.learned}
         given, calls = request.given, len(self.scheduling.steps(sampling, start.first, request.given.denoising_end))
         idle = never_acts(given.guidance_start, given.guidance_stop, calls)
-        result.warnings += [*request.remarks, *idle, *start.notes, *lost, *unused, *self.architecture.notes()]
+        result.warnings += [*request.remarks, *idle, *start.notes, *run.notes, *self.architecture.notes()]
         return result
 
     def _result(
@@ -182,16 +222,22 @@ class Diffusion:
                 progress(Progress("decoding", number + 1, len(latents)))
         return ImagesResult(images=images, seeds=request.seeds, latents=latents)
 
-    def _encode(self, request: Request, sampling: Sampling, timings: Timings) -> tuple[Schedule, list[str]]:
-        """Return the conditions of each step, and warnings of what did not fit."""
+    def _encode(
+        self, plans: Sequence[ConditionPlan], request: Request, timings: Timings
+    ) -> tuple[list[Schedule], list[str]]:
+        """Return the conditions of each step of each plan, and warnings of what did not fit."""
         if self._prompts is None:
             self._prompts = self.architecture.prompt_encoder(self._models.encoder, self._options)
-        weighted = self._options.prompts == "weighted"
-        plan: ConditionPlan = plan_conditions(request, len(sampling.timesteps), weighted=weighted)
-        inputs, lost = self._prompts.encode(plan.texts, request, timings, plan.negative)
+        rows: dict[tuple[Texts, bool], int] = {}
+        picked = [
+            [rows.setdefault(text, len(rows)) for text in zip(plan.texts, plan.negative, strict=True)] for plan in plans
+        ]
+        texts, negative = zip(*rows, strict=True)
+        inputs, lost = self._prompts.encode(texts, request, timings, negative)
         for name, value in inputs.items():
             self._say(name, value)
-        return plan.schedule(inputs), lost + plan.warnings
+        own = ({name: value[numbers] for name, value in inputs.items()} for numbers in picked)
+        return [plan.schedule(each) for plan, each in zip(plans, own, strict=True)], lost
 
     def _denoise(
         self,

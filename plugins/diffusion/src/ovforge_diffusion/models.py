@@ -181,6 +181,10 @@ class Models:
             if role in self._bundle:
                 self._bundle.release(role)
 
+    def release_all(self) -> None:
+        """Free all that a run still holds if it ends early, likewise."""
+        self.release(*self._bundle, *map(tokenizer_of, self._architecture.encoders))
+
     def _read_tokenizer(self, role: str) -> Future[Any]:
         """Begin to read a tokenizer's files, which takes a while for 49,000 words; other models compile meanwhile."""
         if role not in self._tokenizers:

@@ -20,12 +20,16 @@ __all__ = ["Request", "Video", "check_side", "make_request", "seeds_of"]
 
 @dataclass(frozen=True)
 class Video:
-    """What is said of a video alone: its frames, how many a second, and the noise that is decoded with its latents."""
+    """What is said of a video alone: its frames, how many a second, and the noise that is decoded with its latents.
+
+    Of videos that it is made from, it has each frame, or with `every` = 2 each second one.
+    """
 
     frames: int
     rate: float
     decode_timestep: float | None = None
     decode_noise_scale: float | None = None
+    every: int = 1
 
 
 _SIZES = (

@@ -51,8 +51,10 @@ def ovforge_quantizers() -> Iterator[QuantizerExtension | RecipeExtension]:
     yield from _RECIPES
 
 
-_CONDITIONS = {"parts": ["embeddings", "modulation", "first", "last"], "check": False}
+_CONDITIONS: dict[str, Any] = {"parts": ["embeddings", "modulation", "first", "last"], "check": False}
 """What the search keeps of diffusion transformers: see docs/plugins/nncf.md."""
+_ACTIVATIONS = {**_CONDITIONS, "parts": [*_CONDITIONS["parts"], "linear_attention", "depthwise"]}
+"""Likewise where activations have 8 bits, too."""
 _FOUR_BITS = {"mode": "int4_sym", "group_size": 64, "group_size_fallback": "adjust"}
 
 _TRANSFORMERS = (
@@ -73,14 +75,14 @@ _TRANSFORMERS = (
     ),
     RecipeExtension(
         name="transformer-ptq",
-        summary="Recipe: diffusion transformers in INT8; positions, modulation and embeddings exact",
+        summary="Recipe: diffusion transformers in INT8; what conditions them and what 8 bits are too few for exact",
         quantizer="nncf-ptq",
         options={
             "roles": ["transformer"],
             "model_type": "transformer",
             "preset": "mixed",
             "bias_correction": "off",
-            "ignored_scope": _CONDITIONS,
+            "ignored_scope": _ACTIVATIONS,
         },
         tunings=({},),
     ),

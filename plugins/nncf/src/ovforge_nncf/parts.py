@@ -3,7 +3,8 @@
 A denoiser takes a step (an input of one axis or none, or of two, whose sines are embedded) and a sample (inputs of
 three axes and more). What depends on inputs of at most two axes, the step among them, conditions the denoiser. Its
 layers are embeddings while another such layer comes after them, and modulation at the end (scales, shifts and gates of
-adaptive layer norm, Peebles and Xie 2022). Places and steps are what sines and cosines are taken of.
+adaptive layer norm, Peebles and Xie 2022). Places and steps are what sines and cosines are taken of. Products of
+activations that are divided by a sum of their own are attention without softmax (Katharopoulos et al. 2020).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "Part", "parts_of", "positions_of"]
 
-Part = Literal["positions", "embeddings", "modulation", "first", "last"]
+Part = Literal["positions", "embeddings", "modulation", "first", "last", "linear_attention", "depthwise"]
 
 PARTS: dict[Part, str] = {
     "positions": "places and steps, from the inputs through sines and cosines to the rotated queries and keys",
@@ -28,8 +29,10 @@ PARTS: dict[Part, str] = {
     "modulation": "layers that make scales, shifts and gates of those, and what applies them",
     "first": "the layer that an input of tokens goes through first",
     "last": "the layer that gives the output",
+    "linear_attention": "products of activations that are divided by their own sums",
+    "depthwise": "convolutions of each channel by itself",
 }
-"""Part -> what it is. `positions` is found in any model, the others in denoisers."""
+"""Part -> what it is. The first and the last two are found in any model, the others in denoisers."""
 
 _ROTATING = ("Multiply", "Add", "Subtract")
 _JOINING = ("Multiply", "Add", "Subtract", "Divide")
@@ -58,6 +61,8 @@ def parts_of(model: ov.Model) -> dict[Part, frozenset[str]]:
         "modulation": (conditions - embeddings) | (joints if layers else set()),
         "first": _first(graph, conditions | positions) if conditions else (),
         "last": others - graph.above(others) if conditions else (),
+        "linear_attention": _linear_attention(graph),
+        "depthwise": {op for op in graph.layers if graph.is_depthwise(op)},
     }
     return {part: graph.named(ops) for part, ops in found.items()}
 
@@ -127,6 +132,14 @@ class _Graph:
                 if summed.is_static and summed.get_length() == 1:
                     return True
         return False
+
+    def is_depthwise(self, op: int) -> bool:
+        """Say whether it is a convolution whose groups have one channel each."""
+        if self.kinds[op] not in ("GroupConvolution", "GroupConvolutionBackpropData"):
+            return False
+        weights = self._ops[op].input_value(1).get_partial_shape()  # groups, and the channels of one, in and out
+        side = weights[2 if self.kinds[op] == "GroupConvolution" else 1]
+        return bool(side.is_static and side.get_length() == 1)
 
     def reached(self, start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[int]:
         """Return all that repeated steps lead to, without the start itself."""
@@ -200,6 +213,28 @@ def _rotations(graph: _Graph, op: int) -> set[int]:
     )
     sums = {user for product in products for user in graph.users[product] if graph.kinds[user] in _ROTATING}
     return (spread - {op}) | products | turned | {each for each in sums if graph.kinds[each] != "Multiply"}
+
+
+def _linear_attention(graph: _Graph) -> set[int]:
+    """Return products of activations that are divided by a part or a sum of themselves, and those that they are of.
+
+    Their sums are many times as large as what is divided, so that a range that holds both leaves it few of 256 steps.
+    """
+
+    def products(start: int, through: Collection[str]) -> set[int]:
+        found = {start, *graph.reached([start], lambda op: graph.values(op) if graph.kinds[op] in through else ())}
+        return {op for op in found if graph.kinds[op] == "MatMul" and op not in graph.layers | graph.constant}
+
+    found: set[int] = set()
+    for op in graph.computed:
+        if graph.kinds[op] == "Divide":
+            divided, by = graph.sources[op]
+            found |= products(divided, _MOVING) & products(by, _SUMMING)
+    return found.union(*(products(source, _MOVING) for op in found for source in graph.sources[op]))
+
+
+_SUMMING = {*_MOVING, "Add", "Maximum", "ReduceSum"}
+"""What leads from products to what they are divided by: a number that is more than zero is added."""
 
 
 def _conditions(graph: _Graph) -> set[int]:

@@ -207,7 +207,7 @@ class VideoToVideoInputs(TextToVideoInputs):
         None, ge=1, le=512, description="Tokens of the prompt that T5 reads. By default 256."
     )
     upscale: Upscale | None = Field(
-        None, description="Make half of width and height first, enlarge it by latent_upsampler, and refine it."
+        None, description="Make it small, or of fewer frames, enlarge it by latent_upsampler, and refine it."
     )
 
     @field_validator("conditions", mode="before")
@@ -219,11 +219,18 @@ class VideoToVideoInputs(TextToVideoInputs):
         each = value if isinstance(value, list | tuple) else [value]
         return [item if isinstance(item, dict | VideoCondition) else {"image": item} for item in each]
 
-    def small(self, size: tuple[int, int], seeds: Sequence[int]) -> Self:
-        """Return the first call of those that `upscale` stands for: latents of half a `size` (width, height)."""
-        width, height = (side // 2 for side in size)
-        change = {"upscale": None, "width": width, "height": height, "seed": list(seeds), "decode": False}
-        return self.model_copy(update={**change, "decode_timestep": None, "decode_noise_scale": None})
+    def small(self, size: tuple[int, int], every: int, seeds: Sequence[int]) -> Self:
+        """Return the first call of those that `upscale` stands for.
+
+        It makes latents of a `size` (width, height), and of each frame, or with `every` = 2 of each second one.
+        """
+        conditions = self.conditions and [
+            each.model_copy(update={"frame_index": each.frame_index // every}) for each in self.conditions
+        ]
+        change: dict[str, Any] = {"upscale": None, "width": size[0], "height": size[1], "seed": list(seeds)}
+        change |= {"num_frames": (self.num_frames - 1) // every + 1, "frame_rate": self.frame_rate / every}
+        change |= {"conditions": conditions, "decode": False, "decode_timestep": None, "decode_noise_scale": None}
+        return self.model_copy(update=change)
 
     def refining(self, size: tuple[int, int], seeds: Sequence[int], latents: NDArray[np.float32]) -> Self:
         """Return the last one: a run over the rest of the steps, from `latents` of the whole size."""
@@ -258,7 +265,7 @@ class UpsampleVideoInputs(BaseModel):
         gt=0,
         le=240,
         allow_inf_nan=False,
-        description="Frames a second of the file made. By default the video's, or 25.",
+        description="Frames a second of the file made. By default the video's (twice that of more frames), or 25.",
     )
     adain_factor: AdainFactor = 0.0
     tone_map_compression_ratio: ToneMapCompressionRatio = 0.0

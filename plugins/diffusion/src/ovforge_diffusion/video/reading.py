@@ -103,8 +103,9 @@ def read_footage(
     unit: int,
     notes: list[str],
     room: int = _MOST + 1,
+    every: int = 1,
 ) -> Footage:
-    """Return the first frames of a video.
+    """Return the first frames of a video, or with `every` = 2 each second one of them.
 
     They are one more than a multiple of `unit`, and at most `room`; what is left out is said in `notes`. They get a
     `size` (width, height), or that of the first of them, rounded down to multiples of 32.
@@ -112,7 +113,7 @@ def read_footage(
     frames: list[NDArray[np.float32]] = []
     seconds = 0.0
     left = _read_frames(value, where)
-    for frame, seen in islice(left, room):
+    for frame, seen in islice(left, 0, (room - 1) * every + 1, every):
         seconds += seen
         size = size or (max(frame.width // _SIDE, 1) * _SIDE, max(frame.height // _SIDE, 1) * _SIDE)
         if (len(frames) + 1) * size[0] * size[1] > _WHOLE:
@@ -126,7 +127,10 @@ def read_footage(
         raise InputError("has no frame", where=where, hint="Play it, and save it again.")
     used = (len(frames) - 1) // unit * unit + 1
     if used < len(frames) or next(left, None) is not None:
-        notes.append(f"{where}: its first {used} frames are taken, and the others left out")
+        which = f"its first {used} frames are taken"
+        if every > 1:
+            which = f"of its first {(used - 1) * every + 1} frames the first run takes every second"
+        notes.append(f"{where}: {which}, and the others left out")
     rate = len(frames) / seconds if seconds else 0.0
     return Footage(np.stack(frames[:used], axis=1), rate if 0 < rate <= _FASTEST else None)
 

@@ -59,8 +59,7 @@ class TextToVideo(Diffusion):
 
     def _requested(self, inputs: Any) -> tuple[Request, dict[str, float]]:
         request, adapters = super()._requested(inputs.shared())
-        architecture, frames = self.architecture, inputs.num_frames
-        unit = architecture.frame_factor
+        frames, unit = inputs.num_frames, self.architecture.frame_factor * self._every(inputs)
         if (frames - 1) % unit:
             lower = (frames - 1) // unit * unit + 1
             raise InputError(
@@ -68,9 +67,13 @@ class TextToVideo(Diffusion):
                 where="num_frames",
                 hint=f"The nearest numbers are {lower} and {lower + unit}.",
             )
-        check_ending(inputs, architecture.autoencoder, decodes=request.decode)
+        check_ending(inputs, self.architecture.autoencoder, decodes=request.decode)
         video = Video(frames, inputs.frame_rate, inputs.decode_timestep, inputs.decode_noise_scale)
         return replace(request, video=video), adapters
+
+    def _every(self, inputs: Any) -> int:
+        """Return 2 if a first run makes each second frame alone, else 1."""
+        return 1
 
     def _as_inputs(self, inputs: Any, request: Request) -> dict[str, Any]:
         given = {name: getattr(inputs, name) for name in ("decode_timestep", "decode_noise_scale")}
@@ -205,7 +208,7 @@ class VideoToVideo(TextToVideo):
         if "image_cond_noise_scale" in inputs.model_fields_set and not inputs.conditions:
             raise InputError("there are no conditions", where="image_cond_noise_scale", hint="Leave it out.")
         for number, condition in enumerate(inputs.conditions or ()):
-            self._check_frame(condition, f"conditions.{number}.frame_index", inputs.num_frames)
+            self._check_frame(condition, f"conditions.{number}.frame_index", inputs.num_frames, self._every(inputs))
         strength = self.architecture.defaults.strength if inputs.strength is None else inputs.strength
         return replace(request, strength=strength if changes else 1.0), adapters
 
@@ -217,58 +220,62 @@ class VideoToVideo(TextToVideo):
 
     def _upscaled(self, inputs: Any, request: Request, progress: Callable[[Progress], None]) -> VideosResult:
         """Return a video that is made small, enlarged and refined: what three calls give, of which the last is it."""
-        upsampler, timings = self._upsampler_for(request), Timings()
-        size, seeds, scale = (request.width, request.height), request.seeds, self.architecture.decoding
-        self._check_refining(inputs.refining(size, seeds, np.zeros(self.latents_shape(request), np.float32)))
-        small = inputs.small(size, seeds)
-        low = self._made(small, self._requested(small)[0], progress)
+        upsampler, timings, scale = self._upsampler_for(request), Timings(), self.architecture.decoding
+        size, seeds, upscale = (request.width, request.height), request.seeds, inputs.upscale
+        every, side = self._every(inputs), 2 if upsampler.doubles_sides else 1
+        small = inputs.small((size[0] // side, size[1] // side), every, seeds)
+        begun = self._requested(small)[0]
+        assert begun.video is not None
+        begun = replace(begun, video=replace(begun.video, every=every))
+        refining = inputs.refining(size, seeds, np.zeros(self.latents_shape(request), np.float32))
+        first, second = self._read([begun, self._refined(refining)], timings, progress)
+        low = self._carried_out(small, first, timings, progress)
         assert low.latents is not None
-        upscale = inputs.upscale
         large = upsampler(low.latents, upscale.adain_factor, upscale.tone_map_compression_ratio, timings, progress)
-        refining = inputs.refining(size, seeds, normalized(large, scale))
-        result = self._made(refining, self._requested(refining)[0], progress)
+        refining = refining.model_copy(update={"latents": normalized(large, scale)})
+        result: VideosResult = self._carried_out(refining, second, timings, progress)
         request = replace(request, steps=low.provenance["inputs"]["steps"])
         result.provenance["inputs"] = self._as_inputs(inputs, request)
-        result.timings = low.timings.merged(timings).merged(result.timings)
         result.warnings = list(dict.fromkeys([*low.warnings, *result.warnings]))
         return result
 
     def _upsampler_for(self, request: Request) -> Upsampler:
-        """Return what enlarges to the size of a request; refuse sizes and models that it cannot be done with."""
+        """Return what enlarges to the size of a request; refuse sizes that it cannot make, and models without one."""
         if self._upsampler is None:
             raise InputError(
                 f"the model has no {UPSAMPLER}",
                 where="upscale",
                 hint=f'Bring the one that is published with it by [load.parts]: {UPSAMPLER} = "FOLDER".',
             )
-        if not self._upsampler.keeps_frames:
-            raise InputError(
-                f"the model's {UPSAMPLER} makes more frames",
-                where="upscale",
-                hint="Bring one that makes sides twice as long, or use it by the task upsample-video.",
-            )
-        for name in ("width", "height"):
+        for name in ("width", "height") if self._upsampler.doubles_sides else ():
             check_side(name, getattr(request, name), 2 * self.architecture.multiple)
         return self._upsampler
 
-    def _check_refining(self, inputs: Any) -> None:
-        """Refuse a second run that cannot be, before the first one takes its time."""
+    def _every(self, inputs: Any) -> int:
+        more = self._upsampler is not None and self._upsampler.doubles_frames
+        return 2 if more and inputs.upscale is not None else 1
+
+    def _refined(self, inputs: Any) -> Request:
+        """Return the second run; refuse one that cannot be, before the first one takes its time."""
         try:
             request = self._requested(inputs)[0]
-            sampling, request = self.scheduling.start(request, self._strength(request), self._size(request))
-            _first(request, sampling)
+            sampling, begun = self.scheduling.start(request, self._strength(request), self._size(request))
+            _first(begun, sampling)
         except InputError as error:
             error.where = f"upscale.{error.where}" if error.where in Upscale.model_fields else error.where
             raise
+        return request
 
-    def _check_frame(self, condition: VideoCondition, where: str, frames: int) -> None:
-        """Refuse a frame that is not there, and one that a video cannot begin at."""
-        frame, unit = condition.frame_index, self.architecture.frame_factor
+    def _check_frame(self, condition: VideoCondition, where: str, frames: int, every: int) -> None:
+        """Refuse a frame that is not there, one that a video cannot begin at, and one that the first run leaves out."""
+        frame, shows_video = condition.frame_index, condition.video is not None
+        unit = every * (self.architecture.frame_factor if shows_video else 1)
         if frame >= frames:
             raise InputError(f"there is no frame {frame}", where=where, hint=f"Give 0 to {frames - 1}.")
-        if condition.video is not None and frame % unit:
+        if frame % unit:
+            why = "a video begins" if shows_video else "the first run has a frame"
             raise InputError(
-                f"{frame} is not a multiple of {unit}, at which a video begins",
+                f"{frame} is not a multiple of {unit}, at which {why}",
                 where=where,
                 hint=f"The nearest are {frame // unit * unit} and {frame // unit * unit + unit}.",
             )
@@ -310,13 +317,14 @@ class VideoToVideo(TextToVideo):
         assert request.video is not None
         if inputs.latents is not None:
             return read_latents(inputs.latents, self.latents_shape(request))
-        frames = request.video.frames
+        frames, every = request.video.frames, request.video.every
         pixels = self._frames(inputs.video, "video", frames, request, notes)
-        if pixels.shape[1] < frames:
+        if (read := pixels.shape[1]) < frames:
+            usable, wanted = ((count - 1) * every + 1 for count in (read, frames))
             raise InputError(
-                f"{pixels.shape[1]} of its frames can be taken, and {frames} are to be made of it",
+                f"{usable} of its frames can be taken, and {wanted} are to be made of it",
                 where="video",
-                hint=f"Set num_frames = {pixels.shape[1]}, or give a longer one.",
+                hint=f"Set num_frames = {usable}, or give a longer one.",
             )
         mean, _ = np.split(self._encoded_alike(pixels, request), 2, axis=1)
         return normalized(mean, replace(self.architecture.encoding, factor=1.0))
@@ -333,8 +341,9 @@ class VideoToVideo(TextToVideo):
 
     def _frames(self, clip: Any, where: str, room: int, request: Request, notes: list[str]) -> Array:
         """Return what of a video there is room for, likewise, and note what is left out."""
+        assert request.video is not None
         unit, size = self.architecture.frame_factor, (request.width, request.height)
-        return read_footage(clip, where, size, unit, notes, room).pixels
+        return read_footage(clip, where, size, unit, notes, room, request.video.every).pixels
 
     def _encoded_alike(self, pixels: Array, request: Request) -> Array:
         """Return what the encoder gives for pixels, for each video: (videos, channels * 2, frames, height, width)."""

@@ -1,4 +1,4 @@
-"""LTX-Video's latent upsampler: latents of a larger video, as diffusers' LTXLatentUpsamplePipeline makes them."""
+"""LTX-Video's latent upsampler (LTXLatentUpsamplePipeline of diffusers): larger latents, or latents of more frames."""
 
 from __future__ import annotations
 
@@ -46,9 +46,14 @@ class Upsampler:
             self._bundle.start(UPSAMPLER)
 
     @property
-    def keeps_frames(self) -> bool:
-        """Whether it doubles the sides alone; others make more frames, too, or only these."""
-        return bool(self._config.get("spatial_upsample", True) and not self._config.get("temporal_upsample", False))
+    def doubles_sides(self) -> bool:
+        """Whether what it makes has twice the sides."""
+        return bool(self._config.get("spatial_upsample", True))
+
+    @property
+    def doubles_frames(self) -> bool:
+        """Whether it puts a latent between any two, so that n frames become 2n - 1."""
+        return bool(self._config.get("temporal_upsample", False))
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""upsample-video: latents of twice the sides, by LTX-Video's latent upsampler (LTXLatentUpsamplePipeline)."""
+"""upsample-video: larger latents, or latents of more frames, by LTX-Video's upsampler (LTXLatentUpsamplePipeline)."""
 
 from __future__ import annotations
 
@@ -58,13 +58,18 @@ class UpsampleVideo:
     def __call__(
         self, inputs: UpsampleVideoInputs, progress: Callable[[Progress], None] = ignore_progress
     ) -> VideosResult:
-        """Return videos of twice the sides, and their latents.
+        """Return videos of twice the sides, or of 2n - 1 frames for n, and their latents.
 
         Raises InputError for what cannot be read or has no effect, ModelError for numbers that are not finite. What the
         progress callback raises ends the run.
         """
         with self._lock:
-            return self._made(inputs, progress)
+            try:
+                return self._made(inputs, progress)
+            except BaseException:
+                for role in self._bundle:
+                    self._release(role)
+                raise
 
     def examples(self, count: int) -> Sequence[UpsampleVideoInputs]:
         """Return small videos of drawn pictures that move to the left."""
@@ -86,6 +91,8 @@ class UpsampleVideo:
         seeds = seeds_of(inputs.seed, 1 if given is None else len(given))
         rng = BatchGenerator(seeds)
         latents, rate = (given, None) if given is not None else self._encoded(inputs, rng, timings, notes)
+        if rate and self._upsampler.doubles_frames:
+            rate *= 2  # it takes as long as before
         seen = self._upsampler(latents, inputs.adain_factor, inputs.tone_map_compression_ratio, timings, progress)
         result = VideosResult(
             frame_rate=inputs.frame_rate or rate or 25.0, seeds=seeds, latents=normalized(seen, self._scale),
