@@ -62,19 +62,24 @@ def plugins() -> Plugins:
     return made
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[threading.Event]:
-    """One event for each compiled model that is read, set when it was."""
-    found: list[threading.Event] = []
-    read = ov.Core.import_model
+class Reads:
+    """How many compiled models were read, and one release of the semaphore for each."""
 
-    def count(*arguments: Any, **options: Any) -> Any:
-        found.append(threading.Event())
+    def __init__(self) -> None:
+        self.count, self.done = 0, threading.Semaphore(0)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    found, read = Reads(), ov.Core.import_model
+
+    def counted(*arguments: Any, **options: Any) -> Any:
         model = read(*arguments, **options)
-        found[-1].set()
+        found.count += 1
+        found.done.release()
         return model
 
-    monkeypatch.setattr(ov.Core, "import_model", count)
+    monkeypatch.setattr(ov.Core, "import_model", counted)
     return found
 
 
@@ -96,24 +101,23 @@ def write(folder: Path, factor: float) -> None:
 
 
 def test_the_second_start_reads_before_the_task_asks(
-    start: Callable[..., ovforge.Pipeline], reads: list[threading.Event], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., ovforge.Pipeline], reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert start(input={"words": "a"})(3.0).value == 24.0  # type: ignore[attr-defined]
-    assert not reads, "the first start compiles"
+    assert reads.count == 0, "the first start compiles"
 
     def wait(context: Any) -> None:
-        assert len(reads) == 1
-        assert reads[0].wait(60), "nothing asked for the model yet, and it is read"
+        assert reads.done.acquire(timeout=60), "nothing asked for the model yet, and it is read"
 
     monkeypatch.setattr(Multiply, "began", staticmethod(wait))
     pipe = start(input={"words": "b"}, output="elsewhere.json")
     assert pipe(3.0).value == 24.0  # type: ignore[attr-defined]
-    assert len(reads) == 1, "what is read ahead is not read again"
+    assert reads.count == 1, "what is read ahead is not read again"
     assert [role.cached for _, role in pipe.compiled.all()] == [True]
 
 
 def test_what_changed_meanwhile_is_not_used(
-    tmp_path: Path, start: Callable[..., ovforge.Pipeline], reads: list[threading.Event]
+    tmp_path: Path, start: Callable[..., ovforge.Pipeline], reads: Reads
 ) -> None:
     start()(1.0)
     write(tmp_path / "model", 5.0)
@@ -121,9 +125,9 @@ def test_what_changed_meanwhile_is_not_used(
     assert start(device=ovforge.Use("cpu", threads=1))(1.0).value == 20.0  # type: ignore[attr-defined]
     before = json.loads((tmp_path / "cache" / "starts.json").read_text())
     assert len(before) == 1, "a config with numbers among the device's properties is not remembered"
-    reads.clear()
+    reads.count = 0
     assert start()(1.0).value == 20.0  # type: ignore[attr-defined]
-    assert len(reads) == 1, "the start after a change remembers what it used"
+    assert reads.count == 1, "the start after a change remembers what it used"
 
 
 def test_a_damaged_model_is_made_again(tmp_path: Path, start: Callable[..., ovforge.Pipeline]) -> None:
