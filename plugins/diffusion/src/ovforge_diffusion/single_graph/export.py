@@ -226,7 +226,8 @@ class _Graph:
         if request.guidance is None:
             return None
         acts, given = np.zeros(calls, np.float32), request.given
-        acts[int(given.guidance_start * calls) : int(given.guidance_stop * calls)] = 1
+        end = self._architecture.guidance_end(given.guidance_stop, calls)
+        acts[int(given.guidance_start * calls) : end] = 1
         return Guided(
             constant(np.array([request.guidance], np.float32)) if scale is None else scale,
             acts,
