@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -171,3 +172,22 @@ def test_no_program_of_the_current_folder_is_run(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="no program"):
         run_program([program.name])
     assert run_program(["true"]).returncode == 0 or shutil.which("true") is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows hands no pipes on")
+@pytest.mark.parametrize("module", ["ovforge_benchmark.worker", "ovforge_batch.worker"])
+def test_a_worker_ends_with_its_parent(module: str) -> None:
+    """It waits for more to read, and whoever started it is killed: nothing else tells it."""
+    runs = f"import runpy; print('up', flush=True); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    code = f"from ovforge.store import run_python; run_python(['-c', {runs!r}, 'answer.json'])"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdin is not None and parent.stdout is not None
+    assert parent.stdout.readline() == b"up\n"
+    parent.kill()
+    parent.wait()
+    end = threading.Thread(target=parent.stdout.read, daemon=True)  # which the worker holds, too
+    end.start()
+    end.join(60)
+    ended = not end.is_alive()
+    parent.stdin.close()
+    assert ended

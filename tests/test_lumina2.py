@@ -57,6 +57,18 @@ def test_another_system_prompt(folder: Path, session_cache: Cache, system: str) 
     assert (pipe(PROMPT, steps=3, seed=5, **call).latents != made.latents).any()
 
 
+@pytest.mark.parametrize(("steps", "ratio"), [(4, 0.6), (50, 0.58)])
+def test_guidance_ends_where_it_does_in_diffusers(folder: Path, session_cache: Cache, steps: int, ratio: float) -> None:
+    """Also where the part times the steps is a little less than a whole number, in binary: 0.58 of 50."""
+    call: dict[str, Any] = {"width": 16, "height": 16, "guidance_scale": 3.0}
+    wanted = theirs(folder, prompt=PROMPT, steps=steps, seeds=[5], cfg_trunc_ratio=ratio, **call)
+    pipe = ours(folder, session_cache)
+    made = pipe(PROMPT, steps=steps, seed=5, guidance_stop=ratio, **call)
+    agree(made, wanted)
+    guided = sum((number + 1) / steps <= ratio for number in range(steps))
+    assert len(made.timings.spans["denoise.transformer"]) == steps + guided
+
+
 def test_without_guidance(folder: Path, session_cache: Cache) -> None:
     call: dict[str, Any] = {"width": 16, "height": 32, "guidance_scale": 1.0}
     wanted = theirs(folder, prompt=PROMPT, steps=3, seeds=[5], **call)

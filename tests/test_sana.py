@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ovforge
 from families import agree, maker, original, said_of_call, seeded
 from families import pipeline as ours
 from ovforge import Use
@@ -205,3 +206,18 @@ def test_what_cannot_be_is_said(folder: Path, session_cache: Cache) -> None:
     for task in ("image-to-image", "inpainting"):
         with pytest.raises(ModelError, match="from text alone"):
             ours(folder, session_cache, task)
+
+
+def test_an_encoder_of_lumina_is_refused(folder: Path, session_cache: Cache, tmp_path: Path) -> None:
+    """Its Gemma 2 lacks the last layer; one that is converted by itself gives what either takes."""
+    lumina = maker("test_lumina2").make_lumina2_pipeline(tmp_path / "lumina")
+    whole = ovforge.open_model(lumina, options={"weights": "f32"}, cache=session_cache)
+    whole.save(tmp_path / "converted")
+    load = {"weights": "f32", "parts": {"text_encoder": str(tmp_path / "converted")}}
+    pipe = ovforge.Pipeline(
+        "text-to-image", source=folder, load=load, device=Use("cpu", precision="f32"), cache=session_cache
+    )
+    with pytest.raises(
+        ModelError, match=r"no output 'last_hidden_state'\n.*hidden_states\.\d, which another pipeline takes"
+    ):
+        pipe(PROMPT, steps=1, seed=1, width=16, height=16)

@@ -269,6 +269,23 @@ def test_pictures_of_flux_are_those_of_diffusers(transformer: Folder, session_ca
     agree(SimpleNamespace(images=[Image.fromarray(each) for each in pictures]), wanted)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("family", ["zimage", "lumina2"])
+def test_an_encoder_converted_by_itself_gives_the_states_before_its_last_layer(
+    transformer: Folder, session_cache: Cache, family: str
+) -> None:
+    """It has those of all layers, and the pipeline and the graph take the same."""
+    folder = transformer(family)
+    load = {"source": str(folder), "weights": "f32", "parts": {"text_encoder": str(folder / "text_encoder")}}
+    config = {
+        "task": "text-to-image", "load": load, "device": {"precision": "f32"},
+        "input": {"prompt": PROMPT, "steps": 3, "width": 24, "height": 16, "guidance_scale": 3.0},
+    }  # fmt: skip
+    pipe = ovforge.load(config, cache=session_cache)
+    assert "hidden_states.0" in {name for port in pipe.bundle.models["text_encoder"].outputs for name in port.names}
+    wanted = pipe(PROMPT, negative_prompt="photo", seed=4)
+    equal(run(single_graph(pipe), [4], [PROMPT], ["photo"]), wanted)
+
+
 def test_every_family_is_written() -> None:
     assert {*TRANSFORMERS} <= {family for family, *_ in FLOWS}
 

@@ -427,6 +427,29 @@ def test_step_cache_cuts_behind_what_is_added(
 
 
 @pytest.mark.parametrize(
+    ("family", "more"),
+    [("flux", {"true_cfg_scale": 2.0, "negative_prompt": "blue"}), ("sd3", {"guidance_stop": 0.6}), ("qwenimage", {})],
+)
+def test_steps_are_kept_with_a_condition(
+    source: Sources, session_cache: Cache, family: str, more: dict[str, Any]
+) -> None:
+    """With the whole in each step, all is as without; with fewer, each picture of a batch is what it is alone."""
+    call = {"steps": 5, "control": {"image": picture(2)}, **SIZE, **more}
+    made = pipeline(source, session_cache, family, [family])(PROMPTS, seed=[1, 2], **call)
+    whole = pipeline(source, session_cache, family, [family], transforms=[Use("step-cache", interval=1)])
+    np.testing.assert_allclose(whole(PROMPTS, seed=[1, 2], **call).latents, made.latents, atol=1e-5)
+    rules: list[dict[str, Any]] = [{"interval": 3, "order": 1}, {"threshold": 0.3}]
+    for options in rules:
+        pipe = pipeline(source, session_cache, family, [family], transforms=[Use("step-cache", **options)])
+        both = pipe(PROMPTS, seed=[1, 2], **call)
+        for number, prompt in enumerate(PROMPTS):
+            alone = pipe(prompt, seed=number + 1, **call)
+            np.testing.assert_allclose(both.latents[[number]], alone.latents, atol=1e-4)
+        assert len(both.timings.spans["denoise.transformer_shallow"]) >= 3
+        assert np.abs(both.latents - made.latents).mean() < 0.5 * np.abs(made.latents).mean()
+
+
+@pytest.mark.parametrize(
     ("family", "net", "control", "error", "message"),
     [
         ("sd3", "flux", {}, ModelError, "it is a FluxControlNetModel, made for a FluxTransformer2DModel"),

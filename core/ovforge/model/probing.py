@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ovforge.errors import ModelError
 from ovforge.model.sources import FileSource, source_digest
 from ovforge.store.files import atomic_write
-from ovforge.store.processes import run_python
+from ovforge.store.processes import end_with_parent, run_python
 
 if TYPE_CHECKING:
     from ovforge.model.sources import Source
@@ -95,6 +95,7 @@ def main() -> None:
     """Read the model that the command line names. What OpenVINO refuses, it has survived."""
     from ovforge.model.runtime import core
 
+    end_with_parent()
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 

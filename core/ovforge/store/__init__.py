@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ovforge.store.documents import parse_json, parse_object, parse_toml
     from ovforge.store.files import atomic_file, atomic_folder, atomic_write, sync_folder
     from ovforge.store.folders import check_apart, check_replaceable
-    from ovforge.store.processes import run_program, run_python
+    from ovforge.store.processes import end_with_parent, run_program, run_python
     from ovforge.store.tables import csv_table
     from ovforge.store.temporary import scratch_folder
 
@@ -30,6 +30,7 @@ __all__ = [
     "check_replaceable",
     "csv_table",
     "digest_file",
+    "end_with_parent",
     "fingerprint",
     "parse_json",
     "parse_object",
@@ -48,7 +49,7 @@ __getattr__, __dir__ = lazy(
         "documents": ["parse_json", "parse_object", "parse_toml"],
         "files": ["atomic_file", "atomic_folder", "atomic_write", "sync_folder"],
         "folders": ["check_apart", "check_replaceable"],
-        "processes": ["run_program", "run_python"],
+        "processes": ["end_with_parent", "run_program", "run_python"],
         "tables": ["csv_table"],
         "temporary": ["scratch_folder"],
     },

@@ -211,6 +211,30 @@ def test_a_gate_of_the_config_stays_and_one_that_is_added_is_for_approximations(
         )
 
 
+def test_a_task_is_asked_for_examples_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They may be long to make; calls with the user's own prompts need none."""
+    from ovforge_diffusion.tasks import TextToImage
+
+    asked, examples = [], TextToImage.examples
+
+    def counted(self: TextToImage, count: int) -> object:
+        asked.append(count)
+        return examples(self, count)
+
+    monkeypatch.setattr(TextToImage, "examples", counted)
+    job = {"config": {"task": "text-to-image", "load": MODEL, "input": {"steps": 1, "width": 64, "height": 64}},
+           "base": str(tmp_path), "cache": False, "metric": None, "threads": False, "results": None, "reference": None}  # fmt: skip
+    for prompts, calls, describe, wanted in (
+        ([], 0, 2, [4]),
+        (["a cat"], 0, 1, [2]),
+        (["a cat"], 1, 0, []),
+        ([], 1, 0, [2]),
+    ):
+        asked.clear()
+        worker.measure_trial({**job, "prompts": prompts, "calls": calls, "describe": describe})
+        assert asked == wanted
+
+
 def test_pictures_of_the_config_stay_and_files_count_by_their_content(tmp_path: Path) -> None:
     config = {
         "task": "image-to-image", "load": MODEL,

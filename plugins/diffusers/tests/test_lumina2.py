@@ -109,5 +109,9 @@ def test_gemma_gives_the_states_before_its_last_layer(folder: Path, bundle: Any)
     with torch.no_grad():
         told = module(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True)
     wanted = told.hidden_states[-2].numpy()
-    made = run(bundle.models["text_encoder"], {"input_ids": ids, "attention_mask": mask}, "last_hidden_state")
+    made = run(
+        bundle.models["text_encoder"],
+        {"input_ids": ids, "attention_mask": mask},
+        f"hidden_states.{len(told.hidden_states) - 2}",
+    )
     np.testing.assert_allclose(made[mask > 0], wanted[mask > 0], atol=1e-4)

@@ -21,11 +21,12 @@ from ovforge.model.runtime import core
 from ovforge.store.cache import Cache
 from ovforge_sd_lora.adapter import open_adapter
 from ovforge_sd_lora.options import LoraOptions
+from ovforge_sd_lora.runtime import attach
 from ovforge_sd_lora.switch import running_adapter
 from ovforge_sd_lora.targets import find_targets
 from ovforge_sd_lora.transform import LoraTransform
 
-from .conftest import Family
+from .conftest import Family, compress
 
 Families = Callable[[str], Family]
 Lora = Callable[..., Path]
@@ -129,6 +130,38 @@ def test_branches_on_an_input_of_the_model_stay_finite(family: Families, tmp_pat
         assert np.isfinite(pictures(pipe, steps=3).latents).all()
         pipe.adapters.unload("other")
         assert np.array_equal(pictures(pipe, steps=3).latents, plain)
+
+
+@pytest.mark.parametrize("before", ["as it is", "in another shape", "in another precision"])
+def test_compressed_layers_on_an_input_take_another_tensor(before: str) -> None:
+    """Pooled texts, in FLUX.1 and Stable Diffusion 3: where the CPU plugin fuses such a branch, the second run is wrong."""
+    from openvino import opset13 as ops
+
+    rng = np.random.default_rng(0)
+    pooled = ops.parameter([-1, 32], np.float32, "pooled")
+    pooled.output(0).get_tensor().set_names({"pooled"})
+    x = pooled
+    if before == "in another shape":
+        x = ops.reshape(pooled, ops.constant(np.array([-1, 32])), False)
+    if before == "in another precision":
+        x = ops.convert(ops.convert(pooled, "f16"), "f32")
+    layer = ops.matmul(x, ops.constant(rng.standard_normal((32, 32), np.float32)), False, True)
+    layer.set_friendly_name("__module.time_text_embed.text_embedder.linear_1/aten::linear/MatMul")
+    made = ops.gelu(ops.add(layer, ops.constant(rng.standard_normal(32, np.float32))), "erf")
+    model = compress(ov.Model([made], [pooled], "model"), "INT8_ASYM")
+    [target] = find_targets("transformer", model).values()
+    attach(model, target, "weight")
+    request = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    factors = {".A": np.full((1, 32), 0.1, "f"), ".s": np.ones((1, 1), "f"), ".B": np.ones((32, 1), "f")}
+    for state in request.query_state():
+        state.state = ov.Tensor(factors[state.name[-2:]])
+    values = rng.standard_normal((2, 32), np.float32)
+    inputs, found = [values.copy() for _ in range(4)], []  # each where the others are not
+    for each in inputs:
+        request.set_tensor("pooled", ov.Tensor(each))
+        request.infer()
+        found.append(request.get_output_tensor(0).data.copy())
+    assert all(np.array_equal(each, found[0]) for each in found)
 
 
 def test_a_model_with_branches_is_compiled_at_each_start(family: Families, lora: Lora, cache: Cache) -> None:

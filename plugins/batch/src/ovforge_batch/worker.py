@@ -1,7 +1,7 @@
 """A process of a batch on this machine: reads items as JSON lines, and writes what came of each.
 
-The first line that it reads says which pipeline; it ends when there is nothing more to read, so also when its parent
-has died.
+The first line that it reads says which pipeline; it ends when there is nothing more to read, and when its parent has
+died.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import sys
 from typing import Any, TextIO
 
 from ovforge.errors import OvforgeError
+from ovforge.store import end_with_parent
 from ovforge_batch.runner import Runner
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Work until standard input ends."""
+    """Work until standard input ends, or the parent."""
+    end_with_parent()
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -13,7 +13,7 @@ from typing import Any
 import ovforge
 from ovforge.errors import OvforgeError
 from ovforge.model import Result
-from ovforge.store import scratch_folder
+from ovforge.store import end_with_parent, scratch_folder
 from ovforge_benchmark.machine import peak_memory
 from ovforge_benchmark.noise import Watch
 from ovforge_benchmark.process import answer, hand_over
@@ -96,7 +96,8 @@ def _sizes(pipe: ovforge.Pipeline) -> dict[str, int]:
 
 
 def main() -> None:
-    """Do the job on standard input."""
+    """Do the job on standard input; nobody waits for it any more when the parent is gone."""
+    end_with_parent()
     target = Path(sys.argv[1])
     job = json.load(sys.stdin)
     try:

@@ -7,7 +7,7 @@ text_encoder   input_ids i64 [batch, tokens] -> last_hidden_state, pooler_output
                Qwen3: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Z-Image of the last layer
                but one; for FLUX.2 of the last, with hidden_states.0, ...)
                Gemma 2, Qwen2.5-VL: input_ids, attention_mask i64 [batch, tokens] -> last_hidden_state (for Lumina-Image
-               2.0 before the last layer)
+               2.0 hidden_states.N alone, before the last layer)
                Qwen2.5-VL of Qwen-Image-Edit besides: position_ids i64 [3, batch, tokens], visual_states f32 [batch,
                tokens, width]
 vision_encoder pixel_values f32 [windows, patches, values], attention_mask i64 [windows, patches], position_ids i64

@@ -142,7 +142,8 @@ def _gemma2(module: Any, hidden_states: bool, *, layers: bool = False) -> Submod
     """Describe Gemma 2 (Gemma Team 2024): a token sees those before it that attention_mask has 1 for.
 
     Every other layer sees a window of the last ones only. With `hidden_states`, the states are those before the last
-    layer, which Lumina-Image 2.0 takes: hidden_states[-2]. With `layers`, those of all layers come besides.
+    layer, which Lumina-Image 2.0 takes: hidden_states[-2], under their own name, so that Sana does not take them for
+    the last. With `layers`, those of all layers come besides.
     """
     import torch
 
@@ -163,11 +164,11 @@ def _gemma2(module: Any, hidden_states: bool, *, layers: bool = False) -> Submod
         last = module.norm(each.pop())
         return (last, *each, last * 1.0) if layers else (last,)
 
-    names = tuple(f"hidden_states.{i}" for i in range(len(module.layers) + 1)) if layers else ()
+    names = tuple(f"hidden_states.{i}" for i in range(len(module.layers) + 1))
     return Submodel(
         forward,
         _MASKED,
-        ("last_hidden_state", *names),
+        (names[-2],) if hidden_states else ("last_hidden_state", *(names if layers else ())),
         SCALE,
     )
 

@@ -23,7 +23,7 @@ from ovforge_diffusion.conditioning import ConditionPlan, Schedule, plan_conditi
 from ovforge_diffusion.controls import conditions
 from ovforge_diffusion.examples import edges, hole
 from ovforge_diffusion.guidance import Guidance, SkipLayers, never_acts
-from ovforge_diffusion.inputs import DiffusionOptions
+from ovforge_diffusion.inputs import DiffusionInputs, DiffusionOptions
 from ovforge_diffusion.models import Models
 from ovforge_diffusion.network import not_finite
 from ovforge_diffusion.prediction import Prediction
@@ -199,7 +199,8 @@ class Diffusion:
         result.timings = timings
         result.provenance = {"inputs": self._as_inputs(inputs, request), **run.learned}
         given, calls = request.given, len(self.scheduling.steps(sampling, start.first, request.given.denoising_end))
-        idle = never_acts(given.guidance_start, given.guidance_stop, calls)
+        end = self.architecture.guidance_end(given.guidance_stop, calls)
+        idle = never_acts(given.guidance_start, given.guidance_stop, end, calls)
         result.warnings += [*request.remarks, *idle, *start.notes, *run.notes, *self.architecture.notes()]
         return result
 
@@ -306,10 +307,9 @@ class Diffusion:
             given.guidance_rescale,
             skip if request.skipped_layers else None,
             given.guidance_start,
-            given.guidance_stop,
+            self._guided_until(given, sampling.timesteps[steps.start : steps.stop]),
             self.architecture.keeps_norm and given.cfg_normalization != 0,
             0.0 if self.architecture.keeps_norm else given.cfg_normalization or 0.0,
-            self._truncated(given.cfg_truncation, sampling.timesteps[steps.start : steps.stop]),
         )
         if guidance.is_partial and schedule.halves > 2:
             raise InputError(
@@ -344,10 +344,15 @@ class Diffusion:
             denoiser.keep_still(start.still)
         return prediction
 
-    def _truncated(self, share: float | None, timesteps: NDArray[Any]) -> int | None:
-        """Return the step from which on a picture has more than a share of itself; None if there is no such step."""
-        inside = [self.architecture.timestep(time) <= (1.0 if share is None else share) for time in timesteps]
-        return None if share is None or all(inside) else inside.index(False)
+    def _guided_until(self, given: DiffusionInputs, timesteps: NDArray[Any]) -> int | None:
+        """Return the step at which guidance ends; None if it acts to the last.
+
+        It ends after a part of the steps, or as soon as a picture has more than a share of itself.
+        """
+        ends = [self.architecture.guidance_end(given.guidance_stop, len(timesteps))] if given.guidance_stop < 1 else []
+        if (share := given.cfg_truncation) is not None:
+            ends += [step for step, time in enumerate(timesteps) if self.architecture.timestep(time) > share][:1]
+        return min(ends, default=None)
 
     def _check(self, output: Array, latents: Array, number: int, steps: int) -> None:
         """Raise ModelError for what is not a number."""

@@ -48,17 +48,16 @@ class Guidance:
     rescale: float = 0.0
     skip: SkipLayers | None = None
     start: float = 0.0
-    stop: float = 1.0
-    """The interval that it acts in (Kynkaanniemi et al. 2024), as parts of the steps: as diffusers' guiders have it."""
+    """The part of the steps after which it begins (Kynkaanniemi et al. 2024), as diffusers' guiders have it."""
+
+    until: int | None = None
+    """The step at which it ends; None if it acts to the last."""
 
     keeps_norm: bool = False
     """Whether the result has the norm, along the last axis, of a prediction that is not guided."""
 
     largest_norm: float = 0.0
     """How many times the norm of such a prediction, over a whole picture, the result may have; 0: any."""
-
-    until: int | None = None
-    """The step at which it ends, if not by `stop` before."""
 
     @property
     def varies(self) -> bool:
@@ -68,12 +67,12 @@ class Guidance:
     @property
     def is_partial(self) -> bool:
         """Whether guidance acts in a part of the steps only."""
-        return self.halves > 1 and (self.start > 0 or self.stop < 1 or self.until is not None)
+        return self.halves > 1 and (self.start > 0 or self.until is not None)
 
     def active(self, number: int, steps: int) -> tuple[int, ...]:
         """Return the halves that step `number` of `steps` needs: outside the interval, not the unconditional one."""
         last = self.halves - 1 if self.skip and not self.skip.acts(number, steps) else self.halves
-        end = int(self.stop * steps) if self.until is None else min(int(self.stop * steps), self.until)
+        end = steps if self.until is None else self.until
         inside = not self.is_partial or int(self.start * steps) <= number < end
         return tuple(range(0 if inside else 1, last))
 
@@ -103,9 +102,9 @@ class Guidance:
         return output
 
 
-def never_acts(start: float, stop: float, calls: int) -> list[str]:
-    """Return a warning if no call lies in an interval of guidance, so that there is none at all."""
-    if int(start * calls) < int(stop * calls):
+def never_acts(start: float, stop: float, end: int, calls: int) -> list[str]:
+    """Return a warning if no call lies in an interval of guidance, which ends before call `end`."""
+    if int(start * calls) < end:
         return []
     return [
         f"nothing is guided: of {calls} calls of the network, none lies between guidance_start = {start:g} and "

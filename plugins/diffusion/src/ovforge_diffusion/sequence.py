@@ -105,10 +105,13 @@ class SequenceEncoder:
         known = {name: port for port in model.outputs for name in port.names}
         missing = [name for name in outputs if name not in known]
         if missing or not any("input_ids" in port.names for port in model.inputs):
+            others = ", ".join(sorted(name for name in known if name.startswith(LAYER))) if missing else ""
             raise ModelError(
                 f"the text encoder has no input 'input_ids' or no output {(missing or outputs)[0]!r}",
                 where=role,
-                hint="Convert the model as optimum-intel or ovforge does.",
+                hint=f"It gives {others}, which another pipeline takes: convert it for this one, or by itself."
+                if others
+                else "Convert the model as optimum-intel or ovforge does.",
             )
         self._inputs = {name: port for port in model.inputs for name in port.names}
         self._outputs = [known[name] for name in outputs]
@@ -211,14 +214,18 @@ class SequenceEncoder:
         ]
 
 
-def before_last(model: ov.CompiledModel) -> tuple[str, ...]:
+def before_last(model: ov.CompiledModel | ov.Model) -> tuple[str, ...]:
     """Return the output for the states before the last layer.
 
-    Encoders that were converted for a pipeline that takes them have them as last_hidden_state. Those that were
-    converted alone have the states of all layers, by transformers' names.
+    Encoders that were converted alone have the states of all layers, by transformers' names. Of those that were
+    converted for a pipeline that takes these, ours have no others under their name, or as last_hidden_state.
     """
-    numbered = any(name.startswith(LAYER) for port in model.outputs for name in port.names)
-    return (penultimate_output(model.outputs),) if numbered else ("last_hidden_state",)
+    names = {name for port in model.outputs for name in port.names}
+    if not any(name.startswith(LAYER) for name in names):
+        return ("last_hidden_state",)
+    if "last_hidden_state" in names:
+        return (penultimate_output(model.outputs),)
+    return (next(name for name in names if name.startswith(LAYER)),)
 
 
 def stacked(rows: Sequence[Array], length: int = 0) -> tuple[Array, Array]:

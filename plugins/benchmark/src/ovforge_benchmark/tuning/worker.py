@@ -40,7 +40,8 @@ def measure_trial(job: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not job["calls"]:
         return {**facts, **_described(pipe, job)} if job["describe"] else facts
-    calls = _calls(pipe, job["calls"], job["prompts"])
+    prompts = job["prompts"][: job["calls"]]
+    calls = _calls(pipe, prompts, [] if prompts else _examples(pipe, job["calls"]))
     first: Result = pipe(**calls[0])
     with Watch() as watch:
         results, seconds = _together(pipe, calls) if job["threads"] else _in_turn(pipe, calls)
@@ -64,23 +65,22 @@ def measure_trial(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _described(pipe: ovforge.Pipeline, job: Mapping[str, Any]) -> dict[str, Any]:
     """Return what calls and calibration depend on, files by their content, and which inputs examples name."""
-    calls = _calls(pipe, job["describe"], job["prompts"])
+    examples = _examples(pipe, job["describe"])
+    calls = _calls(pipe, job["prompts"][: job["describe"]], examples)
     whole = [checked(pipe.inputs_model, {**pipe.config.input, **call}, where="input", base=pipe.base) for call in calls]
-    said = {name for call in _examples(pipe, job["describe"]) for name in call}
     driver = pipe.resolved.driver
     return {
         "inputs": [input_content(one) for one in whole],
         "calibration": dict(driver.content("inputs", digest_file)) if driver else {},
-        "examples": sorted(said),
+        "examples": sorted({name for example in examples for name in example}),
     }
 
 
-def _calls(pipe: ovforge.Pipeline, count: int, prompts: list[str]) -> list[dict[str, Any]]:
-    """Return the inputs of each call: the task's examples that calibration does not see, or prompts of the user's."""
+def _calls(pipe: ovforge.Pipeline, prompts: list[str], examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the inputs of each call: the user's prompts, or else the task's examples."""
     if prompts:
         first, seeded = next(iter(pipe.inputs_model.model_fields)), "seed" in pipe.inputs_model.model_fields
-        return [{first: prompt, **({"seed": 2 * n + 1} if seeded else {})} for n, prompt in enumerate(prompts[:count])]
-    examples = _examples(pipe, count)
+        return [{first: prompt, **({"seed": 2 * n + 1} if seeded else {})} for n, prompt in enumerate(prompts)]
     if not examples:
         raise ConfigError(
             "the task has no examples to try a pipeline with", where="tune", hint="Give some: --prompt TEXT"
@@ -89,7 +89,7 @@ def _calls(pipe: ovforge.Pipeline, count: int, prompts: list[str]) -> list[dict[
 
 
 def _examples(pipe: ovforge.Pipeline, count: int) -> list[dict[str, Any]]:
-    """Return what up to `count` examples of the task say.
+    """Return what up to `count` examples of the task say, of those that calibration does not see.
 
     Of a task that makes things, the config's own pictures and conditions stay, so that it is measured with their sizes.
     Examples of a task that looks for things say what is in their picture, and stay whole.

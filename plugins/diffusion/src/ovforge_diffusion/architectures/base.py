@@ -400,6 +400,10 @@ class Architecture(ABC):
         tokens = sum(self.packed_shape(1, *size)[1] for size in references)
         return (shape[0], shape[1] + tokens, *shape[2:])
 
+    def guidance_end(self, stop: float, steps: int) -> int:
+        """Return the step, of so many, at which guidance ends after a part of them, as diffusers' guiders count it."""
+        return int(stop * steps)
+
     def timestep(self, timestep: float) -> float:
         """Return what the denoiser is told of a timestep."""
         return timestep

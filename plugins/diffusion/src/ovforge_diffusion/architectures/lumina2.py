@@ -77,6 +77,10 @@ class Lumina2(Architecture):
             raise InputError(what, where="cfg_normalization", hint="Give 1, its default, or 0.")
         return super().guidance(inputs, scale)
 
+    def guidance_end(self, stop: float, steps: int) -> int:
+        """Return the step at which guidance ends, as `cfg_trunc_ratio` of diffusers' pipeline has it."""
+        return sum((number + 1) / steps <= stop for number in range(steps))
+
     def timestep(self, timestep: float) -> float:
         """Return the share of the picture, from 0 to 1."""
         return float(np.float32(1) - np.float32(timestep) / np.float32(1000))

@@ -79,7 +79,8 @@ def single_graph(
         )  # fmt: skip
     _, request = task.scheduling.start(request, 1.0, size)
     sampler = linear_sampler(lambda: task.scheduling.start(request, 1.0, size)[0], architecture)
-    idle = never_acts(request.given.guidance_start, request.given.guidance_stop, sampler.calls)
+    given, end = request.given, architecture.guidance_end(request.given.guidance_stop, sampler.calls)
+    idle = never_acts(given.guidance_start, given.guidance_stop, end, sampler.calls)
     request = replace(request, remarks=(*request.remarks, *idle))
     graph = _Graph(pipe, architecture, request, sampler, size, pictures_at_once)
     model = graph.joined(unroll=unroll, guidance_input=guidance_input)
@@ -252,7 +253,8 @@ class _Graph:
         if request.guidance is None:
             return None
         acts, given = np.zeros(calls, np.float32), request.given
-        acts[int(given.guidance_start * calls) : int(given.guidance_stop * calls)] = 1
+        end = self._architecture.guidance_end(given.guidance_stop, calls)
+        acts[int(given.guidance_start * calls) : end] = 1
         return Guided(
             constant(np.array([request.guidance], np.float32)) if scale is None else scale,
             acts,

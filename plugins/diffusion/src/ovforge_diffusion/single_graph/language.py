@@ -23,7 +23,7 @@ from ovforge_diffusion.architectures.sana import Sana, instruction_of, tokens_le
 from ovforge_diffusion.architectures.zimage import MULTIPLE, ZImage, filled
 from ovforge_diffusion.chat import ChatTemplate
 from ovforge_diffusion.request import Request
-from ovforge_diffusion.sequence import SequenceTokenizer
+from ovforge_diffusion.sequence import SequenceTokenizer, before_last
 from ovforge_diffusion.single_graph.joining import constant, converted, longer, part, shape_of
 from ovforge_diffusion.single_graph.texts import Frame, Texts
 
@@ -74,7 +74,7 @@ def _chat(texts: Texts, *, thinking: bool = True) -> list[Frame]:
 def _zimage(architecture: ZImage, texts: Texts, request: Request) -> Values:
     """Return states, which of them are words, and the places of all tokens: what stands at 0 is hidden."""
     length = sequence_length(request.given.max_sequence_length, ZImage.length)
-    states, mask = texts.sequence(_ROLE, length, _chat(texts))
+    states, mask = texts.sequence(_ROLE, length, _chat(texts), before_last(texts.bundle.models[_ROLE]))
     room = filled(length)
     states, mask = (longer(value, room - length) for value in (_masked(states, mask), mask))
     tokens = ops.reduce_sum(mask, constant([1]), True)
@@ -99,7 +99,8 @@ def _lumina2(architecture: Lumina2, texts: Texts, request: Request) -> Values:
     length = architecture.words(request)
     told = before(request.given.instruction)
     asked = Frame(told, "", lambda text: told + text)
-    states, mask = texts.sequence(_ROLE, length, [Frame(), asked][-len(texts.strings) :])
+    frames, outputs = [Frame(), asked][-len(texts.strings) :], before_last(texts.bundle.models[_ROLE])
+    states, mask = texts.sequence(_ROLE, length, frames, outputs)
     numbers = ops.broadcast(constant(np.arange(length, dtype=np.int64)[None]), shape_of(mask))
     return {
         **_with_mask(states, mask),
