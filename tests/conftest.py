@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from families import make_family, maker
+from families import make_family, make_transformer, maker
 from ovforge.store.cache import Cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +52,17 @@ def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path]
 def torch_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a diffusers folder of a latent consistency model."""
     return _made_once(tmp_path_factory, "lcm", maker().make_pipeline)
+
+
+@pytest.fixture(scope="session")
+def transformer_folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the diffusers folder of a family of transformers."""
+
+    def give(family: str) -> Path:
+        make = functools.partial(make_transformer, family=family, torch_lcm=torch_lcm)
+        return _made_once(tmp_path_factory, f"transformer-{family}", make)
+
+    return give
 
 
 @pytest.fixture(scope="session")

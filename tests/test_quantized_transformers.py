@@ -12,7 +12,6 @@ import openvino as ov
 import pytest
 
 import ovforge_nncf
-from families import make_transformer
 from families import pipeline as ours
 from ovforge import Use, testing
 from ovforge.config.options import validate_options
@@ -49,19 +48,6 @@ LAST = r"^(proj_out|all_final_layer\.2-1\.linear|norm_out\.linear_2)"
 CALL: dict[str, Any] = {"steps": 2, "width": 32, "height": 24}
 PROMPT = "a beautiful pink unicorn, 8k"
 Folder = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Return a function that gives the diffusers folder of a family, made once."""
-    made: dict[str, Path] = {}
-
-    def give(family: str) -> Path:
-        if family not in made:
-            made[family] = make_transformer(tmp_path_factory.mktemp(family) / "pipeline", family, torch_lcm)
-        return made[family]
-
-    return give
 
 
 class Recorded:
@@ -121,9 +107,9 @@ def constants(model: ov.Model) -> list[bytes]:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recipes_of_weights(folder: Folder, family: str) -> None:
+def test_recipes_of_weights(transformer_folder: Folder, family: str) -> None:
     """The compressed layers are those that diffusers' names say, and the numbers are NNCF's own."""
-    models = DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder(family))).models
+    models = DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(transformer_folder(family))).models
     model = models["transformer"]
     kinds = {op.get_friendly_name(): op.get_type_name() for op in model.get_ops()}
     layers = {
@@ -175,9 +161,11 @@ def test_recipes_of_weights(folder: Folder, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ROTARY)
-def test_activations_leave_rotations_whole(folder: Folder, family: str) -> None:
+def test_activations_leave_rotations_whole(transformer_folder: Folder, family: str) -> None:
     """The runtime still has its own operation for all of them, which NNCF by itself breaks."""
-    model = DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder(family))).models["transformer"]
+    model = (
+        DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(transformer_folder(family))).models["transformer"]
+    )
     records = Recorded(model).inputs("transformer", 2)
     wanted, kinds = run(model, records[0])
     assert kinds.count("RoPE") == ROTARY[family]
@@ -198,7 +186,7 @@ def test_activations_leave_rotations_whole(folder: Folder, family: str) -> None:
     + [(family, "transformer-ptq") for family in ("sana", "pixart", "lumina2")],
 )
 def test_a_quantized_pipeline(
-    folder: Folder, session_cache: Cache, family: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+    transformer_folder: Folder, session_cache: Cache, family: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held to a score, near the float32 picture, and found again at the second start."""
     options: dict[str, Any] = {
@@ -206,10 +194,10 @@ def test_a_quantized_pipeline(
         "calibration": {"samples": 2, "runs": 1, "options": CALL},
         "quality": {"min_score": 0.9, "samples": 1},
     }
-    pipe = ours(folder(family), session_cache, **options)
+    pipe = ours(transformer_folder(family), session_cache, **options)
     assert pipe.outcome.passed
     assert {"transformer", "text_encoder"} <= {role for report in pipe.reports for role in report.layers}
-    wanted = np.asarray(ours(folder(family), session_cache)(PROMPT, seed=5, **CALL).images[0])
+    wanted = np.asarray(ours(transformer_folder(family), session_cache)(PROMPT, seed=5, **CALL).images[0])
     made = np.asarray(pipe(PROMPT, seed=5, **CALL).images[0])
     # Activations of eight bits differ by the prompt's tokens, which change with the texts the tokenizer is trained on.
     assert ssim(made, wanted) > (0.8 if recipe == "transformer-ptq" else 0.9)
@@ -220,13 +208,15 @@ def test_a_quantized_pipeline(
 
     monkeypatch.setattr(nncf, "quantize", again)
     monkeypatch.setattr(nncf, "compress_weights", again)
-    second = ours(folder(family), session_cache, **options)
+    second = ours(transformer_folder(family), session_cache, **options)
     np.testing.assert_array_equal(np.asarray(second(PROMPT, seed=5, **CALL).images[0]), made)
 
 
-def test_what_eight_bits_are_too_few_for_stays_exact(folder: Folder) -> None:
+def test_what_eight_bits_are_too_few_for_stays_exact(transformer_folder: Folder) -> None:
     """Of activations, besides what conditions the model: sums that others are divided by, and depthwise convolutions."""
-    model = DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(folder("sana"))).models["transformer"]
+    model = (
+        DiffusersLoader(LoaderOptions(weights="f32")).load(FileSource(transformer_folder("sana"))).models["transformer"]
+    )
     blocks = [f"__module.transformer_blocks.{number}" for number in (0, 1)]
     products = {f"{block}.attn1/aten::matmul/MatMul{end}" for block in blocks for end in ("", "_1")}
     depthwise = {f"{block}.ff.conv_depth/aten::_convolution/GroupConvolution" for block in blocks}
@@ -247,8 +237,8 @@ def test_what_eight_bits_are_too_few_for_stays_exact(folder: Folder) -> None:
     assert 0 < errors[0] < errors[1]
 
 
-def test_the_gate_refuses_what_is_too_far(folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
+def test_the_gate_refuses_what_is_too_far(transformer_folder: Folder, session_cache: Cache, tmp_path: Path) -> None:
     quality = {"min_score": 0.99999, "samples": 1, "options": CALL, "save": str(tmp_path / "worst")}
     four = Use("transformer-int4", group_size=16, advanced={"min_group_size": 8})
     with pytest.raises(QualityError, match="the quantized pipeline scores"):
-        ours(folder("flux"), session_cache, quantize=[four], quality=quality)
+        ours(transformer_folder("flux"), session_cache, quantize=[four], quality=quality)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from families import make_transformer, maker
+from families import maker
 from families import pipeline as ours
 from ovforge import Use
 from ovforge.store.cache import Cache
@@ -22,19 +22,6 @@ FAMILIES = ("pixart", "sana", "lumina2", "zimage")
 PROMPT = "a beautiful pink unicorn, 8k"
 CALL: dict[str, Any] = {"steps": 3, "width": 96, "height": 80, "seed": 3}
 Folder = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def folder(torch_lcm: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Return a function that gives the diffusers folder of a family, made once."""
-    made: dict[str, Path] = {}
-
-    def give(family: str) -> Path:
-        if family not in made:
-            made[family] = make_transformer(tmp_path_factory.mktemp(family) / "pipeline", family, torch_lcm)
-        return made[family]
-
-    return give
 
 
 def pixels(image: Image.Image) -> Any:
@@ -51,11 +38,13 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_low_memory_previews_and_cancelling_change_nothing(folder: Folder, session_cache: Cache, family: str) -> None:
+def test_low_memory_previews_and_cancelling_change_nothing(
+    transformer_folder: Folder, session_cache: Cache, family: str
+) -> None:
     """The last preview is the picture; a run that was ended leaves nothing behind."""
-    [wanted] = ours(folder(family), session_cache)(PROMPT, **CALL).images
+    [wanted] = ours(transformer_folder(family), session_cache)(PROMPT, **CALL).images
     for low in (False, True):
-        pipe = ours(folder(family), session_cache, Use("text-to-image", low_memory=low))
+        pipe = ours(transformer_folder(family), session_cache, Use("text-to-image", low_memory=low))
         seen: list[Image.Image] = []
 
         def look(moment: Any, seen: list[Image.Image] = seen) -> None:
@@ -79,27 +68,33 @@ def test_low_memory_previews_and_cancelling_change_nothing(folder: Folder, sessi
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tiles(folder: Folder, session_cache: Cache, family: str) -> None:
+def test_tiles(transformer_folder: Folder, session_cache: Cache, family: str) -> None:
     """Previews and pictures are decoded in them, with the same latents, and look alike; larger tiles are closer."""
-    whole = ours(folder(family), session_cache)(PROMPT, **CALL)
+    whole = ours(transformer_folder(family), session_cache)(PROMPT, **CALL)
     off = []
     for tile in (64, 80):
-        pipe = ours(folder(family), session_cache, Use("text-to-image", tile=tile, low_memory=tile == 64))
+        pipe = ours(transformer_folder(family), session_cache, Use("text-to-image", tile=tile, low_memory=tile == 64))
         made = pipe(PROMPT, **CALL)
         np.testing.assert_array_equal(made.latents, whole.latents)
         off.append(np.abs(pixels(made.images[0]) - pixels(whole.images[0])).mean())
     assert 0 < off[1] < off[0] < pixels(whole.images[0]).std() / 8
     np.testing.assert_array_equal(
-        pixels(ours(folder(family), session_cache, Use("text-to-image", tile=96))(PROMPT, **CALL).images[0]),
+        pixels(
+            ours(transformer_folder(family), session_cache, Use("text-to-image", tile=96))(PROMPT, **CALL).images[0]
+        ),
         pixels(whole.images[0]),
     )
 
 
 @pytest.mark.parametrize("family", ["sana", "zimage"])
-def test_pictures_are_encoded_in_tiles(folder: Folder, session_cache: Cache, tmp_path: Path, family: str) -> None:
+def test_pictures_are_encoded_in_tiles(
+    transformer_folder: Folder, session_cache: Cache, tmp_path: Path, family: str
+) -> None:
     """Those whose pictures may start from another one: the autoencoder that draws nothing, and one that draws."""
     source = (
-        maker("test_sana").make_sana_pipeline(tmp_path / "sprint", sprint=True) if family == "sana" else folder(family)
+        maker("test_sana").make_sana_pipeline(tmp_path / "sprint", sprint=True)
+        if family == "sana"
+        else transformer_folder(family)
     )
     small = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
     image = Image.fromarray(small).resize((96, 80), Image.Resampling.BICUBIC)

@@ -75,7 +75,7 @@ _TRANSFORMERS = (
     ),
     RecipeExtension(
         name="transformer-ptq",
-        summary="Recipe: diffusion transformers in INT8; what conditions them and what 8 bits are too few for exact",
+        summary="Recipe: diffusion transformers in INT8; what conditions them, or needs more than 8 bits, stays exact",
         quantizer="nncf-ptq",
         options={
             "roles": ["transformer"],
